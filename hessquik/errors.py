@@ -1,0 +1,44 @@
+"""What can go wrong in the engine, each with a name of its own.
+
+    HessQuikError
+    ├── ShapeError         an input's shape or dtype does not fit the network (also a ValueError)
+    ├── CompositionError   two neighbouring layers do not fit together        (also a ValueError)
+    ├── ArchitectureError  a description of a network is not one              (also a ValueError)
+    ├── FormatError        a file is not a saved network                      (also a ValueError)
+    └── OrderError         backward() without the forward() it belongs to     (also a RuntimeError)
+
+Every message says what was expected and what came.
+"""
+
+__all__ = [
+    "ArchitectureError",
+    "CompositionError",
+    "FormatError",
+    "HessQuikError",
+    "OrderError",
+    "ShapeError",
+]
+
+
+class HessQuikError(Exception):
+    """Base of all errors that the engine raises on purpose."""
+
+
+class ShapeError(HessQuikError, ValueError):
+    """An input's shape or dtype does not fit the network."""
+
+
+class CompositionError(HessQuikError, ValueError):
+    """Two neighbouring layers do not fit together."""
+
+
+class ArchitectureError(HessQuikError, ValueError):
+    """A description of a network is not one."""
+
+
+class FormatError(HessQuikError, ValueError):
+    """A file is not a saved network."""
+
+
+class OrderError(HessQuikError, RuntimeError):
+    """``backward()`` was called without the ``forward()`` it belongs to."""

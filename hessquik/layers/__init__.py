@@ -1,0 +1,16 @@
+"""The documented layers; :mod:`hessquik.layers.form` has the one form behind them."""
+
+from hessquik.layers.base import hessQuikLayer
+from hessquik.layers.convex import ICNNLayer
+from hessquik.layers.quadratic import quadraticICNNLayer, quadraticLayer
+from hessquik.layers.residual import resnetLayer
+from hessquik.layers.single import singleLayer
+
+__all__ = [
+    "ICNNLayer",
+    "hessQuikLayer",
+    "quadraticICNNLayer",
+    "quadraticLayer",
+    "resnetLayer",
+    "singleLayer",
+]

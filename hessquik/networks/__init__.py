@@ -1,0 +1,7 @@
+"""The documented networks."""
+
+from hessquik.networks.architectures import ICNN, fullyConnectedNN, resnetNN
+from hessquik.networks.autodiff import NNPytorchAD, NNPytorchHessian
+from hessquik.networks.network import NN
+
+__all__ = ["ICNN", "NN", "NNPytorchAD", "NNPytorchHessian", "fullyConnectedNN", "resnetNN"]

@@ -1,0 +1,1 @@
+"""hessQuik networks over HTTP: the service and its client."""
