@@ -76,7 +76,8 @@ class NNPytorchHessian(nn.Module):
         samples, outputs = torch.arange(x.shape[0]), range(f.shape[1])
 
         def total(points: Tensor, output: int) -> Tensor:
-            return self.net(points)[0][:, output].sum()
+            column: Tensor = self.net(points)[0][:, output]
+            return column.sum()
 
         gradient = torch.stack(
             [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs], dim=-1

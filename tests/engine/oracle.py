@@ -66,12 +66,16 @@ def derivatives(module: nn.Module, x: Tensor, outputs: int | None = None) -> tup
     def f(points: Tensor) -> Tensor:
         return value(module, points)[:, :m]
 
+    jacobian = torch.func.jacrev(lambda points: f(points).sum(0))  # (m, n, d): samples do not mix
+
+    def sums_and_gradient(points: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = jacobian(points)
+        return gradient.sum(1), gradient
+
     if n == 0:
         return x.new_zeros(0, m), x.new_zeros(0, d, m), x.new_zeros(0, d, d, m)
-    jacobian = torch.func.jacrev(lambda points: f(points).sum(0))  # (m, n, d): samples do not mix
-    columns = torch.func.vmap(lambda e: torch.func.jvp(jacobian, (x,), (e.expand(n, d),))[1])
-    hessian = columns(torch.eye(d, dtype=x.dtype))  # (d, m, n, d)
-    return f(x).detach(), jacobian(x).permute(1, 2, 0).detach(), hessian.permute(2, 0, 3, 1).detach()
+    hessian, gradient = torch.func.jacrev(sums_and_gradient, has_aux=True)(x)  # (m, d, n, d) and (m, n, d)
+    return f(x).detach(), gradient.permute(1, 2, 0).detach(), hessian.permute(2, 1, 3, 0).detach()
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -79,5 +83,6 @@ def difference(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
     if not expected.numel():
         return 0.0
+    got, expected = got.detach().double(), expected.detach().double()
     assert torch.isfinite(got).all()
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1.0))
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
