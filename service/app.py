@@ -64,7 +64,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             await core.stop()
 
-    app = FastAPI(title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
+    # A redirect to the path with or without a slash would repeat the request's Host.
+    app = FastAPI(
+        title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
+    )
     app.state.core = core
     app.add_middleware(Door, settings=settings, metrics=core.metrics)
     app.add_exception_handler(HTTPException, _translate)
