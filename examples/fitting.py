@@ -82,7 +82,8 @@ class Target:
 
     def derivatives(self, x: Tensor) -> Derivatives:
         """Exact value (n, 1), gradient (n, d, 1) and Hessian (n, d, d, 1) of f by torch.func."""
-        wanted = (self.function, torch.func.grad(self.function), torch.func.hessian(self.function))
+        gradient = torch.func.grad(self.function)
+        wanted = (self.function, gradient, torch.func.jacrev(gradient))
         found = (torch.func.vmap(of)(x).unsqueeze(-1) for of in wanted)
         return Derivatives(**dict(zip(QUANTITIES, found, strict=True)))
 
@@ -178,7 +179,6 @@ def relative_errors(found: Derivatives, exact: Derivatives, unit: Tensor) -> dic
     """
     weights = {"value": torch.ones(1), "gradient": unit[:, None], "hessian": torch.outer(unit, unit)[:, :, None]}
     return {
-        name: ((getattr(found, name) - getattr(exact, name)) * weight).norm()
-        / (getattr(exact, name) * weight).norm()
+        name: ((getattr(found, name) - getattr(exact, name)) * weight).norm() / (getattr(exact, name) * weight).norm()
         for name, weight in weights.items()
     }
