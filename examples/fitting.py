@@ -65,7 +65,7 @@ class Target:
         return torch.tensor([high for _, high in self.inputs.values()], dtype=torch.float64)
 
     def unit(self, x: Tensor) -> Tensor:
-        """How far a unit step goes in each direction at the points (n, d): half the box, on a logarithmic axis too."""
+        """How far the points (n, d) move in each direction when the box is scaled to [−1, 1] and they move by 1."""
         lower, upper = self.lower(), self.upper()
         logarithmic = torch.tensor([name in self.logarithmic for name in self.inputs])
         return torch.where(logarithmic, x * torch.log(upper / lower), upper - lower) / 2
@@ -131,8 +131,8 @@ def train(target: Target, network: NN, points: Tensor, rounds: int, seed: int) -
             "iterations": rounds * ITERATIONS_PER_ROUND,
             "parameters": parameters,
             "held_out_samples": HELD_OUT_SAMPLES,
-            "errors": "L2 norms over held-out points relative to the function's, derivatives by inputs scaled to [-1, 1]"
-            + "".join(f", {name} on a logarithmic scale" for name in target.logarithmic),
+            "errors": "root mean squares over the held-out points relative to the function's, derivatives by inputs "
+            "scaled to [-1, 1]" + "".join(f", {name} on a logarithmic scale" for name in target.logarithmic),
             **{f"{name}_relative_error": error.item() for name, error in errors.items()},
         },
     )
@@ -171,8 +171,8 @@ def fit(network: NN, target: Target, x: Tensor, rounds: int) -> None:
 def relative_errors(found: Derivatives, exact: Derivatives, unit: Tensor) -> dict[str, Tensor]:
     """The errors ‖found − exact‖ / ‖exact‖ over all points, by quantity.
 
-    Derivatives are taken per unit step, not per metre or year: otherwise those by the inputs with the smallest numbers
-    would drown all others.
+    Derivatives are taken per unit step, not per metre or year: otherwise those by the inputs with the smallest
+    numbers would drown all others.
 
     Args:
         found: Value (n, 1), gradient (n, d, 1) and Hessian (n, d, d, 1) of the network.
