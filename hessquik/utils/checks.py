@@ -326,7 +326,7 @@ def _taylor_test(
             print((1 + len(row)) * cell % (1, -k, *convert_to_base(row, base)))
     noise = taylor.rounding(terms)
     by_order = list(zip(*found, strict=True))
-    return [taylor.falls_with_order(by_order[order], order + 1 - tol, base, noise) for order in range(1, len(terms))]
+    return [taylor.observed_order(by_order[k], k + 1, base, noise) >= k + 1 - tol for k in range(1, len(terms))]
 
 
 def _are_close(

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-__all__ = ["convert_to_base", "errors", "falls_with_order", "rounding"]
+__all__ = ["convert_to_base", "errors", "observed_order", "rounding"]
 
 #: Units of rounding, of the numbers that are subtracted, below which an error shows nothing.
 ROUNDING_UNITS = 100
@@ -59,38 +59,41 @@ def rounding(terms: Sequence[Tensor]) -> float:
     return ROUNDING_UNITS * torch.finfo(terms[0].dtype).eps * size
 
 
-def falls_with_order(found: Sequence[float], order: float, base: float, noise: float) -> bool:
-    """Whether errors at steps 1, 1/base, 1/base², … fall at least as the step to the power ``order``.
+def observed_order(found: Sequence[float], order: int, base: float, noise: float) -> float:
+    """The power of the step with which errors at steps 1, 1/base, 1/base², … fall.
 
     The last steps that rounding leaves readable decide: there a wrong derivative shows, while with large steps even
     one that is only nearly right falls fast.
 
     Args:
         found: The errors, at least :data:`LEAST_STEPS`.
-        order: The power, less some tolerance.
+        order: The power that is expected.
         base: Ratio of two steps.
         noise: Error that is rounding alone, see :func:`rounding`.
+
+    Returns:
+        The power; ∞ if there is nothing but rounding from the start, 0 if no error stands out from it or is finite.
 
     Raises:
         ValueError: there are too few errors.
 
     Example:
-        >>> falls_with_order([4.0**-k for k in range(10)], order=1.9, base=2.0, noise=1e-12)
-        True
-        >>> falls_with_order([4.0**-k + 1e-3 * 2.0**-k for k in range(16)], order=1.9, base=2.0, noise=1e-12)
-        False
+        >>> f"{observed_order([4.0**-k for k in range(10)], order=2, base=2.0, noise=1e-12):.1f}"
+        '2.0'
+        >>> f"{observed_order([4.0**-k + 1e-3 * 2.0**-k for k in range(16)], order=2, base=2.0, noise=1e-12):.1f}"
+        '1.4'
     """
     if len(found) < LEAST_STEPS:
         raise ValueError(f"expected at least {LEAST_STEPS} steps, got {len(found)}")
     if not all(map(math.isfinite, found)):
-        return False
+        return 0.0
     fall = base**order
     if max(found) <= fall * noise:
-        return True
+        return math.inf
     # Rounding inside f may be larger than outside; then the errors of the smallest steps no longer fall.
-    floor = max(noise, 10 * median(found[-max(1, len(found) // 5) :]))
-    orders = [math.log(here / max(after, floor), base) for here, after in pairwise(found) if here > fall * floor]
-    return bool(orders) and median(orders[-5:]) >= order
+    readable = max(fall * noise, 10 * median(found[-max(1, len(found) // 5) :]))
+    orders = [math.log(here / max(after, noise), base) for here, after in pairwise(found) if here > readable]
+    return median(orders[-3:]) if orders else 0.0
 
 
 def convert_to_base(a: Sequence[float], b: float = 2.0) -> tuple[float, ...]:
