@@ -81,9 +81,8 @@ class NNPytorchHessian(nn.Module):
             column: Tensor = self.net(points)[0][:, output]
             return column.sum()
 
-        gradient = torch.stack(
-            [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs], dim=-1
-        )
+        columns = [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs]
+        gradient = torch.stack(columns, dim=-1)
         hessian = None
         if do_Hessian:
             full = [torch.autograd.functional.hessian(lambda p, j=j: total(p, j), x) for j in outputs]

@@ -8,7 +8,7 @@ from hessquik.activations import identityActivation, quadraticActivation, softpl
 from hessquik.errors import OrderError, ShapeError
 from hessquik.layers.base import hessQuikLayer
 from hessquik.networks import NN
-from tests.engine import oracle
+from tests import oracle
 from tests.engine.random_networks import tame
 
 TOLERANCE = 1e-12  # rounding in float64

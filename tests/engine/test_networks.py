@@ -9,7 +9,7 @@ from hessquik import layers as lay
 from hessquik import networks as net
 from hessquik.activations import quadraticActivation, sinActivation, softplusActivation, tanhActivation
 from hessquik.errors import CompositionError, HessQuikError, OrderError, ShapeError
-from tests.engine import oracle
+from tests import oracle
 from tests.engine.random_networks import tame
 
 TOLERANCE = 1e-12  # rounding in float64

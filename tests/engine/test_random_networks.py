@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.engine import oracle
+from tests import oracle
 from tests.engine import random_networks as draws
 
 NETWORKS, PARTS = 2048, 8
