@@ -209,8 +209,8 @@ def _against_taylor(trial: _Trial) -> list[Row]:
                 torch.einsum("nabm,na,nb,nm->n", hessian, v, v, trial.weights),
             ]
             found = taylor.errors(lambda h: trial.value(x + h * v), terms, TAYLOR_STEPS)
-        noise = taylor.rounding(terms)
         for order, quantity in ((2, "gradient"), (3, "hessian")):
+            noise = taylor.rounding(terms[:order])
             seen = taylor.observed_order([row[order - 1] for row in found], order, 2.0, noise)
             rows.append(Row(quantity, f"Taylor, {mode} mode", "order", seen, order - TAYLOR_SLACK))
     return rows

@@ -324,9 +324,11 @@ def _taylor_test(
         cell = "%0.2f x " + f"{base:g}" + "^(%0.2d)\t\t"
         for k, row in enumerate(found):
             print((1 + len(row)) * cell % (1, -k, *convert_to_base(row, base)))
-    noise = taylor.rounding(terms)
     by_order = list(zip(*found, strict=True))
-    return [taylor.observed_order(by_order[k], k + 1, base, noise) >= k + 1 - tol for k in range(1, len(terms))]
+    return [
+        taylor.observed_order(by_order[k], k + 1, base, taylor.rounding(terms[: k + 1])) >= k + 1 - tol
+        for k in range(1, len(terms))
+    ]
 
 
 def _are_close(

@@ -121,7 +121,8 @@ def _to_base(number: float, b: float) -> tuple[float, int]:
     if number <= 0:
         return -1, 0
     exponent = math.floor(math.log(number, b))
-    scaled = number / b**exponent
+    half = exponent // 2  # in two steps, since b to the power of a subnormal number's exponent is 0
+    scaled = number / b**half / b ** (exponent - half)
     # The logarithm may round across a whole number.
     if scaled >= b:
         return scaled / b, exponent + 1
