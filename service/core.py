@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.batcher import Batcher
-from service.codecs import Question, floats_per_row
+from service.codecs import Question
 from service.dispatcher import Dispatcher, Job
 from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
 from service.metrics import Metrics
+from service.quantities import floats_per_row
 from service.repository import Repository, Served
 from service.settings import Settings
 from service.wire import Array
@@ -39,6 +40,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
+        self._is_started = False
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
@@ -50,11 +52,14 @@ class Core:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the workers and load the models.
+        """Start the workers and load the models, unless that is done.
 
         Raises:
             StartUpError: there is no folder, or no worker becomes ready.
         """
+        if self._is_started:
+            return
+        self._is_started = True
         if not self.settings.models.is_dir():
             raise StartUpError("expected a folder of models, there is none at the given place")
         await self.dispatcher.pool.start()

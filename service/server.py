@@ -7,6 +7,7 @@ import contextlib
 import logging
 import resource
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import cast
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.core import Core
-from service.errors import MalformedBody, Overloaded, ServiceError
+from service.errors import MalformedBody, Overloaded, ServiceError, StartUpError
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -179,6 +180,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._core = core
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the service, so that what prevents it is one line, and then listen."""
+        try:
+            await self._core.start()
+        except StartUpError:
+            await self._core.stop()
+            raise
+        await super().startup(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM, and do not raise them again at the end."""
@@ -220,6 +230,9 @@ def serve(app: FastAPI, settings: Settings) -> int:
 
     Returns:
         The process's exit status.
+
+    Raises:
+        StartUpError: the service cannot start.
     """
     core: Core = app.state.core
     config = uvicorn.Config(
