@@ -6,17 +6,18 @@ import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from service.core import Core
 from service.devices import resolve_devices
-from service.door import Door, Receive, Scope, Send
-from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.door import Door, Receive, Scope, Send, send_error
+from service.errors import InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
@@ -88,6 +89,7 @@ def create_app(settings: Settings | None = None) -> Application:
         redirect_slashes=False,
     )
     app.add_exception_handler(HTTPException, _translate)
+    app.add_exception_handler(ServiceError, _refuse)
     app.router.routes[:0] = [
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
@@ -100,13 +102,31 @@ def create_app(settings: Settings | None = None) -> Application:
     return app
 
 
-def _translate(request: Request, error: Exception) -> NoReturn:
+class Problem(Response):
+    """An error of ours as a response of the framework's."""
+
+    def __init__(self, error: ServiceError) -> None:
+        """Keep the error."""
+        self.error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send_error(scope, send, self.error)
+
+
+async def _refuse(_: Request, error: Exception) -> Problem:
+    """Our errors, before the framework takes them for its own."""
+    assert isinstance(error, ServiceError)
+    return Problem(error)
+
+
+async def _translate(request: Request, error: Exception) -> Problem:
     """The framework's own errors in our words."""
     match getattr(error, "status_code", 500):
         case 404:
-            raise NotFound("expected a path of this service, GET /openapi.json lists them")
+            return Problem(NotFound("expected a path of this service, GET /openapi.json lists them"))
         case 405:
             allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method")
-            raise MethodNotAllowed(f"expected {allowed} here, got {request.method}")
+            return Problem(MethodNotAllowed(f"expected {allowed} here, got {request.method}"))
         case _:
-            raise InvalidInput("expected a request that fits the schema, GET /openapi.json has it")
+            return Problem(InvalidInput("expected a request that fits the schema, GET /openapi.json has it"))
