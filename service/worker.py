@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hessquik import Evaluator, HessQuikError, storage
+from hessquik.proof import prove_quickly
 from service import wire
 
 __all__ = ["main"]
@@ -33,7 +34,9 @@ class Model:
     """A network on the worker's device, with an evaluator for each dtype that was asked for."""
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device) -> None:
-        """Keep the network and prepare it in its own dtype."""
+        """Prove the network's derivatives and keep it."""
+        bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
+        prove_quickly(saved.network, *bounds)
         self.saved = saved
         self.device = device
         self.dtype = next(saved.network.parameters()).dtype
