@@ -17,6 +17,7 @@ from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
@@ -66,7 +67,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.core = core
-    app.add_middleware(Door, settings=settings, metrics=core.metrics)
+    dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
+    app.add_middleware(Door, settings=settings, metrics=core.metrics, dialects=dialects)
     app.add_exception_handler(HTTPException, _translate)
     app.router.routes[:0] = [
         Route("/v1/models/{model}/{quantity:quantity}", Derivatives(core), methods=["POST"]),
@@ -77,6 +79,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         Route("/livez", Live(), methods=["GET"]),
         Route("/readyz", Ready(core), methods=["GET"]),
         Route("/metrics", MetricsText(core), methods=["GET"]),
+        *umbridge.routes(core),
+        *inference_protocol.routes(core),
     ]
     return app
 
