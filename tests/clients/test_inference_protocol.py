@@ -132,8 +132,8 @@ def test_metadata_configuration_and_index(client: InferenceServerClient) -> None
 def test_statistics_count_requests_points_and_batches(client: InferenceServerClient) -> None:
     before = client.get_inference_statistics("vector", "1")["model_stats"]
     client.infer("vector", [tensor("inputs", X, True)], model_version="1")
+    hessian = [InferRequestedOutput("hessian")]
     with pytest.raises(InferenceServerException, match="deadline"):
-        hessian = [InferRequestedOutput("hessian")]
         client.infer("vector", [tensor("inputs", MANY, True)], model_version="1", outputs=hessian, timeout=1000)
     (after,) = client.get_inference_statistics("vector", "1")["model_stats"]
     assert after["inference_count"] - before[0]["inference_count"] == 5
