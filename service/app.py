@@ -6,18 +6,21 @@ import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from service.core import Core
 from service.devices import resolve_devices
-from service.door import Door, Receive, Scope, Send, send_error
-from service.errors import InvalidInput, MethodNotAllowed, NotFound, ServiceError
+from service.door import Door, Receive, Scope, Send
+from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
@@ -40,11 +43,16 @@ class Application(FastAPI):
         super().__init__(**options)
         self.state.core = core
         self._derivatives = Derivatives(core)
-        self._door = Door(self._route, settings, core.metrics)
+        dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
+        self._door = Door(self._route, settings, core.metrics, dialects)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""
         await self._door(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The framework's layers but for the outermost, which would answer our errors before the door does."""
+        return ExceptionMiddleware(AsyncExitStackMiddleware(self.router), handlers=self.exception_handlers)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -89,7 +97,6 @@ def create_app(settings: Settings | None = None) -> Application:
         redirect_slashes=False,
     )
     app.add_exception_handler(HTTPException, _translate)
-    app.add_exception_handler(ServiceError, _refuse)
     app.router.routes[:0] = [
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
@@ -98,35 +105,19 @@ def create_app(settings: Settings | None = None) -> Application:
         Route("/livez", Live(), methods=["GET"]),
         Route("/readyz", Ready(core), methods=["GET"]),
         Route("/metrics", MetricsText(core), methods=["GET"]),
+        *umbridge.routes(core),
+        *inference_protocol.routes(core),
     ]
     return app
 
 
-class Problem(Response):
-    """An error of ours as a response of the framework's."""
-
-    def __init__(self, error: ServiceError) -> None:
-        """Keep the error."""
-        self.error = error
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        await send_error(scope, send, self.error)
-
-
-async def _refuse(_: Request, error: Exception) -> Problem:
-    """Our errors, before the framework takes them for its own."""
-    assert isinstance(error, ServiceError)
-    return Problem(error)
-
-
-async def _translate(request: Request, error: Exception) -> Problem:
+def _translate(request: Request, error: Exception) -> NoReturn:
     """The framework's own errors in our words."""
     match getattr(error, "status_code", 500):
         case 404:
-            return Problem(NotFound("expected a path of this service, GET /openapi.json lists them"))
+            raise NotFound("expected a path of this service, GET /openapi.json lists them")
         case 405:
             allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method")
-            return Problem(MethodNotAllowed(f"expected {allowed} here, got {request.method}"))
+            raise MethodNotAllowed(f"expected {allowed} here, got {request.method}")
         case _:
-            return Problem(InvalidInput("expected a request that fits the schema, GET /openapi.json has it"))
+            raise InvalidInput("expected a request that fits the schema, GET /openapi.json has it")

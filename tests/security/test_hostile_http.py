@@ -108,7 +108,9 @@ def test_a_desync_vector_smuggles_nothing(server: LiveServer, data: bytes) -> No
     if len(answered) == 2:
         assert answered[0].headers["x-request-id"] != "smuggled"
         assert answered[1].headers["x-request-id"] == "smuggled"
-        assert data.count(b"Content-Length") + data.count(b"Transfer-Encoding") <= 1 or "trailer" in str(data), statuses
+        assert data.count(b"Content-Length") + data.count(b"Transfer-Encoding") <= 1 or "trailer" in str(data), (
+            statuses
+        )
     elif statuses and answered[0].status == 200:
         assert answered[0].headers.get("connection") == "close"
     for reply in answered:

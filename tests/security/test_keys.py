@@ -126,7 +126,9 @@ def test_wrong_keys_do_not_open(locked: LiveServer, value: str) -> None:
 @pytest.mark.parametrize("name", ["X_Api_Key", "Proxy_Authorization", "Cookie", "X_Authorization"])
 def test_keys_in_other_fields_do_not_open(locked: LiveServer, name: str) -> None:
     assert ask(locked.port, request("GET", "/v1/models", **{name: "Bearer user-key-1"})).status == 401
-    assert ask(locked.port, request("GET", "/v1/models?key=user-key-1&authorization=Bearer%20user-key-1")).status == 401
+    assert (
+        ask(locked.port, request("GET", "/v1/models?key=user-key-1&authorization=Bearer%20user-key-1")).status == 401
+    )
 
 
 def test_a_key_in_a_trailer_does_not_open(locked: LiveServer) -> None:
