@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,9 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
             lower, upper = (np.array(saved.metadata[key]) for key in ("lower_bounds", "upper_bounds"))
             evaluate = Evaluator(saved.network, dtype=torch.float64)
             x = random_.uniform(lower, upper, (64, len(lower)))
-            truth = derivatives(storage.parse(path.read_bytes()).network, torch.from_numpy(x))
+            value, gradient, hessian = derivatives(saved.network.double(), torch.from_numpy(x))
+            laplacian = hessian.diagonal(dim1=1, dim2=2).sum(-1)
+            truth = dict(zip(QUANTITIES, (value, gradient, hessian, laplacian), strict=True))
             stored = evaluate(torch.from_numpy(x), QUANTITIES)
             for name in QUANTITIES:
                 error = (getattr(stored, name) - truth[name]).abs().max() / truth[name].abs().max()
@@ -152,8 +154,7 @@ class Connection(asyncio.Protocol):
         return protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -238,7 +239,8 @@ class Traffic:
                     await self._ask(connection, question.request, question)
             except TimeoutError:
                 self.ledger.lost += 1
-                connection = None
+                if connection is not None:
+                    connection.abort()
             except OSError:
                 self.ledger.closed += 1
                 connection = None
@@ -301,5 +303,12 @@ async def flood(port: int, asked: list[Question], rate: float, seconds: float, l
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine to its end on a fast loop."""
+
+    async def to_its_end() -> Any:
+        try:
+            return await work
+        finally:
+            await asyncio.sleep(0.1)  # connections that were broken off are closed in the next turns
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
+        return runner.run(to_its_end())
