@@ -13,9 +13,9 @@ from tests.live import LiveServer
 from tests.whole import Note, choose
 
 DRIFT_BYTES = 16 << 20
-REQUESTS = choose(3000, 100_000)
+REQUESTS = choose(1600, 100_000)
 #: So much of every request is kept by the control, which has to pass the limit in half of the requests.
-LEAK_BYTES = choose(16 << 10, 1 << 10)
+LEAK_BYTES = choose(48 << 10, 1 << 10)
 
 
 def sizes(server: LiveServer) -> tuple[int, int, int, int]:
