@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Route
 
+from service.assets import ASSETS
 from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door
@@ -20,6 +21,7 @@ from service.errors import InvalidInput, MethodNotAllowed, NotFound
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
+from service.routes.pages import Page
 from service.settings import Settings
 
 __all__ = ["create_app"]
@@ -77,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         Route("/livez", Live(), methods=["GET"]),
         Route("/readyz", Ready(core), methods=["GET"]),
         Route("/metrics", MetricsText(core), methods=["GET"]),
+        *(Route(path, Page(), methods=["GET"]) for path in ASSETS),
     ]
     return app
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from service.assets import ASSETS
 from service.errors import (
     BodyTooLarge,
     ClientGone,
@@ -32,8 +33,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-#: The only paths that never need a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: What is counted when no reply was begun.
 NO_STATUS = 499
