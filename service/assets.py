@@ -21,6 +21,7 @@ ASSETS: dict[str, tuple[str, str]] = {
     "/": ("service", "explorer/index.html"),
     "/docs": ("service", "explorer/docs.html"),
     "/explorer/explorer.css": ("service", "explorer/explorer.css"),
+    "/explorer/docs.css": ("service", "explorer/docs.css"),
     "/explorer/icon.svg": ("service", "explorer/icon.svg"),
     **{f"/explorer/{name}.js": ("service", f"explorer/{name}.js") for name in _MODULES},
     "/explorer/plotly.min.js": ("plotly", "package_data/plotly.min.js"),
