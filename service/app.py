@@ -22,6 +22,7 @@ from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
 from service.routes.pages import Page
+from service.schemas import document
 from service.settings import Settings
 
 __all__ = ["Application", "create_app"]
@@ -40,12 +41,19 @@ class Application(FastAPI):
         """Keep the service where routes find it."""
         super().__init__(**options)
         self.state.core = core
+        self._settings = settings
         self._derivatives = Derivatives(core)
         self._door = Door(self._route, settings, core.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""
         await self._door(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The interface's description."""
+        if self.openapi_schema is None:
+            self.openapi_schema = document(self._settings, self.version)
+        return self.openapi_schema
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

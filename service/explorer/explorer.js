@@ -103,6 +103,7 @@ function listModels() {
   $("model-list").replaceChildren(
     ...models.map((model) => {
       const button = make("button", "", { type: "button", disabled: model.state !== "ready" });
+      button.dataset.model = model.name;
       button.setAttribute("aria-pressed", String(model.name === chosen?.name));
       const title = make("strong", model.name);
       title.append(make("span", model.state, { className: `pill ${model.state === "ready" ? "good" : "bad"}` }));
