@@ -76,11 +76,11 @@ class NNPytorchHessian(nn.Module):
         samples, outputs = torch.arange(x.shape[0]), range(f.shape[1])
 
         def total(points: Tensor, output: int) -> Tensor:
-            return self.net(points)[0][:, output].sum()
+            column: Tensor = self.net(points)[0][:, output]
+            return column.sum()
 
-        gradient = torch.stack(
-            [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs], dim=-1
-        )
+        columns = [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs]
+        gradient = torch.stack(columns, dim=-1)
         hessian = None
         if do_Hessian:
             full = [torch.autograd.functional.hessian(lambda p, j=j: total(p, j), x) for j in outputs]
