@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonschema import Draft7Validator
+from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +40,9 @@ def read_compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def compose_validator() -> Draft7Validator:
+def compose_validator() -> Draft202012Validator:
     vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
-    return Draft7Validator(json.loads(vendored.read_text()))
+    return Draft202012Validator(json.loads(vendored.read_text()))
 
 
 def test_hadolint_finds_nothing() -> None:
