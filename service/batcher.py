@@ -20,6 +20,9 @@ from service.errors import Overloaded
 
 __all__ = ["Batch", "Batcher", "Entry", "Slice"]
 
+#: Where an entry stands in its queue: by virtual start, then what was not served yet, then as they came.
+Place = tuple[float, int, int]
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -86,7 +89,7 @@ class Batcher:
         self.payload_bytes = 0
         self._clock = 0.0
         self._order = count()
-        self._queues: dict[Hashable, list[tuple[float, int, Entry]]] = {}
+        self._queues: dict[Hashable, list[tuple[Place, Entry]]] = {}
         self._again: list[Batch] = []
 
     def put(self, entry: Entry) -> None:
@@ -128,7 +131,7 @@ class Batcher:
         queue, cost, reply_bytes = self._queues[key], 0.0, 0
         slices: list[Slice] = []
         while queue and (not slices or (cost < self.batch_cost and reply_bytes < self.batch_bytes)):
-            _, _, entry = heappop(queue)
+            _, entry = heappop(queue)
             if entry.is_closed:
                 continue
             rows = self._fitting_rows(entry, cost, reply_bytes, is_first=not slices)
@@ -160,16 +163,17 @@ class Batcher:
         self._clock += received / max(1, self.requests)
 
     def _push(self, entry: Entry) -> None:
-        heappush(self._queues.setdefault(entry.key, []), (entry.start, next(self._order), entry))
+        place = (entry.start, entry.taken, next(self._order))
+        heappush(self._queues.setdefault(entry.key, []), (place, entry))
 
     def _next_key(self) -> Hashable | None:
         """The key whose first open entry starts earliest."""
-        best: tuple[tuple[float, int], Hashable] | None = None
+        best: tuple[Place, Hashable] | None = None
         for key, queue in list(self._queues.items()):
-            while queue and queue[0][2].is_closed:
+            while queue and queue[0][1].is_closed:
                 heappop(queue)
             if not queue:
                 del self._queues[key]
-            elif best is None or queue[0][:2] < best[0]:
-                best = queue[0][:2], key
+            elif best is None or queue[0][0] < best[0]:
+                best = queue[0][0], key
         return None if best is None else best[1]
