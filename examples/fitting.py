@@ -178,7 +178,6 @@ def relative_errors(found: Derivatives, exact: Derivatives, unit: Tensor) -> dic
     """
     weights = {"value": torch.ones(1), "gradient": unit[:, None], "hessian": torch.outer(unit, unit)[:, :, None]}
     return {
-        name: ((getattr(found, name) - getattr(exact, name)) * weight).norm()
-        / (getattr(exact, name) * weight).norm()
+        name: ((getattr(found, name) - getattr(exact, name)) * weight).norm() / (getattr(exact, name) * weight).norm()
         for name, weight in weights.items()
     }

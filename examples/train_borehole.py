@@ -39,6 +39,7 @@ TARGET = Target(
     output="water flow [m³/yr]",
 )
 
+
 def clustered_points(n: int, seed: int) -> Tensor:
     """Points (n, 8), a quarter of them with ln r instead of r spread evenly: f bends most where r is small."""
     x = TARGET.spread_points(n, seed)

@@ -115,7 +115,8 @@ def serialize(network: NN, **metadata: Any) -> bytes:
     _check_metadata(metadata, network)
     for key, value in metadata.items():
         header[key] = value if key == "description" else json.dumps(value, allow_nan=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     return _with_sorted_metadata(safetensors.torch.save(tensors, header))
 
 

@@ -72,9 +72,7 @@ def read(name: str) -> SavedNetwork:
 
 
 def fresh_points(saved: SavedNetwork, n: int = FRESH_SAMPLES) -> Tensor:
-    low, high = (
-        torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds")
-    )
+    low, high = (torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds"))
     draw = torch.rand(n, len(low), generator=torch.Generator().manual_seed(FRESH_SEED), dtype=torch.float64)
     return low + (high - low) * draw
 
@@ -99,7 +97,7 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 
 def test_models_are_those_with_a_promise() -> None:
-    assert NAMES == sorted(PROMISES)
+    assert sorted(PROMISES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +129,9 @@ def test_errors_at_fresh_points_are_those_in_the_file_and_within_the_promise(nam
     saved = read(name)
     function, promised = PROMISES[name]
     x = fresh_points(saved)
-    lower, upper = (torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds"))
+    lower, upper = (
+        torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds")
+    )
     unit = (upper - lower) / 2
     kept = HESSIAN_INPUTS.get(name, list(range(len(unit))))
     value, gradient, hessian = (

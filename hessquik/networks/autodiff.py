@@ -73,6 +73,8 @@ class NNPytorchHessian(nn.Module):
         f = self.net(x)[0]
         if not (do_gradient or do_Hessian):
             return f, None, None
+        if not x.shape[0]:  # torch refuses to differentiate nothing
+            return NNPytorchAD(self.net).forward(x, do_gradient, do_Hessian)
         samples, outputs = torch.arange(x.shape[0]), range(f.shape[1])
 
         def total(points: Tensor, output: int) -> Tensor:
