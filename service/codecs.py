@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ import orjson
 import safetensors.numpy
 
 from service.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from service.quantities import DIRECTIONAL, QUANTITIES
 from service.wire import Array
 
 __all__ = [
-    "DIRECTIONAL",
     "JSON",
-    "QUANTITIES",
     "SAFETENSORS",
     "Question",
     "Shape",
@@ -30,16 +29,11 @@ __all__ = [
     "content_type",
     "encode_json",
     "encode_safetensors",
-    "floats_per_row",
     "parse_json",
     "parse_safetensors",
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
-#: Everything that can be asked for, in the order of replies.
-QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")
-#: What needs directions.
-DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})
 DTYPES = ("float32", "float64")
 _FIELDS = ("inputs", "quantities", "weights", "directions", "dtype")
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
@@ -110,22 +104,6 @@ def accepted_type(header: str) -> str:
     if not liked:
         raise NotAcceptable(f"expected to be asked for {JSON} or {SAFETENSORS}")
     return max(liked, key=lambda pair: pair[0])[1]
-
-
-def floats_per_row(quantities: Sequence[str], d: int, m: int, k: int, is_weighted: bool) -> int:
-    """How many numbers a reply has per point."""
-    outputs = 1 if is_weighted else m
-    sizes = {
-        "value": 1,
-        "gradient": d,
-        "hessian": d * d,
-        "laplacian": 1,
-        "hessian_diagonal": d,
-        "jvp": k,
-        "hvp": k * d,
-        "curvature": k,
-    }
-    return outputs * sum(sizes[quantity] for quantity in quantities)
 
 
 def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Question:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.batcher import Batcher
-from service.codecs import Question, floats_per_row
+from service.codecs import Question
 from service.dispatcher import Dispatcher, Job
 from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
 from service.metrics import Metrics
+from service.quantities import floats_per_row
 from service.repository import Repository, Served
 from service.settings import Settings
 from service.wire import Array

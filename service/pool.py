@@ -29,6 +29,8 @@ __all__ = ["LoadError", "Owner", "Pool", "State", "Worker"]
 
 logger = logging.getLogger(__name__)
 
+#: The module that worker processes run.
+WORKER_MODULE = "service.worker"
 #: How often workers are looked at.
 TICK_S = 0.25
 #: A worker that answered within this time is known to be well.
@@ -82,7 +84,7 @@ class Worker:
         """Start the process; the worker becomes ready when it has loaded the pool's models."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        command = [sys.executable, "-m", "service.worker", str(theirs.fileno()), self.device, str(self.pool.threads)]
+        command = [sys.executable, "-m", WORKER_MODULE, str(theirs.fileno()), self.device, str(self.pool.threads)]
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()

@@ -8,34 +8,41 @@ from service import codecs
 from service.codecs import JSON, Shape
 from service.core import Core
 from service.door import Receive, Scope, Send, header, read_body, send_reply
-from service.errors import InvalidInput
+from service.errors import InvalidInput, MethodNotAllowed
 
 __all__ = ["Derivatives"]
 
 
 class Derivatives:
-    """Answers questions about models, as an ASGI application on ``{model}`` and ``{quantity}``.
+    """Answers questions about models.
 
     Args:
         core: The service.
     """
 
+    #: The last part of the path: a quantity, or ``evaluate`` for any set of them.
+    ACTIONS = frozenset({"value", "gradient", "hessian", "laplacian", "evaluate"})
+
     def __init__(self, core: Core) -> None:
         """Keep the service."""
         self._core = core
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read, check, compute, reply."""
-        path: dict[str, str] = scope["path_params"]
-        quantity = path["quantity"]
-        scope["hessquik.route"] = f"/v1/models/{{model}}/{quantity}"
+    async def __call__(self, model: str, action: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read, check, compute, reply.
+
+        Raises:
+            ServiceError: any that a client may see.
+        """
+        scope["hessquik.route"] = f"/v1/models/{{model}}/{action}"
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
         deadline_s = self._core.deadline_s(header(scope, b"x-deadline-ms"))
         media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
         reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))
         query = parse_query(scope)
-        served = self._core.repository.ready(path["model"], query.get("version"))
+        served = self._core.repository.ready(model, query.get("version"))
         body = await read_body(scope, receive, self._core.settings.max_body_bytes)
-        fixed = None if quantity == "evaluate" else quantity
+        fixed = None if action == "evaluate" else action
         shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
         if media_type == JSON:
             question = codecs.parse_json(body, fixed, shape)

@@ -6,9 +6,9 @@ from typing import Any
 
 import orjson
 
-from service.codecs import QUANTITIES
 from service.core import Core
 from service.door import Receive, Scope, Send, send_reply
+from service.quantities import QUANTITIES
 from service.repository import Served
 from service.routes.derivatives import parse_query
 
