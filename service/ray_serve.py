@@ -31,7 +31,7 @@ class Replica:
         """Wire the service; its workers start with the application."""
         self._app = create_app(Settings(**settings))
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: N807 - Ray's name
+    def __serve_build_asgi_app__(self) -> Any:
         """The application that answers this replica's requests."""
         return self._app
 

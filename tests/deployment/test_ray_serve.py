@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -21,11 +22,12 @@ from service.client import Client
 from tests import oracle
 from tests.live import ROOT
 
-# Its own workers: Ray's processes and threads are not for sharing with other tests.
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("default")]
+# One cluster for the module; warnings are about Ray's own code.
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
 
 CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
 TOLERANCE = 1e-10
+HOST = "127.0.0.1"
 CLIENTS = 4
 #: Calls that every client makes before the node is killed, and after.
 CALLS = 25
@@ -39,6 +41,18 @@ def read_options() -> dict[str, Any]:
     return options | {"num_replicas": 2, "max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 1}}
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def node() -> dict[str, Any]:
+    """A node on the loopback. Ports that are given need not be waited for, which takes long on a busy machine."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    return dict(zip(names, free_ports(len(names)), strict=True)) | {"num_cpus": 2, "node_ip_address": HOST}
+
+
 class TwoNodes:
     """A cluster on this machine, the service deployed on it, and a node that may be killed."""
 
@@ -49,15 +63,15 @@ class TwoNodes:
 
         from service.ray_serve import Replica
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        self.other = self.cluster.add_node(num_cpus=2)
-        ray.init(address=self.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+        self.cluster = Cluster(initialize_head=True, head_node_args=node() | {"include_dashboard": False})
+        self.other = self.cluster.add_node(**node())
+        ray.init(
+            address=self.cluster.address, _node_ip_address=HOST, logging_level=logging.ERROR, log_to_driver=False
+        )
+        (port,) = free_ports(1)
+        serve.start(http_options={"host": HOST, "port": port, "location": "HeadOnly"})
         serve.run(Replica.options(**options).bind({"models": models, "device": "cpu"}), route_prefix="/")
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{HOST}:{port}"
 
     def kill_other_node(self) -> None:
         """As a power cut would."""
@@ -78,8 +92,9 @@ def start_cluster(options: dict[str, Any], shipped_models: Path) -> Iterator[Two
     with pytest.MonkeyPatch.context() as patch:
         path = os.environ.get("PYTHONPATH", "")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), path))))
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's own switch between the loopback and the machine's address; it is read when Ray is imported.
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         cluster = TwoNodes(options, shipped_models)
         yield cluster
         cluster.close()
