@@ -44,13 +44,8 @@ TARGET = Target(
 RADIUS_UNITS = 8
 
 
-<<<<<<< HEAD
 def points_near_small_radii(n: int, seed: int) -> Tensor:
     """Points (n, 8), half of them with ln r instead of r spread evenly: f bends most where r is small."""
-=======
-def clustered_points(n: int, seed: int) -> Tensor:
-    """Points (n, 8), a quarter of them with ln r instead of r spread evenly: f bends most where r is small."""
->>>>>>> main
     x = TARGET.spread_points(n, seed)
     r, low, high = x[: n // 2, 1], TARGET.lower()[1], TARGET.upper()[1]
     r.copy_(low * (high / low) ** ((r - low) / (high - low)))
