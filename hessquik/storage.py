@@ -39,11 +39,13 @@ __all__ = [
     "METADATA",
     "TYPES",
     "SavedNetwork",
+    "assemble",
     "build",
     "build_activation",
     "describe",
     "load",
     "parse",
+    "parse_json",
     "save",
     "serialize",
 ]
@@ -152,25 +154,39 @@ def parse(data: bytes) -> SavedNetwork:
         FormatError: they are not those of a saved network.
     """
     texts = _read_header(data)
-    architecture = _parse_json("network", texts["network"])
+    architecture = parse_json("network", texts["network"])
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise FormatError(f"expected a safetensors file, got one that does not parse ({error})") from None
-    _check_tensors(tensors)
     try:
-        module = build(architecture, device="meta")
+        network = assemble(architecture, tensors)
     except (ArchitectureError, CompositionError) as error:
         raise FormatError(str(error)) from None
-    _fill(module, tensors)
-    network = module if isinstance(module, NN) else NN(module)
     metadata = {
-        key: text if key == "description" else _parse_json(key, text)
-        for key, text in texts.items()
-        if key in METADATA
+        key: text if key == "description" else parse_json(key, text) for key, text in texts.items() if key in METADATA
     }
     _check_metadata(metadata, network)
     return SavedNetwork(network, architecture, metadata)
+
+
+def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
+    """Make the network that :func:`describe` described, with the weights of a state dict.
+
+    Raises:
+        ArchitectureError: the description is not one.
+        CompositionError: its layers do not fit together.
+        FormatError: the weights do not fit the description.
+
+    Example:
+        >>> f = fullyConnectedNN([2, 8, 1])
+        >>> assemble(describe(f), f.state_dict()).widths
+        [2, 8, 1]
+    """
+    _check_tensors(tensors)
+    module = build(architecture, device="meta")
+    _fill(module, tensors)
+    return module if isinstance(module, NN) else NN(module)
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -361,7 +377,7 @@ def _read_header(data: bytes) -> dict[str, str]:
             f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes within the file, "
             f"got a length of {header_bytes}"
         )
-    header = _parse_json("header", data[8 : 8 + header_bytes])
+    header = parse_json("header", data[8 : 8 + header_bytes])
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise FormatError("expected metadata of strings in the safetensors header, got none")
@@ -375,7 +391,7 @@ def _read_header(data: bytes) -> dict[str, str]:
     return texts
 
 
-def _parse_json(what: str, text: str | bytes) -> Any:
+def parse_json(what: str, text: str | bytes) -> Any:
     """Strict JSON: no NaN, no duplicate keys."""
 
     def refuse(constant: str) -> Any:

@@ -40,6 +40,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
+        self._is_started = False
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
@@ -51,11 +52,14 @@ class Core:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the workers and load the models.
+        """Start the workers and load the models, unless that is done.
 
         Raises:
             StartUpError: there is no folder, or no worker becomes ready.
         """
+        if self._is_started:
+            return
+        self._is_started = True
         if not self.settings.models.is_dir():
             raise StartUpError("expected a folder of models, there is none at the given place")
         await self.dispatcher.pool.start()
@@ -90,6 +94,8 @@ class Core:
         self, served: Served, question: Question, deadline_s: float, scope: Any = None
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
+
+        Nothing may be awaited between looking up the model and this call, which holds it until it has answered.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
@@ -157,13 +163,17 @@ class Core:
                 except ServiceError:
                     self.repository.unload(name)
 
-    def _gauges(self) -> Mapping[str, float | Mapping[str, float]]:
+    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """What is read off when Prometheus asks."""
         batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
         return {
             "hessquik_queue_requests": batcher.requests,
             "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": {state.value: count for state, count in pool.states().items()},
+            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
+            "hessquik_device_memory_bytes": (
+                "worker",
+                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
+            ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
 

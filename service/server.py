@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import cast
@@ -15,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.core import Core
-from service.errors import MalformedBody
+from service.errors import MalformedBody, StartUpError
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -128,6 +129,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._core = core
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the service, so that what prevents it is one line, and then listen."""
+        try:
+            await self._core.start()
+        except StartUpError:
+            await self._core.stop()
+            raise
+        await super().startup(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM, and do not raise them again at the end."""
@@ -158,6 +168,9 @@ def serve(app: FastAPI, settings: Settings) -> int:
 
     Returns:
         The process's exit status.
+
+    Raises:
+        StartUpError: the service cannot start.
     """
     core: Core = app.state.core
     config = uvicorn.Config(
