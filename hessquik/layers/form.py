@@ -68,10 +68,10 @@ class Form:
         return Linearization(self, (y, *carried), slope, curvature)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Form:
-        """The same layer with its tensors detached, on ``device`` and in ``dtype``."""
+        """The same layer with its tensors copied, detached, to ``device`` and ``dtype``."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, dtype)
+            return tensor.detach().to(device, dtype, copy=True)
 
         def move_map(linear: Map) -> Map:
             return move(linear) if isinstance(linear, Tensor) else linear
