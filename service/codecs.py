@@ -158,19 +158,31 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
     return _question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
+def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> list[bytes | memoryview]:
     """The reply as JSON: every number's shortest form that reads back as the same double, non-finite ones null."""
     document: dict[str, Any] = {"model": model, "version": version}
     for name, array in answers.items():
         part = array[0] if is_single else array
         document[name] = np.ascontiguousarray(part, dtype=np.float64)
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return [orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)]
 
 
-def encode_safetensors(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
-    """The reply as safetensors, one tensor per quantity."""
-    parts = {name: np.ascontiguousarray(array[0] if is_single else array) for name, array in answers.items()}
-    return safetensors.numpy.save(parts, {"model": model, "version": version})
+def encode_safetensors(
+    model: str, version: str, answers: Mapping[str, Array], is_single: bool
+) -> list[bytes | memoryview]:
+    """The reply as safetensors, one tensor per quantity: a header and the arrays' own memory, which is not copied."""
+    header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
+    pieces: list[bytes | memoryview] = []
+    start = 0
+    for name, array in answers.items():
+        part = np.ascontiguousarray(array[0] if is_single else array)
+        kind = f"F{8 * part.itemsize}"
+        header[name] = {"dtype": kind, "shape": part.shape, "data_offsets": [start, start + part.nbytes]}
+        pieces.append(part.reshape(-1).view(np.uint8).data)
+        start += part.nbytes
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
 def _load_json(body: bytes | bytearray) -> Any:

@@ -95,6 +95,8 @@ class Core:
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
 
+        Nothing may be awaited between looking up the model and this call, which holds it until it has answered.
+
         Raises:
             ReplyTooLarge: the reply would be over its limit.
             ServiceError: as :meth:`Dispatcher.evaluate` raises.
@@ -161,13 +163,17 @@ class Core:
                 except ServiceError:
                     self.repository.unload(name)
 
-    def _gauges(self) -> Mapping[str, float | Mapping[str, float]]:
+    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """What is read off when Prometheus asks."""
         batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
         return {
             "hessquik_queue_requests": batcher.requests,
             "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": {state.value: count for state, count in pool.states().items()},
+            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
+            "hessquik_device_memory_bytes": (
+                "worker",
+                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
+            ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
 

@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -155,11 +155,21 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def send_reply(send: Send, status: int, media_type: bytes, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-    """Send a reply in one piece."""
-    start = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+async def send_reply(
+    send: Send,
+    status: int,
+    media_type: bytes,
+    body: bytes | Sequence[bytes | memoryview],
+    *headers: tuple[bytes, bytes],
+) -> None:
+    """Send a reply, whose body may come in pieces that are sent without being joined."""
+    *pieces, last = [body] if isinstance(body, bytes) else body
+    length = sum(map(len, pieces)) + len(last)
+    start = [(b"content-type", media_type), (b"content-length", b"%d" % length), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": last})
 
 
 async def send_error(scope: Scope, send: Send, error: ServiceError) -> None:

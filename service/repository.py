@@ -7,6 +7,7 @@ of the file changes nothing. Requests name models; a name is looked up in a tabl
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ class Served:
         file: Where it came from.
         id: What the workers know it by; each loading gets a new one.
         stamp: The file's when it was read.
+        digest: Of its bytes; a file that did not change is not loaded again.
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
@@ -94,6 +96,7 @@ class Served:
     file: ModelFile
     id: int
     stamp: tuple[int, int] = (0, 0)
+    digest: bytes = b""
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     users: int = 0
@@ -240,10 +243,15 @@ class Repository:
         versions = self._table.setdefault(file.name, {})
         old = versions.get(file.version)
         new = Served(file, next(self._ids), file.stamp())
-        if old is None:
-            versions[file.version] = new
         try:
-            new.facts = await self._pool.load(new.id, file.read())
+            data = file.read()
+            new.digest = hashlib.sha256(data).digest()
+            if old is not None and old.state == "ready" and old.digest == new.digest:
+                old.stamp = new.stamp
+                return old
+            if old is None:
+                versions[file.version] = new
+            new.facts = await self._pool.load(new.id, data)
         except LoadError as error:
             new.reason = str(error)
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)

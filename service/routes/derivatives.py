@@ -40,8 +40,9 @@ class Derivatives:
         media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
         reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))
         query = parse_query(scope)
-        served = self._core.repository.ready(model, query.get("version"))
+        self._core.repository.ready(model, query.get("version"))  # before a body is read for nothing
         body = await read_body(scope, receive, self._core.settings.max_body_bytes)
+        served = self._core.repository.ready(model, query.get("version"))  # it may have been replaced meanwhile
         fixed = None if action == "evaluate" else action
         shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
         if media_type == JSON:
