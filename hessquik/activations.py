@@ -11,6 +11,8 @@ To add one: a small final class with :meth:`evaluate` and :meth:`compute_derivat
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -19,15 +21,24 @@ from hessquik.errors import OrderError
 __all__ = [
     "ACTIVATIONS",
     "antiTanhActivation",
+    "arctanActivation",
+    "expActivation",
+    "gaussianActivation",
+    "geluActivation",
     "hessQuikActivationFunction",
     "identityActivation",
     "quadraticActivation",
     "sigmoidActivation",
+    "siluActivation",
+    "sinActivation",
     "softplusActivation",
     "tanhActivation",
 ]
 
 Jet = tuple[Tensor, Tensor | None, Tensor | None]
+
+#: |x| beyond which exp(−x²/2) is 0 in both dtypes; x is held there so that x² exp(−x²/2) is 0 too, never ∞ · 0.
+_TAIL = 40.0
 
 
 class hessQuikActivationFunction(nn.Module):
@@ -135,6 +146,67 @@ class antiTanhActivation(hessQuikActivationFunction):
         return t, 1 - t * t if do_Hessian else None
 
 
+class arctanActivation(hessQuikActivationFunction):
+    """σ(x) = arctan x, σ' = 1 / (1 + x²), σ'' = −2xσ'²."""
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ from x."""
+        return torch.atan(x), (x,)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x; xσ' comes first, which does not underflow."""
+        (x,) = args
+        dsigma = 1 / (1 + x * x)
+        return dsigma, -2 * (x * dsigma) * dsigma if do_Hessian else None
+
+
+class expActivation(hessQuikActivationFunction):
+    """σ(x) = σ' = σ'' = exp x, which is ∞ beyond 88 in float32 and beyond 709 in float64."""
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ, which is its own derivative."""
+        sigma = torch.exp(x)
+        return sigma, (sigma,)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ twice."""
+        return args[0], args[0] if do_Hessian else None
+
+
+class gaussianActivation(hessQuikActivationFunction):
+    """σ(x) = exp(−x²), σ' = −2xσ, σ'' = (4x² − 2)σ."""
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ from x, held where σ is not yet surely 0."""
+        held = x.clamp(-_TAIL, _TAIL)
+        sigma = torch.exp(-held * held)
+        return sigma, (held, sigma)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x and σ."""
+        x, sigma = args
+        return -2 * x * sigma, (4 * x * x - 2) * sigma if do_Hessian else None
+
+
+class geluActivation(hessQuikActivationFunction):
+    """Gaussian error linear unit: σ(x) = xΦ(x), σ' = Φ + xφ, σ'' = (2 − x²)φ.
+
+    Φ is the distribution function of the standard normal distribution and φ(x) = exp(−x²/2) / √(2π) its density.
+    Source: Hendrycks & Gimpel 2016 (arXiv:1606.08415), the exact form.
+    """
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ by Φ, which torch has precise in both tails."""
+        probability = torch.special.ndtr(x)
+        return x * probability, (x, probability)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from Φ and x, held where φ is not yet surely 0."""
+        x, probability = args[0].clamp(-_TAIL, _TAIL), args[1]
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return probability + x * density, (2 - x * x) * density if do_Hessian else None
+
+
 class identityActivation(hessQuikActivationFunction):
     """σ(x) = x, σ' = 1, σ'' = 0."""
 
@@ -157,7 +229,7 @@ class quadraticActivation(hessQuikActivationFunction):
         return 0.5 * x * x, (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """X and ones."""
+        """The point x itself, and ones."""
         return args[0], torch.ones_like(args[0]) if do_Hessian else None
 
 
@@ -174,6 +246,38 @@ class sigmoidActivation(hessQuikActivationFunction):
         (sigma,) = args
         dsigma = sigma * (1 - sigma)
         return dsigma, dsigma * (1 - 2 * sigma) if do_Hessian else None
+
+
+class siluActivation(hessQuikActivationFunction):
+    """Sigmoid linear unit, also called swish: σ(x) = xs with s = 1 / (1 + exp(−x)).
+
+    With c = 1 − s: σ' = s(1 + xc), σ'' = sc(2 + x(c − s)). Source: Elfwing, Uchibe & Doya 2017 (arXiv:1702.03118).
+    """
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ by s."""
+        s = torch.sigmoid(x)
+        return x * s, (x, s)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x and s; c is computed as s(−x), since x times a rounded 1 − s would be noise."""
+        x, s = args
+        c = torch.sigmoid(-x)
+        return s * (1 + x * c), s * c * (2 + x * (c - s)) if do_Hessian else None
+
+
+class sinActivation(hessQuikActivationFunction):
+    """σ(x) = sin x, σ' = cos x, σ'' = −sin x."""
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ, which is −σ'' too."""
+        sigma = torch.sin(x)
+        return sigma, (x, sigma)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' from x and σ'' from σ."""
+        x, sigma = args
+        return torch.cos(x), -sigma if do_Hessian else None
 
 
 class softplusActivation(hessQuikActivationFunction):
@@ -228,9 +332,15 @@ ACTIVATIONS: dict[str, type[hessQuikActivationFunction]] = {
     kind.__name__: kind
     for kind in (
         antiTanhActivation,
+        arctanActivation,
+        expActivation,
+        gaussianActivation,
+        geluActivation,
         identityActivation,
         quadraticActivation,
         sigmoidActivation,
+        siluActivation,
+        sinActivation,
         softplusActivation,
         tanhActivation,
     )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hessquik.errors import ShapeError
-from hessquik.layers.form import Form, Linearization, Parts, congruence
+from hessquik.layers.form import Form, Linearization, Parts, congruence, join
 
 __all__ = ["DIRECTIONAL", "QUANTITIES", "Derivatives", "evaluate", "linearize"]
 
@@ -92,8 +92,7 @@ def pull(
     for layer, at_hidden in zip(reversed(chain), reversed(extra), strict=True):
         at_sigma, adjoints = layer.pull(adjoints, at_hidden)
         gs.append(at_sigma)
-    (gx,) = adjoints
-    return gs[::-1], gx
+    return gs[::-1], join(adjoints)
 
 
 def evaluate(

@@ -115,8 +115,19 @@ def serialize(network: NN, **metadata: Any) -> bytes:
     _check_metadata(metadata, network)
     for key, value in metadata.items():
         header[key] = value if key == "description" else json.dumps(value, allow_nan=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    return safetensors.torch.save(tensors, header)
+    # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    return _with_sorted_metadata(safetensors.torch.save(tensors, header))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same file with its metadata in alphabetical order: safetensors writes them in a random one."""
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + header_bytes])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + data[8 + header_bytes :]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> NN:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hessquik.errors import OrderError, ShapeError
 from hessquik.layers.form import Form, Linearization, congruence, join
 
-__all__ = ["hessQuikLayer", "uniform_"]
+__all__ = ["Triple", "check_directions", "hessQuikLayer", "pull_back", "uniform_"]
 
 Triple = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -81,7 +81,7 @@ class hessQuikLayer(nn.Module):
             y (n, q), gradient (n, d, q) or ``None``, Hessian (n, d, d, q) or Laplacian (n, 1, q) or ``None``.
 
         Raises:
-            ShapeError: the last axis of ``u`` is not :meth:`dim_input` wide.
+            ShapeError: the last axis of ``u`` is not :meth:`dim_input` wide, or ``v`` does not fit.
         """
         if u.shape[-1] != self.dim_input():
             raise ShapeError(f"{type(self).__name__} expects {self.dim_input()} features, got {u.shape[-1]}")
@@ -96,10 +96,11 @@ class hessQuikLayer(nn.Module):
         if forward_mode is None or order == 0:
             return y, None, None
         if not forward_mode:
-            gradient, hessian = _pull_back(here, do_Hessian, None, None, v)
+            gradient, hessian = pull_back(here, do_Hessian, None, None, v)
             return y, gradient if do_gradient else None, hessian
 
         tangents = _unit(u, self.dim_input()) if dudx is None else dudx
+        check_directions(v, n, width=tangents.shape[1], axis=-1)
         dz, dy = here.push((tangents if v is None else v @ tangents,))
         carried = _per_sample(join(dy), n) if do_gradient else None
         if do_Hessian:
@@ -137,13 +138,14 @@ class hessQuikLayer(nn.Module):
 
         Raises:
             OrderError: there was no such forward call.
+            ShapeError: ``v`` does not fit.
         """
         here = self.__dict__.pop("_here", None)
         if here is None:
             raise OrderError(
                 f"{type(self).__name__}.backward() expects a forward(u, forward_mode=None) before it; there was none"
             )
-        return _pull_back(here, do_Hessian, dgdf, d2gd2f, v)
+        return pull_back(here, do_Hessian, dgdf, d2gd2f, v)
 
     def extra_repr(self) -> str:
         """Show the constructor arguments that are plain numbers."""
@@ -157,13 +159,26 @@ def _second(here: Linearization, products: Tensor, d2u: Tensor | None) -> Tensor
     return bent if d2u is None else bent + join(here.push((d2u,))[1])
 
 
-def _pull_back(
+def check_directions(v: Tensor | None, n: int, width: int, axis: int) -> None:
+    """Refuse directions (k, width) or weights (width, k), alone or one set per sample, that do not fit.
+
+    Raises:
+        ShapeError: ``v`` has another shape.
+    """
+    if v is None or (v.ndim in {2, 3} and v.shape[axis] == width and (v.ndim == 2 or v.shape[0] == n)):
+        return
+    one = f"k, {width}" if axis == -1 else f"{width}, k"
+    raise ShapeError(f"expected v of shape ({one}) or ({n}, {one}), got {tuple(v.shape)}")
+
+
+def pull_back(
     here: Linearization, do_Hessian: bool, dgdf: Tensor | None, d2gd2f: Tensor | None, v: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient and Hessian that :meth:`hessQuikLayer.backward` describes."""
     y = join(here.value)
     n = y.shape[0]
     gy = _unit(y, y.shape[-1]) if dgdf is None else dgdf.mT
+    check_directions(v, n, width=gy.shape[1], axis=-2)
     gy = gy if v is None else v.mT @ gy
     gs, gu = here.pull((gy,))
     gradient = _per_sample(join(gu), n).mT

@@ -73,14 +73,16 @@ class NNPytorchHessian(nn.Module):
         f = self.net(x)[0]
         if not (do_gradient or do_Hessian):
             return f, None, None
+        if not x.shape[0]:  # torch refuses to differentiate nothing
+            return NNPytorchAD(self.net).forward(x, do_gradient, do_Hessian)
         samples, outputs = torch.arange(x.shape[0]), range(f.shape[1])
 
         def total(points: Tensor, output: int) -> Tensor:
-            return self.net(points)[0][:, output].sum()
+            column: Tensor = self.net(points)[0][:, output]
+            return column.sum()
 
-        gradient = torch.stack(
-            [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs], dim=-1
-        )
+        columns = [torch.autograd.functional.jacobian(lambda p, j=j: total(p, j), x) for j in outputs]
+        gradient = torch.stack(columns, dim=-1)
         hessian = None
         if do_Hessian:
             full = [torch.autograd.functional.hessian(lambda p, j=j: total(p, j), x) for j in outputs]

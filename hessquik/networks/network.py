@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hessquik import calculus
-from hessquik.errors import CompositionError, ShapeError
+from hessquik.errors import CompositionError, OrderError, ShapeError
 from hessquik.layers import hessQuikLayer
-from hessquik.layers.base import Triple
-from hessquik.layers.form import Form
+from hessquik.layers.base import Triple, pull_back
+from hessquik.layers.form import Form, Linearization
 
 __all__ = ["NN"]
 
@@ -28,7 +28,7 @@ class NN(nn.Sequential):
         args: Layers and networks, each as wide at its input as the one before it is at its output.
 
     Raises:
-        CompositionError: two neighbours do not fit.
+        CompositionError: two neighbours do not fit, or there is no layer.
 
     Example:
         >>> import torch
@@ -50,6 +50,8 @@ class NN(nn.Sequential):
     def __init__(self, *args: nn.Module) -> None:
         """Check that the layers fit and keep them."""
         super().__init__(*args)
+        if not args:
+            raise CompositionError("a network expects at least one layer, got none")
         for block, module in enumerate(args):
             if not isinstance(module, hessQuikLayer | NN):
                 raise CompositionError(f"block {block}: expected a layer or a network, got {type(module).__name__}")
@@ -62,11 +64,15 @@ class NN(nn.Sequential):
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, hessQuikLayer]]:
         """All layers in order, those of nested networks too, with their places (``1.0``)."""
-        for name, module in self.named_children():
+        for name, module in self._modules.items():  # named_children() leaves out a layer's second place
             if isinstance(module, NN):
                 yield from module.named_layers(f"{prefix}{name}.")
             else:
                 yield prefix + name, cast(hessQuikLayer, module)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """One of the layers and networks, or the network that a slice of them is."""
+        return NN(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def layers(self) -> list[hessQuikLayer]:
         """All layers in order, those of nested networks too."""
@@ -118,41 +124,41 @@ class NN(nn.Sequential):
             do_Hessian: Whether the Hessian is wanted.
             do_Laplacian: Whether the Laplacian is wanted; it comes in the Hessian's place, and only if the
                 Hessian is not wanted too.
-            dudx: Forward: gradient of x (n, d', d) with respect to variables before it.
-            d2ud2x: Forward: Hessian of x (n, d', d', d), or its Laplacian (n, 1, d).
-            v: Forward: directions (k, d). Backward: weights (m, k).
+            dudx: Gradient of x (n, d', d) with respect to variables before it; forward mode only.
+            d2ud2x: Hessian of x (n, d', d', d), or its Laplacian (n, 1, d); forward mode only.
+            v: Forward: directions (k, d) or (n, k, d). Backward: weights (m, k) or (n, m, k). Because it decides
+                what v means, the mode is forward exactly if d < m when only ``v`` is given.
             kwargs: ``forward_mode``, see :meth:`setup_forward_mode`.
 
         Returns:
-            f (n, m), gradient (n, d, m) or ``None``, Hessian (n, d, d, m) or Laplacian (n, 1, m) or ``None``.
+            f (n, m), gradient (n, d, m) or ``None``, Hessian (n, d, d, m) or Laplacian (n, 1, m) or ``None``; with
+            ``v`` gradient (n, k, m) and Hessian (n, k, k, m) forward, (n, d, k) and (n, d, d, k) backward.
 
         Raises:
-            ShapeError: ``x`` is not (n, d), or its dtype is not the weights'.
+            ShapeError: ``x`` is not (n, d), its dtype is not the weights', or another argument does not fit.
         """
         self._check(x)
-        if "forward_mode" not in kwargs and v is None and dudx is None and d2ud2x is None:
-            return self._sum_over_hidden_units(x, do_gradient, do_Hessian, do_Laplacian)
+        before = dudx is not None or d2ud2x is not None
+        if "forward_mode" not in kwargs:
+            if v is None and not before:
+                return self._sum_over_hidden_units(x, do_gradient, do_Hessian, do_Laplacian)
+            kwargs["forward_mode"] = before or self.dim_input() < self.dim_output()
         forward_mode = self.setup_forward_mode(**kwargs)
         if do_Laplacian and not do_Hessian:
             forward_mode = True
-        for place, layer in enumerate(self.layers()):
-            x, dudx, d2ud2x = layer(
-                x,
-                do_gradient=do_gradient or do_Hessian or do_Laplacian,
-                do_Hessian=do_Hessian,
-                do_Laplacian=do_Laplacian,
-                forward_mode=True if forward_mode else None,
-                dudx=dudx,
-                d2ud2x=d2ud2x,
-                v=v if place == 0 and forward_mode else None,
-            )
-        m = self.dim_output()
-        if forward_mode is False and (do_gradient or do_Hessian):
-            dudx, d2ud2x = self.backward(do_Hessian=do_Hessian, v=v)
-        elif forward_mode:
-            dudx = None if dudx is None else dudx[..., :m]
-            d2ud2x = None if d2ud2x is None else d2ud2x[..., :m]
-        return x[..., :m], dudx if do_gradient else None, d2ud2x
+        if forward_mode:
+            return self._carry_forward(x, do_gradient, do_Hessian, do_Laplacian, dudx, d2ud2x, v)
+        if before:
+            raise ShapeError(f"dudx and d2ud2x expect forward_mode=True, got forward_mode={forward_mode}")
+        order = 2 if do_Hessian or forward_mode is None else int(do_gradient)
+        chain = calculus.linearize(self.forms(), (x,), order)
+        y = chain[-1].value[0]
+        if forward_mode is None:
+            self._chain = chain
+        if forward_mode is None or order == 0:
+            return y, None, None
+        gradient, hessian = _carry_back(chain, do_Hessian, None, None, v)
+        return y, gradient if do_gradient else None, hessian
 
     def backward(
         self,
@@ -174,19 +180,43 @@ class NN(nn.Sequential):
 
         Raises:
             OrderError: there was no such forward call.
+            ShapeError: ``v`` does not fit.
         """
-        *_, last = layers = self.layers()
-        carried = last.dim_output() - self.dim_output()
-        if carried:
-            weight = next(last.parameters())
-            keep = torch.eye(last.dim_output(), self.dim_output(), dtype=weight.dtype, device=weight.device)
-            dgdf = keep.unsqueeze(0) if dgdf is None else keep @ dgdf
-            d2gd2f = None if d2gd2f is None else nn.functional.pad(d2gd2f, (0, 0, 0, carried, 0, carried))
-        for layer in reversed(layers):
-            dgdf, d2gd2f = layer.backward(do_Hessian=do_Hessian, dgdf=dgdf, d2gd2f=d2gd2f, v=v)
+        chain = self.__dict__.pop("_chain", None)
+        if chain is None:
+            raise OrderError(
+                f"{type(self).__name__}.backward() expects a forward(x, forward_mode=None) before it; there was none"
+            )
+        return _carry_back(chain, do_Hessian, dgdf, d2gd2f, v)
+
+    def _carry_forward(
+        self,
+        x: Tensor,
+        do_gradient: bool,
+        do_Hessian: bool,
+        do_Laplacian: bool,
+        dudx: Tensor | None,
+        d2ud2x: Tensor | None,
+        v: Tensor | None,
+    ) -> Triple:
+        """The derivatives layer by layer from x to f."""
+        for layer in self.layers():
+            x, dudx, d2ud2x = layer(
+                x,
+                do_gradient=do_gradient or do_Hessian or do_Laplacian,
+                do_Hessian=do_Hessian,
+                do_Laplacian=do_Laplacian,
+                dudx=dudx,
+                d2ud2x=d2ud2x,
+                v=v,
+            )
             v = None
-        assert dgdf is not None
-        return dgdf, d2gd2f
+        own = slice(self.dim_output())
+        return (
+            x[..., own],
+            dudx[..., own] if do_gradient and dudx is not None else None,
+            None if d2ud2x is None else d2ud2x[..., own],
+        )
 
     def _sum_over_hidden_units(self, x: Tensor, do_gradient: bool, do_Hessian: bool, do_Laplacian: bool) -> Triple:
         """The derivatives in one pass, see :mod:`hessquik.calculus`."""
@@ -204,3 +234,24 @@ class NN(nn.Sequential):
         dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != dtype:
             raise ShapeError(f"expected points of {dtype}, as the weights are, got {x.dtype}")
+
+
+def _carry_back(
+    chain: Sequence[Linearization],
+    do_Hessian: bool,
+    dgdf: Tensor | None,
+    d2gd2f: Tensor | None,
+    v: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient and Hessian that :meth:`NN.backward` describes."""
+    y, *carried = chain[-1].value
+    if carried:
+        rest, m = sum(part.shape[-1] for part in carried), y.shape[-1]
+        keep = torch.eye(m + rest, m, dtype=y.dtype, device=y.device).unsqueeze(0)
+        dgdf = keep if dgdf is None else keep @ dgdf
+        d2gd2f = None if d2gd2f is None else nn.functional.pad(d2gd2f, (0, 0, 0, rest, 0, rest))
+    for layer in reversed(chain):
+        dgdf, d2gd2f = pull_back(layer, do_Hessian, dgdf, d2gd2f, v)
+        v = None
+    assert dgdf is not None
+    return dgdf, d2gd2f

@@ -1,0 +1,103 @@
+"""The application: the only place that wires parts together."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import Route
+
+from service.core import Core
+from service.devices import resolve_devices
+from service.door import Door, Receive, Scope, Send
+from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.routes.derivatives import Derivatives
+from service.routes.health import Live, MetricsText, Ready
+from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
+from service.settings import Settings
+
+__all__ = ["Application", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+
+class Application(FastAPI):
+    """The ASGI application: the door, behind it a short way to the derivatives and FastAPI for all else.
+
+    Most requests ask for derivatives, and FastAPI's way to a route costs more than computing a small network; so
+    their path is taken apart here.
+    """
+
+    def __init__(self, core: Core, settings: Settings, **options: Any) -> None:
+        """Keep the service where routes find it."""
+        super().__init__(**options)
+        self.state.core = core
+        self._derivatives = Derivatives(core)
+        self._door = Door(self._route, settings, core.metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Through the door."""
+        await self._door(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            _, *parts = scope["path"].split("/")
+            if len(parts) == 4 and parts[:2] == ["v1", "models"] and parts[3] in Derivatives.ACTIONS:
+                await self._derivatives(parts[2], parts[3], scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings | None = None) -> Application:
+    """Make the service; its workers start with the application's lifespan and end with it.
+
+    Args:
+        settings: From the environment if not given.
+
+    Raises:
+        StartUpError: a device is asked for that is not there.
+    """
+    settings = settings or Settings()
+    core = Core(settings, resolve_devices(settings.device, settings.workers))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await core.start()
+        # What lives now lives on: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        try:
+            yield
+        finally:
+            await core.stop()
+
+    app = Application(core, settings, title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_exception_handler(HTTPException, _translate)
+    app.router.routes[:0] = [
+        Route("/v1/models", ListModels(core), methods=["GET"]),
+        Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
+        Route("/v1/models/{model}/load", LoadModel(core), methods=["POST"]),
+        Route("/v1/models/{model}/unload", UnloadModel(core), methods=["POST"]),
+        Route("/livez", Live(), methods=["GET"]),
+        Route("/readyz", Ready(core), methods=["GET"]),
+        Route("/metrics", MetricsText(core), methods=["GET"]),
+    ]
+    return app
+
+
+def _translate(request: Request, error: Exception) -> NoReturn:
+    """The framework's own errors in our words."""
+    match getattr(error, "status_code", 500):
+        case 404:
+            raise NotFound("expected a path of this service, GET /openapi.json lists them")
+        case 405:
+            allowed = (getattr(error, "headers", None) or {}).get("Allow", "another method")
+            raise MethodNotAllowed(f"expected {allowed} here, got {request.method}")
+        case _:
+            raise InvalidInput("expected a request that fits the schema, GET /openapi.json has it")

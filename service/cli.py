@@ -1,0 +1,102 @@
+"""The ``hessquik`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("hessquik: expected the server's packages, found the client's; pip install 'hessquik-service[server]'")
+
+from pydantic import ValidationError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Derivatives of saved hessQuik networks over HTTP."
+)
+
+Folder = Annotated[Path | None, typer.Argument(help="Folder of the saved networks; models/ if not given.")]
+
+
+@app.command()
+def serve(
+    models: Folder = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
+) -> None:
+    """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""
+    from service.app import create_app
+    from service.errors import StartUpError
+    from service.logs import set_up_logging
+    from service.server import EXIT_START_UP
+    from service.server import serve as run
+    from service.settings import Settings
+
+    flags: dict[str, Any] = {"models": models, "host": host, "port": port, "device": device, "workers": workers}
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
+    set_up_logging(settings)
+    try:
+        application = create_app(settings)
+        status = run(application, settings)
+    except StartUpError as error:
+        _fail(str(error), EXIT_START_UP)
+    raise typer.Exit(status)
+
+
+@app.command()
+def models(folder: Folder = None) -> None:
+    """Show the saved networks in a folder."""
+    from hessquik import FormatError, storage
+    from service.pool import LoadError
+    from service.repository import find_files
+
+    root = folder or Path("models")
+    if not root.is_dir():
+        _fail(f"expected a folder, {root} is none", status=2)
+    table = Table("name", "version", "architecture", "d", "m", "dtype", "parameters")
+    refused = []
+    for file in find_files(root):
+        try:
+            saved = storage.parse(file.read())
+        except (FormatError, LoadError) as error:
+            refused.append(f"{file.path}: {error}")
+            continue
+        network = saved.network
+        parameters = list(network.parameters())
+        dtype = str(parameters[0].dtype).removeprefix("torch.")
+        count = sum(parameter.numel() for parameter in parameters)
+        sizes = (network.dim_input(), network.dim_output())
+        table.add_row(file.name, str(file.version), saved.architecture["type"], *map(str, sizes), dtype, str(count))
+    Console().print(table)
+    for line in refused:
+        Console(stderr=True).print(f"refused: {line}", highlight=False)
+    raise typer.Exit(1 if refused else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    """End with one line and an exit status."""
+    sys.stderr.write(f"hessquik: {message}\n")
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Run the command."""
+    logging.captureWarnings(True)
+    app()
+
+
+if __name__ == "__main__":
+    main()

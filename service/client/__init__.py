@@ -1,0 +1,63 @@
+"""A client of the service that needs numpy, httpx and safetensors only.
+
+with Client("http://127.0.0.1:8000") as client:
+    peaks = client.model("peaks")
+    out = peaks.evaluate(x, ["value", "gradient", "hessian"])
+"""
+
+from service.client.client import AsyncClient, AsyncModel, Client, Model
+from service.client.errors import (
+    BodyTooLarge,
+    ClientError,
+    ConnectionLost,
+    DeadlineExceeded,
+    EvaluationFailed,
+    Forbidden,
+    InternalError,
+    InvalidInput,
+    MalformedBody,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotAcceptable,
+    NotFound,
+    NotReady,
+    Overloaded,
+    ReplyTooLarge,
+    ServiceError,
+    Unauthorized,
+    UnexpectedReply,
+    UnsupportedMediaType,
+    VersionNotFound,
+    WorkerLost,
+)
+from service.client.messages import Answer
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "AsyncModel",
+    "BodyTooLarge",
+    "Client",
+    "ClientError",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "EvaluationFailed",
+    "Forbidden",
+    "InternalError",
+    "InvalidInput",
+    "MalformedBody",
+    "MethodNotAllowed",
+    "Model",
+    "ModelNotFound",
+    "NotAcceptable",
+    "NotFound",
+    "NotReady",
+    "Overloaded",
+    "ReplyTooLarge",
+    "ServiceError",
+    "Unauthorized",
+    "UnexpectedReply",
+    "UnsupportedMediaType",
+    "VersionNotFound",
+    "WorkerLost",
+]

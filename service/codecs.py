@@ -1,0 +1,329 @@
+"""Bodies ↔ arrays, checked at this one place: JSON and safetensors, in and out.
+
+Whatever comes is turned into a :class:`Question` that fits the model, or into an error that names the field, the row,
+what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import safetensors.numpy
+
+from service.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from service.quantities import DIRECTIONAL, QUANTITIES
+from service.wire import Array
+
+__all__ = [
+    "JSON",
+    "SAFETENSORS",
+    "Question",
+    "Shape",
+    "accepted_type",
+    "content_type",
+    "encode_json",
+    "encode_safetensors",
+    "parse_json",
+    "parse_safetensors",
+]
+
+JSON, SAFETENSORS = "application/json", "application/x-safetensors"
+DTYPES = ("float32", "float64")
+_FIELDS = ("inputs", "quantities", "weights", "directions", "dtype")
+_MAX_SAFETENSORS_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a question has to fit: the model's sizes and dtype, and the most rows."""
+
+    d: int
+    m: int
+    dtype: str
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A checked request.
+
+    Attributes:
+        inputs: (n, d).
+        is_single: Whether one point was posted flat, so that the reply has no n axis.
+        quantities: What is asked, in the order of :data:`QUANTITIES`.
+        dtype: What to compute in.
+        weights: (1 or n, m) or ``None``.
+        directions: (1 or n, k, d) or ``None``.
+    """
+
+    inputs: Array
+    is_single: bool
+    quantities: tuple[str, ...]
+    dtype: str
+    weights: Array | None
+    directions: Array | None
+
+
+def content_type(header: str) -> str:
+    """The media type of a body; JSON if none is named.
+
+    Raises:
+        UnsupportedMediaType: it is neither JSON nor safetensors.
+    """
+    media_type = header.partition(";")[0].strip().lower() or JSON
+    if media_type not in (JSON, SAFETENSORS):
+        raise UnsupportedMediaType(f"expected a body of {JSON} or {SAFETENSORS}")
+    return media_type
+
+
+def accepted_type(header: str) -> str:
+    """The media type to reply in: the one that the header likes best, JSON if it does not care.
+
+    Raises:
+        NotAcceptable: it wants neither JSON nor safetensors.
+    """
+    if header in ("", "*/*", JSON):
+        return JSON
+    liked: list[tuple[float, str]] = []
+    for item in header.lower().split(","):
+        media_range, *parameters = (part.strip() for part in item.split(";"))
+        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        try:
+            q = float(quality)
+        except ValueError:
+            continue
+        media_type = JSON if media_range in ("*/*", "application/*") else media_range
+        if media_type in (JSON, SAFETENSORS) and q > 0:
+            liked.append((q, media_type))
+    if not liked:
+        raise NotAcceptable(f"expected to be asked for {JSON} or {SAFETENSORS}")
+    return max(liked, key=lambda pair: pair[0])[1]
+
+
+def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Question:
+    """Read a JSON body.
+
+    Args:
+        body: The bytes.
+        fixed: The quantity that the path names; ``None`` if the body may name several.
+        shape: What it has to fit.
+
+    Raises:
+        MalformedBody: it is not a JSON object.
+        InvalidInput: it does not fit.
+    """
+    document = _load_json(body)
+    if not isinstance(document, dict):
+        raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
+    for name in document:
+        if name not in _FIELDS:
+            raise _invalid(name[:64], f"one of the fields {', '.join(_FIELDS)}", "another one")
+    # Only a body that has these words can have a boolean, which numpy would take for a number.
+    has_booleans = b"true" in body or b"false" in body
+    arrays = {}
+    for name in ("inputs", "weights", "directions"):
+        value = document.get(name)
+        if value is not None:
+            arrays[name] = _numbers(name, value, has_booleans)
+    return _question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
+
+
+def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
+    """Read a safetensors body, its quantities and dtype from the query.
+
+    Raises:
+        MalformedBody: it is not a safetensors file of the documented tensors.
+        InvalidInput: it does not fit.
+    """
+    if len(body) < 8 or struct.unpack("<Q", body[:8])[0] > min(_MAX_SAFETENSORS_HEADER_BYTES, len(body) - 8):
+        raise MalformedBody(
+            f"expected a safetensors body with a header of at most {_MAX_SAFETENSORS_HEADER_BYTES} bytes"
+        )
+    try:
+        arrays = safetensors.numpy.load(bytes(body))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        raise MalformedBody("expected a safetensors body, got one that does not parse") from None
+    for name, array in arrays.items():
+        if name not in ("inputs", "weights", "directions"):
+            raise _invalid(name[:64], "one of the tensors inputs, weights, directions", "another one")
+        if array.dtype.name not in DTYPES:
+            raise _invalid(name, "a tensor of F32 or F64", "another dtype")
+    listed = query.get("quantities")
+    return _question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
+
+
+def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
+    """The reply as JSON: every number's shortest form that reads back as the same double, non-finite ones null."""
+    document: dict[str, Any] = {"model": model, "version": version}
+    for name, array in answers.items():
+        part = array[0] if is_single else array
+        document[name] = np.ascontiguousarray(part, dtype=np.float64)
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_safetensors(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
+    """The reply as safetensors, one tensor per quantity."""
+    parts = {name: np.ascontiguousarray(array[0] if is_single else array) for name, array in answers.items()}
+    return safetensors.numpy.save(parts, {"model": model, "version": version})
+
+
+def _load_json(body: bytes | bytearray) -> Any:
+    """Parse JSON. What the fast parser refuses is read again: NaN and 1e999 are then refused with their row."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(body.decode())
+    except (ValueError, RecursionError):
+        raise MalformedBody("expected a JSON object, got something that does not parse") from None
+
+
+def _question(arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape) -> Question:
+    """Check that everything fits the model."""
+    if dtype is None:
+        dtype = shape.dtype
+    elif dtype not in DTYPES:
+        raise _invalid("dtype", "float32 or float64", "something else")
+    asked = _quantities(quantities, fixed)
+    inputs = arrays.get("inputs")
+    if inputs is None:
+        raise _invalid("inputs", f"a list of points of {shape.d} numbers each", "none")
+    is_single = inputs.ndim == 1 and inputs.size > 0
+    if is_single:
+        inputs = inputs[None]
+    n = len(inputs)
+    if not 0 < n <= shape.max_rows:
+        raise _invalid("inputs", f"1 to {shape.max_rows} points", f"{n}")
+    if inputs.shape != (n, shape.d):
+        raise _invalid("inputs", f"points of {shape.d} numbers each", _describe(inputs), row=0)
+    weights, directions = arrays.get("weights"), arrays.get("directions")
+    if weights is not None:
+        if weights.shape not in ((shape.m,), (n, shape.m)):
+            raise _invalid("weights", f"shape ({shape.m}) or ({n}, {shape.m})", _describe(weights))
+        weights = _converted("weights", np.atleast_2d(weights), dtype)
+    if DIRECTIONAL.isdisjoint(asked):
+        directions = None
+    elif directions is None:
+        raise _invalid("directions", f"shape (k, {shape.d}) or ({n}, k, {shape.d})", "none")
+    else:
+        fits = directions.ndim in (2, 3) and directions.shape[-1] == shape.d and directions.shape[-2] > 0
+        if not fits or (directions.ndim == 3 and len(directions) != n):
+            raise _invalid("directions", f"shape (k, {shape.d}) or ({n}, k, {shape.d})", _describe(directions))
+        directions = _converted("directions", directions if directions.ndim == 3 else directions[None], dtype)
+    return Question(_converted("inputs", inputs, dtype), is_single, asked, dtype, weights, directions)
+
+
+def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
+    """What is asked, in canonical order."""
+    if fixed is not None:
+        if listed is not None:
+            raise _invalid("quantities", "none, the path names one", "some")
+        return (fixed,)
+    if listed is None:
+        return ("value",)
+    if (
+        not isinstance(listed, list)
+        or not listed
+        or not all(name in QUANTITIES for name in listed if isinstance(name, str))
+    ):
+        raise _invalid("quantities", f"a list out of {', '.join(QUANTITIES)}", "something else")
+    if not all(isinstance(name, str) for name in listed) or len(set(listed)) != len(listed):
+        raise _invalid("quantities", "a list of different names", "something else")
+    return tuple(name for name in QUANTITIES if name in listed)
+
+
+def _numbers(field: str, value: Any, has_booleans: bool) -> Array:
+    """A nested list of numbers as an array."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf" or array.ndim == 0 or has_booleans:
+        _find_fault(field, value)
+    if array.dtype.kind in "iuf":
+        return array
+    try:
+        return np.asarray(value, dtype=np.float64)  # whole numbers of more than 64 bits
+    except OverflowError:
+        raise _invalid(field, "finite numbers in float64", "one that is not") from None
+    except (ValueError, TypeError):
+        raise _invalid(field, "lists of numbers, all as long as each other", "something else") from None
+
+
+def _find_fault(field: str, value: Any) -> None:
+    """Refuse the first row that is not numbers, or not as long as the first."""
+    if not isinstance(value, list):
+        raise _invalid(field, "a list", _kind(value))
+    width: int | None = None
+    for row, entry in enumerate(value):
+        if isinstance(entry, list):
+            if width is None:
+                width = len(entry)
+            if len(entry) != width:
+                raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
+        elif width is not None:
+            raise _invalid(field, "a list of numbers, as in the rows before", _kind(entry), row=row)
+        bad = next((item for item in _leaves(entry) if not _is_number(item)), None)
+        if bad is not None:
+            raise _invalid(field, "numbers", _kind(bad[0]) if isinstance(bad, tuple) else _kind(bad), row=row)
+
+
+def _leaves(entry: Any) -> Any:
+    """What a nested list holds; ``None`` is wrapped, so that it can be told from nothing found."""
+    if isinstance(entry, list):
+        for item in entry:
+            yield from _leaves(item)
+    else:
+        yield (None,) if entry is None else entry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _converted(field: str, array: Array, dtype: str) -> Array:
+    """The array in the dtype to compute in, refused where that is not finite."""
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(array, dtype=dtype)
+    finite = np.isfinite(converted)
+    if not finite.all():
+        row = int(np.argwhere(~finite)[0][0])
+        raise _invalid(field, f"finite numbers in {dtype}", "one that is not", row=row)
+    return converted
+
+
+def _describe(array: Array) -> str:
+    return f"shape ({', '.join(map(str, array.shape))})"
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's kind, without the value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def _invalid(field: str, expected: str, got: str, row: int | None = None) -> InvalidInput:
+    """The error for a field that does not fit."""
+    where = field if row is None else f"{field}, row {row}"
+    extra: dict[str, Any] = {"field": field, "expected": expected, "got": got}
+    if row is not None:
+        extra["row"] = row
+    return InvalidInput(f"{where}: expected {expected}, got {got}", **extra)

@@ -1,0 +1,59 @@
+"""Which devices there are, without loading torch into the front."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from service.errors import StartUpError
+
+__all__ = ["resolve_devices"]
+
+_COUNT = "import torch; print(torch.cuda.device_count())"
+
+
+def resolve_devices(device: str, workers: int, count_gpus: int | None = None) -> list[str]:
+    """One device per worker: ``auto`` takes all GPUs, or the CPU if there is none.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or a list such as ``cuda:0,cuda:1``.
+        workers: Workers per device.
+        count_gpus: How many GPUs there are; found out if not given and needed.
+
+    Raises:
+        StartUpError: a device is asked for that is not there.
+
+    Example:
+        >>> resolve_devices("cpu", 2)
+        ['cpu', 'cpu']
+        >>> resolve_devices("cuda:1", 1, count_gpus=2)
+        ['cuda:1']
+    """
+    names = [name.strip() for name in device.split(",")]
+    if not all(re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) for name in names) or (
+        len(names) > 1 and {"auto", "cuda"} & set(names)
+    ):
+        raise StartUpError(f"expected auto, cpu, cuda, or a list such as cuda:0,cuda:1 as the device, got {device!r}")
+    if names == ["cpu"]:
+        return ["cpu"] * workers
+    gpus = _count_gpus() if count_gpus is None else count_gpus
+    if names == ["auto"]:
+        names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    elif names == ["cuda"]:
+        names = [f"cuda:{index}" for index in range(gpus)]
+        if not names:
+            raise StartUpError("expected a CUDA device, found none")
+    for name in names:
+        if name.startswith("cuda") and int(name.partition(":")[2]) >= gpus:
+            raise StartUpError(f"expected the device {name}, found {gpus} CUDA devices")
+    return [name for name in names for _ in range(workers)]
+
+
+def _count_gpus() -> int:
+    """Ask torch in a process of its own, if there is a driver at all."""
+    if not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidiactl").exists():
+        return 0
+    answer = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False, timeout=120)
+    return int(answer.stdout) if answer.returncode == 0 and answer.stdout.strip().isdigit() else 0

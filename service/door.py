@@ -1,0 +1,173 @@
+"""The door: what every HTTP request passes first. Request ids, keys, sizes, and the last word on errors."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from itertools import count
+from typing import Any
+
+from service.errors import (
+    BodyTooLarge,
+    ClientGone,
+    Forbidden,
+    MalformedBody,
+    ServiceError,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from service.metrics import Metrics
+from service.settings import Settings
+
+__all__ = ["Door", "header", "read_body", "send_error", "send_reply"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+#: The only paths that never need a key.
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: Made-up request ids: one part for the process, one for the request.
+_PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+#: What is counted when no reply was begun.
+NO_STATUS = 499
+_ADMIN_ACTIONS = ("/load", "/unload")
+
+
+class Door:
+    """Wraps the application.
+
+    Args:
+        app: What is behind the door.
+        settings: Keys.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
+        """Take the keys out of their wrappers once."""
+        self._app = app
+        self._metrics = metrics
+        self._admin_keys = [key.get_secret_value().encode() for key in settings.admin_keys]
+        self._keys = [key.get_secret_value().encode() for key in settings.api_keys] + self._admin_keys
+        self._needs_key = bool(settings.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or not, and count how it ends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id = _request_id(scope)
+        scope["hessquik.request_id"] = request_id
+        status = NO_STATUS
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            await self._app(scope, receive, send_with_id)
+        except ServiceError as error:
+            await send_error(scope, send_with_id, error)
+        except Exception:
+            logger.exception("request %s failed", request_id.decode())
+            if status != NO_STATUS:
+                raise
+            await send_error(
+                scope, send_with_id, ServiceError("something went wrong; the log has it under this request id")
+            )
+        finally:
+            self._metrics.answered(scope.get("hessquik.route", "unmatched"), status, time.perf_counter() - began)
+
+    def _check_key(self, scope: Scope) -> None:
+        """Decide on the path that will be routed: every path needs a key, but for a short list."""
+        path: str = scope["path"]
+        is_admin = scope["method"] == "POST" and path.endswith(_ADMIN_ACTIONS)
+        if path in OPEN_PATHS or not (self._needs_key or is_admin):
+            return
+        scheme, _, key = header(scope, b"authorization").partition(b" ")
+        given = key.strip() if scheme.lower() == b"bearer" else b""
+        if self._needs_key and not _is_among(given, self._keys):
+            raise Unauthorized("expected Authorization: Bearer and a valid key")
+        if is_admin and not _is_among(given, self._admin_keys):
+            raise Forbidden("expected an admin key")
+
+
+def _is_among(given: bytes, keys: list[bytes]) -> bool:
+    """Compare with every key, in a time that tells nothing of them."""
+    return any([hmac.compare_digest(given, key) for key in keys])
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The client's, if it is a decent one, or a new one."""
+    given = header(scope, b"x-request-id")
+    return given if _REQUEST_ID.fullmatch(given) else b"%s-%x" % (_PROCESS, next(_numbers))
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of a name, given in lower case; empty if there is none."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        UnsupportedMediaType: it is encoded.
+        BodyTooLarge: it is over the limit; what is known from its head is not read.
+        ClientGone: it broke off.
+    """
+    encoding = header(scope, b"content-encoding")
+    if encoding.lower() not in (b"", b"identity"):
+        raise UnsupportedMediaType("expected a body without Content-Encoding")
+    length = header(scope, b"content-length")
+    if length and not (length.isdigit() and len(length) < 19):
+        raise MalformedBody("expected a Content-Length in digits")
+    if length and int(length) > limit:
+        raise BodyTooLarge(f"expected a body of at most {limit} bytes, got {int(length)}")
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed its connection")
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(f"expected a body of at most {limit} bytes, got more")
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def send_reply(send: Send, status: int, media_type: bytes, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    """Send a reply in one piece."""
+    start = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(scope: Scope, send: Send, error: ServiceError) -> None:
+    """Send an error as problem details; large bodies that were not read are not waited for."""
+    request_id = scope["hessquik.request_id"].decode()
+    headers = error.headers()
+    if isinstance(error, BodyTooLarge | UnsupportedMediaType):
+        headers.append((b"connection", b"close"))
+    if error.status >= 500 and error.retry_after_s is None:
+        logger.error("%s %s: %s", request_id, error.code, error.detail)
+    await send_reply(send, error.status, b"application/problem+json", error.problem(request_id), *headers)

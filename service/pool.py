@@ -1,0 +1,367 @@
+"""Supervises the worker processes: one per device slot, started, fed, watched, replaced.
+
+    starting ──ready, models loaded──▶ ready ◀──batch answered── busy
+        │                                │  ──────batch sent──▶   │
+        └──────────── dead ◀─────────────┴────────────────────────┘      then, after a pause, a new one
+
+A worker that dies, answers nonsense or takes longer than a batch may take is killed and replaced. The pool knows
+frames and models' bytes; what is in a batch belongs to its owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+from service import wire
+from service.errors import StartUpError
+
+__all__ = ["LoadError", "Owner", "Pool", "State", "Worker"]
+
+logger = logging.getLogger(__name__)
+
+#: The module that worker processes run.
+WORKER_MODULE = "service.worker"
+#: How often workers are looked at.
+TICK_S = 0.25
+#: A worker that answered within this time is known to be well.
+FRESH_S = 2.0
+#: How often an idle worker is asked to compute something.
+PROBE_S = 0.5
+#: Pause before the first restart after an answer; it doubles with each death in a row.
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 5.0
+#: Deaths in a row, without one answer in between, after which workers cannot be kept alive.
+MAX_DEATHS_IN_A_ROW = 8
+#: Deaths of workers while they load a model, after which that model is given up.
+MAX_LOAD_STRIKES = 2
+
+
+class State(StrEnum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    DEAD = "dead"
+
+
+class LoadError(Exception):
+    """A worker refused a model; the message says why."""
+
+
+class Worker:
+    """One worker process and the front's end of the socket pair to it.
+
+    Args:
+        pool: Whose it is.
+        device: What it computes on.
+    """
+
+    def __init__(self, pool: Pool, device: str) -> None:
+        """Describe a worker that is not started yet."""
+        self.pool = pool
+        self.device = device
+        self.state = State.STARTING
+        self.work: Any = None
+        self.since = pool.now()
+        self.last_answer = float("-inf")
+        self.loading: list[int] = []
+        self._greeted = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._protocol: wire.FrameProtocol | None = None
+
+    async def start(self) -> None:
+        """Start the process; the worker becomes ready when it has loaded the pool's models."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        command = [sys.executable, "-m", WORKER_MODULE, str(theirs.fileno()), self.device, str(self.pool.threads)]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
+            )
+        loop = asyncio.get_running_loop()
+        _, self._protocol = await loop.create_connection(
+            lambda: wire.FrameProtocol(self._on_frame, self._on_lost), sock=ours
+        )
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number."""
+        return None if self._process is None else self._process.pid
+
+    def run(self, work: Any, head: Mapping[str, Any], arrays: Mapping[str, wire.Array]) -> None:
+        """Send a batch to a ready worker, on behalf of ``work``."""
+        assert self.state is State.READY, f"expected a ready worker, got a {self.state} one"
+        self.state, self.work, self.since = State.BUSY, work, self.pool.now()
+        self.write(head, arrays)
+
+    def write(self, head: Mapping[str, Any], arrays: Mapping[str, wire.Array]) -> None:
+        """Send a frame."""
+        if self._protocol is not None and self.state is not State.DEAD:
+            self._protocol.write(head, arrays)
+
+    def load(self, model: int, data: bytes) -> None:
+        """Send a model's file."""
+        self.loading.append(model)
+        self.write({"op": "load", "model": model}, {"file": np.frombuffer(data, np.uint8)})
+
+    def kill(self, why: str) -> None:
+        """End the process at once."""
+        if self._process is not None and self._process.poll() is None:
+            logger.warning("worker %s on %s is killed: %s", self.pid, self.device, why)
+            self._process.kill()
+        if self._protocol is not None:
+            self._protocol.transport.abort()
+
+    def close(self) -> None:
+        """Let the process end by closing our end."""
+        self.state = State.DEAD
+        if self._protocol is not None:
+            self._protocol.transport.close()
+
+    def reap(self, timeout_s: float) -> int | None:
+        """Wait for the process to end, kill it if it does not, and return its exit status."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _on_frame(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+        self.last_answer = self.pool.now()
+        match head["op"]:
+            case "ready":
+                self._greeted = True
+                self.pool.on_greeting(self)
+            case "loaded":
+                self.loading.remove(head["model"])
+                self.pool.on_loaded(head.pop("model"), head)
+            case "done":
+                work, self.work = self.work, None
+                self.state, self.since = State.READY, self.last_answer
+                self.pool.on_done(self, work, head, arrays)
+        if self.state is State.STARTING and self._greeted and not self.loading:
+            self.state, self.since = State.READY, self.last_answer
+            self.pool.on_ready(self)
+
+    def _on_lost(self) -> None:
+        if self.state is not State.DEAD:
+            self.state = State.DEAD
+            self.kill("it closed its end")
+            self.pool.on_lost(self)
+
+
+class Owner(Protocol):
+    """Who gives work to a pool and gets its answers."""
+
+    def on_idle(self) -> None:
+        """A worker can take a batch."""
+
+    def on_answer(self, work: Any, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+        """A worker answered."""
+
+    def on_lost_work(self, work: Any) -> None:
+        """A worker died over this work."""
+
+    def on_given_up(self) -> None:
+        """Workers cannot be kept alive."""
+
+
+class Pool:
+    """The workers of one service.
+
+    Args:
+        owner: Who gives work and gets answers.
+        devices: One per worker.
+        threads: Threads that a CPU worker computes with.
+        start_timeout_s: Time for a worker to start.
+        batch_timeout_s: Time for a batch.
+    """
+
+    def __init__(
+        self, owner: Owner, devices: list[str], threads: int, start_timeout_s: float, batch_timeout_s: float
+    ) -> None:
+        """Describe a pool that is not started yet."""
+        self.threads = threads
+        self.start_timeout_s = start_timeout_s
+        self.batch_timeout_s = batch_timeout_s
+        self.restarts = 0
+        self.workers: list[Worker] = []
+        self._devices = devices
+        self._owner = owner
+        self._models: dict[int, bytes] = {}
+        self._strikes: dict[int, int] = {}
+        self._loads: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._deaths_in_a_row = 0
+        self._is_closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started: asyncio.Future[None] | None = None
+
+    @staticmethod
+    def now() -> float:
+        """The event loop's clock."""
+        return asyncio.get_running_loop().time()
+
+    async def start(self) -> None:
+        """Start a worker per device and wait until the first is ready.
+
+        Raises:
+            StartUpError: none became ready in time.
+        """
+        self._started = asyncio.get_running_loop().create_future()
+        self.workers = [Worker(self, device) for device in self._devices]
+        await asyncio.gather(*(worker.start() for worker in self.workers))
+        self._spawn(self._watch())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._started), self.start_timeout_s)
+        except TimeoutError:
+            raise StartUpError(f"no worker was ready within {self.start_timeout_s:g} s") from None
+
+    async def close(self) -> None:
+        """End all workers."""
+        self._is_closing = True
+        for task in self._tasks:
+            task.cancel()
+        for worker in self.workers:
+            worker.close()
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(None, worker.reap, 2.0) for worker in self.workers))
+
+    def idle_worker(self) -> Worker | None:
+        """A worker that can take a batch: the one that waits longest."""
+        ready = [worker for worker in self.workers if worker.state is State.READY]
+        return min(ready, key=lambda worker: worker.since, default=None)
+
+    def is_fresh(self) -> bool:
+        """Whether a worker answered lately."""
+        return self.now() - max((worker.last_answer for worker in self.workers), default=float("-inf")) <= FRESH_S
+
+    def states(self) -> dict[State, int]:
+        """How many workers are in each state."""
+        counted = dict.fromkeys(State, 0)
+        for worker in self.workers:
+            counted[worker.state] += 1
+        return counted
+
+    async def load(self, model: int, data: bytes) -> dict[str, Any]:
+        """Have every worker load a model's file; return what the first to do so says of it.
+
+        Raises:
+            LoadError: it was refused.
+        """
+        self._models[model] = data
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._loads[model] = future
+        for worker in self.workers:
+            if worker.state is not State.DEAD:
+                worker.load(model, data)
+        return await future
+
+    def unload(self, model: int) -> None:
+        """Have every worker forget a model, after the batches that it was already sent."""
+        self._models.pop(model, None)
+        self._strikes.pop(model, None)
+        for worker in self.workers:
+            worker.write({"op": "unload", "model": model}, {})
+
+    def on_greeting(self, worker: Worker) -> None:
+        """A worker is up: it is sent the models that are not on their way to it already."""
+        for model, data in self._models.items():
+            if model not in worker.loading:
+                worker.load(model, data)
+
+    def on_ready(self, worker: Worker) -> None:
+        """A worker has loaded everything."""
+        logger.info("worker %s on %s is ready", worker.pid, worker.device)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+        self._owner.on_idle()
+
+    def on_loaded(self, model: int, facts: dict[str, Any]) -> None:
+        """A worker has loaded or refused a model."""
+        if "error" in facts:
+            self._give_up(model, str(facts["error"]))
+        else:
+            future = self._loads.pop(model, None)
+            if future is not None and not future.done():
+                future.set_result(facts)
+
+    def on_done(self, worker: Worker, work: Any, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+        """A worker answered."""
+        self._deaths_in_a_row = 0
+        if work is not None:
+            self._owner.on_answer(work, head, arrays)
+        self._owner.on_idle()
+
+    def on_lost(self, worker: Worker) -> None:
+        """A worker died: its work is handed back and it is replaced."""
+        if self._is_closing:
+            return
+        self._deaths_in_a_row += 1
+        self.restarts += 1
+        if worker.loading:
+            model = worker.loading[0]
+            self._strikes[model] = self._strikes.get(model, 0) + 1
+            if self._strikes[model] >= MAX_LOAD_STRIKES:
+                self._give_up(model, "expected a network that can be loaded, got one that ends its worker")
+        self._spawn(self._replace(worker))
+        if worker.work is not None:
+            self._owner.on_lost_work(worker.work)
+        if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+            self._owner.on_given_up()
+
+    def _give_up(self, model: int, why: str) -> None:
+        self._models.pop(model, None)
+        future = self._loads.pop(model, None)
+        if future is not None and not future.done():
+            future.set_exception(LoadError(why))
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _replace(self, worker: Worker) -> None:
+        loop = asyncio.get_running_loop()
+        status = await loop.run_in_executor(None, worker.reap, 2.0)
+        pause_s = min(FIRST_PAUSE_S * 2 ** (self._deaths_in_a_row - 1), LONGEST_PAUSE_S)
+        logger.error(
+            "worker %s on %s ended with status %s; a new one in %g s", worker.pid, worker.device, status, pause_s
+        )
+        await asyncio.sleep(pause_s)
+        successor = Worker(self, worker.device)
+        self.workers[self.workers.index(worker)] = successor
+        await successor.start()
+
+    async def _watch(self) -> None:
+        """Kill what hangs and ask what is idle, for ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self.now()
+            for worker in self.workers:
+                waited_s = now - worker.since
+                if worker.state is State.BUSY and waited_s > self.batch_timeout_s:
+                    worker.kill(f"its batch took more than {self.batch_timeout_s:g} s")
+                elif worker.state is State.STARTING and waited_s > self.start_timeout_s:
+                    worker.kill(f"it was not ready within {self.start_timeout_s:g} s")
+                elif worker.state is State.READY and now - worker.last_answer > PROBE_S:
+                    worker.run(None, {"op": "ping"}, {})
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: ours, with the place that this package was imported from."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    return {**os.environ, "PYTHONPATH": path}

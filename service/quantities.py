@@ -1,0 +1,28 @@
+"""The words for what can be asked, and their sizes: shared by the service and its client, and free of packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["DIRECTIONAL", "QUANTITIES", "floats_per_row"]
+
+#: Everything that can be asked for, in the order of replies.
+QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")
+#: What needs directions.
+DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})
+
+
+def floats_per_row(quantities: Sequence[str], d: int, m: int, k: int, is_weighted: bool) -> int:
+    """How many numbers a reply has per point."""
+    outputs = 1 if is_weighted else m
+    sizes = {
+        "value": 1,
+        "gradient": d,
+        "hessian": d * d,
+        "laplacian": 1,
+        "hessian_diagonal": d,
+        "jvp": k,
+        "hvp": k * d,
+        "curvature": k,
+    }
+    return outputs * sum(sizes[quantity] for quantity in quantities)

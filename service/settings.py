@@ -1,0 +1,59 @@
+"""Everything an operator can set: flags, or environment variables named ``HESSQUIK_…``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+__all__ = ["Settings"]
+
+Keys = Annotated[tuple[SecretStr, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """The service's settings; each is also the environment variable ``HESSQUIK_`` + its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="HESSQUIK_", frozen=True, extra="forbid")
+
+    models: Path = Field(Path("models"), description="Folder of the saved networks.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field("auto", description="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
+    workers: int = Field(1, ge=1, le=64, description="Worker processes per device.")
+    threads: int = Field(1, ge=1, le=256, description="Threads that a CPU worker computes with.")
+    watch_s: float = Field(0.0, ge=0, description="How often the folder is looked at for changes; 0 is never.")
+
+    api_keys: Keys = Field((), description="Keys, separated by commas, that may use the service; none: anybody.")
+    admin_keys: Keys = Field((), description="Keys that may also load and unload models; none: nobody.")
+
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body.")
+    max_reply_bytes: int = Field(256 << 20, ge=1024, description="Largest reply, counted as binary.")
+    max_rows: int = Field(1 << 16, ge=1, description="Most points in one request.")
+    max_header_bytes: int = Field(16 << 10, ge=256, description="Largest request head.")
+    max_headers: int = Field(64, ge=8, description="Most header fields.")
+    receive_timeout_s: float = Field(30.0, gt=0, description="Time within which a request has to arrive whole.")
+    send_timeout_s: float = Field(30.0, gt=0, description="Time that a client may take nothing of its reply.")
+    max_connections: int = Field(4096, ge=1, description="Most connections at once.")
+
+    deadline_ms: int = Field(30_000, ge=1, description="Time for a request that names no deadline.")
+    max_deadline_ms: int = Field(120_000, ge=1, description="Longest deadline that a request may name.")
+    max_queue_requests: int = Field(1024, ge=1, description="Most requests waiting.")
+    max_queue_rows: int = Field(1 << 17, ge=1, description="Most rows waiting.")
+    max_queue_bytes: int = Field(256 << 20, ge=1024, description="Most bytes of points waiting.")
+
+    start_timeout_s: float = Field(120.0, gt=0, description="Time for a worker to start.")
+    batch_timeout_s: float = Field(10.0, gt=0, description="Time for one batch, after which its worker is replaced.")
+    drain_s: float = Field(20.0, ge=0, description="Time to finish what was accepted when told to stop.")
+    log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        """A list in one string."""
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value

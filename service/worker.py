@@ -1,0 +1,149 @@
+"""What runs inside a worker process: it owns one device, holds the networks, and answers one frame at a time.
+
+    load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
+    unload    {"op", "model"}                      → nothing
+    evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
+                                                   → {"op": "done"} + one array per quantity, or {…, "error"}
+    ping      {"op"}                               → {"op": "done"}, after an evaluation
+
+Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import torch
+
+from hessquik import Evaluator, HessQuikError, storage
+from service import wire
+
+__all__ = ["main"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: Exit status after an error that may have spoiled the device's context.
+SPOILED = 71
+
+
+class Model:
+    """A network on the worker's device, with an evaluator for each dtype that was asked for."""
+
+    def __init__(self, saved: storage.SavedNetwork, device: torch.device) -> None:
+        """Keep the network and prepare it in its own dtype."""
+        self.saved = saved
+        self.device = device
+        self.dtype = next(saved.network.parameters()).dtype
+        self._evaluators: dict[torch.dtype, Evaluator] = {}
+
+    def evaluator(self, dtype: torch.dtype) -> Evaluator:
+        """The evaluator in a dtype, made when it is first asked for."""
+        if dtype not in self._evaluators:
+            self._evaluators[dtype] = Evaluator(self.saved.network, self.device, dtype)
+        return self._evaluators[dtype]
+
+    def warm_up(self) -> None:
+        """Run every tile once, so that no request pays for a first call."""
+        evaluate = self.evaluator(self.dtype)
+        for rows in evaluate.ladder:
+            x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
+            evaluate(x, ("value", "gradient", "hessian", "laplacian"))
+
+    def facts(self) -> dict[str, Any]:
+        """What the front needs to know of the model."""
+        evaluate, network = self.evaluator(self.dtype), self.saved.network
+        return {
+            "d": evaluate.d,
+            "m": evaluate.m,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "hidden_units": sum(form.bias.numel() if form.bias is not None else 0 for form in network.forms()),
+            "tile_rows": evaluate.ladder[-1],
+            "architecture": self.saved.architecture,
+            "metadata": self.saved.metadata,
+        }
+
+
+class Worker:
+    """Answers frames on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Hold no model yet."""
+        self.device = device
+        self.models: dict[int, Model] = {}
+
+    def answer(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame | None:
+        """Do what a frame asks and return the frame to send back, if any.
+
+        Errors that say something about the request come back as ``{"error"}``; any other ends the process.
+        """
+        match head["op"]:
+            case "load":
+                try:
+                    model = Model(storage.parse(arrays["file"].tobytes()), self.device)
+                    model.warm_up()
+                except HessQuikError as error:
+                    return {"op": "loaded", "model": head["model"], "error": str(error)}, {}
+                self.models[head["model"]] = model
+                return {"op": "loaded", "model": head["model"], **model.facts()}, {}
+            case "unload":
+                self.models.pop(head["model"], None)
+                return None
+            case "evaluate":
+                return self._evaluate(head, arrays)
+            case "ping":
+                self._prove_alive()
+                return {"op": "done"}, {}
+            case other:
+                raise wire.WireError(f"expected load, unload, evaluate or ping, got {other!r}")
+
+    def _prove_alive(self) -> None:
+        """Compute something real: the first network's value at one point."""
+        for model in self.models.values():
+            evaluate = model.evaluator(model.dtype)
+            evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
+            return
+
+    def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        try:
+            found = evaluate(given["inputs"], head["quantities"], given.get("weights"), given.get("directions"))
+            answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
+        except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
+            return {"op": "done", "error": type(error).__name__}, {}
+        return {"op": "done"}, answers
+
+    def serve(self, sock: socket.socket) -> None:
+        """Answer frames until the front closes its end."""
+        while (frame := wire.receive(sock)) is not None:
+            reply = self.answer(*frame)
+            if reply is not None:
+                wire.send(sock, *reply)
+
+
+def main(arguments: list[str]) -> int:
+    """Run a worker until its front is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+    descriptor, device, threads = int(arguments[0]), torch.device(arguments[1]), int(arguments[2])
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    with socket.socket(fileno=descriptor) as sock:
+        torch.zeros(1, device=device)
+        wire.send(sock, {"op": "ready", "pid": os.getpid(), "torch": torch.__version__}, {})
+        try:
+            Worker(device).serve(sock)
+        except (ConnectionError, KeyboardInterrupt):
+            return 0
+        except torch.AcceleratorError as error:
+            sys.stderr.write(f"worker on {device}: {type(error).__name__}, giving up the device's context\n")
+            return SPOILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,161 @@
+"""Every activation against 50-digit arithmetic, and at the far ends of both dtypes."""
+
+import mpmath
+import pytest
+import torch
+
+from hessquik.activations import ACTIVATIONS, hessQuikActivationFunction, softplusActivation, tanhActivation
+from hessquik.errors import OrderError
+
+FUNCTIONS = {
+    "antiTanhActivation": lambda x: mpmath.log(2 * mpmath.cosh(x)),
+    "arctanActivation": mpmath.atan,
+    "expActivation": mpmath.exp,
+    "gaussianActivation": lambda x: mpmath.exp(-(x**2)),
+    "geluActivation": lambda x: x * mpmath.ncdf(x),
+    "identityActivation": lambda x: x,
+    "quadraticActivation": lambda x: x**2 / 2,
+    "sigmoidActivation": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "siluActivation": lambda x: x / (1 + mpmath.exp(-x)),
+    "sinActivation": mpmath.sin,
+    "softplusActivation": lambda x: mpmath.log1p(mpmath.exp(x)),
+    "tanhActivation": mpmath.tanh,
+}
+INF = float("inf")
+# σ, σ', σ'' at −1e30 and at 1e30.
+FAR = {
+    "antiTanhActivation": ((1e30, -1, 0), (1e30, 1, 0)),
+    "arctanActivation": ((-mpmath.pi / 2, 0, 0), (mpmath.pi / 2, 0, 0)),
+    "expActivation": ((0, 0, 0), (INF, INF, INF)),
+    "gaussianActivation": ((0, 0, 0), (0, 0, 0)),
+    "geluActivation": ((0, 0, 0), (1e30, 1, 0)),
+    "identityActivation": ((-1e30, 1, 0), (1e30, 1, 0)),
+    "quadraticActivation": ((5e59, -1e30, 1), (5e59, 1e30, 1)),
+    "sigmoidActivation": ((0, 0, 0), (1, 0, 0)),
+    "siluActivation": ((0, 0, 0), (1e30, 1, 0)),
+    "softplusActivation": ((0, 0, 0), (1e30, 1, 0)),
+    "tanhActivation": ((-1, 0, 0), (1, 0, 0)),
+}
+# A few units in the last place, of the largest of 1 and the result.
+TOLERANCE = {torch.float64: 4e-15, torch.float32: 2e-6}
+DTYPES = (torch.float32, torch.float64)
+NAMES = sorted(ACTIVATIONS)
+
+
+def expected(name, x, order):
+    with mpmath.workdps(50):
+        return float(mpmath.diff(FUNCTIONS[name], mpmath.mpf(x), order))
+
+
+def test_every_activation_is_tested():
+    assert set(ACTIVATIONS) == set(FUNCTIONS) == set(FAR) | {"sinActivation"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_equal_those_of_50_digit_arithmetic(name, dtype):
+    points = [0.0, 1e-30, -1e-8, *(k / 2 for k in range(-12, 13)), -19.5, -37.0, 13.3, 19.5]
+    x = torch.tensor(points, dtype=dtype)
+    for order, got in enumerate(ACTIVATIONS[name]().jet(x, 2)):
+        assert got.dtype is dtype
+        want = torch.tensor([expected(name, p, order) for p in x.tolist()], dtype=torch.float64)
+        error = (got.double() - want).abs() / want.abs().clamp(min=1.0)
+        assert float(error.max()) <= TOLERANCE[dtype], (order, x[error.argmax()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(FAR))
+def test_far_out_every_activation_takes_its_limits(name, dtype):
+    x = torch.tensor([-1e30, 1e30], dtype=dtype)
+    want = torch.tensor(FAR[name], dtype=torch.float64).T.to(dtype)
+    torch.testing.assert_close(torch.stack(ACTIVATIONS[name]().jet(x, 2)), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sine_far_out_is_the_sine_of_the_very_number(dtype):
+    x = torch.tensor([-1e30, 1e30, 12345.678], dtype=dtype)
+    with mpmath.workdps(80):
+        want = [[float(g(mpmath.mpf(p))) for p in x.tolist()] for g in (mpmath.sin, mpmath.cos)]
+    sigma, dsigma, d2sigma = ACTIVATIONS["sinActivation"]().jet(x, 2)
+    torch.testing.assert_close(sigma, torch.tensor(want[0], dtype=dtype))
+    torch.testing.assert_close(dsigma, torch.tensor(want[1], dtype=dtype))
+    assert torch.equal(d2sigma, -sigma)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_nan_but_nan(name, dtype):
+    powers = torch.tensor([10.0**k for k in range(-38, 39)], dtype=dtype)
+    x = torch.cat([-powers, torch.zeros(1, dtype=dtype), powers])
+    for got in ACTIVATIONS[name]().jet(x, 2):
+        assert not got.isnan().any()
+    sigma, dsigma, d2sigma = ACTIVATIONS[name]().jet(torch.tensor([torch.nan, 1.0], dtype=dtype), 2)
+    assert sigma[0].isnan()
+    constant = {"identityActivation": 2, "quadraticActivation": 1}.get(name, 0)
+    assert dsigma[0].isnan() or constant >= 2
+    assert d2sigma[0].isnan() or constant >= 1
+    assert torch.isfinite(torch.stack([sigma, dsigma, d2sigma])[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_are_differentiable_everywhere(name):
+    x = torch.tensor([-1e30, -50.0, -1.0, 0.0, 1.0, 50.0, 600.0], dtype=torch.float64, requires_grad=True)
+    for order, got in enumerate(ACTIVATIONS[name]().jet(x, 2)):
+        if not got.requires_grad:
+            continue
+        (slope,) = torch.autograd.grad(got.sum(), x, retain_graph=True)
+        assert not slope.isnan().any(), order
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_steps_give_what_the_one_does(name):
+    act, x = ACTIVATIONS[name](), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    sigma, dsigma, d2sigma = act(x, do_gradient=True, do_Hessian=True)
+    kept, *none = act(x, forward_mode=None)
+    assert none == [None, None]
+    assert torch.equal(kept, sigma)
+    for got, want in zip(act.backward(do_Hessian=True), (dsigma, d2sigma), strict=True):
+        assert torch.equal(got, want)
+    assert act(x)[1:] == (None, None)
+    assert act(x, do_Hessian=True)[1] is None
+    act(x, forward_mode=None)
+    assert act.backward()[1] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compute_derivatives_takes_what_evaluate_gave(name):
+    act, x = ACTIVATIONS[name](), torch.tensor([0.3, -0.2], dtype=torch.float64)
+    sigma, args = act.evaluate(x)
+    assert torch.equal(sigma, act(x)[0])
+    dsigma, d2sigma = act.compute_derivatives(*args, do_Hessian=True)
+    assert dsigma.shape == d2sigma.shape == x.shape
+    assert act.compute_derivatives(*args)[1] is None
+
+
+def test_backward_without_its_forward_is_refused():
+    act = tanhActivation()
+    with pytest.raises(OrderError, match=r"tanhActivation\.backward"):
+        act.backward()
+    act(torch.zeros(2), forward_mode=None)
+    act.backward()
+    with pytest.raises(OrderError):
+        act.backward()
+
+
+@pytest.mark.parametrize(("beta", "threshold"), [(0.5, 20.0), (3.0, 20.0), (2.0, 5.0)])
+def test_softplus_keeps_its_steepness_and_threshold(beta, threshold):
+    act = softplusActivation(beta, threshold)
+    edge = threshold / beta
+    x = torch.tensor([-1.0, 0.2, 0.99 * edge, 1.01 * edge], dtype=torch.float64)
+    sigma, dsigma, d2sigma = act.jet(x, 2)
+    below = [mpmath.diff(lambda t: mpmath.log1p(mpmath.exp(beta * t)) / beta, p, 2) for p in x[:3].tolist()]
+    torch.testing.assert_close(d2sigma[:3], torch.tensor(list(map(float, below)), dtype=torch.float64))
+    assert (sigma[3], dsigma[3], d2sigma[3]) == (x[3], 1, 0)
+
+
+def test_the_base_class_computes_nothing():
+    base = hessQuikActivationFunction()
+    with pytest.raises(NotImplementedError):
+        base(torch.zeros(1))
+    with pytest.raises(NotImplementedError):
+        base.compute_derivatives(torch.zeros(1))

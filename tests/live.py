@@ -1,0 +1,116 @@
+"""A real server: its own process, real sockets, real workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parent.parent
+START_S = 120.0
+
+
+class LiveServer:
+    """``python -m service serve`` on a free port.
+
+    Args:
+        models: The folder to serve.
+        workers: Worker processes.
+        settings: Further settings, by their names without the prefix.
+        command: Another way to start it; gets the same arguments.
+    """
+
+    def __init__(
+        self,
+        models: Path,
+        workers: int = 1,
+        settings: Mapping[str, object] | None = None,
+        command: tuple[str, ...] = ("-m", "service"),
+    ) -> None:
+        environment = {f"HESSQUIK_{name.upper()}": str(value) for name, value in (settings or {}).items()}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        arguments = ["serve", str(models), "--port", "0", "--device", "cpu", "--workers", str(workers)]
+        self.process = subprocess.Popen(
+            [sys.executable, *command, *arguments],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.log: list[str] = []
+        self._listening = threading.Event()
+        self.port = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr:
+            for line in self.process.stderr:
+                self.log.append(line.rstrip())
+                if (match := re.search(r"running on http://[^ ]*:(\d+)", line)) is not None:
+                    self.port = int(match[1])
+                    self._listening.set()
+        self._listening.set()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self) -> LiveServer:
+        """Wait until it says that it is ready."""
+        self._listening.wait(START_S)
+        assert self.port, "\n".join(self.log)
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self.is_ready():
+                return self
+            time.sleep(0.05)
+        raise AssertionError("not ready in time\n" + "\n".join(self.log))
+
+    def is_ready(self) -> bool:
+        """What /readyz says."""
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "service.worker" in " ".join(child.cmdline())]
+
+    def metric(self, sample: str) -> float:
+        """The value of one sample, named as in the text format; 0 if there is none."""
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith(sample + " "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """Send SIGTERM, as an operator does, and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+            self._reader.join(10)
+
+    def __enter__(self) -> LiveServer:
+        return self.wait_until_ready()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
