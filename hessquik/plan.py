@@ -119,7 +119,7 @@ def _basis(forms: Sequence[Form]) -> Tensor | None:
             break
     if not columns or sum(matrix.shape[1] for matrix in columns) >= d:
         return None
-    basis, _ = torch.linalg.qr(torch.cat(columns, dim=1).double().cpu())
+    basis: Tensor = torch.linalg.qr(torch.cat(columns, dim=1).double().cpu()).Q
     return basis.to(columns[0].device)
 
 

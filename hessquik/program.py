@@ -189,7 +189,7 @@ class Writer:
 
     def external(self, base: str, *shape: int, is_shared: bool = False) -> View:
         """An input or result (outer, inner, columns), without padding."""
-        outer, inner, columns = ((1, 1) + shape)[-3:]
+        outer, inner, columns = (1, 1, *shape)[-3:]
         buffer = Buffer(base, outer * inner * columns, is_shared=is_shared)
         return View(buffer, (outer, inner, columns), (inner * columns, columns, 1))
 
@@ -214,7 +214,7 @@ class Writer:
                 product = a.constant.double() @ b.double()
                 return self.constant(product if add is None or add.constant is None else product + add.constant)
             b = b.to(self.dtype)
-            b = View(Buffer("constant", b.numel(), b), (1, *b.shape), (0, *b.stride()))
+            b = View(Buffer("constant", b.numel(), b), (1, b.shape[0], b.shape[1]), (0, b.stride(0), b.stride(1)))
         depth, columns = b.shape[1:]
         out = self.new(a.shape[1], columns) if out is None else out
         shift = None if bias is None else self.constant(bias.unsqueeze(0))
