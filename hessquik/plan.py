@@ -106,7 +106,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype) -> Plan:
 
 def _basis(forms: Sequence[Form]) -> Tensor | None:
     """Orthonormal columns Q (d, r) that span everything x is multiplied by, if they are fewer than d."""
-    (d,) = forms[0].widths
+    d = sum(forms[0].widths)
     columns: list[Tensor] = []
     for place, form in enumerate(forms):
         if form.widths[-1] != d or (place and not forms[place - 1].carries):
@@ -144,7 +144,7 @@ class _Formulas:
         self.writer = Writer(dtype)
         self.wanted = ask.quantities
         self.has_tangents = False
-        self.d = forms[0].widths[0]
+        self.d = sum(forms[0].widths)
         self.device = next(
             (matrix.device for form in forms for matrix in (*form.into, *form.skip) if isinstance(matrix, Tensor)),
             torch.device("cpu"),
@@ -371,7 +371,7 @@ class _Formulas:
         features: Parts = (x,)
         place = 0
         for form, hidden in zip(self.forms, self.hidden, strict=True):
-            had = layers[-1].widths if layers else form.widths
+            had = layers[-1].widths if layers else (self.d,)
             features = self.cut(features, had, form.widths)
             z = self.sum(self.terms(features, form.into), bias=form.bias)
             assert z is not None
@@ -395,7 +395,7 @@ class _Formulas:
         dy: View | None = None
         for i, layer in enumerate(layers):
             form = layer.form
-            tangents = self.cut(tangents, layers[i - 1].widths if i else form.widths, form.widths)
+            tangents = self.cut(tangents, layers[i - 1].widths if i else (self.d,), form.widths)
             slot = None if J is None or layer.slope is None else J.columns(layer.place.start, layer.place.stop)
             dz = self.sum(self.terms(tangents, form.into), out=slot)
             if i >= last and not tangents_out:
@@ -413,7 +413,7 @@ class _Formulas:
         du: Parts = (start,)
         d2u: Parts = (None,)
         bends = len(pairs) + sums
-        had = layers[0].form.widths
+        had = (self.d,)
         for layer in layers:
             form = layer.form
             du, d2u = self.cut(du, had, form.widths), self.cut(d2u, had, form.widths)
@@ -470,7 +470,7 @@ class _Formulas:
                 self.sum([*skip[i], *into[i], *([carried] if carried is not None and i == len(skip) - 1 else [])])
                 for i in range(len(skip))
             )
-        (gx,) = adjoints
+        (gx,) = self.cut(adjoints, had, (self.d,))
         return self.zeros(self.rows_of(layers, extra), self.d) if gx is None else gx
 
     def rows_of(self, layers: list[_Layer], extra: View | None) -> int:

@@ -71,7 +71,7 @@ class Form:
         """The same layer with its tensors detached, on ``device`` and in ``dtype``."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, dtype)
+            return tensor.detach().to(device, dtype, copy=True)
 
         def move_map(linear: Map) -> Map:
             return move(linear) if isinstance(linear, Tensor) else linear
