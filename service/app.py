@@ -17,6 +17,7 @@ from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door, Receive, Scope, Send
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
@@ -39,7 +40,8 @@ class Application(FastAPI):
         super().__init__(**options)
         self.state.core = core
         self._derivatives = Derivatives(core)
-        self._door = Door(self._route, settings, core.metrics)
+        dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
+        self._door = Door(self._route, settings, core.metrics, dialects)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""
@@ -87,6 +89,8 @@ def create_app(settings: Settings | None = None) -> Application:
         Route("/livez", Live(), methods=["GET"]),
         Route("/readyz", Ready(core), methods=["GET"]),
         Route("/metrics", MetricsText(core), methods=["GET"]),
+        *umbridge.routes(core),
+        *inference_protocol.routes(core),
     ]
     return app
 

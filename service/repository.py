@@ -18,6 +18,7 @@ from typing import Any
 
 from service.errors import ModelNotFound, NotReady, VersionNotFound
 from service.pool import LoadError, Pool
+from service.statistics import ModelStatistics
 
 __all__ = ["ModelFile", "Repository", "Served", "find_files"]
 
@@ -91,6 +92,7 @@ class Served:
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
+        statistics: What it has answered.
     """
 
     file: ModelFile
@@ -101,6 +103,7 @@ class Served:
     reason: str | None = None
     users: int = 0
     is_retired: bool = False
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     @property
     def state(self) -> str:

@@ -27,9 +27,9 @@ LAYERS = {
         hessquik
     """,
     "service": """
-        service.errors service.metrics service.quantities service.settings service.wire
+        service.errors service.metrics service.quantities service.settings service.statistics service.wire
         service.client service.codecs service.devices service.logs
-        service.batcher service.pool
+        service.batcher service.open_inference service.pool
         service.dispatcher service.repository
         service.core service.door
         service.routes
