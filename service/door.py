@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
+from service.assets import ASSETS
 from service.errors import (
     BodyTooLarge,
     ClientGone,
@@ -33,8 +34,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-#: The only paths that never need a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 #: Made-up request ids: one part for the process, one for the request.
 _PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
