@@ -37,6 +37,9 @@ def describe_node() -> dict[str, Any]:
 
 def main() -> None:
     """Start, obey, end."""
+    # Ray writes to standard output now and then: what the test reads has a way of its own.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's own switch between the loopback and the machine's address.
@@ -57,13 +60,11 @@ def main() -> None:
     (port,) = free_ports(1)
     serve.start(http_options={"host": HOST, "port": port, "location": "HeadOnly"})
     serve.run(Replica.options(**options).bind({"models": ROOT / "models", "device": "cpu"}), route_prefix="/")
-    sys.stdout.write(f"http://{HOST}:{port}\n")
-    sys.stdout.flush()
+    replies.write(f"http://{HOST}:{port}\n")
     for line in sys.stdin:
         assert line == "kill\n", line
         cluster.remove_node(other, allow_graceful=False)
-        sys.stdout.write("killed\n")
-        sys.stdout.flush()
+        replies.write("killed\n")
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
