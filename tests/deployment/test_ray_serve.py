@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,18 @@ def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_mo
         assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, quantity
 
 
+def rows_by_replica(cluster: TwoNodes, x: np.ndarray) -> set[float]:
+    """How many rows each replica that answers has computed by its own count, after some more than chance needs."""
+    with Client(cluster.url) as client, httpx.Client(base_url=cluster.url) as plain:
+        # An odd number of calls, so that no two replicas have computed the same.
+        for _ in range(41):
+            client.model("peaks").value(x)
+        texts = [plain.get("/metrics").raise_for_status().text for _ in range(40)]
+    return {
+        float(match[1]) for text in texts for match in re.finditer(r"^hessquik_rows_total (.+)$", text, re.MULTILINE)
+    }
+
+
 def test_node_killed_under_load_loses_nothing(cluster: TwoNodes, shipped_models: Path) -> None:
     network = hessquik.load(shipped_models / "peaks.safetensors").double()
     x = np.random.default_rng(9).uniform(-1, 1, (8, network.dim_input()))
@@ -136,6 +150,7 @@ def test_node_killed_under_load_loses_nothing(cluster: TwoNodes, shipped_models:
         except BaseException as error:
             errors.append(error)
 
+    assert len(rows_by_replica(cluster, x)) == 2
     threads = [threading.Thread(target=keep_asking, args=(index,)) for index in range(CLIENTS)]
     for thread in threads:
         thread.start()

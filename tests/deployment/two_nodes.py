@@ -44,6 +44,8 @@ def main() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's own switch between the loopback and the machine's address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Else this machine's replica would answer everything, and the one to be killed nothing.
+    os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
