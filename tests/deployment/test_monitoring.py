@@ -17,6 +17,8 @@ import yaml
 
 from tests.live import ROOT, LiveServer
 
+pytestmark = pytest.mark.xdist_group("monitoring")
+
 MONITORING = ROOT / "deploy"
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "hessquik.json").read_text())
 QUERIES = [

@@ -67,7 +67,6 @@ def main() -> None:
         assert line == "kill\n", line
         cluster.remove_node(other, allow_graceful=False)
         replies.write("killed\n")
-    serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
 
