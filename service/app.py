@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastapi import FastAPI
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from service.assets import ASSETS
 from service.core import Core
 from service.devices import resolve_devices
-from service.door import Door
+from service.door import Door, Receive, Scope, Send
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
 from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
+from service.routes.pages import Page
+from service.schemas import document
 from service.settings import Settings
 
-__all__ = ["create_app"]
+__all__ = ["Application", "create_app"]
 
 logger = logging.getLogger(__name__)
 
 
-class QuantityConvertor(Convertor[str]):
-    """Path segments that are a quantity with a path of its own, or ``evaluate``."""
+class Application(FastAPI):
+    """The ASGI application: the door, behind it a short way to the derivatives and FastAPI for all else.
 
-    regex = "value|gradient|hessian|laplacian|evaluate"
+    Most requests ask for derivatives, and FastAPI's way to a route costs more than computing a small network; so
+    their path is taken apart here.
+    """
 
-    def convert(self, value: str) -> str:
-        """As it is."""
-        return value
+    def __init__(self, core: Core, settings: Settings, **options: Any) -> None:
+        """Keep the service where routes find it."""
+        super().__init__(**options)
+        self.state.core = core
+        self._settings = settings
+        self._derivatives = Derivatives(core)
+        dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
+        self._door = Door(self._route, settings, core.metrics, dialects)
 
-    def to_string(self, value: str) -> str:
-        """As it is."""
-        return value
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Through the door."""
+        await self._door(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The interface's description."""
+        if self.openapi_schema is None:
+            self.openapi_schema = document(self._settings, self.version)
+        return self.openapi_schema
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Only what puts the framework's errors into our words: all errors go on to the door, unanswered."""
+        return ExceptionMiddleware(self.router, handlers={HTTPException: _translate})
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            _, *parts = scope["path"].split("/")
+            if len(parts) == 4 and parts[:2] == ["v1", "models"] and parts[3] in Derivatives.ACTIONS:
+                await self._derivatives(parts[2], parts[3], scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
-register_url_convertor("quantity", QuantityConvertor())
-
-
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None) -> Application:
     """Make the service; its workers start with the application's lifespan and end with it.
 
     Args:
@@ -60,18 +87,24 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await core.start()
+        # What lives now lives on: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         try:
             yield
         finally:
             await core.stop()
 
-    app = FastAPI(title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.core = core
-    dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
-    app.add_middleware(Door, settings=settings, metrics=core.metrics, dialects=dialects)
-    app.add_exception_handler(HTTPException, _translate)
+    app = Application(
+        core,
+        settings,
+        title="hessquik-service",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the request's Host
+    )
     app.router.routes[:0] = [
-        Route("/v1/models/{model}/{quantity:quantity}", Derivatives(core), methods=["POST"]),
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
         Route("/v1/models/{model}/load", LoadModel(core), methods=["POST"]),
@@ -81,6 +114,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         Route("/metrics", MetricsText(core), methods=["GET"]),
         *umbridge.routes(core),
         *inference_protocol.routes(core),
+        *(Route(path, Page(), methods=["GET"]) for path in ASSETS),
     ]
     return app
 

@@ -41,6 +41,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
+        self._is_started = False
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
@@ -52,11 +53,14 @@ class Core:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the workers and load the models.
+        """Start the workers and load the models, unless that is done.
 
         Raises:
             StartUpError: there is no folder, or no worker becomes ready.
         """
+        if self._is_started:
+            return
+        self._is_started = True
         if not self.settings.models.is_dir():
             raise StartUpError("expected a folder of models, there is none at the given place")
         await self.dispatcher.pool.start()
@@ -96,6 +100,9 @@ class Core:
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
 
+        The model is held until it has answered; who awaits anything between looking it up and this call has to hold
+        it too, see :meth:`Repository.holding`.
+
         Raises:
             ReplyTooLarge: the reply would be over its limit.
             ServiceError: as :meth:`Dispatcher.evaluate` raises.
@@ -104,14 +111,12 @@ class Core:
         if scope is not None:
             scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
         began_s = time.perf_counter()
-        self.repository.acquire(served)
         try:
-            answers = await self.dispatcher.evaluate(job, deadline_s)
+            with self.repository.holding(served):
+                answers = await self.dispatcher.evaluate(job, deadline_s)
         except ServiceError:
             served.statistics.fail.add(time.perf_counter() - began_s)
             raise
-        finally:
-            self.repository.release(served)
         served.statistics.answered(job.rows, job.started_at - job.queued_at, time.perf_counter() - job.started_at)
         return answers
 
@@ -169,13 +174,17 @@ class Core:
                 except ServiceError:
                     self.repository.unload(name)
 
-    def _gauges(self) -> Mapping[str, float | Mapping[str, float]]:
+    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """What is read off when Prometheus asks."""
         batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
         return {
             "hessquik_queue_requests": batcher.requests,
             "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": {state.value: count for state, count in pool.states().items()},
+            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
+            "hessquik_device_memory_bytes": (
+                "worker",
+                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
+            ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
 

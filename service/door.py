@@ -5,11 +5,13 @@ from __future__ import annotations
 import hmac
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
+from service.assets import ASSETS
 from service.errors import (
     BodyTooLarge,
     ClientGone,
@@ -32,8 +34,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-#: The only paths that never need a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+#: Made-up request ids: one part for the process, one for the request.
+_PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: What is counted when no reply was begun.
 NO_STATUS = 499
@@ -146,7 +150,7 @@ def _is_among(given: bytes, keys: list[bytes]) -> bool:
 def _request_id(scope: Scope) -> bytes:
     """The client's, if it is a decent one, or a new one."""
     given = header(scope, b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    return given if _REQUEST_ID.fullmatch(given) else b"%s-%x" % (_PROCESS, next(_numbers))
 
 
 def header(scope: Scope, name: bytes) -> bytes:
@@ -187,8 +191,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def send_reply(send: Send, status: int, media_type: bytes, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-    """Send a reply in one piece."""
-    start = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+async def send_reply(
+    send: Send,
+    status: int,
+    media_type: bytes,
+    body: bytes | Sequence[bytes | memoryview],
+    *headers: tuple[bytes, bytes],
+) -> None:
+    """Send a reply, whose body may come in pieces that are sent without being joined."""
+    *pieces, last = [body] if isinstance(body, bytes) else body
+    length = sum(map(len, pieces)) + len(last)
+    start = [(b"content-type", media_type), (b"content-length", b"%d" % length), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": last})

@@ -29,6 +29,8 @@ __all__ = ["LoadError", "Owner", "Pool", "State", "Worker"]
 
 logger = logging.getLogger(__name__)
 
+#: The module that worker processes run.
+WORKER_MODULE = "service.worker"
 #: How often workers are looked at.
 TICK_S = 0.25
 #: A worker that answered within this time is known to be well.
@@ -73,6 +75,7 @@ class Worker:
         self.work: Any = None
         self.since = pool.now()
         self.last_answer = float("-inf")
+        self.memory_bytes = 0
         self.loading: list[int] = []
         self._greeted = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +85,7 @@ class Worker:
         """Start the process; the worker becomes ready when it has loaded the pool's models."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        command = [sys.executable, "-m", "service.worker", str(theirs.fileno()), self.device, str(self.pool.threads)]
+        command = [sys.executable, "-m", WORKER_MODULE, str(theirs.fileno()), self.device, str(self.pool.threads)]
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
@@ -147,6 +150,7 @@ class Worker:
                 self.loading.remove(head["model"])
                 self.pool.on_loaded(head.pop("model"), head)
             case "done":
+                self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
                 work, self.work = self.work, None
                 self.state, self.since = State.READY, self.last_answer
                 self.pool.on_done(self, work, head, arrays)
