@@ -108,7 +108,7 @@ def test_trust_constr_solves_on_a_constraint(zoo: Zoo, counting: tuple[Client, C
     level = free.fun + 2.0
     result = optimize.minimize(
         lambda x: x[1],
-        free.x,
+        free.x - [0.1, 0.4],
         jac=lambda x: np.array([0.0, 1.0]),
         hess=lambda x: np.zeros((2, 2)),
         method="trust-constr",
