@@ -100,7 +100,8 @@ class Core:
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
 
-        Nothing may be awaited between looking up the model and this call, which holds it until it has answered.
+        The model is held until it has answered; who awaits anything between looking it up and this call has to hold
+        it too, see :meth:`Repository.holding`.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
@@ -110,14 +111,12 @@ class Core:
         if scope is not None:
             scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
         began_s = time.perf_counter()
-        self.repository.acquire(served)
         try:
-            answers = await self.dispatcher.evaluate(job, deadline_s)
+            with self.repository.holding(served):
+                answers = await self.dispatcher.evaluate(job, deadline_s)
         except ServiceError:
             served.statistics.fail.add(time.perf_counter() - began_s)
             raise
-        finally:
-            self.repository.release(served)
         served.statistics.answered(job.rows, job.started_at - job.queued_at, time.perf_counter() - job.started_at)
         return answers
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -232,15 +233,16 @@ class Repository:
         }
         return {name for name, _ in dict(on_disk.items() ^ in_table.items())}
 
-    def acquire(self, served: Served) -> None:
-        """Hold a version for a request."""
+    @contextmanager
+    def holding(self, served: Served) -> Iterator[Served]:
+        """Hold a version for a request; the last one out frees a retired version's memory."""
         served.users += 1
-
-    def release(self, served: Served) -> None:
-        """Let go of a version; the last one out frees a retired version's memory."""
-        served.users -= 1
-        if served.is_retired and served.users == 0:
-            self._pool.unload(served.id)
+        try:
+            yield served
+        finally:
+            served.users -= 1
+            if served.is_retired and served.users == 0:
+                self._pool.unload(served.id)
 
     async def _load(self, file: ModelFile) -> Served:
         versions = self._table.setdefault(file.name, {})
