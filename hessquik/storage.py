@@ -39,11 +39,13 @@ __all__ = [
     "METADATA",
     "TYPES",
     "SavedNetwork",
+    "assemble",
     "build",
     "build_activation",
     "describe",
     "load",
     "parse",
+    "parse_json",
     "save",
     "serialize",
 ]
@@ -101,6 +103,13 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
     Raises:
         ArchitectureError: the network has a part that a file cannot describe.
         FormatError: the metadata do not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(fullyConnectedNN([2, 8, 1]), f"{folder}/f.safetensors", input_names=["x", "y"])
+        ...     load(f"{folder}/f.safetensors").dim_input()
+        2
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -109,7 +118,12 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
 
 
 def serialize(network: NN, **metadata: Any) -> bytes:
-    """The bytes that :func:`save` writes."""
+    """The bytes that :func:`save` writes.
+
+    Example:
+        >>> parse(serialize(fullyConnectedNN([2, 8, 1]))).network.widths
+        [2, 8, 1]
+    """
     architecture = describe(network)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "network": json.dumps(architecture)}
     _check_metadata(metadata, network)
@@ -135,6 +149,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> NN:
 
     Raises:
         FormatError: the file is not a saved network; the message names the file and the fault.
+
+    See :func:`save` for an example.
     """
     path = Path(path)
     if path.stat().st_size > MAX_FILE_BYTES:
@@ -150,27 +166,43 @@ def parse(data: bytes) -> SavedNetwork:
 
     Raises:
         FormatError: they are not those of a saved network.
+
+    See :func:`serialize` for an example.
     """
     texts = _read_header(data)
-    architecture = _parse_json("network", texts["network"])
+    architecture = parse_json("network", texts["network"])
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise FormatError(f"expected a safetensors file, got one that does not parse ({error})") from None
-    _check_tensors(tensors)
     try:
-        module = build(architecture, device="meta")
+        network = assemble(architecture, tensors)
     except (ArchitectureError, CompositionError) as error:
         raise FormatError(str(error)) from None
-    _fill(module, tensors)
-    network = module if isinstance(module, NN) else NN(module)
     metadata = {
-        key: text if key == "description" else _parse_json(key, text)
-        for key, text in texts.items()
-        if key in METADATA
+        key: text if key == "description" else parse_json(key, text) for key, text in texts.items() if key in METADATA
     }
     _check_metadata(metadata, network)
     return SavedNetwork(network, architecture, metadata)
+
+
+def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
+    """Make the network that :func:`describe` described, with the weights of a state dict.
+
+    Raises:
+        ArchitectureError: the description is not one.
+        CompositionError: its layers do not fit together.
+        FormatError: the weights do not fit the description.
+
+    Example:
+        >>> f = fullyConnectedNN([2, 8, 1])
+        >>> assemble(describe(f), f.state_dict()).widths
+        [2, 8, 1]
+    """
+    _check_tensors(tensors)
+    module = build(architecture, device="meta")
+    _fill(module, tensors)
+    return module if isinstance(module, NN) else NN(module)
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -248,6 +280,10 @@ def build_activation(architecture: Any, place: str = "act") -> hessQuikActivatio
 
     Raises:
         ArchitectureError: the description is not one.
+
+    Example:
+        >>> build_activation({"type": "softplusActivation", "beta": 2.0}).beta
+        2.0
     """
     kind, arguments = _type_and_arguments(architecture, place, ACTIVATIONS)
     module = kind(**_checked_arguments(kind, arguments, place))
@@ -361,7 +397,7 @@ def _read_header(data: bytes) -> dict[str, str]:
             f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes within the file, "
             f"got a length of {header_bytes}"
         )
-    header = _parse_json("header", data[8 : 8 + header_bytes])
+    header = parse_json("header", data[8 : 8 + header_bytes])
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise FormatError("expected metadata of strings in the safetensors header, got none")
@@ -375,8 +411,20 @@ def _read_header(data: bytes) -> dict[str, str]:
     return texts
 
 
-def _parse_json(what: str, text: str | bytes) -> Any:
-    """Strict JSON: no NaN, no duplicate keys."""
+def parse_json(what: str, text: str | bytes) -> Any:
+    """Read strict JSON: no NaN, no duplicate keys.
+
+    Args:
+        what: What the text is, for the message.
+        text: The JSON.
+
+    Raises:
+        FormatError: it is not.
+
+    Example:
+        >>> parse_json("bounds", "[0, 1.5]")
+        [0, 1.5]
+    """
 
     def refuse(constant: str) -> Any:
         raise ValueError(constant)

@@ -92,6 +92,56 @@ def models(folder: Folder = None) -> None:
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="What torch.save wrote: a network or its state dict.")],
+    out: Annotated[Path, typer.Argument(help="File to write, or the folder for it.")],
+    architecture: Annotated[Path | None, typer.Option(help="JSON that describes a state dict's network.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name, where OUT is a folder.")] = None,
+    description: Annotated[str | None, typer.Option(help="A sentence to keep in the file.")] = None,
+) -> None:
+    """Turn a saved network of the original hessQuik library into a file that can be served."""
+    from hessquik import HessQuikError, conversion
+    from service.repository import NAME, SUFFIX
+
+    if out.is_dir():
+        out = out / f"{name or checkpoint.stem}{SUFFIX}"
+    elif name is not None and out.stem != name:
+        _fail(f"expected a folder or {name}{SUFFIX} as OUT beside --name {name}, got {out.name}", status=2)
+    if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
+        _fail(f"expected a file named like model{SUFFIX}, got {out.name}", status=2)
+    try:
+        network = conversion.convert(
+            checkpoint, out, architecture, **({} if description is None else {"description": description})
+        )
+    except (HessQuikError, OSError) as error:
+        _fail(str(error), status=1)
+    Console().print(f"{out}: {network.dim_input()} inputs, {network.dim_output()} outputs", highlight=False)
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Argument(help="A saved network.")],
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Points to compare at.")] = 5,
+) -> None:
+    """Prove a model's derivatives; exit with 1 if they fail."""
+    from hessquik import FormatError, storage
+    from hessquik.proof import prove
+
+    try:
+        saved = storage.parse(model.read_bytes())
+    except (FormatError, OSError) as error:
+        _fail(f"{model.name}: {error}", status=1)
+    bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
+    rows = prove(saved.network, *bounds, samples=samples)
+    table = Table("quantity", "compared with", "measure", "found", "bound", "")
+    for row in rows:
+        verdict = "[green]passed[/]" if row.passed else "[red]FAILED[/]"
+        table.add_row(row.quantity, row.reference, row.measure, f"{row.found:.2e}", f"{row.bound:.2e}", verdict)
+    Console().print(table)
+    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+
+
+@app.command()
 def bench(
     url: Annotated[str, typer.Argument(help="Where the service is, such as http://127.0.0.1:8000.")],
     model: Annotated[str, typer.Option(help="Name of the model to ask.")],

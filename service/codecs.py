@@ -29,6 +29,9 @@ __all__ = [
     "content_type",
     "encode_json",
     "encode_safetensors",
+    "load_json",
+    "make_question",
+    "numbers",
     "parse_json",
     "parse_safetensors",
 ]
@@ -118,7 +121,7 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
         MalformedBody: it is not a JSON object.
         InvalidInput: it does not fit.
     """
-    document = _load_json(body)
+    document = load_json(body)
     if not isinstance(document, dict):
         raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
     for name in document:
@@ -130,8 +133,8 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
     for name in ("inputs", "weights", "directions"):
         value = document.get(name)
         if value is not None:
-            arrays[name] = _numbers(name, value, has_booleans)
-    return _question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
+            arrays[name] = numbers(name, value, has_booleans)
+    return make_question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
 
 
 def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
@@ -155,25 +158,37 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
         if array.dtype.name not in DTYPES:
             raise _invalid(name, "a tensor of F32 or F64", "another dtype")
     listed = query.get("quantities")
-    return _question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
+    return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
+def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> list[bytes | memoryview]:
     """The reply as JSON: every number's shortest form that reads back as the same double, non-finite ones null."""
     document: dict[str, Any] = {"model": model, "version": version}
     for name, array in answers.items():
         part = array[0] if is_single else array
         document[name] = np.ascontiguousarray(part, dtype=np.float64)
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return [orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)]
 
 
-def encode_safetensors(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
-    """The reply as safetensors, one tensor per quantity."""
-    parts = {name: np.ascontiguousarray(array[0] if is_single else array) for name, array in answers.items()}
-    return safetensors.numpy.save(parts, {"model": model, "version": version})
+def encode_safetensors(
+    model: str, version: str, answers: Mapping[str, Array], is_single: bool
+) -> list[bytes | memoryview]:
+    """The reply as safetensors, one tensor per quantity: a header and the arrays' own memory, which is not copied."""
+    header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
+    pieces: list[bytes | memoryview] = []
+    start = 0
+    for name, array in answers.items():
+        part = np.ascontiguousarray(array[0] if is_single else array)
+        kind = f"F{8 * part.itemsize}"
+        header[name] = {"dtype": kind, "shape": part.shape, "data_offsets": [start, start + part.nbytes]}
+        pieces.append(part.reshape(-1).view(np.uint8).data)
+        start += part.nbytes
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def _load_json(body: bytes | bytearray) -> Any:
+def load_json(body: bytes | bytearray) -> Any:
     """Parse JSON. What the fast parser refuses is read again: NaN and 1e999 are then refused with their row."""
     try:
         return orjson.loads(body)
@@ -185,7 +200,9 @@ def _load_json(body: bytes | bytearray) -> Any:
         raise MalformedBody("expected a JSON object, got something that does not parse") from None
 
 
-def _question(arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape) -> Question:
+def make_question(
+    arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape
+) -> Question:
     """Check that everything fits the model."""
     if dtype is None:
         dtype = shape.dtype
@@ -239,7 +256,7 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
     return tuple(name for name in QUANTITIES if name in listed)
 
 
-def _numbers(field: str, value: Any, has_booleans: bool) -> Array:
+def numbers(field: str, value: Any, has_booleans: bool) -> Array:
     """A nested list of numbers as an array."""
     try:
         array = np.asarray(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,12 +89,19 @@ class Core:
                     field="X-Deadline-Ms",
                 )
             milliseconds = int(header)
-        return asyncio.get_running_loop().time() + milliseconds / 1000
+        return self.now() + milliseconds / 1000
+
+    def now(self) -> float:
+        """The loop's clock, in seconds."""
+        return asyncio.get_running_loop().time()
 
     async def answer(
         self, served: Served, question: Question, deadline_s: float, scope: Any = None
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
+
+        The model is held until it has answered; who awaits anything between looking it up and this call has to hold
+        it too, see :meth:`Repository.holding`.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
@@ -102,11 +110,15 @@ class Core:
         job = self._job(served, question)
         if scope is not None:
             scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
-        self.repository.acquire(served)
+        began_s = time.perf_counter()
         try:
-            return await self.dispatcher.evaluate(job, deadline_s)
-        finally:
-            self.repository.release(served)
+            with self.repository.holding(served):
+                answers = await self.dispatcher.evaluate(job, deadline_s)
+        except ServiceError:
+            served.statistics.fail.add(time.perf_counter() - began_s)
+            raise
+        served.statistics.answered(job.rows, job.started_at - job.queued_at, time.perf_counter() - job.started_at)
+        return answers
 
     def why_not_ready(self) -> list[str]:
         """The reasons why the service is not ready; none if it is."""
@@ -149,6 +161,7 @@ class Core:
             inputs=question.inputs,
             weights=question.weights,
             directions=question.directions,
+            statistics=served.statistics,
         )
 
     async def _watch(self) -> None:
@@ -161,13 +174,17 @@ class Core:
                 except ServiceError:
                     self.repository.unload(name)
 
-    def _gauges(self) -> Mapping[str, float | Mapping[str, float]]:
+    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """What is read off when Prometheus asks."""
         batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
         return {
             "hessquik_queue_requests": batcher.requests,
             "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": {state.value: count for state, count in pool.states().items()},
+            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
+            "hessquik_device_memory_bytes": (
+                "worker",
+                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
+            ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
 

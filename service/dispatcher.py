@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.batcher import Batch, Batcher, Entry, Slice
 from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, ServiceError, WorkerLost
 from service.metrics import Metrics
 from service.pool import Pool
+from service.statistics import ModelStatistics
 from service.wire import Array
 
 __all__ = ["Dispatcher", "Job"]
@@ -34,24 +36,27 @@ class Job(Entry):
         inputs: (n, d).
         weights: (1 or n, m) or ``None``.
         directions: (1 or n, k, d) or ``None``.
+        statistics: The model's.
     """
 
     model: int
     dtype: str
     quantities: tuple[str, ...]
     inputs: Array
+    statistics: ModelStatistics
     weights: Array | None = None
     directions: Array | None = None
     _answers: dict[str, Array] = field(default_factory=dict, init=False)
     _missing_rows: int = field(default=0, init=False)
     _future: asyncio.Future[dict[str, Array]] | None = field(default=None, init=False)
     queued_at: float = field(default=0.0, init=False)
+    started_at: float = field(default=0.0, init=False)
 
     def wait(self) -> asyncio.Future[dict[str, Array]]:
         """The future that the answer will be put into."""
-        loop = asyncio.get_running_loop()
-        self._missing_rows, self.queued_at = self.rows, loop.time()
-        self._future = loop.create_future()
+        # The loop's clock has whole milliseconds only.
+        self._missing_rows, self.queued_at = self.rows, time.perf_counter()
+        self._future = asyncio.get_running_loop().create_future()
         return self._future
 
     def receive(self, start: int, answers: dict[str, Array]) -> None:
@@ -148,6 +153,7 @@ class Dispatcher:
             self.on_lost_work(batch)
             return
         self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
+        first.statistics.batches += 1
         offset = 0
         for job, start, stop in batch.slices:
             rows = stop - start
@@ -182,10 +188,11 @@ class Dispatcher:
         self.abandon(job, DeadlineExceeded("expected an answer before the deadline, there was none"))
 
     def _note_queueing(self, batch: Batch) -> None:
-        now = self.pool.now()
+        now = time.perf_counter()
         for job, start, _ in batch.slices:
             assert isinstance(job, Job)
             if start == 0 and batch.failures == 0:
+                job.started_at = now
                 self._metrics.queued(now - job.queued_at)
 
 

@@ -75,6 +75,7 @@ class Worker:
         self.work: Any = None
         self.since = pool.now()
         self.last_answer = float("-inf")
+        self.memory_bytes = 0
         self.loading: list[int] = []
         self._greeted = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -149,6 +150,7 @@ class Worker:
                 self.loading.remove(head["model"])
                 self.pool.on_loaded(head.pop("model"), head)
             case "done":
+                self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
                 work, self.work = self.work, None
                 self.state, self.since = State.READY, self.last_answer
                 self.pool.on_done(self, work, head, arrays)

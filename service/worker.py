@@ -4,7 +4,7 @@
     unload    {"op", "model"}                      → nothing
     evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
                                                    → {"op": "done"} + one array per quantity, or {…, "error"}
-    ping      {"op"}                               → {"op": "done"}, after an evaluation
+    ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
 Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
 """
@@ -12,6 +12,7 @@ Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from hessquik import Evaluator, HessQuikError, storage
+from hessquik.proof import prove_quickly
 from service import wire
 
 __all__ = ["main"]
@@ -33,7 +35,9 @@ class Model:
     """A network on the worker's device, with an evaluator for each dtype that was asked for."""
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device) -> None:
-        """Keep the network and prepare it in its own dtype."""
+        """Prove the network's derivatives and keep it."""
+        bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
+        prove_quickly(saved.network, *bounds)
         self.saved = saved
         self.device = device
         self.dtype = next(saved.network.parameters()).dtype
@@ -97,7 +101,7 @@ class Worker:
                 return self._evaluate(head, arrays)
             case "ping":
                 self._prove_alive()
-                return {"op": "done"}, {}
+                return {"op": "done", "memory_bytes": self._memory_bytes()}, {}
             case other:
                 raise wire.WireError(f"expected load, unload, evaluate or ping, got {other!r}")
 
@@ -108,7 +112,15 @@ class Worker:
             evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
             return
 
+    def _memory_bytes(self) -> int:
+        """What the networks and their work take: memory of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        if head["model"] not in self.models:
+            return {"op": "done", "error": "no such model"}, {}
         evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
         given = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:

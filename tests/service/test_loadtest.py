@@ -141,9 +141,9 @@ def test_command_shows_a_table_and_succeeds(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("--model", "nowhere"), 1, "nowhere"),
+        (("--model", "nowhere"), 1, "hessquik: expected"),
         (("--model", "peaks", "--quantities", "jacobian"), 2, "jacobian"),
-        (("--model", "peaks", "--rows", "0"), 2, "0 is not in the range"),
+        (("--model", "peaks", "--rows", "0"), 2, "greater than or equal to 1|not in the range"),
         (
             ("--model", "peaks", "--rows", "70000", "--seconds", "0.3", "--quantities", "value"),
             1,
