@@ -16,7 +16,7 @@ from benchmarks.contenders.engine import Engine, encode
 
 def main(model: str, port: str) -> None:
     engine = Engine(model)
-    body = encode(engine(np.zeros((1, engine.d))))
+    body = encode(engine(np.random.default_rng(0).random((1, engine.d))))
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:

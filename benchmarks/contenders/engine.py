@@ -1,7 +1,12 @@
-"""The engine as every contender gets it, so that only serving differs: bytes → points → derivatives → bytes."""
+"""The engine as every contender gets it, so that only serving differs: bytes → points → derivatives → bytes.
+
+``python -m benchmarks.contenders.engine MODEL ROWS SECONDS`` measures it alone: Hessians of ROWS points at a time.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -52,3 +57,20 @@ def encode(answers: dict[str, Array]) -> bytes:
     """The JSON of a reply, by the fastest encoder there is."""
     flat = {name: np.ascontiguousarray(array) for name, array in answers.items()}
     return orjson.dumps({"model": "bench", "version": "1", **flat}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def main(model: str, rows: str, seconds: str) -> None:
+    torch.set_num_threads(1)
+    evaluate = hessquik.Evaluator(hessquik.load(model))
+    random = np.random.default_rng(0)
+    batches = [torch.from_numpy(random.random((int(rows), evaluate.d))) for _ in range(8)]
+    evaluate(batches[0], ("hessian",))
+    calls, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < float(seconds):
+        evaluate(batches[calls % len(batches)], ("hessian",))
+        calls += 1
+    print(calls * int(rows) / elapsed)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
