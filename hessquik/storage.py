@@ -2,13 +2,14 @@
 
 A file is data: it is read into memory whole, checked before and after parsing, and never executed. The header's
 metadata has ``format`` = ``hessquik``, ``format_version`` = ``1``, ``network`` = the architecture, and optionally
-what :data:`METADATA` lists.
+what :data:`METADATA` lists and ``sha256``, a checksum of all else, which :func:`save` writes.
 
 To make a new layer storable: a row in :data:`TYPES`, and its arguments in :data:`ARGUMENTS` if they are new.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 FORMAT, FORMAT_VERSION = "hessquik", "1"
+#: Metadata key of the SHA-256 of all else in the file.
+CHECKSUM = "sha256"
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10
 MAX_TENSORS = 1024
@@ -131,6 +134,7 @@ def serialize(network: NN, **metadata: Any) -> bytes:
         header[key] = value if key == "description" else json.dumps(value, allow_nan=False)
     # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    header[CHECKSUM] = _checksum(safetensors.torch.save(tensors, header))
     return _with_sorted_metadata(safetensors.torch.save(tensors, header))
 
 
@@ -200,6 +204,9 @@ def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
         [2, 8, 1]
     """
     _check_tensors(tensors)
+    layers = _count_layers(architecture)
+    if layers > len(tensors):  # each has one at least; refused before they are made
+        raise FormatError(f"expected tensors for {layers} layers, got {len(tensors)} tensors")
     module = build(architecture, device="meta")
     _fill(module, tensors)
     return module if isinstance(module, NN) else NN(module)
@@ -253,6 +260,17 @@ def build(
         2
     """
     return _build(architecture, "network", MAX_NESTING, {"device": device, "dtype": dtype})
+
+
+def _count_layers(architecture: Any, nesting: int = MAX_NESTING) -> int:
+    """How many layers a description asks for; what is no description counts as one."""
+    arguments = architecture if isinstance(architecture, dict) else {}
+    layers, depth, widths = arguments.get("layers"), arguments.get("depth"), arguments.get("widths")
+    if isinstance(layers, list) and nesting > 0:
+        return sum(_count_layers(layer, nesting - 1) for layer in layers)
+    if isinstance(widths, list):
+        return len(widths) - 1
+    return depth if isinstance(depth, int) else 1
 
 
 def _build(architecture: Any, place: str, nesting: int, made: Mapping[str, Any]) -> NN | hessQuikLayer:
@@ -404,11 +422,26 @@ def _read_header(data: bytes) -> dict[str, str]:
     for key, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if texts.get(key) != expected:
             raise FormatError(f"expected {key} {expected!r} in the header's metadata, got {texts.get(key)!r}")
+    for key in texts:
+        if key not in METADATA and key not in {"format", "format_version", "network", CHECKSUM}:
+            raise FormatError(f"expected only the documented keys in the header's metadata, got {key[:64]!r}")
+    if CHECKSUM in texts and texts[CHECKSUM] != _checksum(data):
+        raise FormatError("expected the contents that the checksum was made of, got others: the file is damaged")
     if "network" not in texts:
         raise FormatError("expected the architecture under 'network' in the header's metadata, got none")
     if len(header) - 1 > MAX_TENSORS:
         raise FormatError(f"expected at most {MAX_TENSORS} tensors, got {len(header) - 1}")
     return texts
+
+
+def _checksum(data: bytes) -> str:
+    """SHA-256 over a file's header, however it is written, without the checksum itself; then its tensors."""
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + header_bytes])
+    header["__metadata__"].pop(CHECKSUM, None)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(memoryview(data)[8 + header_bytes :])
+    return digest.hexdigest()
 
 
 def parse_json(what: str, text: str | bytes) -> Any:

@@ -95,7 +95,15 @@ def create_app(settings: Settings | None = None) -> Application:
         finally:
             await core.stop()
 
-    app = Application(core, settings, title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = Application(
+        core,
+        settings,
+        title="hessquik-service",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the request's Host
+    )
     app.router.routes[:0] = [
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),

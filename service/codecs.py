@@ -40,6 +40,12 @@ JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 DTYPES = ("float32", "float64")
 _FIELDS = ("inputs", "quantities", "weights", "directions", "dtype")
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
+#: Most directions per point, so that a tile's tangents stay small.
+MAX_DIRECTIONS = 1024
+#: Dimensions of the largest array: directions, (n, k, d).
+_MAX_NESTING = 3
+#: JSON that is shorter cannot take long to parse, whatever it holds.
+_SHORT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +127,14 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
         MalformedBody: it is not a JSON object.
         InvalidInput: it does not fit.
     """
+    if len(body) > _SHORT_BYTES:
+        _refuse_bombs(body, shape)
     document = load_json(body)
     if not isinstance(document, dict):
         raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
     for name in document:
         if name not in _FIELDS:
-            raise _invalid(name[:64], f"one of the fields {', '.join(_FIELDS)}", "another one")
+            raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
     # Only a body that has these words can have a boolean, which numpy would take for a number.
     has_booleans = b"true" in body or b"false" in body
     arrays = {}
@@ -154,7 +162,7 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
         raise MalformedBody("expected a safetensors body, got one that does not parse") from None
     for name, array in arrays.items():
         if name not in ("inputs", "weights", "directions"):
-            raise _invalid(name[:64], "one of the tensors inputs, weights, directions", "another one")
+            raise _invalid("body", "only the tensors inputs, weights, directions", "another one")
         if array.dtype.name not in DTYPES:
             raise _invalid(name, "a tensor of F32 or F64", "another dtype")
     listed = query.get("quantities")
@@ -186,6 +194,13 @@ def encode_safetensors(
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
     return [struct.pack("<Q", len(text)) + text, *pieces]
+
+
+def _refuse_bombs(body: bytes | bytearray, shape: Shape) -> None:
+    """Refuse, before it is parsed, JSON of more lists or numbers than any request that fits the model has."""
+    lists, numbers = 4 * shape.max_rows + 4, (2 * shape.d + shape.m) * shape.max_rows + 16
+    if body.count(b"[") > lists or body.count(b",") > numbers or body.count(b"{") > 1:
+        raise _invalid("body", f"one object of at most {numbers} numbers in {lists} lists", "more")
 
 
 def load_json(body: bytes | bytearray) -> Any:
@@ -233,6 +248,9 @@ def make_question(
         fits = directions.ndim in (2, 3) and directions.shape[-1] == shape.d and directions.shape[-2] > 0
         if not fits or (directions.ndim == 3 and len(directions) != n):
             raise _invalid("directions", f"shape (k, {shape.d}) or ({n}, k, {shape.d})", _describe(directions))
+        k, most = directions.shape[-2], min(MAX_DIRECTIONS, shape.max_rows // n)
+        if k > most:
+            raise _invalid("directions", f"at most {most} for {n} points", f"{k}")
         directions = _converted("directions", directions if directions.ndim == 3 else directions[None], dtype)
     return Question(_converted("inputs", inputs, dtype), is_single, asked, dtype, weights, directions)
 
@@ -264,6 +282,8 @@ def numbers(field: str, value: Any, has_booleans: bool) -> Array:
         array = np.asarray(None)
     if array.dtype.kind not in "iuf" or array.ndim == 0 or has_booleans:
         _find_fault(field, value)
+    if array.ndim > _MAX_NESTING:
+        raise _invalid(field, f"lists nested at most {_MAX_NESTING} deep", "deeper ones")
     if array.dtype.kind in "iuf":
         return array
     try:
@@ -287,18 +307,20 @@ def _find_fault(field: str, value: Any) -> None:
                 raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
         elif width is not None:
             raise _invalid(field, "a list of numbers, as in the rows before", _kind(entry), row=row)
-        bad = next((item for item in _leaves(entry) if not _is_number(item)), None)
-        if bad is not None:
-            raise _invalid(field, "numbers", _kind(bad[0]) if isinstance(bad, tuple) else _kind(bad), row=row)
+        got = _fault(entry, _MAX_NESTING - 1)
+        if got is not None:
+            raise _invalid(field, "numbers", got, row=row)
 
 
-def _leaves(entry: Any) -> Any:
-    """What a nested list holds; ``None`` is wrapped, so that it can be told from nothing found."""
-    if isinstance(entry, list):
-        for item in entry:
-            yield from _leaves(item)
-    else:
-        yield (None,) if entry is None else entry
+def _fault(entry: Any, nesting: int) -> str | None:
+    """The kind of the first thing that is neither a number nor a list of them nested as deep as may be."""
+    if not isinstance(entry, list):
+        return None if _is_number(entry) else _kind(entry)
+    if set(map(type, entry)) <= {int, float}:
+        return None
+    if nesting == 0:
+        return "a list"
+    return next((got for item in entry if (got := _fault(item, nesting - 1)) is not None), None)
 
 
 def _is_number(value: Any) -> bool:

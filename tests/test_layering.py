@@ -27,14 +27,14 @@ LAYERS = {
         hessquik
     """,
     "service": """
-        service.errors service.metrics service.quantities service.settings service.wire
-        service.client service.codecs service.devices service.logs
-        service.batcher service.pool
+        service.errors service.metrics service.quantities service.settings service.statistics service.wire
+        service.assets service.client service.codecs service.devices service.healthcheck service.logs service.schemas
+        service.batcher service.open_inference service.pool
         service.dispatcher service.repository
         service.core service.door
         service.routes
         service.app service.server service.worker
-        service.cli
+        service.cli service.ray_serve
         service.__main__
         service
     """,

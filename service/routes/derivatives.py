@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from service import codecs
 from service.codecs import JSON, Shape
@@ -11,6 +11,9 @@ from service.door import Receive, Scope, Send, header, read_body, send_reply
 from service.errors import InvalidInput, MethodNotAllowed
 
 __all__ = ["Derivatives"]
+
+#: Most parameters of a query.
+MAX_PARAMETERS = 16
 
 
 class Derivatives:
@@ -58,12 +61,16 @@ def parse_query(scope: Scope) -> dict[str, str]:
     """The query's parameters, each given once at most.
 
     Raises:
-        InvalidInput: one is given twice.
+        InvalidInput: one is given twice, or there are too many.
     """
     if not scope["query_string"]:
         return {}
-    values = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=16)
-    for name, given in values.items():
-        if len(given) > 1:
-            raise InvalidInput("expected each query parameter once", field=name[:64])
-    return {name: given[0] for name, given in values.items()}
+    try:
+        pairs = parse_qsl(
+            scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
+        )
+    except ValueError:
+        raise InvalidInput(f"query: expected at most {MAX_PARAMETERS} parameters, got more", field="query") from None
+    if len(dict(pairs)) != len(pairs):
+        raise InvalidInput("query: expected each parameter once, got one twice", field="query")
+    return dict(pairs)
