@@ -50,6 +50,7 @@ def test_blocks_do_what_the_page_says(
     page: str, folder: Path, running: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    torch.set_num_threads(1)  # threads that wait for each other are slow beside other tests
     namespace: dict[str, object] = {"__name__": "__docs__"}
     blocks = BLOCK.findall((DOCS / page).read_text().replace(URL, running.url))
     assert blocks
