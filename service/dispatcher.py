@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from service.batcher import Batch, Batcher, Entry, Slice
-from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, ServiceError, WorkerLost
+from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, Overloaded, ServiceError, WorkerLost
 from service.metrics import Metrics
 from service.pool import Pool
 from service.statistics import ModelStatistics
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Failures of a batch before it is cut into rows, and of a row before it is given up.
 MAX_FAILURES = 2
+#: What a worker calls it when memory ran out.
+OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -149,8 +151,8 @@ class Dispatcher:
         """Split a batch's answers among its jobs."""
         first = batch.slices[0].entry
         assert isinstance(first, Job)
-        if "error" in head or any(len(arrays.get(name, ())) != batch.rows for name in first.quantities):
-            self.on_lost_work(batch)
+        if "error" in head or not _fits(batch, first, arrays):
+            self._try_again(batch, is_out_of_memory=head.get("error") in OUT_OF_MEMORY)
             return
         self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
         first.statistics.batches += 1
@@ -163,6 +165,10 @@ class Dispatcher:
             offset += rows
 
     def on_lost_work(self, batch: Batch) -> None:
+        """A worker died over a batch."""
+        self._try_again(batch, is_out_of_memory=False)
+
+    def _try_again(self, batch: Batch, is_out_of_memory: bool) -> None:
         """Run a failed batch once more, then row by row, so that only a row that fails alone fails."""
         failures = batch.failures + 1
         if failures < MAX_FAILURES:
@@ -174,6 +180,10 @@ class Dispatcher:
         else:
             job, row, _ = batch.slices[0]
             assert isinstance(job, Job)
+            if is_out_of_memory:
+                self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
+                self.on_idle()
+                return
             logger.error("row %d of a request for model %d fails wherever it is computed", row, job.model)
             self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
         self.on_idle()
@@ -194,6 +204,16 @@ class Dispatcher:
             if start == 0 and batch.failures == 0:
                 job.started_at = now
                 self._metrics.queued(now - job.queued_at)
+
+
+def _fits(batch: Batch, job: Job, arrays: dict[str, Array]) -> bool:
+    """Whether a worker's answer is one: every quantity, every row, and all of their bytes."""
+    answers = [arrays[name] for name in job.quantities if name in arrays]
+    return (
+        len(answers) == len(job.quantities)
+        and all(array.shape[:1] == (batch.rows,) and array.dtype == job.inputs.dtype for array in answers)
+        and sum(array.nbytes for array in answers) == batch.rows * job.row_bytes
+    )
 
 
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:

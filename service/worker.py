@@ -27,6 +27,8 @@ from service import wire
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: How torch says that memory ran out on a CPU, in an error of no class of its own.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -128,6 +130,10 @@ class Worker:
             answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
         except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
             return {"op": "done", "error": type(error).__name__}, {}
+        except RuntimeError as error:
+            if CPU_OUT_OF_MEMORY not in str(error):
+                raise
+            return {"op": "done", "error": "OutOfMemoryError"}, {}
         return {"op": "done"}, answers
 
     def serve(self, sock: socket.socket) -> None:
