@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hessquik import load
+from hessquik import load, storage
 from hessquik.activations import tanhActivation
 from hessquik.layers import resnetLayer, singleLayer
 from hessquik.networks import NN
@@ -105,3 +105,22 @@ def test_newton_finds_the_hills_and_hollows_of_peaks(server: LiveServer, tmp_pat
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert min(width, height) >= 600
+
+
+def test_posterior_of_the_borehole_agrees_with_importance_sampling(server: LiveServer, shipped_models: Path) -> None:
+    printed = run("sample_posterior.py", "--url", server.url, "--chains", "8", "--steps", "80")
+    match = re.search(r"posterior: ([\d.]+) ± ([\d.]+)", printed)
+    assert match is not None
+    saved = storage.parse((shipped_models / "borehole.safetensors").read_bytes())
+    lower, upper = (
+        torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds")
+    )
+    s = 0.4 * torch.randn(20_000, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s = s[(s.abs() <= 1).all(1)]
+    flow = oracle.value(saved.network, (lower + upper) / 2 + (upper - lower) / 2 * s).detach()[:, 0]
+    weight = torch.exp(-(((flow - 120) / 10) ** 2) / 2)
+    mean = float((weight * flow).sum() / weight.sum())
+    spread = float((weight * (flow - mean) ** 2).sum() / weight.sum()) ** 0.5
+    # 320 correlated draws: about 40 independent ones, so that a mean has an error of a sixth of the spread.
+    assert float(match[1]) == pytest.approx(mean, abs=spread / 2)
+    assert 0.5 * spread < float(match[2]) < 1.5 * spread
