@@ -413,7 +413,7 @@ class _Formulas:
         du: Parts = (start,)
         d2u: Parts = (None,)
         bends = len(pairs) + sums
-        had = (self.d,)
+        had: tuple[int, ...] = (self.d,)
         for layer in layers:
             form = layer.form
             du, d2u = self.cut(du, had, form.widths), self.cut(d2u, had, form.widths)
