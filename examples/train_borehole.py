@@ -44,13 +44,8 @@ TARGET = Target(
 RADIUS_UNITS = 8
 
 
-<<<<<<< HEAD
 def points_near_small_radii(n: int, seed: int) -> Tensor:
     """Points (n, 8), half of them with ln r instead of r spread evenly: f bends most where r is small."""
-=======
-def clustered_points(n: int, seed: int) -> Tensor:
-    """Points (n, 8), a quarter of them with ln r instead of r spread evenly: f bends most where r is small."""
->>>>>>> main
     x = TARGET.spread_points(n, seed)
     r, low, high = x[: n // 2, 1], TARGET.lower()[1], TARGET.upper()[1]
     r.copy_(low * (high / low) ** ((r - low) / (high - low)))
@@ -60,6 +55,7 @@ def clustered_points(n: int, seed: int) -> Tensor:
 def resolve_small_radii(layer: singleLayer) -> None:
     """Let some units rise from the lower bound of r over lengths from half its range down to 1/160 of that."""
     steepness = torch.logspace(0, 2.2, RADIUS_UNITS, dtype=torch.float64)
+    assert layer.b is not None
     with torch.no_grad():
         layer.K[1, :RADIUS_UNITS] = steepness
         layer.b[:RADIUS_UNITS] = steepness
@@ -69,6 +65,7 @@ if __name__ == "__main__":
     torch.manual_seed(SEED)
     points = points_near_small_radii(1024, SEED)
     values = TARGET.derivatives(points).value
+    assert values is not None
     half_width, centre = (TARGET.upper() - TARGET.lower()) / 2, (TARGET.upper() + TARGET.lower()) / 2
     width = 32
     first = singleLayer(8, width, tanhActivation(), dtype=torch.float64)

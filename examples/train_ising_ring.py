@@ -1,14 +1,9 @@
 """Train ``models/ising_ring.safetensors``: the free energy of a ring of spins by an input-convex network.
 
 The logarithm of a partition function is convex in the parameters of its energy; its gradient is the mean of the
-<<<<<<< HEAD
 observables that they multiply and its Hessian their covariance (here per spin), so both are worth asking for. The
 network is convex by construction, whatever its weights. Run ``python examples/train_ising_ring.py``; it takes about
 a minute.
-=======
-observables that they multiply, and its Hessian their covariance, so both are worth asking for. The network is convex
-by construction, whatever its weights. Run ``python examples/train_ising_ring.py``; it takes about a minute.
->>>>>>> main
 """
 
 import itertools
@@ -66,6 +61,7 @@ def start_gently(network: NN) -> None:
     for layer in network.layers():
         if isinstance(layer, ICNNLayer):
             torch.nn.init.uniform_(layer.K, -2, 2)
+            assert layer.b is not None
             torch.nn.init.uniform_(layer.b, -1, 1)
         positive = getattr(layer, "w" if isinstance(layer, quadraticICNNLayer) else "L")
         if positive is not None:

@@ -9,6 +9,7 @@ from hessquik.calculus import Derivatives
 from hessquik.errors import (
     ArchitectureError,
     CompositionError,
+    DerivativeError,
     FormatError,
     HessQuikError,
     OrderError,
@@ -20,6 +21,7 @@ from hessquik.storage import load, save
 __all__ = [
     "ArchitectureError",
     "CompositionError",
+    "DerivativeError",
     "Derivatives",
     "Evaluator",
     "FormatError",

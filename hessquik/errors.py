@@ -5,6 +5,7 @@
     ├── CompositionError   two neighbouring layers do not fit together        (also a ValueError)
     ├── ArchitectureError  a description of a network is not one              (also a ValueError)
     ├── FormatError        a file is not a saved network                      (also a ValueError)
+    ├── DerivativeError    a network's derivatives disagree with a reference  (also a ValueError)
     └── OrderError         backward() without the forward() it belongs to     (also a RuntimeError)
 
 Every message says what was expected and what came.
@@ -13,6 +14,7 @@ Every message says what was expected and what came.
 __all__ = [
     "ArchitectureError",
     "CompositionError",
+    "DerivativeError",
     "FormatError",
     "HessQuikError",
     "OrderError",
@@ -38,6 +40,10 @@ class ArchitectureError(HessQuikError, ValueError):
 
 class FormatError(HessQuikError, ValueError):
     """A file is not a saved network."""
+
+
+class DerivativeError(HessQuikError, ValueError):
+    """A network's derivatives disagree with a reference."""
 
 
 class OrderError(HessQuikError, RuntimeError):

@@ -23,7 +23,7 @@ from hessquik.native import Native, is_available
 from hessquik.networks import NN
 from hessquik.plan import Ask, Plan, choose
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "NativeRunner", "TorchRunner"]
 
 #: Rows of torch's smallest tile; with fewer, other kernels run (matrix times vector) and give other bits.
 SMALLEST_TILE_ROWS = 8

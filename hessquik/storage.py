@@ -2,13 +2,14 @@
 
 A file is data: it is read into memory whole, checked before and after parsing, and never executed. The header's
 metadata has ``format`` = ``hessquik``, ``format_version`` = ``1``, ``network`` = the architecture, and optionally
-what :data:`METADATA` lists.
+what :data:`METADATA` lists and ``sha256``, a checksum of all else, which :func:`save` writes.
 
 To make a new layer storable: a row in :data:`TYPES`, and its arguments in :data:`ARGUMENTS` if they are new.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -39,16 +40,20 @@ __all__ = [
     "METADATA",
     "TYPES",
     "SavedNetwork",
+    "assemble",
     "build",
     "build_activation",
     "describe",
     "load",
     "parse",
+    "parse_json",
     "save",
     "serialize",
 ]
 
 FORMAT, FORMAT_VERSION = "hessquik", "1"
+#: Metadata key of the SHA-256 of all else in the file.
+CHECKSUM = "sha256"
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10
 MAX_TENSORS = 1024
@@ -101,6 +106,13 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
     Raises:
         ArchitectureError: the network has a part that a file cannot describe.
         FormatError: the metadata do not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(fullyConnectedNN([2, 8, 1]), f"{folder}/f.safetensors", input_names=["x", "y"])
+        ...     load(f"{folder}/f.safetensors").dim_input()
+        2
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -109,7 +121,12 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
 
 
 def serialize(network: NN, **metadata: Any) -> bytes:
-    """The bytes that :func:`save` writes."""
+    """The bytes that :func:`save` writes.
+
+    Example:
+        >>> parse(serialize(fullyConnectedNN([2, 8, 1]))).network.widths
+        [2, 8, 1]
+    """
     architecture = describe(network)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "network": json.dumps(architecture)}
     _check_metadata(metadata, network)
@@ -117,6 +134,7 @@ def serialize(network: NN, **metadata: Any) -> bytes:
         header[key] = value if key == "description" else json.dumps(value, allow_nan=False)
     # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    header[CHECKSUM] = _checksum(safetensors.torch.save(tensors, header))
     return _with_sorted_metadata(safetensors.torch.save(tensors, header))
 
 
@@ -135,6 +153,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> NN:
 
     Raises:
         FormatError: the file is not a saved network; the message names the file and the fault.
+
+    See :func:`save` for an example.
     """
     path = Path(path)
     if path.stat().st_size > MAX_FILE_BYTES:
@@ -150,27 +170,46 @@ def parse(data: bytes) -> SavedNetwork:
 
     Raises:
         FormatError: they are not those of a saved network.
+
+    See :func:`serialize` for an example.
     """
     texts = _read_header(data)
-    architecture = _parse_json("network", texts["network"])
+    architecture = parse_json("network", texts["network"])
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise FormatError(f"expected a safetensors file, got one that does not parse ({error})") from None
-    _check_tensors(tensors)
     try:
-        module = build(architecture, device="meta")
+        network = assemble(architecture, tensors)
     except (ArchitectureError, CompositionError) as error:
         raise FormatError(str(error)) from None
-    _fill(module, tensors)
-    network = module if isinstance(module, NN) else NN(module)
     metadata = {
-        key: text if key == "description" else _parse_json(key, text)
-        for key, text in texts.items()
-        if key in METADATA
+        key: text if key == "description" else parse_json(key, text) for key, text in texts.items() if key in METADATA
     }
     _check_metadata(metadata, network)
     return SavedNetwork(network, architecture, metadata)
+
+
+def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
+    """Make the network that :func:`describe` described, with the weights of a state dict.
+
+    Raises:
+        ArchitectureError: the description is not one.
+        CompositionError: its layers do not fit together.
+        FormatError: the weights do not fit the description.
+
+    Example:
+        >>> f = fullyConnectedNN([2, 8, 1])
+        >>> assemble(describe(f), f.state_dict()).widths
+        [2, 8, 1]
+    """
+    _check_tensors(tensors)
+    layers = _count_layers(architecture)
+    if layers > len(tensors):  # each has one at least; refused before they are made
+        raise FormatError(f"expected tensors for {layers} layers, got {len(tensors)} tensors")
+    module = build(architecture, device="meta")
+    _fill(module, tensors)
+    return module if isinstance(module, NN) else NN(module)
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -223,6 +262,17 @@ def build(
     return _build(architecture, "network", MAX_NESTING, {"device": device, "dtype": dtype})
 
 
+def _count_layers(architecture: Any, nesting: int = MAX_NESTING) -> int:
+    """How many layers a description asks for; what is no description counts as one."""
+    arguments = architecture if isinstance(architecture, dict) else {}
+    layers, depth, widths = arguments.get("layers"), arguments.get("depth"), arguments.get("widths")
+    if isinstance(layers, list) and nesting > 0:
+        return sum(_count_layers(layer, nesting - 1) for layer in layers)
+    if isinstance(widths, list):
+        return len(widths) - 1
+    return depth if isinstance(depth, int) else 1
+
+
 def _build(architecture: Any, place: str, nesting: int, made: Mapping[str, Any]) -> NN | hessQuikLayer:
     kind, arguments = _type_and_arguments(architecture, place, TYPES)
     if nesting == 0:
@@ -248,6 +298,10 @@ def build_activation(architecture: Any, place: str = "act") -> hessQuikActivatio
 
     Raises:
         ArchitectureError: the description is not one.
+
+    Example:
+        >>> build_activation({"type": "softplusActivation", "beta": 2.0}).beta
+        2.0
     """
     kind, arguments = _type_and_arguments(architecture, place, ACTIVATIONS)
     module = kind(**_checked_arguments(kind, arguments, place))
@@ -361,13 +415,18 @@ def _read_header(data: bytes) -> dict[str, str]:
             f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes within the file, "
             f"got a length of {header_bytes}"
         )
-    header = _parse_json("header", data[8 : 8 + header_bytes])
+    header = parse_json("header", data[8 : 8 + header_bytes])
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise FormatError("expected metadata of strings in the safetensors header, got none")
     for key, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
         if texts.get(key) != expected:
             raise FormatError(f"expected {key} {expected!r} in the header's metadata, got {texts.get(key)!r}")
+    for key in texts:
+        if key not in METADATA and key not in {"format", "format_version", "network", CHECKSUM}:
+            raise FormatError(f"expected only the documented keys in the header's metadata, got {key[:64]!r}")
+    if CHECKSUM in texts and texts[CHECKSUM] != _checksum(data):
+        raise FormatError("expected the contents that the checksum was made of, got others: the file is damaged")
     if "network" not in texts:
         raise FormatError("expected the architecture under 'network' in the header's metadata, got none")
     if len(header) - 1 > MAX_TENSORS:
@@ -375,8 +434,30 @@ def _read_header(data: bytes) -> dict[str, str]:
     return texts
 
 
-def _parse_json(what: str, text: str | bytes) -> Any:
-    """Strict JSON: no NaN, no duplicate keys."""
+def _checksum(data: bytes) -> str:
+    """SHA-256 over a file's header, however it is written, without the checksum itself; then its tensors."""
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + header_bytes])
+    header["__metadata__"].pop(CHECKSUM, None)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(memoryview(data)[8 + header_bytes :])
+    return digest.hexdigest()
+
+
+def parse_json(what: str, text: str | bytes) -> Any:
+    """Read strict JSON: no NaN, no duplicate keys.
+
+    Args:
+        what: What the text is, for the message.
+        text: The JSON.
+
+    Raises:
+        FormatError: it is not.
+
+    Example:
+        >>> parse_json("bounds", "[0, 1.5]")
+        [0, 1.5]
+    """
 
     def refuse(constant: str) -> Any:
         raise ValueError(constant)

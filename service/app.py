@@ -10,16 +10,22 @@ from typing import Any, NoReturn
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from service.assets import ASSETS
 from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door, Receive, Scope, Send
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
+from service.routes.pages import Page
+from service.schemas import document
 from service.settings import Settings
 
 __all__ = ["Application", "create_app"]
@@ -38,12 +44,24 @@ class Application(FastAPI):
         """Keep the service where routes find it."""
         super().__init__(**options)
         self.state.core = core
+        self._settings = settings
         self._derivatives = Derivatives(core)
-        self._door = Door(self._route, settings, core.metrics)
+        dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
+        self._door = Door(self._route, settings, core.metrics, dialects)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""
         await self._door(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The interface's description."""
+        if self.openapi_schema is None:
+            self.openapi_schema = document(self._settings, self.version)
+        return self.openapi_schema
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Only what puts the framework's errors into our words: all errors go on to the door, unanswered."""
+        return ExceptionMiddleware(self.router, handlers={HTTPException: _translate})
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -77,8 +95,15 @@ def create_app(settings: Settings | None = None) -> Application:
         finally:
             await core.stop()
 
-    app = Application(core, settings, title="hessquik-service", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_exception_handler(HTTPException, _translate)
+    app = Application(
+        core,
+        settings,
+        title="hessquik-service",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the request's Host
+    )
     app.router.routes[:0] = [
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
@@ -87,6 +112,9 @@ def create_app(settings: Settings | None = None) -> Application:
         Route("/livez", Live(), methods=["GET"]),
         Route("/readyz", Ready(core), methods=["GET"]),
         Route("/metrics", MetricsText(core), methods=["GET"]),
+        *umbridge.routes(core),
+        *inference_protocol.routes(core),
+        *(Route(path, Page(), methods=["GET"]) for path in ASSETS),
     ]
     return app
 

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ __all__ = [
     "content_type",
     "encode_json",
     "encode_safetensors",
+    "load_json",
+    "make_question",
+    "numbers",
     "parse_json",
     "parse_safetensors",
 ]
@@ -37,6 +41,12 @@ JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 DTYPES = ("float32", "float64")
 _FIELDS = ("inputs", "quantities", "weights", "directions", "dtype")
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
+#: Most directions per point, so that a tile's tangents stay small.
+MAX_DIRECTIONS = 1024
+#: Dimensions of the largest array: directions, (n, k, d).
+_MAX_NESTING = 3
+#: JSON that is shorter cannot take long to parse, whatever it holds.
+_SHORT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +128,22 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
         MalformedBody: it is not a JSON object.
         InvalidInput: it does not fit.
     """
-    document = _load_json(body)
+    if len(body) > _SHORT_BYTES:
+        _refuse_bombs(body, shape)
+    document = load_json(body)
     if not isinstance(document, dict):
         raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
     for name in document:
         if name not in _FIELDS:
-            raise _invalid(name[:64], f"one of the fields {', '.join(_FIELDS)}", "another one")
+            raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
     # Only a body that has these words can have a boolean, which numpy would take for a number.
     has_booleans = b"true" in body or b"false" in body
     arrays = {}
     for name in ("inputs", "weights", "directions"):
         value = document.get(name)
         if value is not None:
-            arrays[name] = _numbers(name, value, has_booleans)
-    return _question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
+            arrays[name] = numbers(name, value, has_booleans)
+    return make_question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
 
 
 def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
@@ -151,29 +163,48 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
         raise MalformedBody("expected a safetensors body, got one that does not parse") from None
     for name, array in arrays.items():
         if name not in ("inputs", "weights", "directions"):
-            raise _invalid(name[:64], "one of the tensors inputs, weights, directions", "another one")
+            raise _invalid("body", "only the tensors inputs, weights, directions", "another one")
         if array.dtype.name not in DTYPES:
             raise _invalid(name, "a tensor of F32 or F64", "another dtype")
     listed = query.get("quantities")
-    return _question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
+    return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
+def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> list[bytes | memoryview]:
     """The reply as JSON: every number's shortest form that reads back as the same double, non-finite ones null."""
     document: dict[str, Any] = {"model": model, "version": version}
     for name, array in answers.items():
         part = array[0] if is_single else array
         document[name] = np.ascontiguousarray(part, dtype=np.float64)
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return [orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)]
 
 
-def encode_safetensors(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> bytes:
-    """The reply as safetensors, one tensor per quantity."""
-    parts = {name: np.ascontiguousarray(array[0] if is_single else array) for name, array in answers.items()}
-    return safetensors.numpy.save(parts, {"model": model, "version": version})
+def encode_safetensors(
+    model: str, version: str, answers: Mapping[str, Array], is_single: bool
+) -> list[bytes | memoryview]:
+    """The reply as safetensors, one tensor per quantity: a header and the arrays' own memory, which is not copied."""
+    header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
+    pieces: list[bytes | memoryview] = []
+    start = 0
+    for name, array in answers.items():
+        part = np.ascontiguousarray(array[0] if is_single else array)
+        kind = f"F{8 * part.itemsize}"
+        header[name] = {"dtype": kind, "shape": part.shape, "data_offsets": [start, start + part.nbytes]}
+        pieces.append(part.reshape(-1).view(np.uint8).data)
+        start += part.nbytes
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def _load_json(body: bytes | bytearray) -> Any:
+def _refuse_bombs(body: bytes | bytearray, shape: Shape) -> None:
+    """Refuse, before it is parsed, JSON of more lists or numbers than any request that fits the model has."""
+    lists, numbers = 4 * shape.max_rows + 4, (2 * shape.d + shape.m) * shape.max_rows + 16
+    if body.count(b"[") > lists or body.count(b",") > numbers or body.count(b"{") > 1:
+        raise _invalid("body", f"one object of at most {numbers} numbers in {lists} lists", "more")
+
+
+def load_json(body: bytes | bytearray) -> Any:
     """Parse JSON. What the fast parser refuses is read again: NaN and 1e999 are then refused with their row."""
     try:
         return orjson.loads(body)
@@ -185,7 +216,9 @@ def _load_json(body: bytes | bytearray) -> Any:
         raise MalformedBody("expected a JSON object, got something that does not parse") from None
 
 
-def _question(arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape) -> Question:
+def make_question(
+    arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape
+) -> Question:
     """Check that everything fits the model."""
     if dtype is None:
         dtype = shape.dtype
@@ -216,6 +249,9 @@ def _question(arrays: Mapping[str, Array], quantities: Any, fixed: str | None, d
         fits = directions.ndim in (2, 3) and directions.shape[-1] == shape.d and directions.shape[-2] > 0
         if not fits or (directions.ndim == 3 and len(directions) != n):
             raise _invalid("directions", f"shape (k, {shape.d}) or ({n}, k, {shape.d})", _describe(directions))
+        k, most = directions.shape[-2], min(MAX_DIRECTIONS, shape.max_rows // n)
+        if k > most:
+            raise _invalid("directions", f"at most {most} for {n} points", f"{k}")
         directions = _converted("directions", directions if directions.ndim == 3 else directions[None], dtype)
     return Question(_converted("inputs", inputs, dtype), is_single, asked, dtype, weights, directions)
 
@@ -228,18 +264,20 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
         return (fixed,)
     if listed is None:
         return ("value",)
-    if (
-        not isinstance(listed, list)
-        or not listed
-        or not all(name in QUANTITIES for name in listed if isinstance(name, str))
-    ):
-        raise _invalid("quantities", f"a list out of {', '.join(QUANTITIES)}", "something else")
-    if not all(isinstance(name, str) for name in listed) or len(set(listed)) != len(listed):
-        raise _invalid("quantities", "a list of different names", "something else")
-    return tuple(name for name in QUANTITIES if name in listed)
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+        raise _invalid("quantities", "a list of names", "something else")
+    return _in_order(tuple(listed))
 
 
-def _numbers(field: str, value: Any, has_booleans: bool) -> Array:
+@lru_cache(maxsize=1024)
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Different known names in canonical order."""
+    if not set(names) <= set(QUANTITIES) or len(set(names)) != len(names):
+        raise _invalid("quantities", f"a list of different names out of {', '.join(QUANTITIES)}", "something else")
+    return tuple(name for name in QUANTITIES if name in names)
+
+
+def numbers(field: str, value: Any, has_booleans: bool) -> Array:
     """A nested list of numbers as an array."""
     try:
         array = np.asarray(value)
@@ -247,6 +285,8 @@ def _numbers(field: str, value: Any, has_booleans: bool) -> Array:
         array = np.asarray(None)
     if array.dtype.kind not in "iuf" or array.ndim == 0 or has_booleans:
         _find_fault(field, value)
+    if array.ndim > _MAX_NESTING:
+        raise _invalid(field, f"lists nested at most {_MAX_NESTING} deep", "deeper ones")
     if array.dtype.kind in "iuf":
         return array
     try:
@@ -270,18 +310,20 @@ def _find_fault(field: str, value: Any) -> None:
                 raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
         elif width is not None:
             raise _invalid(field, "a list of numbers, as in the rows before", _kind(entry), row=row)
-        bad = next((item for item in _leaves(entry) if not _is_number(item)), None)
-        if bad is not None:
-            raise _invalid(field, "numbers", _kind(bad[0]) if isinstance(bad, tuple) else _kind(bad), row=row)
+        got = _fault(entry, _MAX_NESTING - 1)
+        if got is not None:
+            raise _invalid(field, "numbers", got, row=row)
 
 
-def _leaves(entry: Any) -> Any:
-    """What a nested list holds; ``None`` is wrapped, so that it can be told from nothing found."""
-    if isinstance(entry, list):
-        for item in entry:
-            yield from _leaves(item)
-    else:
-        yield (None,) if entry is None else entry
+def _fault(entry: Any, nesting: int) -> str | None:
+    """The kind of the first thing that is neither a number nor a list of them nested as deep as may be."""
+    if not isinstance(entry, list):
+        return None if _is_number(entry) else _kind(entry)
+    if set(map(type, entry)) <= {int, float}:
+        return None
+    if nesting == 0:
+        return "a list"
+    return next((got for item in entry if (got := _fault(item, nesting - 1)) is not None), None)
 
 
 def _is_number(value: Any) -> bool:
@@ -290,8 +332,11 @@ def _is_number(value: Any) -> bool:
 
 def _converted(field: str, array: Array, dtype: str) -> Array:
     """The array in the dtype to compute in, refused where that is not finite."""
-    with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(array, dtype=dtype)
+    if array.dtype == dtype:
+        converted = np.ascontiguousarray(array)
+    else:
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(array, dtype=dtype)
     finite = np.isfinite(converted)
     if not finite.all():
         row = int(np.argwhere(~finite)[0][0])

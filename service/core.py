@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ __all__ = ["Core"]
 logger = logging.getLogger(__name__)
 
 #: Operations after which a batch is cut: a few milliseconds on one core.
-BATCH_COST = 2e8
+BATCH_COST = 1e8
 #: Bytes to bring back after which a batch is cut.
 BATCH_BYTES = 8 << 20
 
@@ -40,6 +41,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
+        self._is_started = False
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
@@ -51,11 +53,14 @@ class Core:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the workers and load the models.
+        """Start the workers and load the models, unless that is done.
 
         Raises:
             StartUpError: there is no folder, or no worker becomes ready.
         """
+        if self._is_started:
+            return
+        self._is_started = True
         if not self.settings.models.is_dir():
             raise StartUpError("expected a folder of models, there is none at the given place")
         await self.dispatcher.pool.start()
@@ -84,12 +89,19 @@ class Core:
                     field="X-Deadline-Ms",
                 )
             milliseconds = int(header)
-        return asyncio.get_running_loop().time() + milliseconds / 1000
+        return self.now() + milliseconds / 1000
+
+    def now(self) -> float:
+        """The loop's clock, in seconds."""
+        return asyncio.get_running_loop().time()
 
     async def answer(
         self, served: Served, question: Question, deadline_s: float, scope: Any = None
     ) -> Mapping[str, Array]:
         """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
+
+        The model is held until it has answered; who awaits anything between looking it up and this call has to hold
+        it too, see :meth:`Repository.holding`.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
@@ -98,11 +110,15 @@ class Core:
         job = self._job(served, question)
         if scope is not None:
             scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
-        self.repository.acquire(served)
+        began_s = time.perf_counter()
         try:
-            return await self.dispatcher.evaluate(job, deadline_s)
-        finally:
-            self.repository.release(served)
+            with self.repository.holding(served):
+                answers = await self.dispatcher.evaluate(job, deadline_s)
+        except ServiceError:
+            served.statistics.fail.add(time.perf_counter() - began_s)
+            raise
+        served.statistics.answered(job.rows, job.started_at - job.queued_at, time.perf_counter() - job.started_at)
+        return answers
 
     def why_not_ready(self) -> list[str]:
         """The reasons why the service is not ready; none if it is."""
@@ -124,8 +140,11 @@ class Core:
         n = len(question.inputs)
         k = 0 if question.directions is None else question.directions.shape[1]
         is_weighted = question.weights is not None
-        itemsize = question.inputs.dtype.itemsize
-        row_bytes = itemsize * floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
+        key = (served.id, question.dtype, question.quantities, is_weighted, k)
+        # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
+        row_cost = served.row_costs.get(key) or BATCH_COST / served.facts["tile_rows"]
+        floats = floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
+        row_bytes = floats * question.inputs.dtype.itemsize
         if n * row_bytes > self.settings.max_reply_bytes:
             raise ReplyTooLarge(
                 f"expected a reply of at most {self.settings.max_reply_bytes} bytes, got {n * row_bytes}",
@@ -134,9 +153,9 @@ class Core:
             )
         arrays = (question.inputs, question.weights, question.directions)
         return Job(
-            key=(served.id, question.dtype, question.quantities, is_weighted, k),
+            key=key,
             rows=n,
-            row_cost=_row_cost(served, question, k),
+            row_cost=row_cost,
             row_bytes=row_bytes,
             payload_bytes=sum(array.nbytes for array in arrays if array is not None),
             model=served.id,
@@ -145,6 +164,8 @@ class Core:
             inputs=question.inputs,
             weights=question.weights,
             directions=question.directions,
+            statistics=served.statistics,
+            row_costs=served.row_costs,
         )
 
     async def _watch(self) -> None:
@@ -157,29 +178,16 @@ class Core:
                 except ServiceError:
                     self.repository.unload(name)
 
-    def _gauges(self) -> Mapping[str, float | Mapping[str, float]]:
+    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """What is read off when Prometheus asks."""
         batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
         return {
             "hessquik_queue_requests": batcher.requests,
             "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": {state.value: count for state, count in pool.states().items()},
+            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
+            "hessquik_device_memory_bytes": (
+                "worker",
+                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
+            ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
-
-
-def _row_cost(served: Served, question: Question, k: int) -> float:
-    """Operations for one point, as :mod:`hessquik.calculus` counts them."""
-    d, m = served.d, 1 if question.weights is not None else served.m
-    value = 2.0 * int(served.facts["parameters"])
-    asked = set(question.quantities)
-    cost = value
-    if asked != {"value"}:
-        cost += m * value
-    if asked & {"hessian", "laplacian", "hessian_diagonal"}:
-        cost += d * value
-    if "hessian" in asked:
-        cost += 2.0 * d * d * m * int(served.facts["hidden_units"])
-    if asked & {"jvp", "hvp", "curvature"}:
-        cost += k * value * (1 + (m if "hvp" in asked else 0))
-    return cost

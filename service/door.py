@@ -7,10 +7,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
+from service.assets import ASSETS
 from service.errors import (
     BodyTooLarge,
     ClientGone,
@@ -23,7 +24,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.settings import Settings
 
-__all__ = ["Door", "header", "read_body", "send_error", "send_reply"]
+__all__ = ["Dialect", "Door", "header", "read_body", "send_reply"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,14 +34,36 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-#: The only paths that never need a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 #: Made-up request ids: one part for the process, one for the request.
 _PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: What is counted when no reply was begun.
 NO_STATUS = 499
 _ADMIN_ACTIONS = ("/load", "/unload")
+
+
+class Dialect(NamedTuple):
+    """How errors are written on the paths of one dialect.
+
+    Attributes:
+        media_type: Of the bodies.
+        owns: Whether a path is one of the dialect's.
+        write: Status and body of an error, for a request id.
+    """
+
+    media_type: bytes
+    owns: Callable[[str], bool]
+    write: Callable[[ServiceError, str], tuple[int, bytes]]
+
+
+#: The service's own: problem details, on all paths that no other dialect owns.
+NATIVE = Dialect(
+    b"application/problem+json",
+    lambda path: True,
+    lambda error, request_id: (error.status, error.problem(request_id)),
+)
 
 
 class Door:
@@ -50,12 +73,14 @@ class Door:
         app: What is behind the door.
         settings: Keys.
         metrics: Where requests are counted.
+        dialects: Those with error bodies of their own.
     """
 
-    def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: App, settings: Settings, metrics: Metrics, dialects: Sequence[Dialect] = ()) -> None:
         """Take the keys out of their wrappers once."""
         self._app = app
         self._metrics = metrics
+        self._dialects = (*dialects, NATIVE)
         self._admin_keys = [key.get_secret_value().encode() for key in settings.admin_keys]
         self._keys = [key.get_secret_value().encode() for key in settings.api_keys] + self._admin_keys
         self._needs_key = bool(settings.api_keys)
@@ -66,6 +91,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        scope["hessquik.headers"] = dict(reversed(scope["headers"]))  # of a name's values, the first
         request_id = _request_id(scope)
         scope["hessquik.request_id"] = request_id
         status = NO_STATUS
@@ -81,14 +107,13 @@ class Door:
             self._check_key(scope)
             await self._app(scope, receive, send_with_id)
         except ServiceError as error:
-            await send_error(scope, send_with_id, error)
+            await self._send_error(scope, send_with_id, error)
         except Exception:
             logger.exception("request %s failed", request_id.decode())
             if status != NO_STATUS:
                 raise
-            await send_error(
-                scope, send_with_id, ServiceError("something went wrong; the log has it under this request id")
-            )
+            unknown = ServiceError("something went wrong; the log has it under this request id")
+            await self._send_error(scope, send_with_id, unknown)
         finally:
             self._metrics.answered(scope.get("hessquik.route", "unmatched"), status, time.perf_counter() - began)
 
@@ -105,6 +130,18 @@ class Door:
         if is_admin and not _is_among(given, self._admin_keys):
             raise Forbidden("expected an admin key")
 
+    async def _send_error(self, scope: Scope, send: Send, error: ServiceError) -> None:
+        """Send an error in the path's dialect; large bodies that were not read are not waited for."""
+        request_id = scope["hessquik.request_id"].decode()
+        dialect = next(dialect for dialect in self._dialects if dialect.owns(scope["path"]))
+        headers = error.headers()
+        if isinstance(error, BodyTooLarge | UnsupportedMediaType):
+            headers.append((b"connection", b"close"))
+        if error.status >= 500 and error.retry_after_s is None:
+            logger.error("%s %s: %s", request_id, error.code, error.detail)
+        status, body = dialect.write(error, request_id)
+        await send_reply(send, status, dialect.media_type, body, *headers)
+
 
 def _is_among(given: bytes, keys: list[bytes]) -> bool:
     """Compare with every key, in a time that tells nothing of them."""
@@ -119,10 +156,8 @@ def _request_id(scope: Scope) -> bytes:
 
 def header(scope: Scope, name: bytes) -> bytes:
     """The first header of a name, given in lower case; empty if there is none."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return b""
+    value: bytes = scope["hessquik.headers"].get(name, b"")
+    return value
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -155,19 +190,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def send_reply(send: Send, status: int, media_type: bytes, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-    """Send a reply in one piece."""
-    start = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+async def send_reply(
+    send: Send,
+    status: int,
+    media_type: bytes,
+    body: bytes | Sequence[bytes | memoryview],
+    *headers: tuple[bytes, bytes],
+) -> None:
+    """Send a reply, whose body may come in pieces that are sent without being joined."""
+    *pieces, last = [body] if isinstance(body, bytes) else body
+    length = sum(map(len, pieces)) + len(last)
+    start = [(b"content-type", media_type), (b"content-length", b"%d" % length), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(scope: Scope, send: Send, error: ServiceError) -> None:
-    """Send an error as problem details; large bodies that were not read are not waited for."""
-    request_id = scope["hessquik.request_id"].decode()
-    headers = error.headers()
-    if isinstance(error, BodyTooLarge | UnsupportedMediaType):
-        headers.append((b"connection", b"close"))
-    if error.status >= 500 and error.retry_after_s is None:
-        logger.error("%s %s: %s", request_id, error.code, error.detail)
-    await send_reply(send, error.status, b"application/problem+json", error.problem(request_id), *headers)
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": last})

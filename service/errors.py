@@ -17,6 +17,7 @@ __all__ = [
     "EvaluationFailed",
     "Forbidden",
     "InvalidInput",
+    "InvalidOutput",
     "MalformedBody",
     "MethodNotAllowed",
     "ModelNotFound",
@@ -152,6 +153,12 @@ class EvaluationFailed(ServiceError):
     """The network could not be evaluated at this point."""
 
     status, code, title = 500, "evaluation_failed", "Evaluation failed"
+
+
+class InvalidOutput(ServiceError):
+    """The answer is not one that the dialect can express."""
+
+    status, code, title = 500, "invalid_output", "Invalid output"
 
 
 class Overloaded(ServiceError):

@@ -13,8 +13,8 @@ __all__ = ["Metrics"]
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _POWERS = tuple(float(1 << power) for power in range(13))
 
-#: Name, help and label of the gauges that are read off when Prometheus asks.
-Gauges = Callable[[], Mapping[str, float | Mapping[str, float]]]
+#: Gauges that are read off when Prometheus asks: a number, or a label and a number for each of its values.
+Gauges = Callable[[], Mapping[str, float | tuple[str, Mapping[str, float]]]]
 
 
 class _ReadOff(Collector):
@@ -26,10 +26,11 @@ class _ReadOff(Collector):
     def collect(self) -> Iterable[Metric]:
         """The gauges now; a mapping becomes one sample per label value."""
         for name, value in self._read().items():
-            if isinstance(value, Mapping):
-                family = GaugeMetricFamily(name, name, labels=["state"])
-                for label, sample in value.items():
-                    family.add_metric([label], sample)
+            if isinstance(value, tuple):
+                label, samples = value
+                family = GaugeMetricFamily(name, name, labels=[label])
+                for label_value, sample in samples.items():
+                    family.add_metric([label_value], sample)
                 yield family
             elif name.endswith("_total"):
                 yield CounterMetricFamily(name.removesuffix("_total"), name, value=value)

@@ -75,6 +75,7 @@ class Worker:
         self.work: Any = None
         self.since = pool.now()
         self.last_answer = float("-inf")
+        self.memory_bytes = 0
         self.loading: list[int] = []
         self._greeted = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -141,17 +142,20 @@ class Worker:
 
     def _on_frame(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
         self.last_answer = self.pool.now()
-        match head["op"]:
+        match head.get("op"):
             case "ready":
                 self._greeted = True
                 self.pool.on_greeting(self)
-            case "loaded":
+            case "loaded" if head.get("model") in self.loading:
                 self.loading.remove(head["model"])
                 self.pool.on_loaded(head.pop("model"), head)
             case "done":
+                self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
                 work, self.work = self.work, None
                 self.state, self.since = State.READY, self.last_answer
                 self.pool.on_done(self, work, head, arrays)
+            case _:
+                raise wire.WireError("expected an answer to what was asked")
         if self.state is State.STARTING and self._greeted and not self.loading:
             self.state, self.since = State.READY, self.last_answer
             self.pool.on_ready(self)

@@ -7,9 +7,11 @@ of the file changes nothing. Requests name models; a name is looked up in a tabl
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 from service.errors import ModelNotFound, NotReady, VersionNotFound
 from service.pool import LoadError, Pool
+from service.statistics import ModelStatistics
 
 __all__ = ["ModelFile", "Repository", "Served", "find_files"]
 
@@ -86,18 +89,24 @@ class Served:
         file: Where it came from.
         id: What the workers know it by; each loading gets a new one.
         stamp: The file's when it was read.
+        digest: Of its bytes; a file that did not change is not loaded again.
+        row_costs: Operations per row of each kind of question, from the workers' plans.
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
+        statistics: What it has answered.
     """
 
     file: ModelFile
     id: int
     stamp: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    row_costs: dict[Hashable, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     users: int = 0
     is_retired: bool = False
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     @property
     def state(self) -> str:
@@ -226,24 +235,30 @@ class Repository:
         }
         return {name for name, _ in dict(on_disk.items() ^ in_table.items())}
 
-    def acquire(self, served: Served) -> None:
-        """Hold a version for a request."""
+    @contextmanager
+    def holding(self, served: Served) -> Iterator[Served]:
+        """Hold a version for a request; the last one out frees a retired version's memory."""
         served.users += 1
-
-    def release(self, served: Served) -> None:
-        """Let go of a version; the last one out frees a retired version's memory."""
-        served.users -= 1
-        if served.is_retired and served.users == 0:
-            self._pool.unload(served.id)
+        try:
+            yield served
+        finally:
+            served.users -= 1
+            if served.is_retired and served.users == 0:
+                self._pool.unload(served.id)
 
     async def _load(self, file: ModelFile) -> Served:
         versions = self._table.setdefault(file.name, {})
         old = versions.get(file.version)
         new = Served(file, next(self._ids), file.stamp())
-        if old is None:
-            versions[file.version] = new
         try:
-            new.facts = await self._pool.load(new.id, file.read())
+            data = file.read()
+            new.digest = hashlib.sha256(data).digest()
+            if old is not None and old.state == "ready" and old.digest == new.digest:
+                old.stamp = new.stamp
+                return old
+            if old is None:
+                versions[file.version] = new
+            new.facts = await self._pool.load(new.id, data)
         except LoadError as error:
             new.reason = str(error)
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)

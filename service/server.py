@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.core import Core
-from service.errors import MalformedBody
+from service.errors import MalformedBody, Overloaded, ServiceError, StartUpError
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -26,6 +28,12 @@ EXIT_DRAINED = 0
 EXIT_FORCED = 1
 EXIT_START_UP = 3
 EXIT_GIVEN_UP = 70
+#: Most chunks of a chunked body: a body in more of them costs more to take apart than to compute.
+MAX_CHUNKS = 1 << 16
+#: Descriptors that are needed for anything but connections.
+OTHER_DESCRIPTORS = 256
+#: Fields that announce a body.
+BODY_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
 
 
 def _nothing() -> None:
@@ -39,12 +47,18 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
         """One connection."""
 
         _head_bytes = 0
+        _unparsed_bytes = 0
+        _chunks = 0
+        _is_in_head = False
         _is_receiving = False
         _receive_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(self.connections) > settings.max_connections:
+                self._refuse(Overloaded(f"expected at most {settings.max_connections} connections; try again later"))
+                return
             self._is_receiving = True
             self._watch_receiving()
 
@@ -58,27 +72,57 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
                 cast("Callable[[], None]", scope.get("hessquik.abandon", _nothing))()
 
         def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            if self.cycle is None or self.cycle.response_complete:
+                self._is_receiving = True  # whatever comes now has to become a request in time
             super().data_received(data)
+            if self._is_in_head:
+                # The parser hands a field over when it is whole; until then it keeps it, however long.
+                self._unparsed_bytes += len(data)
+                if self._unparsed_bytes > settings.max_header_bytes and not self.transport.is_closing():
+                    self.send_400_response("")
             self._watch_receiving()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head_bytes = 0
-            self._is_receiving = True
+            self._head_bytes = self._unparsed_bytes = self._chunks = 0
+            self._is_receiving = self._is_in_head = True
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
             self._count_head(len(url))
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
             self._count_head(len(name) + len(value) + 4)
+            if self._is_in_head:  # and not in the trailer, whose fields are nobody's
+                super().on_header(name, value)
             if len(self.headers) > settings.max_headers:
                 raise ValueError("too many header fields")
+
+        def on_headers_complete(self) -> None:
+            self._is_in_head = False
+            is_upgrade = self.parser.should_upgrade()
+            if is_upgrade and any(name in BODY_FIELDS for name, _ in self.headers):
+                raise ValueError("a body is not read beside an offer of another protocol")
+            super().on_headers_complete()
+            if is_upgrade:
+                self.cycle.keep_alive = False  # what follows would be in the other protocol
+
+        def on_chunk_header(self) -> None:
+            self._chunks += 1
+            if self._chunks > MAX_CHUNKS:
+                raise ValueError("too many chunks")
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
             self._is_receiving = False
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Say nothing: offers of other protocols are ignored, as they may be."""
+
+        def timeout_keep_alive_handler(self) -> None:
+            self.transport.abort()  # a close would wait, for ever, for a client that takes nothing of its reply
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -92,16 +136,24 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
 
         def send_400_response(self, msg: str) -> None:
             """Refuse what is no HTTP, or too much of it, as problem details."""
-            error = MalformedBody(
-                f"expected an HTTP request with a head of at most {settings.max_header_bytes} bytes "
-                f"and {settings.max_headers} fields"
+            self._refuse(
+                MalformedBody(
+                    f"expected an HTTP/1.1 request with a head of at most {settings.max_header_bytes} bytes and "
+                    f"{settings.max_headers} fields and a body in at most {MAX_CHUNKS} chunks"
+                )
             )
+
+        def _refuse(self, error: ServiceError) -> None:
+            """Answer without a request, and close."""
             body = error.problem("")
-            head = (
-                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+            headers = [
+                (b"content-type", b"application/problem+json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"connection", b"close"),
+                *error.headers(),
+            ]
+            head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+            self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
             self.transport.close()
 
         def _count_head(self, size: int) -> None:
@@ -128,6 +180,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._core = core
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the service, so that what prevents it is one line, and then listen."""
+        try:
+            await self._core.start()
+        except StartUpError:
+            await self._core.stop()
+            raise
+        await super().startup(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM, and do not raise them again at the end."""
@@ -153,11 +214,25 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _allow_connections(count: int) -> None:
+    """Raise the limit of open descriptors as far as that many connections need, if it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < wanted:
+            logger.warning("expected %d descriptors for the connections, the system allows %d", wanted, limit)
+
+
 def serve(app: FastAPI, settings: Settings) -> int:
     """Serve until told to stop.
 
     Returns:
         The process's exit status.
+
+    Raises:
+        StartUpError: the service cannot start.
     """
     core: Core = app.state.core
     config = uvicorn.Config(
@@ -175,6 +250,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
+    _allow_connections(settings.max_connections)
     server = Server(config, core)
     try:
         server.run()

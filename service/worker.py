@@ -3,8 +3,9 @@
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
     evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done"} + one array per quantity, or {…, "error"}
-    ping      {"op"}                               → {"op": "done"}, after an evaluation
+                                                   → {"op": "done", "row_cost"} + one array per quantity,
+                                                     or {…, "error"}
+    ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
 Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
 """
@@ -12,6 +13,7 @@ Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,11 +22,14 @@ from typing import Any
 import torch
 
 from hessquik import Evaluator, HessQuikError, storage
+from hessquik.proof import prove_quickly
 from service import wire
 
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: How torch says that memory ran out on a CPU, in an error of no class of its own.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -33,7 +38,9 @@ class Model:
     """A network on the worker's device, with an evaluator for each dtype that was asked for."""
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device) -> None:
-        """Keep the network and prepare it in its own dtype."""
+        """Prove the network's derivatives and keep it."""
+        bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
+        prove_quickly(saved.network, *bounds)
         self.saved = saved
         self.device = device
         self.dtype = next(saved.network.parameters()).dtype
@@ -61,7 +68,6 @@ class Model:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "hidden_units": sum(form.bias.numel() if form.bias is not None else 0 for form in network.forms()),
             "tile_rows": evaluate.ladder[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
@@ -97,7 +103,7 @@ class Worker:
                 return self._evaluate(head, arrays)
             case "ping":
                 self._prove_alive()
-                return {"op": "done"}, {}
+                return {"op": "done", "memory_bytes": self._memory_bytes()}, {}
             case other:
                 raise wire.WireError(f"expected load, unload, evaluate or ping, got {other!r}")
 
@@ -108,7 +114,15 @@ class Worker:
             evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
             return
 
+    def _memory_bytes(self) -> int:
+        """What the networks and their work take: memory of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        if head["model"] not in self.models:
+            return {"op": "done", "error": "no such model"}, {}
         evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
         given = {name: torch.from_numpy(array) for name, array in arrays.items()}
         try:
@@ -116,7 +130,12 @@ class Worker:
             answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
         except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
             return {"op": "done", "error": type(error).__name__}, {}
-        return {"op": "done"}, answers
+        except RuntimeError as error:
+            if CPU_OUT_OF_MEMORY not in str(error):
+                raise
+            return {"op": "done", "error": "OutOfMemoryError"}, {}
+        plan = evaluate.plan(head["quantities"], given.get("weights"), given.get("directions"))
+        return {"op": "done", "row_cost": plan.operations}, answers
 
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.live import ROOT, LiveServer
+from tests.whole import PROPERTY, Note, figures
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,14 @@ def server(shipped_models: Path) -> Iterator[LiveServer]:
     """A server of the shipped models, for tests that leave it as it was."""
     with LiveServer(shipped_models, workers=1, settings={"admin_keys": "admin"}) as live:
         yield live
+
+
+@pytest.fixture
+def note(record_property: Callable[[str, object], None]) -> Note:
+    """Note a line of figures, which is printed at the end of the run."""
+    return lambda line: record_property(PROPERTY, line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Close with the figures."""
+    figures(terminalreporter)

@@ -20,6 +20,13 @@ ROOT = Path(__file__).parent.parent
 START_S = 120.0
 
 
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return any(part.endswith("worker") for part in process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
 class LiveServer:
     """``python -m service serve`` on a free port.
 
@@ -87,8 +94,7 @@ class LiveServer:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "service.worker" in " ".join(child.cmdline())]
+        return [child for child in psutil.Process(self.process.pid).children() if _is_worker(child)]
 
     def metric(self, sample: str) -> float:
         """The value of one sample, named as in the text format; 0 if there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from service import codecs
 from service.codecs import JSON, Shape
@@ -11,6 +11,9 @@ from service.door import Receive, Scope, Send, header, read_body, send_reply
 from service.errors import InvalidInput, MethodNotAllowed
 
 __all__ = ["Derivatives"]
+
+#: Most parameters of a query.
+MAX_PARAMETERS = 16
 
 
 class Derivatives:
@@ -40,15 +43,15 @@ class Derivatives:
         media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
         reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))
         query = parse_query(scope)
-        served = self._core.repository.ready(model, query.get("version"))
-        body = await read_body(scope, receive, self._core.settings.max_body_bytes)
-        fixed = None if action == "evaluate" else action
-        shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
-        if media_type == JSON:
-            question = codecs.parse_json(body, fixed, shape)
-        else:
-            question = codecs.parse_safetensors(body, fixed, query, shape)
-        answers = await self._core.answer(served, question, deadline_s, scope)
+        with self._core.repository.holding(self._core.repository.ready(model, query.get("version"))) as served:
+            body = await read_body(scope, receive, self._core.settings.max_body_bytes)
+            fixed = None if action == "evaluate" else action
+            shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
+            if media_type == JSON:
+                question = codecs.parse_json(body, fixed, shape)
+            else:
+                question = codecs.parse_safetensors(body, fixed, query, shape)
+            answers = await self._core.answer(served, question, deadline_s, scope)
         encode = codecs.encode_json if reply_type == JSON else codecs.encode_safetensors
         reply = encode(served.file.name, str(served.file.version), answers, question.is_single)
         await send_reply(send, 200, reply_type.encode(), reply)
@@ -58,12 +61,16 @@ def parse_query(scope: Scope) -> dict[str, str]:
     """The query's parameters, each given once at most.
 
     Raises:
-        InvalidInput: one is given twice.
+        InvalidInput: one is given twice, or there are too many.
     """
     if not scope["query_string"]:
         return {}
-    values = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=16)
-    for name, given in values.items():
-        if len(given) > 1:
-            raise InvalidInput("expected each query parameter once", field=name[:64])
-    return {name: given[0] for name, given in values.items()}
+    try:
+        pairs = parse_qsl(
+            scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
+        )
+    except ValueError:
+        raise InvalidInput(f"query: expected at most {MAX_PARAMETERS} parameters, got more", field="query") from None
+    if len(dict(pairs)) != len(pairs):
+        raise InvalidInput("query: expected each parameter once, got one twice", field="query")
+    return dict(pairs)

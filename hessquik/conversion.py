@@ -1,0 +1,325 @@
+"""Checkpoints that users of the original hessQuik have on disk, as networks.
+
+``torch.save`` wrote them with pickle, from a whole network or from its state dict. They are read by
+``torch.load(weights_only=True)``, which runs no code of theirs: the names of the original's classes lead to
+stand-ins that only hold attributes, and a pickle that names anything else is refused. What the stand-ins hold becomes
+an architecture and weights, which pass the same checks as a file's.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hessquik import storage
+from hessquik.activations import ACTIVATIONS
+from hessquik.errors import ArchitectureError, CompositionError, FormatError
+from hessquik.networks import NN
+
+__all__ = ["convert", "read_checkpoint"]
+
+#: Where the original defines its classes.
+_ORIGINAL_PLACES = {
+    "activations": {
+        "antiTanhActivation": "antiTanh_activation",
+        "identityActivation": "identity_activation",
+        "quadraticActivation": "quadratic_activation",
+        "sigmoidActivation": "sigmoid_activation",
+        "softplusActivation": "softplus_activation",
+        "tanhActivation": "tanh_activation",
+    },
+    "layers": {
+        "ICNNLayer": "icnn_layer",
+        "quadraticICNNLayer": "quadratic_icnn_layer",
+        "quadraticLayer": "quadratic_layer",
+        "resnetLayer": "resnet_layer",
+        "singleLayer": "single_layer",
+    },
+    "networks": {
+        "ICNN": "icnn_network",
+        "NN": "hessQuik_network",
+        "fullyConnectedNN": "fully_connected_network",
+        "resnetNN": "resnet_network",
+    },
+}
+
+
+class _Object:
+    """An object of a pickle: its class's name and its attributes, nothing that can run."""
+
+
+class _Softplus:
+    """The function that makes weights positive, which the original's convex layers hold; it is never called."""
+
+
+def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """A stand-in for every class, under the name that the original's and our own pickles use."""
+    places = {
+        f"hessQuik.{package}.{module}.{name}": name
+        for package, classes in _ORIGINAL_PLACES.items()
+        for name, module in classes.items()
+    }
+    ours = (*storage.TYPES.values(), *ACTIVATIONS.values())
+    places |= {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in ours}
+    classes = {name: type(name, (_Object,), {}) for name in places.values()}
+    softplus = [(_Softplus, place) for place in ("torch._C._nn.softplus", "torch.nn.functional.softplus")]
+    return [*((classes[name], place) for place, name in places.items()), *softplus]
+
+
+_ALLOWED = _stand_ins()
+
+
+def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | None = None, **metadata: Any) -> NN:
+    """Write the network of a checkpoint to a ``.safetensors`` file.
+
+    Args:
+        checkpoint: File that ``torch.save`` wrote, from a network or from a state dict.
+        out: File to write.
+        architecture: JSON file that describes the network of a state dict, as :func:`hessquik.storage.describe` does.
+        metadata: See :func:`hessquik.save`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ArchitectureError: the description is not one, or is missing.
+        CompositionError: its layers do not fit together.
+        FormatError: the checkpoint holds something else than a network.
+
+    Example:
+        >>> import tempfile
+        >>> from hessquik.networks import fullyConnectedNN
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(fullyConnectedNN([2, 8, 1]), f"{folder}/f.pt")
+        ...     convert(f"{folder}/f.pt", f"{folder}/f.safetensors", input_names=["x", "y"]).widths
+        [2, 8, 1]
+    """
+    described = None if architecture is None else storage.parse_json("architecture", Path(architecture).read_text())
+    network = read_checkpoint(checkpoint, described)
+    storage.save(network, out, **metadata)
+    return network
+
+
+def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | None = None) -> NN:
+    """Read the network of a checkpoint.
+
+    Args:
+        checkpoint: File that ``torch.save`` wrote, from a network or from a state dict, or from a dict that has one
+            of these among its values.
+        architecture: Describes the network of a state dict, as :func:`hessquik.storage.describe` does.
+
+    Raises:
+        ArchitectureError: the description is not one, or is missing.
+        CompositionError: its layers do not fit together.
+        FormatError: the checkpoint holds something else than a network.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from hessquik.networks import resnetNN
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(resnetNN(4, depth=3, h=0.5), f"{folder}/network.pt")
+        ...     f = read_checkpoint(f"{folder}/network.pt")
+        >>> f.depth, f.h
+        (3, 0.5)
+    """
+    path = Path(checkpoint)
+    try:
+        found = _find_network(_unpickle(path))
+        if isinstance(found, _Object):
+            if architecture is not None:
+                raise ArchitectureError("expected no architecture beside a whole network, which has its own, got one")
+            return storage.assemble(_describe(found, storage.MAX_NESTING), _tensors(found))
+        if architecture is None:
+            raise ArchitectureError(
+                "expected an architecture beside a state dict, which has no activations and no step sizes, got none. "
+                "Its names and shapes tell this much of it; fill in every '?':\n"
+                + json.dumps(_sketch(found), indent=2)
+            )
+        return storage.assemble(dict(architecture), found)
+    except (ArchitectureError, CompositionError, FormatError) as error:
+        raise type(error)(f"{path.name}: {error}") from None
+
+
+def _unpickle(path: Path) -> Any:
+    """The objects in a checkpoint, refused by name where they are neither tensors nor the original's."""
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a broken or hostile pickle makes of the reader
+        name = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and name:
+            raise FormatError(f"expected layers, networks and tensors only, got {name[1]!r} in the pickle") from None
+        what = str(error).strip().splitlines() or [type(error).__name__]
+        raise FormatError(
+            f"expected a file that torch.save wrote, got one that does not load ({what[0]:.200})"
+        ) from None
+
+
+def _find_network(found: Any) -> Any:
+    """The network or state dict itself, or the only one among a dict's values."""
+    if _is_network(found) or _is_state_dict(found):
+        return found
+    if isinstance(found, dict):
+        inside = [value for value in found.values() if _is_network(value) or _is_state_dict(value)]
+        if len(inside) == 1:
+            return inside[0]
+        keys = ", ".join(sorted(map(str, found)))
+        raise FormatError(f"expected one network or state dict among the values, got {len(inside)} under {keys:.200}")
+    raise FormatError(f"expected a network or a state dict, got {type(found).__name__}")
+
+
+def _is_network(found: Any) -> bool:
+    return isinstance(found, _Object) and type(found).__name__ in storage.TYPES
+
+
+def _is_state_dict(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items())
+    )
+
+
+def _describe(module: Any, nesting: int) -> dict[str, Any]:
+    """The architecture of a stand-in, as :func:`hessquik.storage.describe` writes it."""
+    name = type(module).__name__
+    if not isinstance(module, _Object) or nesting < 0:
+        raise FormatError(f"expected layers and networks nested at most {storage.MAX_NESTING} deep, got {name}")
+    parts = _parts(module, "_modules")
+    if name in ACTIVATIONS:
+        return {"type": name, **{key: vars(module).get(key) for key in ACTIVATIONS[name].parameter_names}}
+    if name not in _FAMILIES and name != "NN":
+        inner = parts.get("layer", module)  # a residual layer's σ and b are those of the single layer inside
+        held = vars(module) | _parts(inner, "_modules")
+        held["bias"] = _parts(inner, "_parameters").get("b") is not None
+        arguments = {key: held.get(key) for key in storage.TYPES[name].parameter_names}
+        if "act" in arguments:
+            arguments["act"] = _describe(arguments["act"], nesting - 1)
+        return {"type": name, **arguments}
+    layers = [_describe(layer, nesting - 1) for layer in parts.values()]
+    plain = {"type": "NN", "layers": layers}
+    try:
+        family = {"type": name, **_FAMILIES[name](layers)}
+        rebuilt = storage.build(family, device="meta")
+        assert isinstance(rebuilt, NN)
+        return family if [storage.describe(layer) for layer in rebuilt] == layers else plain
+    except (IndexError, KeyError, ArchitectureError, CompositionError):
+        return plain
+
+
+#: The arguments of a family of networks, from its layers' descriptions; its own are not in the pickle.
+_FAMILIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
+    "fullyConnectedNN": lambda layers: {
+        "widths": [layers[0]["in_features"], *(layer["out_features"] for layer in layers)],
+        "act": layers[0]["act"],
+    },
+    "resnetNN": lambda layers: {
+        "width": layers[0]["width"],
+        "depth": len(layers),
+        "h": layers[0]["h"],
+        "act": layers[0]["act"],
+    },
+    "ICNN": lambda layers: {
+        "input_dim": layers[0]["input_dim"],
+        "widths": [layers[0]["in_features"], *(layer["out_features"] for layer in layers)],
+        "act": layers[0]["act"],
+    },
+}
+
+
+def _tensors(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The state dict of a stand-in, whose nesting :func:`_describe` has bounded."""
+    found = {prefix + name: value for name, value in _parts(module, "_parameters").items() if value is not None}
+    for name, part in _parts(module, "_modules").items():
+        found |= _tensors(part, f"{prefix}{name}.")
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise FormatError(f"expected a tensor as {name!r}, got {type(value).__name__}")
+    return found
+
+
+def _parts(module: Any, kind: str) -> dict[str, Any]:
+    """The parameters or modules that a stand-in holds."""
+    parts = vars(module).get(kind, {}) if isinstance(module, _Object) else {}
+    if not isinstance(parts, dict):
+        raise FormatError(f"expected a dict as {kind}, got {type(parts).__name__}")
+    return parts
+
+
+Node = dict[str, Any]
+
+
+def _sketch(tensors: Mapping[str, torch.Tensor]) -> Node:
+    """The architecture that a state dict tells by names and shapes, with '?' for the rest."""
+    tree: Node = {}
+    for name, tensor in tensors.items():
+        *way, last = name.split(".")
+        node = tree
+        for step in way:
+            node = node.setdefault(step, {})
+            if not isinstance(node, dict):
+                raise FormatError(f"expected a tensor or a layer as {step!r}, got both in {name!r}")
+        node[last] = tuple(tensor.shape)
+    # The first layer of a convex network has the same tensors as a single layer; the next one tells them apart.
+    for node, after in pairwise(_leaves(tree)):
+        if {"L", "w"} & after.keys() and "K" in node and "L" not in node:
+            node["L"] = None
+    return _sketch_node(tree, "the state dict")
+
+
+def _is_network_node(node: Node) -> bool:
+    return bool(node) and all(name.isdigit() for name in node)
+
+
+def _in_order(node: Node) -> list[tuple[str, Node]]:
+    return sorted(node.items(), key=lambda item: int(item[0]))
+
+
+def _leaves(node: Node) -> list[Node]:
+    """The layers of the tree, in order."""
+    return [leaf for _, part in _in_order(node) for leaf in _leaves(part)] if _is_network_node(node) else [node]
+
+
+def _sketch_node(node: Node, place: str) -> Node:
+    if _is_network_node(node):
+        return {"type": "NN", "layers": [_sketch_node(part, name) for name, part in _in_order(node)]}
+    names = tuple(sorted(node.keys() - {"b"}))
+    try:
+        sketched = _SKETCHES[names](node)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise FormatError(f"expected the tensors of a layer at {place}, got {', '.join(sorted(node))}") from None
+    return sketched
+
+
+def _with_act(node: Node, **arguments: Any) -> Node:
+    return {**arguments, "act": {"type": "?"}, "bias": "b" in node}
+
+
+#: Layers by the names of their tensors but b; L is ``None`` in the first layer of a convex network.
+_SKETCHES: dict[tuple[str, ...], Callable[[Node], Node]] = {
+    ("K",): lambda node: _with_act(node, type="singleLayer", in_features=node["K"][0], out_features=node["K"][1]),
+    ("layer",): lambda node: _with_act(node["layer"], type="resnetLayer", width=node["layer"]["K"][0], h="?"),
+    ("K", "L"): lambda node: _with_act(
+        node,
+        type="ICNNLayer",
+        input_dim=node["K"][0],
+        in_features=node["L"] and node["L"][0],
+        out_features=node["K"][1],
+    ),
+    ("A", "mu", "v"): lambda node: {"type": "quadraticLayer", "in_features": node["A"][1], "rank": node["A"][0]},
+    ("A", "mu", "v", "w"): lambda node: {
+        "type": "quadraticICNNLayer",
+        "input_dim": node["A"][1],
+        "in_features": node["w"][0],
+        "rank": node["A"][0],
+    },
+}

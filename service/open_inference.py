@@ -1,0 +1,238 @@
+"""Bodies of the Open Inference Protocol v2 ↔ questions and answers, with the binary tensor extension on both sides.
+
+    body = JSON, or JSON + raw tensors in the order of the JSON (little-endian, row-major, without padding);
+    Inference-Header-Content-Length says how long the JSON is; 0 says that all of it is the one input tensor.
+
+Specification: https://github.com/kserve/open-inference-protocol and Triton's ``extension_binary_data``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.codecs import Question, Shape, load_json, make_question, numbers
+from service.errors import InvalidInput, MalformedBody
+from service.quantities import QUANTITIES
+from service.wire import Array
+
+__all__ = ["DATATYPES", "INPUTS", "Inference", "describe_inputs", "describe_outputs", "encode", "parse"]
+
+#: Tensors of a request: the points, and what may go with them.
+INPUTS = ("inputs", "weights", "directions")
+#: Names of the protocol's number types; BOOL and BYTES are no numbers.
+DATATYPES = {
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+    **{f"INT{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
+    **{f"UINT{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
+}
+_MODEL_DATATYPE = {"float32": "FP32", "float64": "FP64"}
+_MAX_RANK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """A parsed request.
+
+    Attributes:
+        question: What to compute.
+        outputs: The quantities in the order of the reply, each with whether it is wanted as binary.
+        id: The client's name for the request, to be echoed.
+        timeout_us: How long the client wants to wait, in microseconds; 0 if it does not say.
+    """
+
+    question: Question
+    outputs: Mapping[str, bool]
+    id: str | None
+    timeout_us: int
+
+
+def describe_inputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
+    """The input tensors of a model: name, datatype, and shape with −1 where it varies."""
+    shapes = {"inputs": [-1, d], "weights": [-1, m], "directions": [-1, -1, d]}
+    return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
+
+
+def describe_outputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
+    """The output tensors of a model, as :func:`describe_inputs`; with weights, m is 1."""
+    shapes = {
+        "value": [-1, m],
+        "gradient": [-1, d, m],
+        "hessian": [-1, d, d, m],
+        "laplacian": [-1, m],
+        "hessian_diagonal": [-1, d, m],
+        "jvp": [-1, -1, m],
+        "hvp": [-1, -1, d, m],
+        "curvature": [-1, -1, m],
+    }
+    return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
+
+
+def parse(body: bytes, json_bytes: str, shape: Shape) -> Inference:
+    """Read a request.
+
+    Args:
+        body: The whole body.
+        json_bytes: The header Inference-Header-Content-Length, empty if there is none.
+        shape: What it has to fit.
+
+    Raises:
+        MalformedBody: it is not what the header says, or no JSON object.
+        InvalidInput: it does not fit the model.
+    """
+    if json_bytes == "0":
+        return _parse_raw(body, shape)
+    length = len(body)
+    if json_bytes:
+        if not (json_bytes.isdigit() and len(json_bytes) < 12 and int(json_bytes) <= len(body)):
+            raise MalformedBody(f"expected Inference-Header-Content-Length from 0 to {len(body)}, got something else")
+        length = int(json_bytes)
+    head = body[:length]
+    document = load_json(head)
+    if not isinstance(document, dict):
+        raise MalformedBody("expected a JSON object, got something else")
+    arrays = _read_inputs(document.get("inputs"), memoryview(body)[length:], b"true" in head or b"false" in head)
+    parameters = _object(document, "parameters")
+    outputs = _read_outputs(document.get("outputs"), _flag(parameters, "binary_data_output", False))
+    request_id = document.get("id")
+    if not isinstance(request_id, str | None):
+        raise InvalidInput("id: expected a string", field="id")
+    timeout_us = parameters.get("timeout", 0)
+    if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
+        raise InvalidInput("parameters.timeout: expected a whole number of microseconds", field="timeout")
+    question = make_question(arrays, list(outputs), None, parameters.get("dtype"), shape)
+    return Inference(question, outputs, request_id or None, timeout_us)
+
+
+def encode(
+    model: str, version: str, inference: Inference, answers: Mapping[str, Array]
+) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The reply.
+
+    Returns:
+        Its body, and the headers that say what it is.
+    """
+    outputs, tensors = [], []
+    for name, is_binary in inference.outputs.items():
+        answer = answers[name]
+        array = np.ascontiguousarray(answer[0] if inference.question.is_single else answer)
+        output: dict[str, Any] = {
+            "name": name,
+            "datatype": _MODEL_DATATYPE[array.dtype.name],
+            "shape": list(array.shape),
+        }
+        if is_binary:
+            output["parameters"] = {"binary_data_size": array.nbytes}
+            tensors.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        else:
+            output["data"] = array.astype(np.float64, copy=False).ravel()
+        outputs.append(output)
+    document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": outputs}
+    if inference.id is not None:
+        document["id"] = inference.id
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not tensors:
+        return head, [(b"content-type", b"application/json")]
+    length = (b"inference-header-content-length", b"%d" % len(head))
+    return b"".join([head, *tensors]), [(b"content-type", b"application/octet-stream"), length]
+
+
+def _parse_raw(body: bytes, shape: Shape) -> Inference:
+    """A body that is nothing but points in the model's own type; its answer is the value, as binary."""
+    item_type = np.dtype(shape.dtype).newbyteorder("<")
+    row_bytes = shape.d * item_type.itemsize
+    if not body or len(body) % row_bytes:
+        raise InvalidInput(
+            f"inputs: expected points of {row_bytes} bytes each ({shape.d} numbers of {shape.dtype}), "
+            f"got {len(body)} bytes",
+            field="inputs",
+        )
+    points = np.frombuffer(body, item_type).reshape(-1, shape.d)
+    return Inference(make_question({"inputs": points}, None, None, None, shape), {"value": True}, None, 0)
+
+
+def _read_inputs(listed: Any, rest: memoryview, has_booleans: bool) -> dict[str, Array]:
+    """The tensors of a request, from its JSON and from what follows."""
+    if not isinstance(listed, list) or not all(isinstance(tensor, dict) for tensor in listed):
+        raise InvalidInput("inputs: expected a list of tensors", field="inputs")
+    arrays: dict[str, Array] = {}
+    for tensor in listed:
+        name = tensor.get("name")
+        if name not in INPUTS or name in arrays:
+            raise InvalidInput(f"inputs: expected the tensors {', '.join(INPUTS)}, each once", field="inputs")
+        if str(tensor.get("datatype")) not in DATATYPES:
+            raise InvalidInput(f"{name}: expected a datatype out of {', '.join(DATATYPES)}", field=name)
+        item_type, dims = np.dtype(DATATYPES[tensor["datatype"]]), _read_shape(name, tensor.get("shape"))
+        parameters = _object(tensor, "parameters")
+        if any(parameter.startswith("shared_memory") for parameter in parameters):
+            raise InvalidInput(f"{name}: expected data in the request, shared memory is not served", field=name)
+        size = parameters.get("binary_data_size")
+        if size is None:
+            array = numbers(name, tensor.get("data"), has_booleans).ravel()
+        else:
+            expected = math.prod(dims) * item_type.itemsize
+            if isinstance(size, bool) or size != expected or size > len(rest) or "data" in tensor:
+                raise InvalidInput(
+                    f"{name}: expected {expected} bytes of binary data and no other data, got something else",
+                    field=name,
+                )
+            array, rest = np.frombuffer(rest[:size], item_type), rest[size:]
+        if array.size != math.prod(dims):
+            raise InvalidInput(
+                f"{name}: expected {math.prod(dims)} numbers for its shape, got {array.size}", field=name
+            )
+        arrays[name] = array.reshape(dims)
+    if rest:
+        raise InvalidInput(f"expected no bytes after the last binary tensor, got {len(rest)}")
+    return arrays
+
+
+def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
+    """The wanted quantities, each with whether it is wanted as binary; the value if none is named."""
+    if listed is None or listed == []:
+        return {"value": is_binary}
+    if not isinstance(listed, list) or not all(isinstance(output, dict) for output in listed):
+        raise InvalidInput("outputs: expected a list of objects with a name", field="outputs")
+    outputs: dict[str, bool] = {}
+    for output in listed:
+        name, parameters = output.get("name"), _object(output, "parameters")
+        if name not in QUANTITIES or name in outputs:
+            raise InvalidInput(f"outputs: expected names out of {', '.join(QUANTITIES)}, each once", field="outputs")
+        if parameters.get("classification") or any(key.startswith("shared_memory") for key in parameters):
+            raise InvalidInput(
+                f"{name}: expected no parameter but binary_data; classification and shared memory are not served",
+                field=name,
+            )
+        outputs[name] = _flag(parameters, "binary_data", is_binary)
+    return outputs
+
+
+def _read_shape(name: str, listed: Any) -> tuple[int, ...]:
+    is_shape = isinstance(listed, list) and 0 < len(listed) <= _MAX_RANK
+    if not is_shape or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in listed):
+        raise InvalidInput(f"{name}: expected a shape of 1 to {_MAX_RANK} whole numbers", field=name)
+    return tuple(listed)
+
+
+def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A member that is an object, or empty if it is not given."""
+    member = document.get(name)
+    if member is None:
+        return {}
+    if not isinstance(member, dict):
+        raise InvalidInput(f"{name}: expected an object", field=name)
+    return member
+
+
+def _flag(parameters: Mapping[str, Any], name: str, otherwise: bool) -> bool:
+    flag = parameters.get(name, otherwise)
+    if not isinstance(flag, bool):
+        raise InvalidInput(f"{name}: expected true or false", field=name)
+    return flag

@@ -1,0 +1,424 @@
+"""The Python client: right numbers, typed errors, retries that are worth it, split batches, and a light import."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from service import client as package
+from service import errors as service_errors
+from service.client import AsyncClient, Client, ClientError, steps
+from service.client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
+from service.client.messages import Reply, Request
+from service.client.steps import Pause, Persistence, Send, exchange
+from tests.clients.conftest import ADMIN, Zoo
+from tests.fault_proxy import SHARES, FaultProxy
+from tests.whole import IS_WHOLE, Note, choose
+
+pytestmark = pytest.mark.xdist_group("clients")
+
+TOLERANCE = 1e-12
+X = np.random.default_rng(0).uniform(-1, 1, (7, 3))
+WEIGHTS = np.random.default_rng(1).uniform(-1, 1, (7, 4))
+DIRECTIONS = np.random.default_rng(2).uniform(-1, 1, (7, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def client(zoo: Zoo) -> Iterator[Client]:
+    with Client(zoo.url) as client:
+        yield client
+
+
+def test_import_loads_no_server_package() -> None:
+    heavy = {"torch", "fastapi", "starlette", "pydantic", "orjson", "uvicorn", "scipy", "jax"}
+    code = f"import sys, service.client; sys.exit(','.join(sorted({heavy!r} & sys.modules.keys())) or 0)"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    # The check can fail: a module that does need one of them is found out.
+    code = code.replace("service.client", "service.errors")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1
+
+
+def test_exports_are_what_the_package_says() -> None:
+    assert sorted(package.__all__) == list(package.__all__)
+    assert set(package.__all__) >= {kind.__name__ for kind in BY_CODE.values()}
+
+
+def test_every_code_of_the_service_has_a_class() -> None:
+    codes = {kind.code for kind in _descendants(service_errors.ServiceError)}
+    # Nobody reads client_gone, and invalid_output is UM-Bridge's.
+    assert BY_CODE.keys() == (codes | {"internal_error"}) - {"client_gone", "invalid_output"}
+
+
+def _descendants(kind: type) -> set[type]:
+    return {kind}.union(*(_descendants(child) for child in kind.__subclasses__()))
+
+
+def test_quantities_agree_with_autodiff(zoo: Zoo, client: Client) -> None:
+    vector = client.model("vector")
+    expected = zoo.derivatives("vector", X)
+    expected["laplacian"] = np.einsum("naaj->nj", expected["hessian"])
+    for name in ("value", "gradient", "hessian", "laplacian"):
+        got = getattr(vector, name)(X)
+        np.testing.assert_allclose(got, expected[name], rtol=TOLERANCE, atol=TOLERANCE)
+        assert (getattr(vector, name)(X[3]) == got[3]).all()
+    out = vector.evaluate(X, ["jvp", "hvp", "curvature", "hessian_diagonal"], weights=WEIGHTS, directions=DIRECTIONS)
+    hessian = np.einsum("nabj,nj->nab", expected["hessian"], WEIGHTS)
+    gradient = np.einsum("naj,nj->na", expected["gradient"], WEIGHTS)
+    assert (out.model, out.version, out.value) == ("vector", "2", None)
+    np.testing.assert_allclose(out["jvp"][..., 0], np.einsum("na,nka->nk", gradient, DIRECTIONS), atol=TOLERANCE)
+    np.testing.assert_allclose(out["hvp"][..., 0], np.einsum("nab,nkb->nka", hessian, DIRECTIONS), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        out["curvature"][..., 0], np.einsum("nka,nab,nkb->nk", DIRECTIONS, hessian, DIRECTIONS), atol=TOLERANCE
+    )
+    np.testing.assert_allclose(out["hessian_diagonal"][..., 0], np.einsum("naa->na", hessian), atol=TOLERANCE)
+
+
+def test_any_kind_of_numbers_is_taken(client: Client) -> None:
+    vector = client.model("vector", version=1)
+    expected = vector.value([0.5, -1.0, 2.0])
+    for point in (np.array([0.5, -1, 2]), torch.tensor([0.5, -1, 2], requires_grad=True), (0.5, -1, 2)):
+        assert (vector.value(point) == expected).all()
+    assert vector.value([1, 2, 3]).shape == (4,)
+    assert (vector.value(X[:, ::-1]) == vector.value(X[:, ::-1].copy())).all()
+    single = client.model("single")
+    assert single.value([1, 2]).dtype == np.float32
+    assert single.value([1, 2], dtype=np.float64).dtype == np.float64
+    answer = vector.value(X)
+    answer += 1  # an answer belongs to the caller
+
+
+def test_models_are_described(client: Client) -> None:
+    assert [model["name"] for model in client.models()] == ["borehole", "peaks", "single", "steep", "vector"]
+    facts = client.model("vector", version=1).describe()
+    assert (facts["d"], facts["m"], facts["version"]) == (3, 4, "1")
+
+
+ERRORS = {
+    "model": (lambda c: c.model("none").value([1.0]), "ModelNotFound", 404),
+    "name with a slash": (lambda c: c.model("a/../b").value([1.0]), "NotFound", 404),
+    "version": (lambda c: c.model("vector", version=9).value([1.0, 2, 3]), "VersionNotFound", 404),
+    "width": (lambda c: c.model("vector").value([1.0]), "InvalidInput", 422),
+    "not finite": (lambda c: c.model("vector").value([np.nan, 1, 2]), "InvalidInput", 422),
+    "no points": (lambda c: c.model("vector").value(np.empty((0, 3))), "InvalidInput", 422),
+    "no directions": (lambda c: c.model("vector").evaluate([1, 2, 3], ["hvp"]), "InvalidInput", 422),
+    "no admin key": (lambda c: c.unload("single"), "Forbidden", 403),
+}
+
+
+@pytest.mark.parametrize(("call", "name", "status"), ERRORS.values(), ids=ERRORS)
+def test_errors_have_types(client: Client, call: object, name: str, status: int) -> None:
+    with pytest.raises(ClientError) as caught:
+        call(client)  # type: ignore[operator]
+    assert (type(caught.value).__name__, caught.value.status) == (name, status)  # type: ignore[attr-defined]
+    assert caught.value.request_id  # type: ignore[attr-defined]
+
+
+def test_invalid_input_names_the_field_and_row(client: Client) -> None:
+    points = X.copy()
+    points[5, 1] = np.inf
+    with pytest.raises(package.InvalidInput) as caught:
+        client.model("vector").value(points)
+    assert (caught.value.extra["field"], caught.value.extra["row"]) == ("inputs", 5)
+
+
+def test_nonsense_is_refused_before_it_is_sent(client: Client) -> None:
+    vector = client.model("vector")
+    with pytest.raises(TypeError, match="a list of names"):
+        vector.evaluate(X, "value")
+    with pytest.raises(ValueError, match="names out of value"):
+        vector.evaluate(X, ["velocity"])
+    with pytest.raises(TypeError, match="real numbers"):
+        vector.value(["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"\(d,\) or \(n, d\)"):
+        vector.value(X[None])
+    with pytest.raises(ValueError, match="7 rows"):
+        vector.value(X, weights=WEIGHTS[:6])
+    with pytest.raises(ValueError, match="http"):
+        Client("127.0.0.1:8000")
+
+
+def test_admin_key_loads_and_unloads(zoo: Zoo) -> None:
+    with Client(zoo.url, api_key=ADMIN) as client:
+        assert client.unload("single")["state"] == "unloaded"
+        with pytest.raises(package.ModelNotFound):
+            client.model("single").value([1, 2])
+        assert client.load("single")["state"] == "ready"
+
+
+class Counting(httpx.HTTPTransport):
+    """Counts requests by method, and the most that were under way at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.methods: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._now = self.most = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        with self._lock:
+            self.methods[request.method] += 1
+            self._now += 1
+            self.most = max(self.most, self._now)
+        try:
+            return super().handle_request(request)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+def test_large_batches_are_split_and_joined(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = np.tile(X, (30, 1)), np.tile(WEIGHTS, (30, 1))
+    names = ["value", "hessian", "hvp"]
+
+    def evaluate(client: Client, **options: object) -> package.Answer:
+        return client.model("vector").evaluate(x, names, weights=weights, directions=DIRECTIONS[0], **options)  # type: ignore[arg-type]
+
+    with Client(zoo.url, transport=(whole := Counting())) as client:
+        expected = evaluate(client)
+    assert whole.methods == {"GET": 1, "POST": 1}
+    monkeypatch.setattr(steps, "PART_BYTES", 4000)
+    with Client(zoo.url, transport=(split := Counting()), concurrency=3) as client:
+        got = evaluate(client)
+    # 8 · (3 + 4) bytes there and 8 · (1 + 9 + 2·3) back make 21 rows of 4,000 bytes.
+    assert split.methods["POST"] == 10
+    assert split.most <= 3
+    for name in names:
+        assert (got[name] == expected[name]).all()
+
+    async def evaluate_async() -> package.Answer:
+        async with AsyncClient(zoo.url, concurrency=3) as client:
+            model = client.model("vector")
+            return await model.evaluate(x, names, weights=weights, directions=DIRECTIONS[0])
+
+    got = asyncio.run(evaluate_async())
+    for name in names:
+        assert (got[name] == expected[name]).all()
+
+
+def test_one_failing_part_fails_the_batch(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "PART_BYTES", 400)
+    points = np.tile(X, (10, 1))
+    points[66] = np.nan
+    with Client(zoo.url) as client, pytest.raises(package.InvalidInput):
+        client.model("vector").value(points)
+
+    async def evaluate() -> None:
+        async with AsyncClient(zoo.url) as client:
+            await client.model("vector").value(points)
+
+    with pytest.raises(package.InvalidInput):
+        asyncio.run(evaluate())
+
+
+def test_progress_is_drawn_on_request(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steps, "PART_BYTES", 400)
+    client.model("vector").evaluate(X, ["hessian"])
+    assert capsys.readouterr().out == ""
+    client.model("vector").evaluate(X, ["hessian"], progress=True)
+    assert "7/7" in capsys.readouterr().out
+
+
+def test_async_client_has_the_same_methods(zoo: Zoo, client: Client) -> None:
+    async def ask() -> list[np.ndarray]:
+        async with AsyncClient(zoo.url, api_key=ADMIN) as other:
+            model = other.model("vector")
+            assert (await model.describe())["d"] == 3
+            assert len(await other.models()) == 5
+            assert (await other.unload("single"))["state"] == "unloaded"
+            assert (await other.load("single"))["state"] == "ready"
+            with pytest.raises(package.ModelNotFound):
+                await other.model("none").value([1.0])
+            single = [model.value(x) for x in X]
+            return [
+                np.stack(await asyncio.gather(*single)),
+                await model.gradient(X),
+                await model.hessian(X),
+                await model.laplacian(X),
+            ]
+
+    names = ("value", "gradient", "hessian", "laplacian")
+    for name, got in zip(names, asyncio.run(ask()), strict=True):
+        assert (got == getattr(client.model("vector"), name)(X)).all()
+
+
+def _run(persistence: Persistence, replies: Iterator[Reply | ClientError]) -> tuple[Reply | ClientError, list[float]]:
+    """Carry out an exchange without input, output or waiting: what came of it, and its pauses."""
+    conversation, outcome, pauses = exchange(Request("GET", "/"), persistence), None, []
+    while True:
+        try:
+            step = conversation.send(outcome)
+        except StopIteration as end:
+            return end.value, pauses
+        except ClientError as error:
+            return error, pauses
+        if isinstance(step, Pause):
+            pauses.append(step.seconds)
+            outcome = None
+        else:
+            assert isinstance(step, Send)
+            outcome = next(replies)
+
+
+def reply(status: int, **headers: str) -> Reply:
+    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, b"{}")
+
+
+FAILED = Reply(500, {}, b'{"code": "evaluation_failed", "detail": "x", "request_id": "x"}')
+RETRIED = {"lost": ConnectionLost("x"), "503": reply(503), "504": reply(504), "proxy's 500": reply(500)}
+FINAL = {"500": FAILED, "404": reply(404), "late": DeadlineExceeded("x")}
+
+
+@pytest.mark.parametrize("fault", RETRIED.values(), ids=RETRIED)
+def test_what_may_pass_is_tried_again_with_growing_jitter(fault: Reply | ClientError) -> None:
+    outcome, pauses = _run(Persistence(), iter([fault, fault, fault, reply(200)]))
+    assert isinstance(outcome, Reply)
+    assert len(pauses) == 3
+    assert all(0 <= pause <= 0.05 * 2**k for k, pause in enumerate(pauses))
+    outcome, pauses = _run(Persistence(), iter([fault] * 4))
+    assert isinstance(outcome, ClientError)
+
+
+@pytest.mark.parametrize("fault", FINAL.values(), ids=FINAL)
+def test_what_will_not_pass_is_not_tried_again(fault: Reply | ClientError) -> None:
+    outcome, pauses = _run(Persistence(), iter([fault]))
+    assert isinstance(outcome, ClientError)
+    assert pauses == []
+
+
+def test_retry_after_is_honoured_within_the_deadline() -> None:
+    _, pauses = _run(Persistence(), iter([reply(503, retry_after="2"), reply(200)]))
+    assert 2 <= pauses[0] <= 2.05
+    outcome, pauses = _run(Persistence(deadline_s=1.5), iter([reply(503, retry_after="2"), reply(200)]))
+    assert isinstance(outcome, ClientError)
+    assert pauses == []
+
+
+def test_an_outage_brings_a_tenth_more_requests_at_most() -> None:
+    persistence, sent = Persistence(), 0
+    for _ in range(1000):
+        _, pauses = _run(persistence, iter([reply(503)] * 4))
+        sent += 1 + len(pauses)
+    assert 1000 < sent <= 1000 * 1.1 + 10
+
+
+def test_deadline_and_key_are_sent(zoo: Zoo) -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(503, headers={"retry-after": "0"})
+
+    with Client(zoo.url, api_key="key", deadline_s=7, transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(UnexpectedReply):
+            client.model("vector").value([1, 2, 3])
+        assert len(seen) == 4
+        deadlines = [int(request.headers["x-deadline-ms"]) for request in seen]
+        assert deadlines == sorted(deadlines, reverse=True)
+        assert 6000 < deadlines[-1] <= deadlines[0] <= 7000
+        assert seen[0].headers["authorization"] == "Bearer key"
+
+
+def test_an_answer_to_something_else_is_refused() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=b"<html>")
+
+    with Client("http://service", transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(UnexpectedReply, match="status 200"):
+            client.model("vector").value([1, 2, 3])
+        with pytest.raises(UnexpectedReply):
+            client.models()
+
+
+def test_service_that_is_not_there() -> None:
+    with Client("http://127.0.0.1:9", deadline_s=1) as client, pytest.raises(ConnectionLost):
+        client.model("peaks").value([0, 0])
+
+
+def test_deadline_is_kept_and_typed(zoo: Zoo) -> None:
+    with Client(zoo.url, deadline_s=0.01) as client:
+        model = client.model("vector")
+        monopoly = np.zeros((40_000, 3))
+        with pytest.raises(DeadlineExceeded):
+            model.hessian(monopoly)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_every_call_over_a_bad_network_ends_right_or_typed_and_in_time(zoo: Zoo, kind: type, note: Note) -> None:
+    """Delay, trickle, reset, truncation, 503 storms, nonsense and silence; faults are counted, none is idle."""
+    calls = choose(200, 2500)
+    deadline_s, slack_s, users = 2.0, 1.0, 8
+    points = np.random.default_rng(calls).uniform(-1, 1, (calls, 3))
+    with Client(zoo.url) as client:
+        expected = client.model("vector").gradient(points)
+    outcomes: list[str] = []
+    took: list[float] = []
+
+    def judge(row: int, got: object, began: float) -> None:
+        took.append(time.monotonic() - began)
+        if isinstance(got, BaseException):
+            outcomes.append(type(got).__name__ if isinstance(got, ClientError) else f"untyped {got!r}")
+        else:
+            outcomes.append("right" if (got == expected[row]).all() else "wrong")
+
+    with FaultProxy(zoo.server.port, seed=calls) as proxy:
+        if kind is Client:
+            with Client(proxy.url, deadline_s=deadline_s) as client:
+                model = client.model("vector")
+
+                def call(row: int) -> None:
+                    began = time.monotonic()
+                    try:
+                        got: object = model.gradient(points[row])
+                    except Exception as error:
+                        got = error
+                    judge(row, got, began)
+
+                with ThreadPoolExecutor(users) as threads:
+                    list(threads.map(call, range(calls)))
+        else:
+
+            async def call_all() -> None:
+                async with AsyncClient(proxy.url, deadline_s=deadline_s) as client:
+                    model, rows = client.model("vector"), iter(range(calls))
+
+                    async def use() -> None:
+                        for row in rows:
+                            began = time.monotonic()
+                            try:
+                                got: object = await model.gradient(points[row])
+                            except Exception as error:
+                                got = error
+                            judge(row, got, began)
+
+                    await asyncio.gather(*(use() for _ in range(users)))
+
+            asyncio.run(call_all())
+    tally = Counter(outcomes)
+    assert len(outcomes) == calls
+    typed = {kind.__name__ for kind in BY_CODE.values()} | {"ConnectionLost", "UnexpectedReply"}
+    assert tally.keys() <= {"right"} | typed, tally
+    assert tally["right"] > 0.8 * calls
+    assert max(took) <= deadline_s + slack_s
+    # Rare faults may not have their turn in the short form.
+    assert set(proxy.counts) >= set(SHARES) - (set() if IS_WHOLE else {"hang", "storm"}), proxy.counts
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in tally.most_common())
+    note(f"{calls} calls: {summary}; longest {max(took):.2f} s of {deadline_s} s")
+
+
+def test_py_typed_ships() -> None:
+    assert (importlib.resources.files("service") / "py.typed").is_file()

@@ -1,0 +1,8 @@
+"""``hessquik serve`` with workers that fail on demand. Only tests run it."""
+
+from service import cli, pool
+
+pool.WORKER_MODULE = "tests.service.faulty_worker"
+
+if __name__ == "__main__":
+    cli.main()

@@ -1,0 +1,38 @@
+"""A worker that fails on demand: a point's first coordinate says how. Only tests run it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from service import wire, worker
+
+KILLED, HANGS, RAISES, SLOW, SHORT = 1e6, 2e6, 3e6, 4e6, 5e6
+SLOW_S = 0.5
+
+
+class FaultyWorker(worker.Worker):
+    """Does what the points ask for, and what the real one does with all others."""
+
+    def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        asked = set(arrays["inputs"][:, 0].tolist())
+        if KILLED in asked:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HANGS in asked:
+            time.sleep(3600)
+        if RAISES in asked:
+            return {"op": "done", "error": "ValueError"}, {}
+        if SLOW in asked:
+            time.sleep(SLOW_S)
+        reply, answers = super()._evaluate(head, arrays)
+        if SHORT in asked:
+            answers = {name: array[:-1] for name, array in answers.items()}
+        return reply, answers
+
+
+if __name__ == "__main__":
+    worker.Worker = FaultyWorker  # type: ignore[misc]
+    sys.exit(worker.main(sys.argv[1:]))

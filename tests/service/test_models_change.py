@@ -1,0 +1,139 @@
+"""Models that are loaded, replaced and unloaded while they are used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+import hessquik
+from hessquik.activations import tanhActivation
+from hessquik.networks import NN, fullyConnectedNN
+from tests.live import LiveServer
+
+ADMIN = {"Authorization": "Bearer admin"}
+
+
+def network(seed: int) -> NN:
+    torch.manual_seed(seed)
+    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
+
+
+def value(seed: int) -> float:
+    return float(network(seed)(torch.ones(1, 2, dtype=torch.float64))[0].detach())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "net").mkdir()
+    hessquik.save(network(1), tmp_path / "net" / "1.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[LiveServer]:
+    with LiveServer(folder, settings={"admin_keys": "admin"}) as live:
+        yield live
+
+
+def ask(http: httpx.Client, version: str | None = None) -> tuple[str, float]:
+    query = {} if version is None else {"version": version}
+    reply = http.post("/v1/models/net/value", params=query, json={"inputs": [1, 1]})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["version"], reply.json()["value"][0]
+
+
+def test_200_swaps_under_load_lose_and_mix_nothing(server: LiveServer, folder: Path) -> None:
+    """Versions 1, 2, 3, … come and go; version v always holds the network of seed v."""
+    values = {str(version): value(version) for version in range(1, 8)}
+    wrong: list[str] = []
+    counted, is_over = [0] * 4, threading.Event()
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            while not is_over.is_set():
+                try:
+                    version, got = ask(http)
+                except AssertionError as error:
+                    wrong.append(str(error))
+                    continue
+                if got != pytest.approx(values[version], rel=1e-12):
+                    wrong.append(f"version {version}: {got}")
+                counted[number] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    with httpx.Client(base_url=server.url, timeout=60, headers=ADMIN) as http:
+        for swap in range(200):
+            version = 2 + swap % 6
+            path = folder / "net" / f"{version}.safetensors"
+            if path.exists():
+                path.unlink()
+            else:
+                hessquik.save(network(version), path)
+            reply = http.post("/v1/models/net/load")
+            assert reply.status_code == 200, reply.text
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert min(counted) > 0
+
+
+def test_a_failed_load_leaves_the_old_version_serving(server: LiveServer, folder: Path) -> None:
+    (folder / "net" / "1.safetensors").write_bytes(b"damaged on the way")
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        reply = http.post("/v1/models/net/load", headers=ADMIN).json()
+        assert reply["loaded"][0]["state"] == "failed"
+        assert "safetensors" in reply["loaded"][0]["reason"]
+        assert ask(http) == ("1", pytest.approx(value(1), rel=1e-12))
+
+
+def test_the_highest_version_is_the_default_and_others_can_be_named(server: LiveServer, folder: Path) -> None:
+    hessquik.save(network(12), folder / "net" / "12.safetensors")
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        http.post("/v1/models/net/load", headers=ADMIN)
+        shown = http.get("/v1/models/net").json()
+        assert (shown["versions"], shown["default_version"]) == (["1", "12"], "12")
+        assert ask(http) == ("12", pytest.approx(value(12), rel=1e-12))
+        assert ask(http, "1") == ("1", pytest.approx(value(1), rel=1e-12))
+
+
+def test_an_unloaded_model_is_gone_until_it_is_loaded_again(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        assert http.post("/v1/models/net/unload", headers=ADMIN).json()["state"] == "unloaded"
+        assert http.post("/v1/models/net/value", json={"inputs": [1, 1]}).status_code == 404
+        assert http.get("/v1/models").json() == {"models": []}
+        assert http.post("/v1/models/net/load", headers=ADMIN).status_code == 200
+        assert ask(http)[0] == "1"
+
+
+def test_a_watched_folder_is_followed(folder: Path) -> None:
+    with LiveServer(folder, settings={"watch_s": 0.1}) as server, httpx.Client(base_url=server.url) as http:
+        hessquik.save(network(2), folder / "net" / "2.safetensors")
+        hessquik.save(network(9), folder / "other.safetensors")
+        (folder / "net" / "1.safetensors").unlink()
+        for _ in range(200):
+            models = {model["name"]: model for model in http.get("/v1/models").json()["models"]}
+            if set(models) == {"net", "other"} and models["net"]["versions"] == ["2"]:
+                break
+            threading.Event().wait(0.05)
+        assert models["other"]["state"] == "ready"
+        assert ask(http) == ("2", pytest.approx(value(2), rel=1e-12))
+
+
+def test_a_damaged_file_is_refused_and_the_others_are_served(folder: Path) -> None:
+    (folder / "bad.safetensors").write_bytes(b"nonsense, not a network")
+    with LiveServer(folder) as server, httpx.Client(base_url=server.url) as http:
+        models = {model["name"]: model for model in http.get("/v1/models").json()["models"]}
+        assert models["bad"]["state"] == "failed"
+        assert "safetensors" in models["bad"]["reason"]
+        reply = http.post("/v1/models/bad/value", json={"inputs": [1, 1]})
+        assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
+        assert ask(http)[0] == "1"
+        assert any("bad.safetensors is refused" in line for line in server.log)

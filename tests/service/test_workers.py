@@ -1,0 +1,202 @@
+"""What happens when workers die, hang, refuse or are slow: real processes, real signals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+import hessquik
+from hessquik.activations import tanhActivation
+from hessquik.networks import NN, fullyConnectedNN
+from tests.live import ROOT, LiveServer
+from tests.service.faulty_worker import HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
+
+#: One client for all threads: making one takes longer than most of what is measured here.
+HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
+FAULTY = ("-m", "tests.service.faulty_serve")
+
+
+@pytest.fixture(scope="module")
+def network() -> NN:
+    torch.manual_seed(3)
+    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, network: NN) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    hessquik.save(network, path / "small.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
+    settings = {"batch_timeout_s": 1.5, "max_queue_requests": 20}
+    with LiveServer(folder, workers=1, settings=settings, command=FAULTY) as live:
+        yield live
+
+
+def ask(server: LiveServer, point: list[float], **options: Any) -> httpx.Response:
+    return HTTP.post(f"{server.url}/v1/models/small/value", json={"inputs": point}, **options)
+
+
+def expected(network: NN, point: list[float]) -> float:
+    return float(network(torch.tensor([point], dtype=torch.float64))[0].detach())
+
+
+@pytest.mark.parametrize("poison", [KILLED, RAISES, SHORT], ids=["kills", "raises", "answers too few rows"])
+def test_only_the_poison_row_among_good_ones_fails(server: LiveServer, network: NN, poison: float) -> None:
+    """A slow row keeps the worker busy while 15 good points and one poison gather into one batch."""
+    points = [[0.1 * number, -1.0] for number in range(15)]
+    points.insert(7, [poison, 0.0])
+    with ThreadPoolExecutor(17) as threads:
+        slow = threads.submit(ask, server, [SLOW, 0.0])
+        time.sleep(SLOW_S / 2)
+        replies = list(threads.map(lambda point: ask(server, point), points))
+        assert slow.result().status_code == 200
+    for point, reply in zip(points, replies, strict=True):
+        if point[0] == poison:
+            assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
+        else:
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["value"] == [pytest.approx(expected(network, point), rel=1e-12)]
+
+
+def test_a_hanging_worker_is_replaced_and_only_its_row_fails(server: LiveServer, network: NN) -> None:
+    before = {worker.pid for worker in server.workers()}
+    reply = ask(server, [HANGS, 0.0])
+    assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
+    assert ask(server, [1.0, 2.0]).json()["value"] == [pytest.approx(expected(network, [1.0, 2.0]), rel=1e-12)]
+    assert before.isdisjoint(worker.pid for worker in server.workers())
+
+
+def test_a_killed_worker_under_load_loses_nothing(server: LiveServer, network: NN) -> None:
+    points = np.random.default_rng(0).uniform(-2, 2, (150, 2)).tolist()
+    killed = threading.Timer(0.3, lambda: server.workers()[0].send_signal(signal.SIGKILL))
+    killed.start()
+    with ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda point: ask(server, point), points))
+    killed.join()
+    assert [reply.status_code for reply in replies] == [200] * len(points)
+    got = [reply.json()["value"][0] for reply in replies]
+    assert got == pytest.approx([expected(network, point) for point in points], rel=1e-12)
+
+
+def test_a_deadline_is_kept_and_what_is_late_is_not_computed(server: LiveServer) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(ask, server, [SLOW, 0.0])
+        time.sleep(SLOW_S / 4)
+        rows = server.metric("hessquik_rows_total")
+        reply = ask(server, [0.0, 0.0], headers={"X-Deadline-Ms": "20"})
+        assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
+        assert slow.result().status_code == 200
+    time.sleep(0.1)
+    assert server.metric("hessquik_rows_total") == rows + 1  # the slow one
+
+
+def test_what_a_client_no_longer_waits_for_is_not_computed(server: LiveServer) -> None:
+    body = b'{"inputs":[0.5,0.5]}'
+    head = (
+        "POST /v1/models/small/value HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(ask, server, [SLOW, 0.0])
+        time.sleep(SLOW_S / 4)
+        rows = server.metric("hessquik_rows_total")
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(head.encode() + body)
+                time.sleep(0.02)
+        assert slow.result().status_code == 200
+    time.sleep(0.1)
+    assert server.metric("hessquik_queue_requests") == 0
+    assert server.metric("hessquik_rows_total") == rows + 1
+
+
+def test_exactly_what_is_over_the_queue_is_refused_at_once(server: LiveServer) -> None:
+    """The worker is busy with a slow row, which counts until it is answered: of 30 more, 19 find a place."""
+    with ThreadPoolExecutor(31) as threads:
+        list(threads.map(lambda _: HTTP.get(f"{server.url}/livez"), range(62)))  # connections to begin with
+        slow = threads.submit(ask, server, [SLOW, 0.0])
+        time.sleep(SLOW_S / 5)
+        replies = list(threads.map(lambda _: ask(server, [0.0, 1.0]), range(30)))
+        assert slow.result().status_code == 200
+    refused = [reply for reply in replies if reply.status_code == 503]
+    assert {reply.json()["code"] for reply in refused} == {"overloaded"}
+    assert {reply.headers["retry-after"] for reply in refused} == {"1"}
+    assert len(refused) == 11
+    assert sum(reply.status_code == 200 for reply in replies) == 19
+
+
+def test_metrics_add_up_to_what_was_sent(server: LiveServer) -> None:
+    sample = 'hessquik_requests_total{route="/v1/models/{model}/value",status="%d"}'
+    before = {status: server.metric(sample % status) for status in (200, 422)}
+    rows = server.metric("hessquik_rows_total")
+    for number in range(10):
+        ask(server, [number, 0.0])
+    for _ in range(3):
+        ask(server, [1.0, 2.0, 3.0])
+    assert server.metric(sample % 200) == before[200] + 10
+    assert server.metric(sample % 422) == before[422] + 3
+    assert server.metric("hessquik_rows_total") == rows + 10
+
+
+def test_stopping_answers_what_was_accepted_and_exits_with_0(folder: Path) -> None:
+    live = LiveServer(folder, command=FAULTY).wait_until_ready()
+    with ThreadPoolExecutor(4) as threads:
+        accepted = [threads.submit(ask, live, [SLOW, float(number)]) for number in range(4)]
+        time.sleep(SLOW_S / 2)
+        status = live.stop()
+        assert [reply.result().status_code for reply in accepted] == [200] * 4
+    assert status == 0
+
+
+def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(folder: Path) -> None:
+    live = LiveServer(folder).wait_until_ready()
+    deadline = time.monotonic() + 60
+    while live.process.poll() is None and time.monotonic() < deadline:
+        for worker in live.workers():
+            worker.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    assert live.stop() == 70
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--device", "cuda"], 3, "CUDA"),
+        (["--device", "tpu"], 3, "expected auto, cpu, cuda"),
+        (["--workers", "0"], 2, "workers"),
+        (["--nonsense"], 2, "nonsense"),
+    ],
+    ids=["absent device", "unknown device", "bad number", "unknown flag"],
+)
+def test_a_start_that_cannot_be_is_one_clear_line(arguments: list[str], status: int, words: str) -> None:
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("this machine has the device that the test expects to be absent")
+    command = [sys.executable, "-m", "service", "serve", "models", "--port", "0", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status, ended.stderr
+    assert words in ended.stderr
+
+
+def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "serve", str(tmp_path / "none"), "--port", "0", "--device", "cpu"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 3
+    assert "folder" in ended.stderr
+    assert "Traceback" not in ended.stderr
