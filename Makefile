@@ -3,8 +3,13 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.installed
+TARGET ?= cpu
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
+# Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
+TORCH_CPU ?= --torch-backend cpu
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format docs lock image image-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +30,21 @@ check: $(STAMP)  ## formatting, lint, types
 format: $(STAMP)  ## repair formatting and what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+lock: $(STAMP)  ## lock what the images install, CPU and CUDA, and list it in bills of materials
+	$(LOCK) $(TORCH_CPU) --output-file requirements/cpu.lock
+	$(LOCK) --output-file requirements/cuda.lock
+	$(BIN)/python deploy/sbom.py requirements/cpu.lock requirements/cuda.lock
+
+image:  ## build the container image (TARGET=cuda for GPUs)
+	docker build --build-arg TARGET=$(TARGET) --tag hessquik:$(TARGET) .
+
+image-test: $(STAMP)  ## build the CPU image without a Docker engine, run it confined and question it
+	deploy/image/build $(BIN)/python
+	$(BIN)/python -m pytest deploy/image
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -55,6 +55,7 @@ def points_near_small_radii(n: int, seed: int) -> Tensor:
 def resolve_small_radii(layer: singleLayer) -> None:
     """Let some units rise from the lower bound of r over lengths from half its range down to 1/160 of that."""
     steepness = torch.logspace(0, 2.2, RADIUS_UNITS, dtype=torch.float64)
+    assert layer.b is not None
     with torch.no_grad():
         layer.K[1, :RADIUS_UNITS] = steepness
         layer.b[:RADIUS_UNITS] = steepness
@@ -64,6 +65,7 @@ if __name__ == "__main__":
     torch.manual_seed(SEED)
     points = points_near_small_radii(1024, SEED)
     values = TARGET.derivatives(points).value
+    assert values is not None
     half_width, centre = (TARGET.upper() - TARGET.lower()) / 2, (TARGET.upper() + TARGET.lower()) / 2
     width = 32
     first = singleLayer(8, width, tanhActivation(), dtype=torch.float64)

@@ -61,6 +61,7 @@ def start_gently(network: NN) -> None:
     for layer in network.layers():
         if isinstance(layer, ICNNLayer):
             torch.nn.init.uniform_(layer.K, -2, 2)
+            assert layer.b is not None
             torch.nn.init.uniform_(layer.b, -1, 1)
         positive = getattr(layer, "w" if isinstance(layer, quadraticICNNLayer) else "L")
         if positive is not None:

@@ -19,7 +19,8 @@ def peaks(x: Tensor) -> Tensor:
     x, y = x
     hill = 3 * (1 - x) ** 2 * torch.exp(-(x**2) - (y + 1) ** 2)
     ring = 10 * (x / 5 - x**3 - y**5) * torch.exp(-(x**2) - y**2)
-    return hill - ring - torch.exp(-((x + 1) ** 2) - y**2) / 3
+    hollow = torch.exp(-((x + 1) ** 2) - y**2) / 3
+    return hill - ring - hollow
 
 
 TARGET = Target(

@@ -28,7 +28,7 @@ from torch import Tensor
 from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, congruence, join
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "Derivatives", "evaluate", "linearize"]
+__all__ = ["DIRECTIONAL", "QUANTITIES", "Derivatives", "evaluate", "linearize", "pull", "push"]
 
 #: Everything that can be asked for.
 QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")

@@ -92,6 +92,14 @@ def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | 
         ArchitectureError: the description is not one, or is missing.
         CompositionError: its layers do not fit together.
         FormatError: the checkpoint holds something else than a network.
+
+    Example:
+        >>> import tempfile
+        >>> from hessquik.networks import fullyConnectedNN
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(fullyConnectedNN([2, 8, 1]), f"{folder}/f.pt")
+        ...     convert(f"{folder}/f.pt", f"{folder}/f.safetensors", input_names=["x", "y"]).widths
+        [2, 8, 1]
     """
     described = None if architecture is None else storage.parse_json("architecture", Path(architecture).read_text())
     network = read_checkpoint(checkpoint, described)

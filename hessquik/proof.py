@@ -80,6 +80,7 @@ class _Trial:
         return Row(quantity, reference, "relative error", relative, bound)
 
 
+@torch.inference_mode(False)
 def prove(
     network: NN,
     lower_bounds: Sequence[float] | None = None,
@@ -110,6 +111,7 @@ def prove(
     return [*_against_autograd(trial), *_against_taylor(trial), *_against_differences(trial)]
 
 
+@torch.inference_mode(False)
 def prove_quickly(
     network: NN,
     lower_bounds: Sequence[float] | None = None,
@@ -163,7 +165,7 @@ def _set_up(
 
 def _against_autograd(trial: _Trial) -> list[Row]:
     """All quantities of the weighted outputs; the Hessian by its products with the directions."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         x = trial.x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(trial.value(x).sum(), x, create_graph=True)
         products = [

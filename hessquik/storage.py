@@ -106,6 +106,13 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
     Raises:
         ArchitectureError: the network has a part that a file cannot describe.
         FormatError: the metadata do not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(fullyConnectedNN([2, 8, 1]), f"{folder}/f.safetensors", input_names=["x", "y"])
+        ...     load(f"{folder}/f.safetensors").dim_input()
+        2
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -114,7 +121,12 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
 
 
 def serialize(network: NN, **metadata: Any) -> bytes:
-    """The bytes that :func:`save` writes."""
+    """The bytes that :func:`save` writes.
+
+    Example:
+        >>> parse(serialize(fullyConnectedNN([2, 8, 1]))).network.widths
+        [2, 8, 1]
+    """
     architecture = describe(network)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "network": json.dumps(architecture)}
     _check_metadata(metadata, network)
@@ -141,6 +153,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> NN:
 
     Raises:
         FormatError: the file is not a saved network; the message names the file and the fault.
+
+    See :func:`save` for an example.
     """
     path = Path(path)
     if path.stat().st_size > MAX_FILE_BYTES:
@@ -156,6 +170,8 @@ def parse(data: bytes) -> SavedNetwork:
 
     Raises:
         FormatError: they are not those of a saved network.
+
+    See :func:`serialize` for an example.
     """
     texts = _read_header(data)
     architecture = parse_json("network", texts["network"])
@@ -282,6 +298,10 @@ def build_activation(architecture: Any, place: str = "act") -> hessQuikActivatio
 
     Raises:
         ArchitectureError: the description is not one.
+
+    Example:
+        >>> build_activation({"type": "softplusActivation", "beta": 2.0}).beta
+        2.0
     """
     kind, arguments = _type_and_arguments(architecture, place, ACTIVATIONS)
     module = kind(**_checked_arguments(kind, arguments, place))
@@ -425,7 +445,19 @@ def _checksum(data: bytes) -> str:
 
 
 def parse_json(what: str, text: str | bytes) -> Any:
-    """Strict JSON: no NaN, no duplicate keys."""
+    """Read strict JSON: no NaN, no duplicate keys.
+
+    Args:
+        what: What the text is, for the message.
+        text: The JSON.
+
+    Raises:
+        FormatError: it is not.
+
+    Example:
+        >>> parse_json("bounds", "[0, 1.5]")
+        [0, 1.5]
+    """
 
     def refuse(constant: str) -> Any:
         raise ValueError(constant)

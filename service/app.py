@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 from fastapi import FastAPI
-from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from service.assets import ASSETS
 from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door, Receive, Scope, Send
@@ -24,6 +24,8 @@ from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
 from service.routes.models import ListModels, LoadModel, ShowModel, UnloadModel
+from service.routes.pages import Page
+from service.schemas import document
 from service.settings import Settings
 
 __all__ = ["Application", "create_app"]
@@ -42,6 +44,7 @@ class Application(FastAPI):
         """Keep the service where routes find it."""
         super().__init__(**options)
         self.state.core = core
+        self._settings = settings
         self._derivatives = Derivatives(core)
         dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
         self._door = Door(self._route, settings, core.metrics, dialects)
@@ -50,9 +53,15 @@ class Application(FastAPI):
         """Through the door."""
         await self._door(scope, receive, send)
 
+    def openapi(self) -> dict[str, Any]:
+        """The interface's description."""
+        if self.openapi_schema is None:
+            self.openapi_schema = document(self._settings, self.version)
+        return self.openapi_schema
+
     def build_middleware_stack(self) -> ASGIApp:
-        """The framework's layers but for the outermost, which would answer our errors before the door does."""
-        return ExceptionMiddleware(AsyncExitStackMiddleware(self.router), handlers=self.exception_handlers)
+        """Only what puts the framework's errors into our words: all errors go on to the door, unanswered."""
+        return ExceptionMiddleware(self.router, handlers={HTTPException: _translate})
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -86,7 +95,6 @@ def create_app(settings: Settings | None = None) -> Application:
         finally:
             await core.stop()
 
-    # A redirect to the path with or without a slash would repeat the request's Host.
     app = Application(
         core,
         settings,
@@ -94,9 +102,8 @@ def create_app(settings: Settings | None = None) -> Application:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        redirect_slashes=False,
+        redirect_slashes=False,  # a redirect would repeat the request's Host
     )
-    app.add_exception_handler(HTTPException, _translate)
     app.router.routes[:0] = [
         Route("/v1/models", ListModels(core), methods=["GET"]),
         Route("/v1/models/{model}", ShowModel(core), methods=["GET"]),
@@ -107,6 +114,7 @@ def create_app(settings: Settings | None = None) -> Application:
         Route("/metrics", MetricsText(core), methods=["GET"]),
         *umbridge.routes(core),
         *inference_protocol.routes(core),
+        *(Route(path, Page(), methods=["GET"]) for path in ASSETS),
     ]
     return app
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
+from service.assets import ASSETS
 from service.errors import (
     BodyTooLarge,
     ClientGone,
@@ -33,8 +34,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-#: The only paths that never need a key.
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 #: Made-up request ids: one part for the process, one for the request.
 _PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -90,6 +91,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        scope["hessquik.headers"] = dict(reversed(scope["headers"]))  # of a name's values, the first
         request_id = _request_id(scope)
         scope["hessquik.request_id"] = request_id
         status = NO_STATUS
@@ -154,10 +156,8 @@ def _request_id(scope: Scope) -> bytes:
 
 def header(scope: Scope, name: bytes) -> bytes:
     """The first header of a name, given in lower case; empty if there is none."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return b""
+    value: bytes = scope["hessquik.headers"].get(name, b"")
+    return value
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "floats_per_row"]
+__all__ = ["DIRECTIONAL", "QUANTITIES", "Quantity", "floats_per_row"]
 
 #: Everything that can be asked for, in the order of replies.
-QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")
+Quantity = Literal["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
+QUANTITIES: tuple[str, ...] = get_args(Quantity)
 #: What needs directions.
 DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})
 

@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -89,6 +90,7 @@ class Served:
         id: What the workers know it by; each loading gets a new one.
         stamp: The file's when it was read.
         digest: Of its bytes; a file that did not change is not loaded again.
+        row_costs: Operations per row of each kind of question, from the workers' plans.
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
@@ -99,6 +101,7 @@ class Served:
     id: int
     stamp: tuple[int, int] = (0, 0)
     digest: bytes = b""
+    row_costs: dict[Hashable, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     users: int = 0
@@ -232,15 +235,16 @@ class Repository:
         }
         return {name for name, _ in dict(on_disk.items() ^ in_table.items())}
 
-    def acquire(self, served: Served) -> None:
-        """Hold a version for a request."""
+    @contextmanager
+    def holding(self, served: Served) -> Iterator[Served]:
+        """Hold a version for a request; the last one out frees a retired version's memory."""
         served.users += 1
-
-    def release(self, served: Served) -> None:
-        """Let go of a version; the last one out frees a retired version's memory."""
-        served.users -= 1
-        if served.is_retired and served.users == 0:
-            self._pool.unload(served.id)
+        try:
+            yield served
+        finally:
+            served.users -= 1
+            if served.is_retired and served.users == 0:
+                self._pool.unload(served.id)
 
     async def _load(self, file: ModelFile) -> Served:
         versions = self._table.setdefault(file.name, {})

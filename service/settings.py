@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +15,15 @@ Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 
 
 class Settings(BaseSettings):
-    """The service's settings; each is also the environment variable ``HESSQUIK_`` + its name in capitals."""
+    """The service's settings; each is also the environment variable ``HESSQUIK_`` + its name in capitals.
 
-    model_config = SettingsConfigDict(env_prefix="HESSQUIK_", frozen=True, extra="forbid")
+    ``HESSQUIK_SECRETS`` names a folder of files, such as ``/run/secrets/hessquik_api_keys``, that set what the
+    environment does not.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="HESSQUIK_", frozen=True, extra="forbid", secrets_dir=os.environ.get("HESSQUIK_SECRETS")
+    )
 
     models: Path = Field(Path("models"), description="Folder of the saved networks.")
     host: str = Field("127.0.0.1", description="Address to listen on.")

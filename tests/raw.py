@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextlib
 import json
 import re
 import socket
@@ -40,10 +42,8 @@ def post(path: str, body: bytes, **headers: str) -> bytes:
 def exchange(port: int, data: bytes, timeout_s: float = 30.0) -> bytes:
     """Send bytes on a new connection and return all that comes back until it is closed or quiet."""
     with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
-        try:
+        with contextlib.suppress(OSError):  # refused before all was sent; the answer may be there nevertheless
             connection.sendall(data)
-        except OSError:  # refused before all was sent; the answer may be there nevertheless
-            pass
         return receive_all(connection)
 
 

@@ -21,6 +21,20 @@ class hessQuikLayer(nn.Module):
     A layer says what it is by :meth:`form`; evaluation and derivatives follow from it. Letters and shapes are
     those of :mod:`hessquik.layers.form`; the documented interface below has the network's outputs last:
     gradients (n, d, q), Hessians (n, d, d, q).
+
+    Example:
+        >>> from hessquik.activations import sinActivation
+        >>> class waveLayer(hessQuikLayer):
+        ...     def form(self):  # y = u + sin(2u)
+        ...         return Form(sinActivation(), (3,), into=(2.0,), skip=(1.0,))
+        ...
+        ...     def input_widths(self):
+        ...         return (3,)
+        ...
+        ...     output_widths = input_widths
+        >>> y, gradient, hessian = waveLayer()(torch.zeros(5, 3), do_gradient=True, do_Hessian=True)
+        >>> gradient[0].diagonal()
+        tensor([3., 3., 3.])
     """
 
     #: Constructor arguments, by name: what a saved file needs to build the layer again.

@@ -47,6 +47,14 @@ class Form:
         out: Q (w, q).
         offset: μ (q,).
         carries: Whether the last part that comes in also goes out, behind y.
+
+    Example:
+        >>> from hessquik.layers import resnetLayer
+        >>> form = resnetLayer(4, h=0.5).form()
+        >>> form.skip, form.out
+        ((1.0,), 0.5)
+        >>> form.linearize((torch.zeros(5, 4),), order=2).value[0].shape
+        torch.Size([5, 4])
     """
 
     activation: hessQuikActivationFunction
@@ -68,10 +76,10 @@ class Form:
         return Linearization(self, (y, *carried), slope, curvature)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Form:
-        """The same layer with its tensors detached, on ``device`` and in ``dtype``."""
+        """The same layer with its tensors copied, detached, to ``device`` and ``dtype``."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, dtype)
+            return tensor.detach().to(device, dtype, copy=True)
 
         def move_map(linear: Map) -> Map:
             return move(linear) if isinstance(linear, Tensor) else linear
@@ -95,6 +103,14 @@ class Linearization:
         value: The features that go out, parts of (n, q).
         slope: σ'(z) (n, w); ``None`` stands for 1.
         curvature: σ''(z) (n, w); ``None`` stands for 0.
+
+    Example:
+        >>> from hessquik.layers import singleLayer
+        >>> here = singleLayer(4, 7).form().linearize((torch.zeros(5, 4),), order=2)
+        >>> dz, (dy,) = here.push((torch.eye(4).unsqueeze(0),))
+        >>> gs, (gu,) = here.pull((torch.eye(7).unsqueeze(0),))
+        >>> torch.equal(dy, gu.mT)  # forward and backward give the same gradient
+        True
     """
 
     form: Form
@@ -164,6 +180,11 @@ def congruence(tangents: Tensor, weights: Tensor) -> Tensor:
 
     Returns:
         (n, d, d, k), in memory as written.
+
+    Example:
+        >>> congruence(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.ones(1, 1, 2)).squeeze()
+        tensor([[5., 2.],
+                [2., 1.]])
     """
     d, k = tangents.shape[1], weights.shape[1]
     weighted = (tangents.unsqueeze(2) * weights.unsqueeze(1)).flatten(1, 2)
@@ -172,7 +193,12 @@ def congruence(tangents: Tensor, weights: Tensor) -> Tensor:
 
 
 def join(parts: Parts) -> Tensor:
-    """The parts side by side along the last axis."""
+    """The parts side by side along the last axis.
+
+    Example:
+        >>> join((torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))).shape
+        torch.Size([5, 2, 7])
+    """
     if len(parts) == 1:
         return parts[0]
     leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -180,7 +206,12 @@ def join(parts: Parts) -> Tensor:
 
 
 def regroup(parts: Parts, widths: tuple[int, ...]) -> Parts:
-    """Cut the same columns at other places: into parts of ``widths``, which have the same sum."""
+    """Cut the same columns at other places: into parts of ``widths``, which have the same sum.
+
+    Example:
+        >>> [part.shape[1] for part in regroup((torch.zeros(5, 3), torch.zeros(5, 4)), (1, 6))]
+        [1, 6]
+    """
     if tuple(part.shape[-1] for part in parts) == widths:
         return parts
     pieces: Parts = torch.split(join(parts), list(widths), dim=-1)

@@ -54,7 +54,12 @@ def errors(f: Callable[[float], Tensor], terms: Sequence[Tensor], steps: Sequenc
 
 
 def rounding(terms: Sequence[Tensor]) -> float:
-    """The error below which subtracting the terms of a Taylor approximation leaves nothing but rounding."""
+    """The error below which subtracting the terms of a Taylor approximation leaves nothing but rounding.
+
+    Example:
+        >>> f"{rounding([torch.ones(4, dtype=torch.float64)]):.1e}"
+        '4.4e-14'
+    """
     size = sum(float(torch.linalg.vector_norm(term)) for term in terms)
     return ROUNDING_UNITS * torch.finfo(terms[0].dtype).eps * size
 

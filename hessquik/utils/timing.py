@@ -151,7 +151,7 @@ def timing_test_cpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory:
 
 
 def timing_test_gpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory: bool = True) -> Tensor:
-    """Do as :func:`timing_test_cpu` does on a GPU, which every trial waits for."""
+    """Do as :func:`timing_test_cpu` does, on a GPU, which every trial waits for."""
     return _timed(f, x, num_trials, clear_memory, torch.cuda.synchronize)
 
 

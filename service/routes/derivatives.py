@@ -43,16 +43,15 @@ class Derivatives:
         media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
         reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))
         query = parse_query(scope)
-        self._core.repository.ready(model, query.get("version"))  # before a body is read for nothing
-        body = await read_body(scope, receive, self._core.settings.max_body_bytes)
-        served = self._core.repository.ready(model, query.get("version"))  # it may have been replaced meanwhile
-        fixed = None if action == "evaluate" else action
-        shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
-        if media_type == JSON:
-            question = codecs.parse_json(body, fixed, shape)
-        else:
-            question = codecs.parse_safetensors(body, fixed, query, shape)
-        answers = await self._core.answer(served, question, deadline_s, scope)
+        with self._core.repository.holding(self._core.repository.ready(model, query.get("version"))) as served:
+            body = await read_body(scope, receive, self._core.settings.max_body_bytes)
+            fixed = None if action == "evaluate" else action
+            shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
+            if media_type == JSON:
+                question = codecs.parse_json(body, fixed, shape)
+            else:
+                question = codecs.parse_safetensors(body, fixed, query, shape)
+            answers = await self._core.answer(served, question, deadline_s, scope)
         encode = codecs.encode_json if reply_type == JSON else codecs.encode_safetensors
         reply = encode(served.file.name, str(served.file.version), answers, question.is_single)
         await send_reply(send, 200, reply_type.encode(), reply)

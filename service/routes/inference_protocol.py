@@ -268,14 +268,14 @@ class Infer(Endpoint):
         """Read, check, compute, reply, in JSON or with binary tensors."""
         scope["hessquik.route"] = self._path
         deadline_s = self.core.deadline_s(header(scope, b"x-deadline-ms"))
-        served = self.ready(scope)
-        body = await read_body(scope, receive, self.core.settings.max_body_bytes)
-        shape = Shape(served.d, served.m, served.facts["dtype"], self.core.settings.max_rows)
-        json_bytes = header(scope, b"inference-header-content-length").decode("latin-1")
-        inference = open_inference.parse(body, json_bytes, shape)
-        if inference.timeout_us:
-            deadline_s = min(deadline_s, self.core.now() + inference.timeout_us / 1e6)
-        answers = await self.core.answer(served, inference.question, deadline_s, scope)
+        with self.core.repository.holding(self.ready(scope)) as served:
+            body = await read_body(scope, receive, self.core.settings.max_body_bytes)
+            shape = Shape(served.d, served.m, served.facts["dtype"], self.core.settings.max_rows)
+            json_bytes = header(scope, b"inference-header-content-length").decode("latin-1")
+            inference = open_inference.parse(body, json_bytes, shape)
+            if inference.timeout_us:
+                deadline_s = min(deadline_s, self.core.now() + inference.timeout_us / 1e6)
+            answers = await self.core.answer(served, inference.question, deadline_s, scope)
         reply, headers = open_inference.encode(served.file.name, str(served.file.version), inference, answers)
         await send_reply(send, 200, headers[0][1], reply, *headers[1:])
 

@@ -72,11 +72,12 @@ def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, no
     capacity, goodput = normal.right / choose(2.0, 5.0), ledger.right / seconds
     refusal_s = float(np.percentile(ledger.refusal_seconds, 99))
     live_s, usual_live_s = float(np.percentile(waited, 99)), float(np.percentile(usual, 99))
-    # On a machine that is busy with other things everything waits for a processor: what counts is what overload adds.
+    # Where other things keep the machine busy, all waits for a processor: what counts is what overload adds.
     slowness = max(1.0, usual_live_s / USUAL_LIVE_S)
     note(
         f"capacity {capacity:.0f}/s, goodput at 3 times {goodput:.0f}/s, refusals p99 {1e3 * refusal_s:.0f} ms, "
-        f"livez p99 {1e3 * live_s:.0f} ms (at capacity {1e3 * usual_live_s:.0f} ms), memory +{grown / 2**20:.1f} MiB, back to normal in {back_s:.1f} s; {ledger}"
+        f"livez p99 {1e3 * live_s:.0f} ms (at capacity {1e3 * usual_live_s:.0f} ms), "
+        f"memory +{grown / 2**20:.1f} MiB, back to normal in {back_s:.1f} s; {ledger}"
     )
     assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed) == (0, 0, 0, 0), ledger
     assert ledger.refused > 0.3 * ledger.sent, "the control: this was no overload"

@@ -25,6 +25,7 @@ from service.client.messages import Reply, Request
 from service.client.steps import Pause, Persistence, Send, exchange
 from tests.clients.conftest import ADMIN, Zoo
 from tests.fault_proxy import SHARES, FaultProxy
+from tests.whole import IS_WHOLE, Note, choose
 
 pytestmark = pytest.mark.xdist_group("clients")
 
@@ -42,7 +43,7 @@ def client(zoo: Zoo) -> Iterator[Client]:
 
 def test_import_loads_no_server_package() -> None:
     heavy = {"torch", "fastapi", "starlette", "pydantic", "orjson", "uvicorn", "scipy", "jax"}
-    code = f"import sys, service.client; sys.exit(','.join(sorted({heavy!r} & sys.modules.keys())))"
+    code = f"import sys, service.client; sys.exit(','.join(sorted({heavy!r} & sys.modules.keys())) or 0)"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     # The check can fail: a module that does need one of them is found out.
@@ -277,8 +278,9 @@ def reply(status: int, **headers: str) -> Reply:
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, b"{}")
 
 
-RETRIED = {"lost": ConnectionLost("x"), "503": reply(503), "504": reply(504)}
-FINAL = {"500": reply(500), "404": reply(404), "late": DeadlineExceeded("x")}
+FAILED = Reply(500, {}, b'{"code": "evaluation_failed", "detail": "x", "request_id": "x"}')
+RETRIED = {"lost": ConnectionLost("x"), "503": reply(503), "504": reply(504), "proxy's 500": reply(500)}
+FINAL = {"500": FAILED, "404": reply(404), "late": DeadlineExceeded("x")}
 
 
 @pytest.mark.parametrize("fault", RETRIED.values(), ids=RETRIED)
@@ -355,10 +357,10 @@ def test_deadline_is_kept_and_typed(zoo: Zoo) -> None:
             model.hessian(monopoly)
 
 
-@pytest.mark.parametrize("calls", [400, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_every_call_over_a_bad_network_ends_right_or_typed_and_in_time(zoo: Zoo, kind: type, calls: int) -> None:
+def test_every_call_over_a_bad_network_ends_right_or_typed_and_in_time(zoo: Zoo, kind: type, note: Note) -> None:
     """Delay, trickle, reset, truncation, 503 storms, nonsense and silence; faults are counted, none is idle."""
+    calls = choose(200, 2500)
     deadline_s, slack_s, users = 2.0, 1.0, 8
     points = np.random.default_rng(calls).uniform(-1, 1, (calls, 3))
     with Client(zoo.url) as client:
@@ -412,7 +414,10 @@ def test_every_call_over_a_bad_network_ends_right_or_typed_and_in_time(zoo: Zoo,
     assert tally.keys() <= {"right"} | typed, tally
     assert tally["right"] > 0.8 * calls
     assert max(took) <= deadline_s + slack_s
-    assert set(proxy.counts) >= set(SHARES) - ({"hang"} if calls < 1000 else set()), proxy.counts
+    # Rare faults may not have their turn in the short form.
+    assert set(proxy.counts) >= set(SHARES) - (set() if IS_WHOLE else {"hang", "storm"}), proxy.counts
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in tally.most_common())
+    note(f"{calls} calls: {summary}; longest {max(took):.2f} s of {deadline_s} s")
 
 
 def test_py_typed_ships() -> None:

@@ -1,0 +1,48 @@
+# One file for both targets:
+#   docker build -t hessquik:cpu .
+#   docker build -t hessquik:cuda --build-arg TARGET=cuda .
+# The CUDA libraries come with torch's own wheels, so both start from the same small base.
+ARG BASE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+
+FROM ${BASE} AS build
+ARG TARGET=cpu
+# torch's CPU build lies on PyTorch's own index. Only files whose hash is in the lock are installed, so a second index
+# adds no trust. Without internet access: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
+ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG PIP_NO_INDEX
+ARG PIP_FIND_LINKS
+WORKDIR /build
+# pip stays in an environment of its own, and so in this stage.
+RUN python3 -m venv tools && python3 -m venv --without-pip /opt/hessquik
+COPY requirements/${TARGET}.lock requirements.lock
+RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
+        --require-hashes --no-deps --only-binary :all: -r requirements.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY hessquik hessquik
+COPY service service
+# The lock holds setuptools, which torch needs; so nothing is fetched here.
+RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
+        --no-index --no-deps --no-build-isolation .
+
+FROM ${BASE} AS service
+ARG TARGET=cpu
+# A name for the user: torch asks for it. Nobody can log in with it, and it owns nothing.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hessquik
+COPY --from=build /opt/hessquik /opt/hessquik
+COPY requirements/${TARGET}.cdx.json /opt/hessquik/sbom.cdx.json
+COPY models /models
+ENV PATH=/opt/hessquik/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HESSQUIK_DEVICE=${TARGET} \
+    HESSQUIK_HOST=0.0.0.0 \
+    HESSQUIK_PORT=8000 \
+    HESSQUIK_MODELS=/models
+USER 10001:10001
+EXPOSE 8000
+# The service drains for up to 20 s (HESSQUIK_DRAIN_S): whoever stops the container waits 30 s before killing it.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "service.healthcheck"]
+ENTRYPOINT ["hessquik"]
+CMD ["serve"]

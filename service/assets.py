@@ -1,0 +1,70 @@
+"""The pages' files: which path gives which file of which installed package. Nothing else is ever read.
+
+The pages hold no data, so these paths are open; what the pages show they ask for with the user's key.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["ASSETS", "Asset", "load"]
+
+_MODULES = ("api", "docs", "explorer", "figures", "linear", "paths", "picture", "slice", "snippets")
+
+#: Path → package and file in it.
+ASSETS: dict[str, tuple[str, str]] = {
+    "/": ("service", "explorer/index.html"),
+    "/docs": ("service", "explorer/docs.html"),
+    "/explorer/explorer.css": ("service", "explorer/explorer.css"),
+    "/explorer/docs.css": ("service", "explorer/docs.css"),
+    "/explorer/icon.svg": ("service", "explorer/icon.svg"),
+    **{f"/explorer/{name}.js": ("service", f"explorer/{name}.js") for name in _MODULES},
+    "/explorer/plotly.min.js": ("plotly", "package_data/plotly.min.js"),
+    "/explorer/swagger-ui.js": ("fastapi_offline", "static/swagger-ui-bundle.js"),
+    "/explorer/swagger-ui.css": ("fastapi_offline", "static/swagger-ui.css"),
+}
+
+_MEDIA_TYPES = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file, ready to be sent.
+
+    Attributes:
+        media_type: Of the file.
+        etag: Changes when the file does.
+        plain: The file.
+        packed: The file, gzipped.
+    """
+
+    media_type: bytes
+    etag: bytes
+    plain: bytes
+    packed: bytes
+
+
+@cache
+def load(path: str) -> Asset:
+    """Read and pack what a path of :data:`ASSETS` gives, once.
+
+    Raises:
+        FileNotFoundError: the installed package lacks the file.
+    """
+    package, file = ASSETS[path]
+    spec = find_spec(package)  # finds the folder without running the package
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"expected the package {package} to be installed")
+    content = (Path(spec.submodule_search_locations[0]) / file).read_bytes()
+    etag = b'"%s"' % hashlib.sha256(content).hexdigest()[:32].encode()
+    return Asset(_MEDIA_TYPES[Path(file).suffix], etag, content, gzip.compress(content, 6, mtime=0))

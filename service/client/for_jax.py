@@ -1,0 +1,63 @@
+"""Models of the service as JAX functions: under ``jit``, ``vmap``, ``grad`` and ``hessian``.
+
+f = remote_function(client.model("peaks"))
+jax.hessian(lambda x: f(x)[0])(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from service.client.client import Model
+
+__all__ = ["remote_function"]
+
+
+def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
+    """f: (d,) → (m,), computed by the service in the dtype of the point; differentiable twice.
+
+    Each order is a host callback with a derivative rule of its own: value → Jacobian → Hessian. Under ``vmap`` a
+    batch is one request per order. For float64, JAX itself has to be told (``jax_enable_x64``).
+
+    Args:
+        model: The model, which is asked for its sizes at once.
+    """
+    facts = model.describe()
+    d, m = int(facts["d"]), int(facts["m"])
+
+    def ask(quantity: str, shape: tuple[int, ...], order: tuple[int, ...], x: jax.Array) -> jax.Array:
+        """A quantity at x, its axes in JAX's order: outputs first."""
+
+        def on_host(points: Any) -> Any:
+            array = np.asarray(points)
+            lead = array.shape[:-1]
+            answer = model.evaluate(array.reshape(-1, d), [quantity], dtype=array.dtype)[quantity]
+            return np.ascontiguousarray(np.transpose(answer, (0, *order))).reshape(*lead, *shape)
+
+        result = jax.ShapeDtypeStruct(shape, x.dtype)  # type: ignore[no-untyped-call]
+        answer: jax.Array = jax.pure_callback(on_host, result, x, vmap_method="broadcast_all")
+        return answer
+
+    @jax.custom_jvp
+    def jacobian(x: jax.Array) -> jax.Array:
+        return ask("gradient", (m, d), (2, 1), x)
+
+    @jacobian.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (x,), (dx,) = primals, tangents
+        return jacobian(x), ask("hessian", (m, d, d), (3, 1, 2), x) @ dx
+
+    @jax.custom_jvp
+    def value(x: jax.Array) -> jax.Array:
+        return ask("value", (m,), (1,), x)
+
+    @value.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (x,), (dx,) = primals, tangents
+        return value(x), jacobian(x) @ dx
+
+    return value

@@ -1,0 +1,144 @@
+"""Models of the service as objectives and constraints of ``scipy.optimize``.
+
+objective = Objective(client.model("borehole"))
+minimize(objective, x0, jac=objective.jac, hess=objective.hess, method="trust-exact")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from service.client.client import Model
+from service.client.memo import LastPoint
+from service.client.messages import Array, ArrayLike
+
+__all__ = ["Objective", "bounds", "constraint", "minimize_from"]
+
+
+class Objective:
+    """A scalar function f(x) = Σ_j weights_j f_j(x) with its derivatives, for ``scipy.optimize.minimize``.
+
+    All that a point needs comes in one request, so that an iterate costs one round trip.
+
+    Args:
+        model: The model.
+        weights: (m,); may be left out for a model of one output.
+        has_hessian: Whether the Hessian comes along; without it, :meth:`hessp` asks for each product, which is the
+            better choice for many inputs and methods such as ``trust-ncg``.
+    """
+
+    def __init__(self, model: Model, weights: ArrayLike | None = None, has_hessian: bool = True) -> None:
+        """Nothing is asked yet."""
+        self._model = model
+        self._weights = weights
+        self._has_hessian = has_hessian
+        self._at = LastPoint(model, ("value", "gradient", "hessian")[: 3 if has_hessian else 2], weights)
+
+    def __call__(self, x: ArrayLike) -> float:
+        """f(x).
+
+        Raises:
+            ValueError: the model has several outputs and no weights were given.
+        """
+        value = self._at(x)["value"]
+        if value.shape != (1,):
+            raise ValueError(f"weights: expected {len(value)} of them for as many outputs, got none")
+        return float(value[0])
+
+    def jac(self, x: ArrayLike) -> Array:
+        """∇f(x), (d,)."""
+        return self._at(x)["gradient"][:, 0].copy()
+
+    def hess(self, x: ArrayLike) -> Array:
+        """∇²f(x), (d, d).
+
+        Raises:
+            ValueError: the Hessian does not come along.
+        """
+        if not self._has_hessian:
+            raise ValueError("hess: expected an objective with has_hessian, use hessp")
+        return self._at(x)["hessian"][..., 0].copy()
+
+    def hessp(self, x: ArrayLike, p: ArrayLike) -> Array:
+        """∇²f(x)·p, (d,)."""
+        if self._has_hessian:
+            product: Array = self.hess(x) @ np.asarray(p, dtype=np.float64)
+            return product
+        answer = self._model.evaluate(
+            x, ["hvp"], weights=self._weights, directions=np.asarray(p)[None], dtype=np.float64
+        )
+        return answer["hvp"][0, :, 0]
+
+
+def constraint(
+    model: Model, lower: ArrayLike, upper: ArrayLike, keep_feasible: bool = False
+) -> optimize.NonlinearConstraint:
+    """The constraint lower ≤ f(x) ≤ upper, its Hessian weighted by the multipliers on the server.
+
+    Args:
+        model: The model.
+        lower: (m,) or a number.
+        upper: (m,) or a number.
+        keep_feasible: As SciPy has it.
+    """
+    at = LastPoint(model, ("value", "gradient"))
+
+    def weighted_hessian(x: Array, multipliers: Array) -> Array:
+        return model.hessian(x, weights=multipliers, dtype=np.float64)[..., 0]
+
+    return optimize.NonlinearConstraint(
+        lambda x: at(x)["value"].copy(),
+        lower,
+        upper,
+        jac=lambda x: at(x)["gradient"].T.copy(),  # SciPy has outputs first
+        hess=weighted_hessian,
+        keep_feasible=keep_feasible,
+    )
+
+
+def bounds(model: Model) -> optimize.Bounds:
+    """The bounds within which the model was fitted.
+
+    Raises:
+        ValueError: its file names none.
+    """
+    metadata = model.describe()["metadata"]
+    if not {"lower_bounds", "upper_bounds"} <= metadata.keys():
+        raise ValueError("expected a model whose file has lower_bounds and upper_bounds, this one has none")
+    return optimize.Bounds(metadata["lower_bounds"], metadata["upper_bounds"])
+
+
+def minimize_from(
+    starts: ArrayLike, model: Model, weights: ArrayLike | None = None, best: int = 8, threads: int = 8, **options: Any
+) -> Sequence[optimize.OptimizeResult]:
+    """Minimise from the best of many starts.
+
+    One batch ranks all starts; the best are minimised at the same time, and the service computes together what they
+    ask for at the same time.
+
+    Args:
+        starts: (n, d).
+        model: The model.
+        weights: (m,); may be left out for a model of one output.
+        best: From how many starts to minimise.
+        threads: How many at once.
+        options: What ``scipy.optimize.minimize`` takes, such as ``method`` and ``bounds``.
+
+    Returns:
+        The results, lowest first.
+    """
+    points = np.asarray(starts, dtype=np.float64)
+    values = model.value(points, weights=weights, dtype=np.float64)[:, 0]
+    chosen = points[np.argsort(values, kind="stable")[:best]]
+
+    def minimize(start: Array) -> optimize.OptimizeResult:
+        objective = Objective(model, weights)
+        return optimize.minimize(objective, start, jac=objective.jac, hess=objective.hess, **options)
+
+    with ThreadPoolExecutor(threads) as executor:
+        return sorted(executor.map(minimize, chosen), key=lambda result: float(result.fun))

@@ -1,0 +1,74 @@
+"""A real headless Chromium, Debian's, driven by Playwright."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Playwright, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def playwright() -> Iterator[Playwright]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def context(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    """One browser with a new and empty profile."""
+    profile = tmp_path_factory.mktemp("profile")
+    context = playwright.chromium.launch_persistent_context(
+        profile, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1440, "height": 1000}
+    )
+    context.set_default_timeout(30_000)
+    yield context
+    context.close()
+
+
+class Watched:
+    """A page, what it asked for, and what went wrong in it."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.urls: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.urls.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self._hear)
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+    def asked(self, part: str) -> int:
+        """How many requests had this in their URL."""
+        return sum(part in url for url in self.urls)
+
+
+@contextmanager
+def opened(context: BrowserContext, url: str, expected_error: str | None = None) -> Iterator[Watched]:
+    """A page that in the end may not have failed but as expected, nor have asked anybody but its own server."""
+    watched = Watched(context.new_page())
+    watched.page.goto(url)
+    yield watched
+    watched.page.close()
+    origin = "/".join(url.split("/")[:3])
+    assert [error for error in watched.errors if not (expected_error and expected_error in error)] == []
+    assert [asked for asked in watched.urls if not asked.startswith((origin, "data:", "blob:" + origin))] == []

@@ -1,0 +1,418 @@
+"""The page at /: what it shows is what the API answers, whatever happens to the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from playwright.sync_api import BrowserContext, Page, expect
+
+import hessquik
+from service.client import Client
+from tests.browser.conftest import Watched, opened
+from tests.live import ROOT, LiveServer
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+SIDE = 101
+#: Read back from fixed-up text, so that a picture's numbers can be compared with an oracle's sums in another order.
+ROUNDING = 1e-11
+
+
+@pytest.fixture(scope="module")
+def loaded(server: LiveServer, context: BrowserContext) -> Iterator[Watched]:
+    with opened(context, server.url) as watched:
+        expect(watched.page.locator("#slice-note")).to_contain_text("in one request", timeout=60_000)
+        yield watched
+
+
+@pytest.fixture
+def explorer(loaded: Watched) -> Watched:
+    """The page as it opens, but for the model: each test chooses its own."""
+    page = loaded.page
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    page.emulate_media(color_scheme="light")
+    page.uncheck("#show-model")
+    for choice, value in {"field": "value", "kind": "contour", "snippet-as": "curl"}.items():
+        page.select_option(f"#{choice}", value)
+    page.check("#arrows")
+    assert loaded.errors == []
+    return loaded
+
+
+def settled(page: Page) -> Page:
+    """Wait until what was asked for is drawn."""
+    page.locator("#plot:not(.stale)").wait_for()
+    return page
+
+
+def choose(page: Page, model: str) -> None:
+    page.click(f"#model-list button[data-model={model}]")
+    settled(page)
+
+
+def trace(page: Page, name: str) -> dict[str, Any]:
+    """What Plotly was given under a name: its x, y and z."""
+    found = page.evaluate(
+        """(name) => document.getElementById("plot").data.filter((one) => one.name === name)
+             .map(({x, y, z}) => ({x, y, z}))""",
+        name,
+    )
+    assert len(found) == 1, name
+    return dict(found[0])
+
+
+def look(page: Page, x: float, y: float) -> None:
+    page.fill("#point-x", repr(x))
+    page.fill("#point-y", repr(y))
+    page.press("#point-y", "Enter")
+    expect(page.locator("#point-facts")).to_be_visible()
+
+
+def walk(page: Page, method: str) -> str:
+    """Follow a path to its end and return what is said of it."""
+    page.click(f"#{method}")
+    page.locator(f"#{method}:enabled").wait_for()
+    return page.inner_text("#path-outcome")
+
+
+def grid(x: tuple[float, float], y: tuple[float, float], base: list[float], axes: tuple[int, int]) -> np.ndarray:
+    """The slice's points, row by row, by the page's own formula: low + (high - low) k / 100."""
+    steps = np.arange(SIDE)
+    points = np.tile(np.array(base), (SIDE * SIDE, 1))
+    points[:, axes[0]] = np.tile(x[0] + (x[1] - x[0]) * steps / (SIDE - 1), SIDE)
+    points[:, axes[1]] = np.repeat(y[0] + (y[1] - y[0]) * steps / (SIDE - 1), SIDE)
+    return points
+
+
+def test_models_are_listed_with_facts(explorer: Watched) -> None:
+    peaks = explorer.page.locator("#model-list li").filter(has_text="peaks").first
+    for fact in ("ready", "2 → 1", "float64", "domain: [-3, 3] in each of 2", "relative errors: value 0.0"):
+        expect(peaks).to_contain_text(fact)
+    expect(peaks).to_contain_text("not known to be convex")
+    expect(explorer.page.locator("#model-list li").filter(has_text="ising_ring")).to_contain_text("by construction")
+
+
+def test_live_figures_come_from_the_metrics(explorer: Watched) -> None:
+    page = explorer.page
+    choose(page, "peaks")
+    figures = page.locator("#figures div")
+    expect(figures.filter(has_text="points/s")).to_contain_text(re.compile(r"[1-9]"), timeout=15_000)
+    expect(figures.filter(has_text="points/batch")).to_contain_text(re.compile(r"[1-9]"))
+    expect(figures.filter(has_text="latency p50")).to_contain_text("ms")
+    expect(figures.filter(has_text="queue")).to_contain_text(re.compile(r"\d+ \(\d+ points\)"))
+    expect(figures.filter(has_text="workers")).to_contain_text("1")
+
+
+FIELDS: dict[str, tuple[str, str, Callable[[Any], np.ndarray]]] = {
+    "value": ("value", "value", lambda out: out.value[:, 0]),
+    "gradient": ("gradient norm", "gradient", lambda out: np.linalg.norm(out.gradient[:, :, 0], axis=1)),
+    "laplacian": ("Laplacian", "laplacian", lambda out: out.laplacian[:, 0]),
+    "eigenvalue": (
+        "smallest Hessian eigenvalue",
+        "hessian",
+        lambda out: np.linalg.eigvalsh(out.hessian[:, :, :, 0])[:, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [("peaks", "value"), ("ising_ring", "gradient"), ("peaks", "laplacian"), ("borehole", "eigenvalue")],
+)
+def test_drawn_numbers_equal_the_api(explorer: Watched, server: LiveServer, model: str, field: str) -> None:
+    page = explorer.page
+    choose(page, model)
+    page.select_option("#field", field)
+    before = explorer.asked("/evaluate")
+    page.select_option("#kind", "surface" if field == "value" and model == "peaks" else "contour")
+    page.uncheck("#arrows")
+    settled(page)
+    assert explorer.asked("/evaluate") - before <= 2  # one per change, and none for the parts of a picture
+    label, quantity, read = FIELDS[field]
+    drawn = trace(page, label)
+    with Client(server.url) as client:
+        served = client.model(model)
+        metadata = served.describe()["metadata"]
+        low, high = metadata["lower_bounds"], metadata["upper_bounds"]
+        base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
+        expected = read(served.evaluate(points, [quantity]))
+    got = np.array(drawn["z"]).ravel()
+    assert got.shape == (SIDE * SIDE,)
+    tolerance = 0 if field in {"value", "laplacian"} else ROUNDING * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+def test_slice_is_one_request_drawn_within_a_second(explorer: Watched) -> None:
+    page = explorer.page
+    choose(page, "borehole")
+    drawn_ms = []
+    slider = page.locator("#input-rows input[type=range]").first
+    for _ in range(5):
+        before = explorer.asked("/evaluate")
+        slider.press("ArrowRight")
+        settled(page)
+        assert explorer.asked("/evaluate") - before == 1
+        drawn_ms.append(float(page.locator("#plot").get_attribute("data-drawn-ms") or "inf"))
+    assert min(drawn_ms) < 1000, drawn_ms  # the best of five: other programs may have the cores meanwhile
+
+
+def test_arrows_point_up_the_gradient(explorer: Watched, server: LiveServer) -> None:
+    page = explorer.page
+    choose(page, "peaks")
+    arrows = trace(page, "gradient")
+    x, y = (np.array(arrows[axis], dtype=float).reshape(-1, 3)[:, :2] for axis in "xy")
+    with Client(server.url) as client:
+        gradient = client.model("peaks").gradient(np.stack([x[:, 0], y[:, 0]], axis=1))[:, :, 0]
+    drawn = np.stack([x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]], axis=1)
+    cosine = (drawn * gradient).sum(axis=1) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(gradient, axis=1)
+    assert len(x) > 100
+    np.testing.assert_allclose(cosine, 1, atol=1e-9)
+
+
+def test_click_shows_what_the_api_says_there(explorer: Watched, server: LiveServer) -> None:
+    page = explorer.page
+    choose(page, "peaks")
+    page.locator("#plot .nsewdrag").first.click(position={"x": 200, "y": 150})
+    expect(page.locator("#point-facts")).to_be_visible()
+    x = np.array([float(page.input_value("#point-x")), float(page.input_value("#point-y"))])
+    with Client(server.url) as client:
+        out = client.model("peaks").evaluate(x, ["value", "gradient", "hessian", "laplacian"])
+    shown = [float(text) for text in page.locator("#point-value dd").all_inner_texts()]
+    expected = [out.value[0], np.linalg.norm(out.gradient), out.laplacian[0]]
+    np.testing.assert_allclose(shown, expected, rtol=1e-5)
+    gradient = [float(text) for text in page.locator("#gradient-rows td").all_inner_texts()]
+    np.testing.assert_allclose(gradient, out.gradient[:, 0], rtol=1e-5)
+    hessian = page.evaluate('() => document.getElementById("hessian").data[0].z')
+    np.testing.assert_allclose(hessian, out.hessian[:, :, 0], rtol=1e-5)
+    eigenvalues = [float(text) for text in page.inner_text("#eigenvalues").split(",")]
+    np.testing.assert_allclose(eigenvalues, np.linalg.eigvalsh(out.hessian[:, :, 0]), rtol=1e-3)
+
+
+def test_quadratic_model_touches_the_value(explorer: Watched, server: LiveServer) -> None:
+    page = explorer.page
+    choose(page, "peaks")
+    look(page, 0.6, -0.9)
+    page.check("#show-model")
+    model = trace(page, "quadratic model")
+    with Client(server.url) as client:
+        out = client.model("peaks").evaluate(np.array([0.6, -0.9]), ["value", "gradient", "hessian"])
+    steps = np.stack(np.meshgrid(model["x"], model["y"]), axis=-1) - [0.6, -0.9]
+    curvature = np.einsum("yxa,ab,yxb->yx", steps, out.hessian[:, :, 0], steps)
+    np.testing.assert_allclose(model["z"], out.value[0] + steps @ out.gradient[:, 0] + curvature / 2, rtol=1e-9)
+
+
+PATHS = {
+    "newton to a minimum": ("peaks", "newton", (0.3, -1.2), "minimum"),
+    "newton to a saddle point": ("peaks", "newton", (0.3, 0.3), "minimum|maximum|saddle point"),
+    "minimise": ("peaks", "minimise", (-0.5, -2.4), "minimum"),
+    "minimise a convex one": ("ising_ring", "minimise", (0.4, -0.3), "minimum"),
+}
+
+
+@pytest.mark.parametrize("case", PATHS.values(), ids=PATHS.keys())
+def test_path_ends_at_a_stationary_point(explorer: Watched, server: LiveServer, case: tuple[Any, ...]) -> None:
+    model, method, start, outcome = case
+    page = explorer.page
+    choose(page, model)
+    look(page, *start)
+    said = walk(page, method)
+    assert re.fullmatch(rf"\w+: ({outcome}), \d+ steps", said), said
+    path = trace(page, "path")
+    with Client(server.url) as client:
+        served = client.model(model)
+        values = [float(text) for text in page.locator("#path-rows tr td:nth-child(2)").all_inner_texts()]
+        assert len(values) == len(path["x"]) > 2
+        if method == "minimise":
+            assert values == sorted(values, reverse=True)
+        if model != "peaks":
+            return  # the path leaves the slice: its other inputs are not in the picture
+        ends = np.stack([path["x"], path["y"]], axis=1)
+        out = served.evaluate(ends, ["value", "gradient", "hessian"])
+    np.testing.assert_allclose(values, out.value[:, 0], rtol=1e-6)
+    norms = np.linalg.norm(out.gradient[:, :, 0], axis=1)
+    assert norms[-1] < 1e-7 * norms[0]
+    signs = np.sign(np.linalg.eigvalsh(out.hessian[-1, :, :, 0])).tolist()
+    kind = {(1, 1): "minimum", (-1, -1): "maximum", (-1, 1): "saddle point"}[tuple(signs)]
+    assert f": {kind}," in said
+
+
+def test_minimise_stays_in_the_domain(explorer: Watched, server: LiveServer) -> None:
+    page = explorer.page
+    choose(page, "borehole")
+    look(page, 0.1, 20000)
+    assert "minimum on the domain's edge" in walk(page, "minimise")
+    end = float(page.locator("#path-rows tr:last-child td").first.inner_text())
+    with Client(server.url) as client:
+        served = client.model("borehole")
+        metadata = served.describe()["metadata"]
+        random = np.random.default_rng(0)
+        points = random.uniform(metadata["lower_bounds"], metadata["upper_bounds"], (20_000, 8))
+        assert end <= served.value(points).min()
+    page.click("#slice-through-end")
+    settled(page)
+    numbers = page.locator("#input-rows input[aria-label$=number]").all()
+    lower, upper = metadata["lower_bounds"][2:], metadata["upper_bounds"][2:]
+    for number, low, high in zip(numbers, lower, upper, strict=True):
+        assert low <= float(number.input_value()) <= high
+
+
+@pytest.mark.parametrize("language", ["curl", "python"])
+def test_copied_request_gives_the_picture(
+    explorer: Watched, server: LiveServer, language: str, tmp_path: Path
+) -> None:
+    page = explorer.page
+    choose(page, "ising_ring")
+    page.select_option("#snippet-as", language)
+    text = page.inner_text("#snippet")
+    drawn = np.array(trace(page, "value")["z"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if language == "curl":
+        run = subprocess.run(["sh", "-c", text], capture_output=True, check=True)
+        values = np.array(json.loads(run.stdout)["value"])
+    else:
+        code = text + f"np.save({str(tmp_path / 'value.npy')!r}, out.value)\n"
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        assert run.stdout == b"(10201, 1)\n"
+        values = np.load(tmp_path / "value.npy")
+    np.testing.assert_array_equal(values.reshape(SIDE, SIDE), drawn)
+
+
+def test_keyboard_alone_suffices(explorer: Watched) -> None:
+    page = explorer.page
+    choose_by_key = page.locator("#model-list button[data-model=ising_ring]")
+    choose_by_key.press("Enter")
+    settled(page)
+    expect(choose_by_key).to_have_attribute("aria-pressed", "true")
+    slider = page.get_by_label(re.compile("J_1")).first
+    before = trace(page, "value")["z"]
+    slider.press("ArrowRight")
+    settled(page)
+    assert trace(page, "value")["z"] != before
+    look(page, 0.1, 0.2)
+    page.locator("#minimise").press("Space")
+    expect(page.locator("#path-outcome")).to_contain_text("minimum")
+    page.locator("#minimise:enabled").wait_for()
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("main input, main select, main button")]
+             .filter((one) => one.checkVisibility() && !one.closest("#plot, #hessian"))
+             .filter((one) => !(one.labels?.length || one.ariaLabel || one.textContent.trim()))
+             .map((one) => one.outerHTML)"""
+    )
+    assert unnamed == []
+
+
+def test_phone_has_no_sideways_scrolling(explorer: Watched) -> None:
+    page = explorer.page
+    page.set_viewport_size({"width": 360, "height": 740})
+    choose(page, "borehole")
+    look(page, 0.1, 20000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("#plot").bounding_box()["width"] > 300  # type: ignore[index]
+
+
+def test_light_and_dark_differ(explorer: Watched) -> None:
+    page = explorer.page
+    light = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light[scheme] = sum(int(part) for part in re.findall(r"\d+", background)[:3])
+        expect(page.locator("#plot .xtitle").first).to_have_css(
+            "fill", "rgb(27, 30, 40)" if scheme == "light" else "rgb(230, 232, 239)"
+        )
+    assert light["light"] > 600
+    assert light["dark"] < 150
+
+
+@pytest.fixture(scope="module")
+def strange_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model of one input and two outputs that says strange things about itself."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    network = hessquik.networks.fullyConnectedNN([1, 8, 2], act=hessquik.activations.tanhActivation())
+    mark = "<img src=x onerror=document.title='owned'>"
+    hessquik.save(network.double(), folder / "curve.safetensors", description=mark, input_names=[mark])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(strange_models: Path) -> Iterator[LiveServer]:
+    with LiveServer(strange_models, settings={"api_keys": "opensesame"}) as live:
+        yield live
+
+
+def test_key_is_asked_for_and_a_bad_one_refused(guarded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, guarded.url, expected_error="401") as watched:
+        use_keys(watched, guarded)
+
+
+def give_key(page: Page, key: str) -> None:
+    page.fill("#key", key)
+    page.press("#key", "Enter")
+
+
+def use_keys(watched: Watched, guarded: LiveServer) -> None:
+    page = watched.page
+    expect(page.locator("#key-form")).to_be_visible()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    give_key(page, "wrong")
+    expect(page.locator("#problem")).to_contain_text("(unauthorized, request ")
+    give_key(page, "opensesame")
+    expect(page.locator("#slice-note")).to_contain_text("in one request")
+    expect(page.locator("#key-form")).to_be_hidden()
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(page.locator("#snippet")).to_contain_text("Authorization: Bearer $HESSQUIK_KEY")
+    # A curve of either output, and markup in a model's own words is only words.
+    for output in (0, 1):
+        page.select_option("#output", str(output))
+        settled(page)
+        drawn = trace(page, "value")
+        with Client(guarded.url, api_key="opensesame") as client:
+            expected = client.model("curve").value(np.array(drawn["x"])[:, None])[:, output]
+        np.testing.assert_allclose(drawn["y"], expected, rtol=1e-13)
+    assert "owned" not in page.title()
+    expect(page.locator("#model-list img")).to_have_count(0)
+
+
+def test_error_is_shown_as_the_api_gives_it(explorer: Watched, server: LiveServer) -> None:
+    page = explorer.page
+    choose(page, "peaks")
+    with Client(server.url, api_key="admin") as admin:
+        admin.unload("peaks")
+        try:
+            page.select_option("#field", "laplacian")
+            expect(page.locator("#problem")).to_contain_text("model_not_found")
+        finally:
+            admin.load("peaks")
+    page.select_option("#field", "value")
+    expect(page.locator("#problem")).to_be_hidden()
+    explorer.errors.clear()  # the browser itself notes the 404
+
+
+def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, context: BrowserContext) -> None:
+    with opened(context, guarded.url, expected_error="Failed to load resource") as watched:
+        page = watched.page
+        give_key(page, "opensesame")
+        expect(page.locator("#slice-note")).to_contain_text("in one request")
+        guarded.stop()
+        expect(page.locator("#problem")).to_contain_text("does not answer", timeout=15_000)
+        expect(page.locator("#state")).to_have_text("not reachable")
+        port = f"sys.argv[sys.argv.index('--port') + 1] = '{guarded.port}'"
+        command = ("-c", f"import sys; {port}; from service.cli import main; main()")
+        with LiveServer(strange_models, settings={"api_keys": "opensesame"}, command=command):
+            expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
+            expect(page.locator("#problem")).to_be_hidden()
+            choose(page, "curve")
+            assert len(trace(page, "value")["y"]) == SIDE

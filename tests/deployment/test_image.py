@@ -1,0 +1,167 @@
+"""What the Dockerfile and the compose file promise. ``make image-test`` builds and runs the image itself."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+#: Instructions of the Dockerfile, comments and continuations removed, stage by stage.
+STAGES = [
+    [line.split(maxsplit=1) for line in stage.splitlines() if line.strip()]
+    for stage in re.split(
+        r"^(?=FROM )", re.sub(r"^\s*#.*\n|\\\n", "", DOCKERFILE, flags=re.MULTILINE), flags=re.MULTILINE
+    )
+]
+PINNED = re.compile(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}")
+KILLED_AFTER_S = 30.0
+
+
+def instructions(name: str, stage: int = -1) -> list[str]:
+    return [words[1] for words in STAGES[stage] if words[0] == name]
+
+
+@pytest.fixture(name="compose", scope="module")
+def read_compose() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+def compose_validator() -> Draft202012Validator:
+    vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    return Draft202012Validator(json.loads(vendored.read_text()))
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_base_is_pinned_by_digest_and_every_stage_starts_from_it() -> None:
+    (base,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert PINNED.fullmatch(base)
+    assert {instructions("FROM", stage)[0].split()[0] for stage in range(1, len(STAGES))} == {"${BASE}"}
+
+
+def test_everything_is_installed_by_hash_or_without_an_index() -> None:
+    installs = [line for line in DOCKERFILE.replace("\\\n", "").split("RUN ") if " install " in line]
+    assert len(installs) == DOCKERFILE.count(" install ") == 2
+    assert all("--require-hashes" in line or "--no-index" in line for line in installs)
+    assert not re.search(r"\b(apt-get|apk|curl|wget|git)\b", DOCKERFILE)
+
+
+def test_last_stage_runs_as_nobody_in_particular() -> None:
+    assert instructions("USER") == ["10001:10001"]
+    assert [words[0] for words in STAGES[-1]].index("USER") > [words[0] for words in STAGES[-1]].index("COPY")
+    assert not any("--chown" in copied for copied in instructions("COPY"))
+
+
+def test_last_stage_copies_no_tests_and_no_tools() -> None:
+    assert {copied.split()[-1] for copied in instructions("COPY")} == {
+        "/opt/hessquik",
+        "/opt/hessquik/sbom.cdx.json",
+        "/models",
+    }
+    kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    assert kept == {"requirements", "pyproject.toml", "README.md", "LICENSE", "hessquik", "service", "models"}
+    assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_command_is_in_exec_form_and_health_is_asked_without_a_shell() -> None:
+    assert [json.loads(line) for line in instructions("ENTRYPOINT") + instructions("CMD")] == [
+        ["hessquik"],
+        ["serve"],
+    ]
+    (health,) = instructions("HEALTHCHECK")
+    options, command = health.split("CMD")
+    assert json.loads(command) == ["python", "-m", "service.healthcheck"]
+    seconds = dict(re.findall(r"--(\w[\w-]*)=(\d+)", options))
+    from service.healthcheck import TIMEOUT_S
+
+    assert TIMEOUT_S < int(seconds["timeout"]) <= int(seconds["interval"])
+
+
+def test_stop_signal_is_the_one_that_drains_and_outlasts_the_drain(compose: dict[str, Any]) -> None:
+    assert instructions("STOPSIGNAL") == ["SIGTERM"]
+    assert Settings().drain_s < KILLED_AFTER_S
+    for name in ("cpu", "gpu"):
+        assert compose["services"][name]["stop_grace_period"] == f"{KILLED_AFTER_S:.0f}s"
+
+
+def test_image_sets_only_settings_that_exist() -> None:
+    environment = re.findall(r"HESSQUIK_(\w+)=", " ".join(instructions("ENV")))
+    assert environment
+    assert {name.lower() for name in environment} <= Settings.model_fields.keys()
+
+
+def test_compose_file_fits_the_published_schema(compose: dict[str, Any]) -> None:
+    compose_validator().validate(compose)
+
+
+def test_compose_schema_refuses_an_unknown_key(compose: dict[str, Any]) -> None:
+    broken = copy.deepcopy(compose)
+    broken["services"]["cpu"]["cap_dropp"] = ["ALL"]
+    with pytest.raises(ValidationError, match="cap_dropp"):
+        compose_validator().validate(broken)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "prometheus", "grafana"])
+def test_compose_service_is_confined(name: str, compose: dict[str, Any]) -> None:
+    service = compose["services"][name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    assert all(port.startswith(("127.0.0.1:", "${HESSQUIK_PUBLISH:-127.0.0.1}:")) for port in service["ports"])
+    mounts = [volume for volume in service["volumes"] if not re.match(r"\w+:", volume)]
+    assert mounts
+    assert all(mount.endswith(":ro") for mount in mounts)
+    assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"}
+    assert PINNED.fullmatch(service["image"]) or "build" in service
+
+
+def test_compose_profiles(compose: dict[str, Any]) -> None:
+    assert {name: service["profiles"] for name, service in compose["services"].items()} == {
+        "cpu": ["cpu"],
+        "gpu": ["gpu"],
+        "prometheus": ["monitoring"],
+        "grafana": ["monitoring"],
+    }
+    (device,) = compose["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert compose["services"]["gpu"]["environment"]["HESSQUIK_DEVICE"] == "${HESSQUIK_DEVICE:-cuda}"
+
+
+def test_compose_holds_no_key(compose: dict[str, Any]) -> None:
+    for secret in compose["secrets"].values():
+        assert re.fullmatch(r"\$\{HESSQUIK_\w+_FILE:-\./deploy/no-keys\}", secret["file"])
+    assert (ROOT / "deploy" / "no-keys").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["api", "admin"])
+def test_keys_come_from_the_secrets_that_compose_mounts(name: str, compose: dict[str, Any], tmp_path: Path) -> None:
+    secrets = compose["services"]["cpu"]["secrets"]
+    assert f"hessquik_{name}_keys" in secrets
+    for secret in secrets:
+        (tmp_path / secret).write_text("")
+    (tmp_path / f"hessquik_{name}_keys").write_text("one,two\n")
+    code = f"from service.settings import Settings as S; print([k.get_secret_value() for k in S().{name}_keys])"
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HESSQUIK_SECRETS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "['one', 'two']\n"
+    assert compose["services"]["cpu"]["environment"]["HESSQUIK_SECRETS"] == "/run/secrets"

@@ -1,0 +1,284 @@
+"""Networks to files and back; and everything that is no such file is refused by what is wrong with it."""
+
+import json
+import random
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+
+import hessquik
+from hessquik import layers as lay
+from hessquik import networks as net
+from hessquik import storage
+from hessquik.activations import ACTIVATIONS, identityActivation, softplusActivation, tanhActivation
+from hessquik.errors import ArchitectureError, CompositionError, FormatError
+from tests.engine import random_networks as draws
+
+T = tanhActivation()
+
+
+def network():
+    torch.manual_seed(0)
+    return net.NN(
+        lay.singleLayer(3, 4, softplusActivation(2.0, 15.0), bias=False),
+        net.NN(net.resnetNN(4, 2, 0.25, T), net.fullyConnectedNN([4, 3], T)),
+        net.ICNN(3, [None, 4]),
+        lay.quadraticICNNLayer(3, 4, 2),
+        lay.quadraticLayer(1, 2),
+    )
+
+
+def same(got, expected):
+    states = got.state_dict(), expected.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_saved_is_loaded(dtype, tmp_path):
+    f = network().to(dtype)
+    metadata = {
+        "description": "a test — with ∂",
+        "input_names": ["x", "y", "z"],
+        "output_names": ["f"],
+        "lower_bounds": [0, -1.5, 0.0],
+        "upper_bounds": [1, 2, 3],
+        "training": {"target": "nothing", "error": 0.5},
+    }
+    hessquik.save(f, tmp_path / "f.safetensors", **metadata)
+    g = hessquik.load(tmp_path / "f.safetensors")
+    assert same(g, f)
+    assert storage.describe(g) == storage.describe(f)
+    assert next(g.parameters()).dtype is dtype
+    x = torch.randn(5, 3, dtype=dtype)
+    for got, expected in zip(g(x, True, True), f(x, True, True), strict=True):
+        assert torch.equal(got, expected)
+    found = storage.parse((tmp_path / "f.safetensors").read_bytes())
+    assert found.metadata == metadata
+    assert found.architecture == storage.describe(f)
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
+    assert all(parameter.requires_grad for parameter in g.parameters())
+
+
+def test_random_networks_are_saved_and_loaded():
+    for seed in range(100):
+        draw = random.Random(seed)
+        f = draws.network(draw, *draws.shapes()[seed % 16])
+        g = storage.parse(storage.serialize(f)).network
+        assert same(g, f), seed
+        assert storage.describe(g) == storage.describe(f), seed
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_activation_is_described(name):
+    described = storage.describe(ACTIVATIONS[name]())
+    assert described["type"] == name
+    assert storage.describe(storage.build_activation(described)) == described
+
+
+@pytest.mark.parametrize("kind", sorted(storage.TYPES))
+def test_every_layer_and_network_can_be_described(kind):
+    assert {type(module).__name__ for module in network().modules()} >= set(storage.TYPES) - {kind}
+    made = {type(module).__name__: module for module in [network(), *network().modules()]}[kind]
+    described = storage.describe(made)
+    assert json.loads(json.dumps(described)) == described
+    assert storage.describe(storage.build(described)) == described
+
+
+def test_a_layer_alone_is_a_network_of_one():
+    f = lay.singleLayer(3, 2, T)
+    data = storage.serialize(net.NN(f))
+    assert storage.parse(data).network.dim_input() == 3
+    tensors = {name: tensor.detach() for name, tensor in f.state_dict().items()}
+    assert isinstance(storage.assemble(storage.describe(f), tensors), net.NN)
+
+
+def test_a_layer_in_two_places_is_saved_twice():
+    shared = lay.resnetLayer(3, act=T)
+    f = net.NN(shared, shared)
+    g = storage.parse(storage.serialize(f)).network
+    assert same(g, f)
+    assert g[0] is not g[1]
+
+
+def test_a_changed_family_is_described_layer_by_layer():
+    f = net.resnetNN(3, 2, 0.5, T)
+    f[1].h = 0.25
+    described = storage.describe(f)
+    assert described["type"] == "NN"
+    assert [layer["h"] for layer in described["layers"]] == [0.5, 0.25]
+
+
+class strangeActivation(tanhActivation):
+    pass
+
+
+class softplusImpostor(softplusActivation):
+    pass
+
+
+softplusImpostor.__name__ = "softplusActivation"
+
+
+@pytest.mark.parametrize(
+    "act", [strangeActivation(), softplusImpostor(), torch.nn.Tanh()], ids=["own", "impostor", "torch"]
+)
+def test_what_files_cannot_describe_is_not_saved(act, tmp_path):
+    with pytest.raises(ArchitectureError, match="expected one of NN"):
+        storage.save(net.NN(lay.singleLayer(2, 2, act)), tmp_path / "f.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"descriptoin": "x"}, "expected metadata out of description"),
+        ({"description": 3}, "expected as description a string"),
+        ({"input_names": ["x"]}, "input_names one string per input"),
+        ({"output_names": ["a", "b"]}, "output_names one string per output"),
+        ({"lower_bounds": [0, 1, float("nan")]}, "lower_bounds one finite number per input"),
+        ({"upper_bounds": [0, 1, True]}, "upper_bounds one finite number per input"),
+        ({"training": "well"}, "training a JSON object"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_metadata_that_do_not_fit_are_refused(metadata, message):
+    with pytest.raises(FormatError, match=message):
+        storage.serialize(network(), **metadata)
+
+
+def file(architecture=None, tensors=None, **header):
+    """The bytes of a file with parts of it replaced."""
+    f = net.fullyConnectedNN([2, 3, 1], T)
+    texts = {
+        "format": "hessquik",
+        "format_version": "1",
+        "network": json.dumps(storage.describe(f) if architecture is None else architecture),
+        **header,
+    }
+    weights = {name: tensor.detach() for name, tensor in f.state_dict().items()} if tensors is None else tensors
+    return safetensors.torch.save(weights, {key: text for key, text in texts.items() if text is not None})
+
+
+def weights(**changed):
+    f = net.fullyConnectedNN([2, 3, 1], T)
+    return {**{name: tensor.detach() for name, tensor in f.state_dict().items()}, **changed}
+
+
+LAYER = {"type": "singleLayer", "in_features": 2, "out_features": 2}
+NESTED = LAYER
+for _ in range(storage.MAX_NESTING + 2):
+    NESTED = {"type": "NN", "layers": [NESTED]}
+
+REFUSED = {
+    "empty": (b"", "bytes"),
+    "short": (b"12345678", "bytes"),
+    "length beyond the file": (struct.pack("<Q", 1 << 40) + b"{}", "header"),
+    "no JSON": (struct.pack("<Q", 8) + b"12345678" + b"x", "."),
+    "other format": (file(format="onnx"), "format"),
+    "no format": (file(format=None), "format"),
+    "newer version": (file(format_version="2"), "format_version"),
+    "no network": (file(network=None), "network"),
+    "network no JSON": (file(network="{"), "strict JSON in 'network'"),
+    "network with NaN": (file(network='{"type": NaN}'), "strict JSON"),
+    "duplicate keys": (file(network='{"type": "NN", "type": "NN"}'), "strict JSON"),
+    "deep JSON": (file(network="[" * 100_000), "strict JSON"),
+    "network a list": (file([]), "an object with a 'type'"),
+    "unknown type": (file({"type": "os.system"}), r"network\.type: expected one of NN"),
+    "type a list": (file({"type": ["NN"]}), "expected one of NN"),
+    "no layers": (file({"type": "NN", "layers": []}), "a list of 1 to"),
+    "missing argument": (file({"type": "singleLayer", "in_features": 2}), "the argument 'out_features'"),
+    "extra argument": (file({**LAYER, "device": "cuda"}), "only in_features, out_features, act, bias"),
+    "width zero": (file({**LAYER, "in_features": 0}), "in_features: expected a whole number from 1"),
+    "width huge": (file({**LAYER, "in_features": 1 << 40}), "in_features: expected a whole number"),
+    "width a bool": (file({**LAYER, "in_features": True}), "in_features: expected a whole number"),
+    "width a float": (file({**LAYER, "in_features": 2.0}), "in_features: expected a whole number"),
+    "bias a number": (file({**LAYER, "bias": 1}), "bias: expected true or false"),
+    "unknown activation": (
+        file({**LAYER, "act": {"type": "reluActivation"}}),
+        r"act\.type: expected one of antiTanh",
+    ),
+    "β zero": (file({**LAYER, "act": {"type": "softplusActivation", "beta": 0}}), "beta: expected a finite number"),
+    "step a string": (file({"type": "resnetLayer", "width": 2, "h": "1"}), "h: expected a finite number"),
+    "nested too deep": (file(NESTED), "nested at most 8 deep"),
+    "incompatible": (
+        file({"type": "NN", "layers": [LAYER, {**LAYER, "in_features": 3}]}),
+        "incompatible composition",
+    ),
+    "wrong shape": (file(tensors=weights(**{"0.K": torch.zeros(3, 2)})), r"expected for '0\.K' the shape \(2, 3\)"),
+    "missing tensor": (file(tensors={"0.K": torch.zeros(2, 3)}), r"got no tensor"),
+    "extra tensor": (file(tensors=weights(extra=torch.zeros(1))), r"'extra' the shape of no tensor"),
+    "no tensors": (file(tensors={}), "at least one tensor"),
+    "mixed dtypes": (file(tensors=weights(**{"0.K": torch.zeros(2, 3).double()})), "all F32 or all F64"),
+    "half": (file(tensors={name: tensor.half() for name, tensor in weights().items()}), "all F32 or all F64"),
+    "NaN": (file(tensors=weights(**{"0.b": torch.full((3,), torch.nan)})), r"NaN or infinity in '0\.b'"),
+    "infinity": (file(tensors=weights(**{"0.b": torch.full((3,), torch.inf)})), "finite weights"),
+    "cut off": (file()[:-4], "."),
+    "bytes too many": (file() + b"1234", "."),
+    "metadata no JSON": (file(input_names="x, y"), "strict JSON in 'input_names'"),
+    "metadata that do not fit": (file(input_names='["x"]'), "one string per input"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_is_no_saved_network_is_refused(fault, tmp_path):
+    data, message = REFUSED[fault]
+    with pytest.raises(FormatError, match=message):
+        storage.parse(data)
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    with pytest.raises(FormatError, match=r"^bad\.safetensors: "):
+        storage.load(tmp_path / "bad.safetensors")
+
+
+def test_a_mangled_file_is_refused_or_right():
+    """Every byte of a small file changed in turn: a FormatError or a network, never another exception."""
+    data = file()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    generator, refused = random.Random(0), 0
+    for place in [*range(8), *generator.sample(range(8, header), 200), *range(header, len(data), 7)]:
+        mangled = bytearray(data)
+        mangled[place] ^= 1 << generator.randrange(8)
+        try:
+            assert isinstance(storage.parse(bytes(mangled)).network, net.NN)
+        except FormatError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 100)
+    storage.save(net.fullyConnectedNN([2, 3, 1], T), tmp_path / "f.safetensors")
+    with pytest.raises(FormatError, match="at most 100 bytes"):
+        storage.load(tmp_path / "f.safetensors")
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        storage.load(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("description", "error"),
+    [({"type": "softplusActivation", "gamma": 1}, ArchitectureError), ({"type": "NN"}, ArchitectureError)],
+    ids=["argument", "network"],
+)
+def test_what_describes_no_activation_is_refused(description, error):
+    with pytest.raises(error):
+        storage.build_activation(description)
+
+
+def test_building_makes_new_weights_where_and_of_what_is_asked():
+    described = storage.describe(network())
+    made = storage.build(described, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
+    with pytest.raises(CompositionError):
+        storage.build({"type": "NN", "layers": [LAYER, {**LAYER, "in_features": 3}]})
+
+
+def test_arguments_with_defaults_may_be_left_out():
+    made = storage.build(LAYER)
+    assert isinstance(made.act, identityActivation)
+    assert made.b is not None

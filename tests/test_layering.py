@@ -1,0 +1,201 @@
+"""Imports point down and never in a circle; each package imports no more than it may."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: Modules from the bottom up; one may import those on lines above it and, but for circles, those on its own line.
+#: A name stands for the module and all that is inside it.
+LAYERS = {
+    "hessquik": """
+        hessquik.errors
+        hessquik.activations
+        hessquik.layers
+        hessquik.calculus
+        hessquik.program
+        hessquik.machine hessquik.native hessquik.plan
+        hessquik.networks
+        hessquik.evaluator hessquik.utils hessquik.storage
+        hessquik.conversion hessquik.proof
+        hessquik
+    """,
+    "service": """
+        service.errors service.metrics service.quantities service.settings service.statistics service.wire
+        service.assets service.client service.codecs service.devices service.healthcheck service.logs service.schemas
+        service.batcher service.open_inference service.pool
+        service.dispatcher service.repository
+        service.core service.door
+        service.routes
+        service.app service.server service.worker
+        service.cli service.ray_serve
+        service.__main__
+        service
+    """,
+}
+#: What the engine may import besides the standard library.
+ENGINE_NEEDS = {"torch", "safetensors"}
+#: What must not be loaded when the client is imported, or its base install would not do.
+NOT_FOR_THE_CLIENT = {"torch", "fastapi", "starlette", "uvicorn", "pydantic"}
+
+
+def sources(package):
+    """The files of a package by module name."""
+    folder = ROOT / package.replace(".", "/")
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path, everywhere=True):
+    """What a file imports: (module, name) pairs; without ``everywhere`` only what it imports when it is loaded."""
+    tree = ast.parse(path.read_text())
+    delayed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if not everywhere and id(node) in delayed:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def imported_modules(package):
+    """For every module of a package, the modules of the same package that it imports."""
+    files = dict(sources(package))
+    return {
+        name: {
+            f"{module}.{imported}" if f"{module}.{imported}" in files else module
+            for module, imported in imports(path, everywhere=False)
+            if module.split(".")[0] == package
+        }
+        for name, path in files.items()
+    }
+
+
+def level(module, lines):
+    """The line that names the module or what it is inside of, the longest name first."""
+    matches = [
+        (len(name), number)
+        for number, line in enumerate(lines)
+        for name in line.split()
+        if module == name or (module.startswith(name + ".") and "." in name)
+    ]
+    # A new module gets its place on a line above all that it imports.
+    assert matches, f"{module} has no place in LAYERS"
+    return max(matches)[1]
+
+
+def upward(graph, lines):
+    """The imports of something on a higher line."""
+    return [
+        f"{module} imports {imported}"
+        for module, found in graph.items()
+        for imported in found
+        if level(imported, lines) > level(module, lines)
+    ]
+
+
+def circle(graph):
+    """Modules that import each other in a circle, if there are any."""
+    done, way = set(), []
+
+    def visit(module):
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        way.append(module)
+        for imported in graph.get(module, set()) - {module}:
+            if found := visit(imported):
+                return found
+        done.add(way.pop())
+        return []
+
+    return next(filter(None, map(visit, graph)), [])
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_point_down(package):
+    assert upward(imported_modules(package), LAYERS[package].split("\n")) == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_have_no_circles(package):
+    assert circle(imported_modules(package)) == []
+
+
+def test_the_engine_imports_torch_and_safetensors_only():
+    found = {module.split(".")[0] for _, path in sources("hessquik") for module, _ in imports(path)}
+    assert found - sys.stdlib_module_names - {"hessquik"} == ENGINE_NEEDS
+
+
+def test_the_engine_knows_nothing_of_the_service():
+    assert not any(module.startswith("service") for _, path in sources("hessquik") for module, _ in imports(path))
+
+
+def test_the_client_loads_neither_torch_nor_the_server():
+    program = f"import sys, service.client; print(*{NOT_FOR_THE_CLIENT!r} & sys.modules.keys())"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_the_rules_refuse_what_breaks_them(tmp_path):
+    (tmp_path / "low.py").write_text("import numpy\ndef f():\n    import high\n")
+    assert list(imports(tmp_path / "low.py")) == [("numpy", None), ("high", None)]
+    assert list(imports(tmp_path / "low.py", everywhere=False)) == [("numpy", None)]
+    lines = ["a.low", "a.high", "a"]
+    assert upward({"a.high": {"a.low"}, "a": {"a.high"}}, lines) == []
+    assert upward({"a.low.part": {"a.high"}}, lines) == ["a.low.part imports a.high"]
+    with pytest.raises(AssertionError, match=r"a\.new has no place"):
+        upward({"a.new": {"a.low"}}, lines)
+    assert circle({"x": {"y", "x"}, "y": {"z"}, "w": {"y"}}) == []
+    assert circle({"x": {"y"}, "y": {"z"}, "z": {"y"}}) == ["y", "z", "y"]
+
+
+MODULES = [name for name, _ in sources("hessquik")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_names_are_the_exports(name):
+    """``__all__`` is sorted, complete and true: every public name made here, or handed on by a package."""
+    module = import_module(name)
+    tree = ast.parse(Path(module.__file__).read_text())
+    made = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    handed_on = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("hessquik")
+        for alias in node.names
+    }
+    public = {name for name in made if not name.startswith("_")}
+    if hasattr(module, "__path__") and not made:
+        public |= handed_on
+    assert all(hasattr(module, exported) for exported in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert public <= set(module.__all__), f"not exported: {public - set(module.__all__)}"
+    constants = {
+        target.id
+        for node in tree.body
+        for target in getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(target, ast.Name)
+    }
+    assert set(module.__all__) <= public | constants
