@@ -140,7 +140,9 @@ BOMBS: dict[str, bytes] = {
         **{name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("0.K", "0.b")},
     ),
     "unknown dtype": bomb(RESNET, **{"0.K": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}),
-    "many tensors": bomb(RESNET, **{f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(3000)}),
+    "many tensors": bomb(
+        RESNET, **{f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(3000)}
+    ),
     "empty": b"",
 }  # fmt: skip
 
@@ -170,7 +172,9 @@ from pathlib import Path
 from hessquik import FormatError, storage
 import torch
 folder, events = Path(sys.argv[1]), []
-FORBIDDEN = ("pickle.", "exec", "compile", "subprocess.", "os.system", "os.exec", "os.spawn", "socket.", "ctypes.", "import")
+FORBIDDEN = (
+    "pickle.", "exec", "compile", "subprocess.", "os.system", "os.exec", "os.spawn", "socket.", "ctypes.", "import",
+)
 watch = False
 def hook(event, arguments):
     if watch and (event.startswith(FORBIDDEN) or event == "open" and folder not in Path(str(arguments[0])).parents):
@@ -185,7 +189,6 @@ for path in sorted(folder.iterdir()):
     except FormatError:
         refused += 1
 watch = False
-control = []
 if len(sys.argv) > 3:
     watch = True
     import pickle

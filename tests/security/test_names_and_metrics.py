@@ -16,7 +16,8 @@ from tests.whole import Note, choose
 NAMES = [
     "..", "...", "....//", "%2e%2e", "%2e%2e%2f", "%252e%252e%252f", "..%2f", "..%5c", "..\\", "%c0%ae%c0%ae%2f",
     "%00", "peaks%00", "peaks%00.txt", "%0d%0aX:%20y", "peaks;", "peaks;x=y", "peaks%23", "peaks%3f", "~", "~root",
-    "$HOME", "`id`", "$(id)", "|id", "peaks.safetensors", "models%2fpeaks", ".%2fpeaks", "Peaks", "PEAKS", "pea\u212as",
+    "$HOME", "`id`", "$(id)", "|id", "peaks.safetensors", "models%2fpeaks", ".%2fpeaks", "Peaks", "PEAKS",
+    "pea\u212as",
     "%ef%bc%8e%ef%bc%8e", "con", "nul", "-", "_", ".", "a" * 64, "a" * 65, "a" * 256, "a" * 8000, "%ff", "%80", "%",
     "%zz", "%u002e", "file:", "http:", "file%3a%2f%2f%2fetc%2fpasswd", "etc%2fpasswd", "%2fetc%2fpasswd", "__class__",
     "{0}", "{{7*7}}", "%7b%7d", "'", "\"", "' OR 1=1", "<script>", "%3cscript%3e", "\u202e", "null", "undefined", "0",
