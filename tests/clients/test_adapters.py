@@ -161,6 +161,8 @@ def test_torch_module_keeps_leading_axes_dtype_and_errors(vector: Model) -> None
     assert surrogate(x.reshape(5, 1, 3)).shape == (5, 1, 4)
     assert surrogate(x).dtype == torch.float32
     assert not surrogate(x).requires_grad
+    with torch.no_grad():
+        assert not surrogate(x.requires_grad_()).requires_grad
     with pytest.raises(ClientError, match="finite"):
         surrogate(torch.full((3,), torch.nan))
     x = torch.tensor(X, requires_grad=True)
@@ -187,6 +189,7 @@ def test_jax_function_has_jacobian_hessian_and_batches(zoo: Zoo, counting: tuple
         weighted = jax.grad(lambda x: f(x) @ WEIGHTS)(X[0])
         np.testing.assert_allclose(weighted, expected["gradient"][0] @ WEIGHTS, rtol=TOLERANCE)
     assert f(jax.numpy.asarray(X[0], dtype="float32")).dtype == np.float32
+    np.testing.assert_allclose(f(jax.numpy.array([1, 2, 3])), f(jax.numpy.array([1.0, 2.0, 3.0])))
 
 
 def test_casadi_function_has_exact_derivatives(zoo: Zoo, vector: Model) -> None:
