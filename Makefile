@@ -9,7 +9,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constra
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
 
-.PHONY: serve test check format lock image image-test clean
+.PHONY: serve test check format docs lock image image-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,6 +30,9 @@ check: $(STAMP)  ## formatting, lint, types
 format: $(STAMP)  ## repair formatting and what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lock: $(STAMP)  ## lock what the images install, CPU and CUDA, and list it in bills of materials
 	$(LOCK) $(TORCH_CPU) --output-file requirements/cpu.lock

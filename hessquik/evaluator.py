@@ -1,41 +1,52 @@
-"""A frozen network that evaluates any number of points in tiles of a few fixed row counts.
+"""A frozen network that evaluates any number of points, tile by tile.
 
-Fixed shapes keep the working set in cache, bound memory however many points come, and make a row's answer the
-same to the last bit whoever it is computed with: the kernels that run depend on the tile alone.
+A tile is a number of rows that stays in cache. However many points come, the memory beside inputs and results is
+one tile's, and a row's numbers are the same to the last bit whoever it is computed with: the CPU kernel computes
+every row alike, and where torch does the work (on a GPU, or without a compiled kernel) tiles have one of a few
+fixed row counts, the last one padded.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hessquik import calculus
 from hessquik.calculus import DIRECTIONAL, QUANTITIES, Derivatives
 from hessquik.errors import ShapeError
+from hessquik.machine import Machine
+from hessquik.native import Native, is_available
 from hessquik.networks import NN
+from hessquik.plan import Ask, Plan, choose
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "NativeRunner", "TorchRunner"]
 
-#: Rows of the smallest tile; with fewer, other kernels run (matrix times vector) and give other bits.
+#: Rows of torch's smallest tile; with fewer, other kernels run (matrix times vector) and give other bits.
 SMALLEST_TILE_ROWS = 8
-#: Rows of the largest tile.
-LARGEST_TILE_ROWS = 256
-#: What the tangents of a tile may take, so that they stay in a core's cache.
-TILE_BYTES = 1 << 20
+
+Given = Tensor | Sequence[int] | None
 
 
 class Evaluator:
     """A network's values and derivatives on one device and in one dtype.
 
-    The weights are copied when it is made; later changes of the network do not reach it. Calls write nothing on
-    it, so threads may share it.
+    The weights are copied when it is made; later changes of the network do not reach it. Threads may share it.
 
     Args:
         network: The network.
         device: Where to compute.
         dtype: ``torch.float32`` or ``torch.float64``; the network's own if not given.
+        threads: How many threads of its own share the rows of a large call, on a CPU; with 1 the caller's does all.
+        native: Whether the compiled CPU kernel may be used.
+
+    Attributes:
+        d: Number of inputs.
+        m: Number of outputs.
+        ladder: Row counts of the tiles in which values, gradients and Hessians are computed, ascending.
 
     Example:
         >>> import torch
@@ -46,7 +57,14 @@ class Evaluator:
         (torch.Size([5, 2]), torch.Size([5, 2]), None)
     """
 
-    def __init__(self, network: NN, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        network: NN,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        threads: int = 1,
+        native: bool = True,
+    ) -> None:
         """Freeze the network."""
         weights = next(network.parameters())
         self.device = torch.device(device)
@@ -54,7 +72,29 @@ class Evaluator:
         self.d = network.dim_input()
         self.m = network.dim_output()
         self._forms = [form.to(self.device, self.dtype) for form in network.forms()]
-        self.ladder = _ladder(self.d, self.m, network, self.dtype)
+        self._native = native and self.device.type == "cpu"
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "evaluator") if threads > 1 else None
+        self._lock = threading.Lock()
+        self._runners: dict[Ask, Runner] = {}
+        self._packed: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.ladder = self._runner(Ask(frozenset({"value", "gradient", "hessian"}))).ladder
+
+    def plan(self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None) -> Plan:
+        """How the quantities are computed and what a row costs; printable.
+
+        Args:
+            quantities: Names out of :data:`hessquik.calculus.QUANTITIES`.
+            weights: λ or its shape, as for a call.
+            directions: Likewise.
+
+        Example:
+            >>> from hessquik.networks import fullyConnectedNN
+            >>> plan = Evaluator(fullyConnectedNN([100, 16, 1])).plan(("laplacian",))
+            >>> plan.start
+            'reduced'
+        """
+        return self._runner(self._ask(quantities, weights, directions)).plan
 
     def __call__(
         self,
@@ -77,10 +117,11 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
-        tiles = list(self.tiles(x, quantities, weights, directions))
-        return Derivatives(
-            **{name: torch.cat([getattr(tile, name) for tile in tiles]).to(x.device) for name in quantities}
-        )
+        runner, arrays = self._prepare(x, quantities, weights, directions)
+        results = self._results(quantities, runner.plan.ask, x.shape[0], x.device)
+        arrays.update(results)
+        self._run(runner, arrays, x.shape[0])
+        return Derivatives(**results)
 
     def tiles(
         self,
@@ -90,41 +131,83 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
+        runner, arrays = self._prepare(x, quantities, weights, directions)
         n = x.shape[0]
+        for start in range(0, max(n, 1), runner.ladder[-1]):
+            rows = min(runner.ladder[-1], n - start)
+            results = self._results(quantities, runner.plan.ask, rows, x.device)
+            inputs = {
+                name: array if name in runner.shared else array[start : start + rows]
+                for name, array in arrays.items()
+            }
+            runner.run({**inputs, **results}, 0, rows)
+            yield Derivatives(**results)
+
+    def _prepare(
+        self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None
+    ) -> tuple[Runner, dict[str, Tensor]]:
+        """Check everything and find the inputs' arrays and what runs on them."""
         self._check(x, quantities, weights, directions)
-        weights = weights if weights is None or weights.ndim == 2 else weights.unsqueeze(0)
-        directions = directions if directions is None or directions.ndim == 3 else directions.unsqueeze(0)
-        start = 0
-        while True:
-            rows = self._tile_rows(n - start)
-            stop = min(start + rows, n)
-            with torch.inference_mode():
-                found = calculus.evaluate(
-                    self._forms,
-                    self._tile(x, start, stop, rows),
-                    quantities,
-                    None if weights is None else self._tile(weights, start, stop, rows),
-                    None if directions is None else self._tile(directions, start, stop, rows),
-                )
-            yield Derivatives(**{name: getattr(found, name)[: stop - start] for name in quantities})
-            start = stop
-            if start == n:
-                return
+        if DIRECTIONAL.isdisjoint(quantities):
+            directions = None
+        given = {"x": x, "weights": weights, "directions": directions}
+        arrays = {
+            name: array.detach().to(self.device, self.dtype).contiguous()
+            for name, array in given.items()
+            if array is not None
+        }
+        return self._runner(self._ask(quantities, weights, directions)), arrays
 
-    def _tile_rows(self, remaining: int) -> int:
-        """Rows of the next tile: the smallest that holds what remains, or the largest."""
-        return next((rows for rows in self.ladder if rows >= remaining), self.ladder[-1])
+    @staticmethod
+    def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
+        """What is asked, as the key of a plan."""
 
-    def _tile(self, rows_of: Tensor, start: int, stop: int, rows: int) -> Tensor:
-        """Rows ``start`` to ``stop`` on the device, padded with zeros; one row for all is left as it is."""
-        if rows_of.shape[0] == 1 and rows_of.shape[0] != stop - start:
-            return rows_of.to(self.device, self.dtype)
-        part = rows_of[start:stop].to(self.device, self.dtype)
-        if part.shape[0] == rows:
-            return part
-        padded = part.new_zeros(rows, *part.shape[1:])
-        padded[: stop - start] = part
-        return padded
+        def rows(given: Given, shared_axes: int) -> tuple[str | None, tuple[int, ...]]:
+            if given is None:
+                return None, ()
+            shape = tuple(given.shape if isinstance(given, Tensor) else given)
+            return "shared" if len(shape) == shared_axes else "each", shape
+
+        how_directions, shape = rows(directions, 2)
+        k = shape[-2] if shape else 0
+        return Ask(frozenset(quantities), rows(weights, 1)[0], how_directions, k)
+
+    def _runner(self, ask: Ask) -> Runner:
+        """The runner of a plan, made when it is first asked for."""
+        runner = self._runners.get(ask)
+        if runner is None:
+            with self._lock:
+                plan = choose(self._forms, ask, self.dtype)
+                if self._native and is_available(plan.program):
+                    runner = NativeRunner(plan, self.dtype, self._packed)
+                else:
+                    runner = TorchRunner(plan, self.dtype, self.device)
+                self._runners[ask] = runner
+        return runner
+
+    def _run(self, runner: Runner, arrays: dict[str, Tensor], n: int) -> None:
+        """Compute all rows, on several threads if there are tiles enough."""
+        shares = min(self._threads, -(-n // runner.ladder[-1]))
+        if self._pool is None or shares <= 1:
+            runner.run(arrays, 0, n)
+            return
+        cuts = [n * i // shares for i in range(shares + 1)]
+        list(self._pool.map(lambda cut: runner.run(arrays, *cut), pairwise(cuts)))
+
+    def _results(self, quantities: Sequence[str], ask: Ask, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Arrays for the results."""
+        d, k, m = self.d, ask.k, self.m if ask.weights is None else 1
+        shapes = {
+            "value": (n, m),
+            "gradient": (n, d, m),
+            "hessian": (n, d, d, m),
+            "laplacian": (n, m),
+            "hessian_diagonal": (n, d, m),
+            "jvp": (n, k, m),
+            "hvp": (n, k, d, m),
+            "curvature": (n, k, m),
+        }
+        return {name: torch.empty(shapes[name], dtype=self.dtype, device=device) for name in quantities}
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
         """Refuse what does not fit."""
@@ -148,11 +231,78 @@ class Evaluator:
             )
 
 
-def _ladder(d: int, m: int, network: NN, dtype: torch.dtype) -> tuple[int, ...]:
-    """Row counts of the tiles: the smallest, and the power of two whose tangents fit :data:`TILE_BYTES`."""
-    hidden_units = sum(layer.output_widths()[0] for layer in network.layers())
-    row_bytes = d * (1 + m) * hidden_units * dtype.itemsize
-    rows = SMALLEST_TILE_ROWS
-    while 2 * rows <= LARGEST_TILE_ROWS and 2 * rows * row_bytes <= TILE_BYTES:
-        rows *= 2
-    return (SMALLEST_TILE_ROWS,) if rows == SMALLEST_TILE_ROWS else (SMALLEST_TILE_ROWS, rows)
+class NativeRunner:
+    """Runs a plan on the CPU kernel: any number of rows, no padding."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, packed: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> None:
+        """Translate the plan."""
+        self.plan = plan
+        self.ladder = tuple(sorted({1, plan.rows}))
+        self.shared = _shared(plan.ask)
+        self._native = Native(plan.program, dtype, plan.rows, packed)
+
+    def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop`` of the results."""
+        if start < stop:
+            self._native.run(arrays, stop - start, start)
+
+
+class TorchRunner:
+    """Runs a plan with torch: tiles of a few row counts, the last one padded with zeros."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        """Choose the row counts: the smallest, and the power of two whose workspace fits a tile."""
+        self.plan = plan
+        self.dtype = dtype
+        self.device = device
+        rows = SMALLEST_TILE_ROWS
+        while 2 * rows <= plan.rows:
+            rows *= 2
+        self.ladder: tuple[int, ...] = tuple(sorted({SMALLEST_TILE_ROWS, rows}))
+        self.shared = _shared(plan.ask)
+        self._idle: dict[int, list[Machine]] = {}
+
+    def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop`` of the results."""
+        while start < stop:
+            rows = next((rows for rows in self.ladder if rows >= stop - start), self.ladder[-1])
+            end = min(stop, start + rows)
+            idle = self._idle.setdefault(rows, [])
+            with torch.inference_mode():
+                try:
+                    machine = idle.pop() if idle else Machine(self.plan.program, self.dtype, self.device, rows)
+                    self._tile(machine, arrays, start, end)
+                except torch.OutOfMemoryError:
+                    if rows == SMALLEST_TILE_ROWS:
+                        raise
+                    self.ladder = tuple(sorted({SMALLEST_TILE_ROWS, rows // 2}))
+                    continue
+                idle.append(machine)
+            start = end
+
+    def _tile(self, machine: Machine, arrays: dict[str, Tensor], start: int, stop: int) -> None:
+        """Copy a tile in, run, copy it out."""
+        count = stop - start
+        for name, place in machine.arrays.items():
+            if name in self.shared:
+                place.copy_(arrays[name].reshape(-1), non_blocking=True)
+            elif name in _INPUTS:
+                here = place.view(machine.rows, -1)
+                here[:count].copy_(arrays[name][start:stop].reshape(count, -1), non_blocking=True)
+                here[count:].zero_()
+        machine.run()
+        for name, place in machine.arrays.items():
+            if name not in _INPUTS:
+                found = place.view(machine.rows, *arrays[name].shape[1:])
+                arrays[name][start:stop].copy_(found[:count])
+
+
+Runner = NativeRunner | TorchRunner
+
+_INPUTS = frozenset({"x", "weights", "directions"})
+
+
+def _shared(ask: Ask) -> frozenset[str]:
+    """The inputs that are the same for all rows."""
+    given = {"weights": ask.weights, "directions": ask.directions}
+    return frozenset(name for name, how in given.items() if how == "shared")

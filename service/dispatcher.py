@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from service.batcher import Batch, Batcher, Entry, Slice
-from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, ServiceError, WorkerLost
+from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, Overloaded, ServiceError, WorkerLost
 from service.metrics import Metrics
 from service.pool import Pool
 from service.statistics import ModelStatistics
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 #: Failures of a batch before it is cut into rows, and of a row before it is given up.
 MAX_FAILURES = 2
+#: Kinds of question whose cost is kept for a model.
+MAX_ROW_COSTS = 1024
+#: What a worker calls it when memory ran out.
+OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -37,6 +42,7 @@ class Job(Entry):
         weights: (1 or n, m) or ``None``.
         directions: (1 or n, k, d) or ``None``.
         statistics: The model's.
+        row_costs: The model's, by key.
     """
 
     model: int
@@ -44,6 +50,7 @@ class Job(Entry):
     quantities: tuple[str, ...]
     inputs: Array
     statistics: ModelStatistics
+    row_costs: dict[Hashable, float]
     weights: Array | None = None
     directions: Array | None = None
     _answers: dict[str, Array] = field(default_factory=dict, init=False)
@@ -149,11 +156,13 @@ class Dispatcher:
         """Split a batch's answers among its jobs."""
         first = batch.slices[0].entry
         assert isinstance(first, Job)
-        if "error" in head or any(len(arrays.get(name, ())) != batch.rows for name in first.quantities):
-            self.on_lost_work(batch)
+        if "error" in head or not _fits(batch, first, arrays):
+            self._try_again(batch, is_out_of_memory=head.get("error") in OUT_OF_MEMORY)
             return
         self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
         first.statistics.batches += 1
+        if len(first.row_costs) < MAX_ROW_COSTS:
+            first.row_costs[batch.key] = head["row_cost"]
         offset = 0
         for job, start, stop in batch.slices:
             rows = stop - start
@@ -163,6 +172,10 @@ class Dispatcher:
             offset += rows
 
     def on_lost_work(self, batch: Batch) -> None:
+        """A worker died over a batch."""
+        self._try_again(batch, is_out_of_memory=False)
+
+    def _try_again(self, batch: Batch, is_out_of_memory: bool) -> None:
         """Run a failed batch once more, then row by row, so that only a row that fails alone fails."""
         failures = batch.failures + 1
         if failures < MAX_FAILURES:
@@ -174,6 +187,10 @@ class Dispatcher:
         else:
             job, row, _ = batch.slices[0]
             assert isinstance(job, Job)
+            if is_out_of_memory:
+                self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
+                self.on_idle()
+                return
             logger.error("row %d of a request for model %d fails wherever it is computed", row, job.model)
             self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
         self.on_idle()
@@ -196,6 +213,16 @@ class Dispatcher:
                 self._metrics.queued(now - job.queued_at)
 
 
+def _fits(batch: Batch, job: Job, arrays: dict[str, Array]) -> bool:
+    """Whether a worker's answer is one: every quantity, every row, and all of their bytes."""
+    answers = [arrays[name] for name in job.quantities if name in arrays]
+    return (
+        len(answers) == len(job.quantities)
+        and all(array.shape[:1] == (batch.rows,) and array.dtype == job.inputs.dtype for array in answers)
+        and sum(array.nbytes for array in answers) == batch.rows * job.row_bytes
+    )
+
+
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:
     """What a worker is sent for a batch."""
     first = batch.slices[0].entry
@@ -213,6 +240,6 @@ def _rows(array: Array | None, start: int, stop: int) -> Any:
     """Rows of an array that has one row per point, or one for all of them."""
     if array is None:
         return None
-    if len(array) == 1:
+    if len(array) == 1 < stop - start:
         return np.broadcast_to(array, (stop - start, *array.shape[1:]))
-    return array[start:stop]
+    return array if len(array) == 1 else array[start:stop]

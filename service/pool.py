@@ -142,11 +142,11 @@ class Worker:
 
     def _on_frame(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
         self.last_answer = self.pool.now()
-        match head["op"]:
+        match head.get("op"):
             case "ready":
                 self._greeted = True
                 self.pool.on_greeting(self)
-            case "loaded":
+            case "loaded" if head.get("model") in self.loading:
                 self.loading.remove(head["model"])
                 self.pool.on_loaded(head.pop("model"), head)
             case "done":
@@ -154,6 +154,8 @@ class Worker:
                 work, self.work = self.work, None
                 self.state, self.since = State.READY, self.last_answer
                 self.pool.on_done(self, work, head, arrays)
+            case _:
+                raise wire.WireError("expected an answer to what was asked")
         if self.state is State.STARTING and self._greeted and not self.loading:
             self.state, self.since = State.READY, self.last_answer
             self.pool.on_ready(self)

@@ -13,6 +13,7 @@ from ray import serve
 
 from service.app import create_app
 from service.core import Core
+from service.door import Message, Receive, Scope, Send
 from service.settings import Settings
 
 __all__ = ["Replica", "build"]
@@ -33,7 +34,15 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application that answers this replica's requests."""
-        return self._app
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_bytes(message: Message) -> None:
+                # Ray carries messages between processes, which a view of memory cannot be.
+                await send({**message, "body": bytes(message["body"])} if "body" in message else message)
+
+            await self._app(scope, receive, send_bytes)
+
+        return app
 
     def check_health(self) -> None:
         """Tell Ray whether to keep this replica.

@@ -68,7 +68,10 @@ def _decode(text: bytes | bytearray | memoryview, body: Array) -> Frame:
         stop = start + math.prod(shape) * dtype.itemsize
         if stop > body.size:
             raise WireError(f"expected arrays within {body.size} bytes, got {stop}")
-        arrays[name] = body[start:stop].view(dtype).reshape(shape)
+        try:
+            arrays[name] = body[start:stop].view(dtype).reshape(shape)
+        except ValueError:  # such as 0 × 2⁶³
+            raise WireError("expected a shape that an array can have") from None
         start = stop
     if start != body.size:
         raise WireError(f"expected {body.size} bytes of arrays, got {start}")

@@ -3,7 +3,8 @@
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
     evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done"} + one array per quantity, or {…, "error"}
+                                                   → {"op": "done", "row_cost"} + one array per quantity,
+                                                     or {…, "error"}
     ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
 Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
@@ -27,6 +28,8 @@ from service import wire
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: How torch says that memory ran out on a CPU, in an error of no class of its own.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -65,7 +68,6 @@ class Model:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "hidden_units": sum(form.bias.numel() if form.bias is not None else 0 for form in network.forms()),
             "tile_rows": evaluate.ladder[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
@@ -128,7 +130,12 @@ class Worker:
             answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
         except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
             return {"op": "done", "error": type(error).__name__}, {}
-        return {"op": "done"}, answers
+        except RuntimeError as error:
+            if CPU_OUT_OF_MEMORY not in str(error):
+                raise
+            return {"op": "done", "error": "OutOfMemoryError"}, {}
+        plan = evaluate.plan(head["quantities"], given.get("weights"), given.get("directions"))
+        return {"op": "done", "row_cost": plan.operations}, answers
 
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""

@@ -86,13 +86,16 @@ def check_error(reply: Reply) -> None:
     Raises:
         AssertionError: it is not, or does.
     """
-    assert reply.headers["content-type"] == "application/problem+json", reply
+    assert LEAKS.search(reply.body) is None, reply
+    assert len(reply.body) <= 1024, reply
     problem = reply.json()
+    if reply.headers["content-type"] == "application/json":  # UM-Bridge and Open Inference Protocol
+        assert list(problem) == ["error"], problem
+        return
+    assert reply.headers["content-type"] == "application/problem+json", reply
     assert {"type", "title", "status", "detail", "code", "request_id"} <= set(problem), problem
     assert problem["status"] == reply.status, problem
     assert problem["code"] in DECLARED[reply.status], problem
-    assert len(reply.body) <= 1024, problem
-    assert LEAKS.search(reply.body) is None, problem
 
 
 DECLARED = {

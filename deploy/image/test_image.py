@@ -204,6 +204,11 @@ def test_image_answers_every_quantity_of_a_shipped_model(path: Path, container: 
         assert np.abs(got - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max()), name
 
 
+@pytest.mark.parametrize("page", ["/docs", "/openapi.json", "/metrics", "/v2"])
+def test_image_holds_what_this_page_needs(page: str, container: Container) -> None:
+    assert httpx.get(f"{container.url}{page}").status_code == 200
+
+
 def test_image_is_confined(container: Container) -> None:
     status = container.execute("cat", "/proc/1/status").stdout
     lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from service.client.errors import ClientError, ConnectionLost, ServiceError
+from service.client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
 from service.client.messages import (
     Answer,
     Question,
@@ -75,10 +75,11 @@ Steps = Generator[Send | Pause | Together, Any, T]
 class Persistence:
     """How long and how often a client tries.
 
-    What is tried again: a lost connection, 503 and 504, since evaluating twice does no harm. Before retry k = 0, 1, …
-    the client waits a random time up to ``0.05 · 2^k`` seconds, two at most ("full jitter", so that clients do not
-    come back in step; M. Brooker, "Exponential Backoff And Jitter", 2015), on top of what Retry-After asks for. All
-    retries of a client together are at most ten, plus a tenth of its calls: an outage is not made worse.
+    What is tried again: a lost connection, 503 and 504, and a proxy's own 5xx, since evaluating twice does no harm.
+    Before retry k = 0, 1, … the client waits a random time up to ``0.05 · 2^k`` seconds, two at most ("full jitter",
+    so that clients do not come back in step; M. Brooker, "Exponential Backoff And Jitter", 2015), on top of what
+    Retry-After asks for. All retries of a client together are at most ten, plus a tenth of its calls: an outage is
+    not made worse.
 
     Args:
         deadline_s: Time for a call, or for each part of a batch that is split.
@@ -100,8 +101,11 @@ class Persistence:
 
     def pause_s(self, attempt: int, error: ClientError) -> float | None:
         """How long to wait before the next attempt; ``None`` to give up."""
-        can_help = isinstance(error, ConnectionLost) or (
-            isinstance(error, ServiceError) and error.status in {503, 504}
+        can_help = (
+            isinstance(error, ConnectionLost)
+            or (isinstance(error, ServiceError) and error.status in {503, 504})
+            # A proxy's own word that it lost the server behind it: Ray Serve says 500, most others 502.
+            or (isinstance(error, UnexpectedReply) and error.status >= 500)
         )
         with self._lock:
             if not can_help or attempt >= self.retries or self._budget < 1:

@@ -62,7 +62,7 @@ export async function drawSlice(element, picture) {
     traces,
     layout((axis) =>
       isSurface
-        ? { margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { camera: { eye: { x: 1.5, y: 1.5, z: 0.8 }, center: { x: 0, y: 0, z: -0.12 } }, xaxis: { ...axis, title: { text: titles[0] } }, yaxis: { ...axis, title: { text: titles[1] } }, zaxis: { ...axis, title: { text: FIELDS[field].label } } }, uirevision: "scene" }
+        ? { margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.6 }, camera: { eye: { x: 1.15, y: 1.15, z: 0.75 }, center: { x: 0, y: 0, z: -0.12 } }, xaxis: { ...axis, title: { text: titles[0] } }, yaxis: { ...axis, title: { text: titles[1] } }, zaxis: { ...axis, title: { text: FIELDS[field].label } } }, uirevision: "scene" }
         : {
             xaxis: { ...axis, title: { text: titles[0], standoff: 8 }, range: [...x], constrain: "domain" },
             yaxis: { ...axis, title: { text: titles[1], standoff: 4 }, range: [...y] },

@@ -282,8 +282,9 @@ def reply(status: int, **headers: str) -> Reply:
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, b"{}")
 
 
-RETRIED = {"lost": ConnectionLost("x"), "503": reply(503), "504": reply(504)}
-FINAL = {"500": reply(500), "404": reply(404), "late": DeadlineExceeded("x")}
+FAILED = Reply(500, {}, b'{"code": "evaluation_failed", "detail": "x", "request_id": "x"}')
+RETRIED = {"lost": ConnectionLost("x"), "503": reply(503), "504": reply(504), "proxy's 500": reply(500)}
+FINAL = {"500": FAILED, "404": reply(404), "late": DeadlineExceeded("x")}
 
 
 @pytest.mark.parametrize("fault", RETRIED.values(), ids=RETRIED)

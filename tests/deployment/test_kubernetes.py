@@ -14,10 +14,14 @@ import yaml
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
 
+from service.door import OPEN_PATHS
+from service.settings import Settings
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 #: The newest and an old one that clusters still run.
 VERSIONS = ("1.37", "1.29")
 MANIFESTS = sorted(path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
+PODS = ("kubernetes/deployment.yaml", "kserve/servingruntime.yaml")
 KSERVE = {"servingruntime.yaml": "V1alpha1ServingRuntime", "inferenceservice.yaml": "V1beta1InferenceService"}
 
 
@@ -104,17 +108,30 @@ def test_manifest_points_at_the_deployment(name: str, deployment: dict[str, Any]
             assert "replicas" not in deployment["spec"]
 
 
-def test_probes_ask_the_right_questions(container: dict[str, Any]) -> None:
-    asked = {
-        probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")
-    }
-    assert asked == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
-
-
-@pytest.mark.parametrize("name", ["kubernetes/deployment.yaml", "kserve/servingruntime.yaml"])
-def test_pod_is_confined(name: str) -> None:
+def find_pod(name: str) -> dict[str, Any]:
     spec = read(DEPLOY / name)["spec"]
-    pod = spec.get("template", {}).get("spec", spec)
+    return spec.get("template", {}).get("spec", spec)
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_probes_ask_the_right_questions_without_a_key(name: str) -> None:
+    container = find_pod(name)["containers"][0]
+    expected = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
+    assert {probe: container[probe]["httpGet"]["path"] for probe in expected} == expected
+    assert set(expected.values()) <= OPEN_PATHS
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_image_settings_in_the_manifest_exist(name: str) -> None:
+    names = {
+        variable["name"].removeprefix("HESSQUIK_").lower() for variable in find_pod(name)["containers"][0]["env"]
+    }
+    assert names <= Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_pod_is_confined(name: str) -> None:
+    pod = find_pod(name)
     container = pod["containers"][0]
     context = pod.get("securityContext", {}) | container["securityContext"]
     assert context["runAsNonRoot"]
@@ -127,8 +144,6 @@ def test_pod_is_confined(name: str) -> None:
 
 
 def test_grace_period_outlasts_the_drain(deployment: dict[str, Any], container: dict[str, Any]) -> None:
-    from service.settings import Settings
-
     pause_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > pause_s + Settings().drain_s
 

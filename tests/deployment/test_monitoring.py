@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from tests.live import ROOT, LiveServer
+
+pytestmark = pytest.mark.xdist_group("monitoring")
 
 MONITORING = ROOT / "deploy"
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "hessquik.json").read_text())
@@ -64,18 +66,18 @@ class Prometheus:
         self._folder = folder
         self.url = ""
 
-    def wait(self) -> None:
-        """Until it has scraped the target twice."""
+    def wait(self, ask: Callable[[], object]) -> None:
+        """Until it has scraped the target several times, which is asked in between."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self._process.poll() is None, (self._folder / "log").read_text()
             match = re.search(r'msg="Listening on" address=127\.0\.0\.1:(\d+)', (self._folder / "log").read_text())
             if match is not None:
                 self.url = f"http://127.0.0.1:{match[1]}"
-                scrapes = self.query('count_over_time(up{job="hessquik"}[1m]) >= 3')
-                if scrapes:
+                if self.query('count_over_time(up{job="hessquik"}[1m]) >= 4'):
                     return
-            time.sleep(0.2)
+            ask()
+            time.sleep(0.1)
         pytest.fail("Prometheus did not scrape the service")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
@@ -95,14 +97,9 @@ def scrape(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with LiveServer(shipped_models, settings={"api_keys": "secret"}) as server:
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{server.port}")
         try:
-            ask = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"})
-            with ask:
-                # The first scrapes see the counters at zero or not at all, the later ones see them grow.
-                for _ in range(30):
-                    for quantity in ("value", "hessian"):
-                        ask.post(f"/v1/models/peaks/{quantity}", json={"inputs": [[0.1, 0.2]]}).raise_for_status()
-                    time.sleep(0.1)
-            prometheus.wait()
+            with httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"}) as client:
+                body = {"inputs": [[0.1, 0.2]]}
+                prometheus.wait(lambda: client.post("/v1/models/peaks/hessian", json=body).raise_for_status())
             yield prometheus
         finally:
             prometheus.close()

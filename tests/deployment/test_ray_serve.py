@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import socket
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -19,91 +18,74 @@ import yaml
 
 import hessquik
 from service.client import Client
+from service.settings import Settings
 from tests import oracle
 from tests.live import ROOT
 
-# One cluster for the module; warnings are about Ray's own code.
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.xdist_group("ray")
 
 CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+QUANTITIES = ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
 TOLERANCE = 1e-10
-HOST = "127.0.0.1"
 CLIENTS = 4
 #: Calls that every client makes before the node is killed, and after.
 CALLS = 25
-
-
-@pytest.fixture(name="options", scope="module")
-def read_options() -> dict[str, Any]:
-    """What the configuration file says of the deployment, but for GPUs: one replica on each node."""
-    (deployment,) = CONFIG["applications"][0]["deployments"]
-    options = {name: value for name, value in deployment.items() if name not in {"name", "autoscaling_config"}}
-    return options | {"num_replicas": 2, "max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 1}}
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def node() -> dict[str, Any]:
-    """A node on the loopback. Ports that are given need not be waited for, which takes long on a busy machine."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    return dict(zip(names, free_ports(len(names)), strict=True)) | {"num_cpus": 2, "node_ip_address": HOST}
+START_S = 150.0
 
 
 class TwoNodes:
-    """A cluster on this machine, the service deployed on it, and a node that may be killed."""
+    """The process that runs the cluster, and where the service answers."""
 
-    def __init__(self, options: dict[str, Any], models: Path) -> None:
-        import ray
-        from ray import serve
-        from ray.cluster_utils import Cluster
-
-        from service.ray_serve import Replica
-
-        self.cluster = Cluster(initialize_head=True, head_node_args=node() | {"include_dashboard": False})
-        self.other = self.cluster.add_node(**node())
-        ray.init(
-            address=self.cluster.address, _node_ip_address=HOST, logging_level=logging.ERROR, log_to_driver=False
+    def __init__(self, log: Path) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.deployment.two_nodes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
         )
-        (port,) = free_ports(1)
-        serve.start(http_options={"host": HOST, "port": port, "location": "HeadOnly"})
-        serve.run(Replica.options(**options).bind({"models": models, "device": "cpu"}), route_prefix="/")
-        self.url = f"http://{HOST}:{port}"
+        watchdog = threading.Timer(START_S, self._process.kill)
+        watchdog.start()
+        self.url = self._read()
+        watchdog.cancel()
+        assert self.url.startswith("http"), log.read_text()[-4000:]
 
-    def kill_other_node(self) -> None:
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def kill_a_node(self) -> None:
         """As a power cut would."""
-        self.cluster.remove_node(self.other, allow_graceful=False)
+        assert self._process.stdin is not None
+        self._process.stdin.write("kill\n")
+        self._process.stdin.flush()
+        assert self._read() == "killed"
 
     def close(self) -> None:
         """End everything."""
-        import ray
-        from ray import serve
-
-        serve.shutdown()
-        ray.shutdown()
-        self.cluster.shutdown()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()
+            self._process.stdout.close()
+            self._log.close()
 
 
 @pytest.fixture(name="cluster", scope="module")
-def start_cluster(options: dict[str, Any], shipped_models: Path) -> Iterator[TwoNodes]:
-    with pytest.MonkeyPatch.context() as patch:
-        path = os.environ.get("PYTHONPATH", "")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), path))))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray's own switch between the loopback and the machine's address; it is read when Ray is imported.
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        cluster = TwoNodes(options, shipped_models)
-        yield cluster
-        cluster.close()
+def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    cluster = TwoNodes(tmp_path_factory.mktemp("ray") / "log")
+    yield cluster
+    cluster.close()
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray's own code, when it is imported
 def test_configuration_file_is_what_serve_takes() -> None:
     from ray.serve.schema import ServeDeploySchema
-
-    from service.settings import Settings
 
     schema = ServeDeploySchema.model_validate(CONFIG)
     (deployment,) = schema.applications[0].deployments
@@ -117,16 +99,10 @@ def test_configuration_file_is_what_serve_takes() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "models").glob("*.safetensors")))
 def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_models: Path) -> None:
     network = hessquik.load(shipped_models / f"{name}.safetensors").double()
+    random = np.random.default_rng(8)
+    x, v = random.uniform(-1, 1, (5, network.dim_input())), random.normal(size=(2, network.dim_input()))
     with Client(cluster.url) as client:
-        model = client.model(name)
-        random = np.random.default_rng(8)
-        x, v = random.uniform(-1, 1, (5, model.describe()["d"])), random.normal(size=(2, model.describe()["d"]))
-        answer = model.evaluate(
-            x,
-            ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"],
-            directions=v,
-            dtype="float64",
-        )
+        answer = client.model(name).evaluate(x, QUANTITIES, directions=v, dtype="float64")
     f, df, d2f = oracle.derivatives(network, torch.from_numpy(x))
     k = torch.from_numpy(v)
     expected = {
@@ -143,11 +119,24 @@ def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_mo
         assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, quantity
 
 
+def rows_by_replica(cluster: TwoNodes, x: np.ndarray) -> set[float]:
+    """How many rows each replica that answers has computed by its own count, after some more than chance needs."""
+    with Client(cluster.url) as client, httpx.Client(base_url=cluster.url) as plain:
+        # An odd number of calls, so that no two replicas have computed the same.
+        for _ in range(41):
+            client.model("peaks").value(x)
+        texts = [plain.get("/metrics").raise_for_status().text for _ in range(40)]
+    return {
+        float(match[1]) for text in texts for match in re.finditer(r"^hessquik_rows_total (.+)$", text, re.MULTILINE)
+    }
+
+
 def test_node_killed_under_load_loses_nothing(cluster: TwoNodes, shipped_models: Path) -> None:
-    x = np.random.default_rng(9).uniform(-1, 1, (8, 2))
     network = hessquik.load(shipped_models / "peaks.safetensors").double()
+    x = np.random.default_rng(9).uniform(-1, 1, (8, network.dim_input()))
     expected = oracle.derivatives(network, torch.from_numpy(x))[2]
-    is_killed, answered, errors = threading.Event(), [0] * CLIENTS, []
+    is_killed = threading.Event()
+    answered, errors = [0] * CLIENTS, []
 
     def keep_asking(client_index: int) -> None:
         try:
@@ -160,17 +149,16 @@ def test_node_killed_under_load_loses_nothing(cluster: TwoNodes, shipped_models:
                     answered[client_index] += 1
         except BaseException as error:
             errors.append(error)
-            raise
 
+    assert len(rows_by_replica(cluster, x)) == 2
     threads = [threading.Thread(target=keep_asking, args=(index,)) for index in range(CLIENTS)]
     for thread in threads:
         thread.start()
     while min(answered) < CALLS and not errors:
-        time.sleep(0.05)
-    cluster.kill_other_node()
+        time.sleep(0.02)
+    cluster.kill_a_node()
     is_killed.set()
     for thread in threads:
         thread.join(120)
     assert not errors
-    assert not any(thread.is_alive() for thread in threads)
     assert min(answered) >= 2 * CALLS

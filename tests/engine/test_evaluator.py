@@ -1,91 +1,224 @@
-"""The Evaluator gives what the network gives, for any number of rows."""
+"""The Evaluator: every quantity of every kind of network, by both machines, as torch.func computes it."""
 
-from concurrent.futures import ThreadPoolExecutor
+import random
+import threading
 
 import pytest
 import torch
 
-from hessquik import Evaluator
-from hessquik import layers as lay
-from hessquik import networks as net
-from hessquik.activations import softplusActivation, tanhActivation
+from hessquik import Evaluator, ShapeError
+from hessquik.activations import ACTIVATIONS, softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
-from hessquik.errors import ShapeError
+from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer
+from hessquik.native import is_available
+from hessquik.networks import ICNN, NN, fullyConnectedNN
 from tests import oracle
-from tests.engine.random_networks import tame
-from tests.engine.test_calculus import expected_quantities, randn
+from tests.engine import random_networks as draws
 
-TOLERANCE = 1e-10  # rounding in float64
-T = tanhActivation()
+#: Rounding alone; relative to the largest entry, see oracle.difference.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
+MACHINES = [
+    pytest.param(True, id="native", marks=pytest.mark.skipif(not is_available(), reason="no kernel was built")),
+    pytest.param(False, id="torch"),
+]
+TANH = tanhActivation()
 NETWORKS = {
-    "resnet": lambda: net.NN(lay.singleLayer(4, 6, T), net.resnetNN(6, 2, 0.5, T), lay.singleLayer(6, 3)),
-    "convex": lambda: net.NN(net.ICNN(4, [None, 5, 7], softplusActivation()), lay.quadraticICNNLayer(4, 7, 2)),
-    "convex open": lambda: net.ICNN(4, [None, 5, 7]),
-    "linear": lambda: net.NN(lay.singleLayer(4, 3)),
+    "residual": lambda: NN(singleLayer(4, 8, TANH), resnetLayer(8, 0.5, softplusActivation()), singleLayer(8, 3)),
+    "one input, one output": lambda: fullyConnectedNN([1, 7, 1], TANH),
+    "many inputs": lambda: NN(singleLayer(40, 8, TANH), resnetLayer(8, 0.5, TANH), singleLayer(8, 2)),
+    "many outputs": lambda: NN(singleLayer(2, 32, TANH), resnetLayer(32, 0.5, TANH), singleLayer(32, 40)),
+    "convex": lambda: NN(ICNN(3, [None, 8, 5]), quadraticICNNLayer(3, 5, 2)),
+    "convex, many inputs": lambda: NN(ICNN(30, [None, 4, 5]), quadraticICNNLayer(30, 5, 2)),
+    "convex in the middle": lambda: NN(singleLayer(4, 8, TANH), ICNNLayer(3, 5, 6), ICNNLayer(3, 6, 2)),
+    "residual on [u x]": lambda: NN(ICNNLayer(3, None, 5), resnetLayer(8, 0.3, TANH), singleLayer(8, 2)),
+    "linear": lambda: NN(singleLayer(3, 4), singleLayer(4, 2)),
+    "nested, curved at the end": lambda: NN(NN(singleLayer(3, 8, TANH)), NN(NN(singleLayer(8, 2, TANH)))),
 }
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 300])
+def expected(network, x, weights=None, directions=None):
+    """All quantities from the oracle's value, gradient and Hessian."""
+    value, gradient, hessian = oracle.derivatives(network, x.double(), network.dim_output())
+    if weights is not None:
+        weights = weights.double().expand(len(x), -1)
+        value = torch.einsum("nm,nm->n", value, weights).unsqueeze(-1)
+        gradient = torch.einsum("ndm,nm->nd", gradient, weights).unsqueeze(-1)
+        hessian = torch.einsum("ndem,nm->nde", hessian, weights).unsqueeze(-1)
+    found = {
+        "value": value,
+        "gradient": gradient,
+        "hessian": hessian,
+        "laplacian": torch.einsum("naam->nm", hessian),
+        "hessian_diagonal": torch.einsum("naam->nam", hessian),
+    }
+    if directions is not None:
+        v = directions.double().expand(len(x), -1, -1)
+        found["jvp"] = torch.einsum("nkd,ndm->nkm", v, gradient)
+        found["hvp"] = torch.einsum("nkd,ndem->nkem", v, hessian)
+        found["curvature"] = torch.einsum("nkem,nke->nkm", found["hvp"], v)
+    return found
+
+
+def agree(out, found, quantities):
+    """Everything that was asked for is right, and nothing else is there."""
+    for name in QUANTITIES:
+        got = getattr(out, name)
+        if name in quantities:
+            assert oracle.difference(got, found[name]) <= TOLERANCE[got.dtype], name
+            assert got.is_contiguous()
+        else:
+            assert got is None, name
+
+
+@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_all_quantities_for_any_number_of_rows(name, n):
-    f = tame(NETWORKS[name](), 0)
-    x, v, weights = randn(n, 4, seed=0), randn(n, 2, 4, seed=1), randn(n, f.dim_output(), seed=2)
-    parts = oracle.derivatives(f, x, f.dim_output())
-    found = Evaluator(f)(x, QUANTITIES, weights=weights, directions=v)
-    for quantity, expected in expected_quantities(*parts, weights, v).items():
-        assert oracle.difference(getattr(found, quantity), expected) <= TOLERANCE, quantity
-    found = Evaluator(f)(x, QUANTITIES, directions=v[0] if n else randn(2, 4, seed=1))
-    for quantity in ("value", "gradient", "hessian"):
-        expected = dict(zip(("value", "gradient", "hessian"), parts, strict=True))[quantity]
-        assert oracle.difference(getattr(found, quantity), expected) <= TOLERANCE
+def test_every_quantity_with_weights_and_directions_is_that_of_torch_func(name, dtype, native):
+    torch.manual_seed(0)
+    network = NETWORKS[name]().to(dtype)
+    d, m, n = network.dim_input(), network.dim_output(), 11
+    evaluate = Evaluator(network, native=native)
+    x = torch.randn(n, d, dtype=dtype)
+    for weights in (None, torch.randn(m, dtype=dtype), torch.randn(n, m, dtype=dtype)):
+        for directions in (torch.randn(3, d, dtype=dtype), torch.randn(n, 2, d, dtype=dtype)):
+            found = expected(network.double(), x, weights, directions)
+            subsets = [QUANTITIES, ("value", "gradient", "hessian"), ("laplacian", "gradient"), ("jvp",)]
+            for quantities in [*subsets, *((name,) for name in QUANTITIES)]:
+                agree(evaluate(x, quantities, weights, directions), found, quantities)
 
 
-def test_what_was_not_asked_for_is_none():
-    found = Evaluator(NETWORKS["resnet"]())(torch.zeros(2, 4), ("gradient",))
-    assert [name for name in QUANTITIES if getattr(found, name) is not None] == ["gradient"]
+@pytest.mark.parametrize("native", MACHINES)
+def test_random_networks_of_every_kind_agree_with_torch_func(native):
+    for seed in range(80):
+        draw = random.Random(seed)
+        d, m = draws.shapes()[seed % 16]
+        network = draws.convex_network(draw, d) if seed % 5 == 0 else draws.network(draw, d, m)
+        draws.tame(network.requires_grad_(False), seed, 0.3)
+        x = torch.randn(3, d, dtype=torch.float64)
+        v = torch.randn(2, d, dtype=torch.float64)
+        agree(Evaluator(network, native=native)(x, QUANTITIES, None, v), expected(network, x, None, v), QUANTITIES)
 
 
-def test_the_weights_are_those_of_when_it_was_made():
-    f = NETWORKS["resnet"]()
-    evaluate, x = Evaluator(f), torch.ones(2, 4)
-    before = evaluate(x).value
+@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_activation_is_right_far_out_too(name, dtype, native):
+    network = NN(singleLayer(1, 1, ACTIVATIONS[name](), dtype=dtype))
     with torch.no_grad():
-        for parameter in f.parameters():
-            parameter.zero_()
+        network[0].K.fill_(1.0)
+        network[0].b.zero_()
+    top = 80.0 if name == "expActivation" else 1e4
+    x = torch.cat([torch.linspace(-12, 12, 4001, dtype=dtype), torch.tensor([-top, -30.0, 30.0, top], dtype=dtype)])
+    out = Evaluator(network, native=native)(x.unsqueeze(1), ("value", "gradient", "hessian"))
+    sigma, slope, curvature = network[0].act.double().jet(x.double(), 2)
+    resolution = 8 * torch.finfo(dtype).eps
+    for got, exact in ((out.value, sigma), (out.gradient, slope), (out.hessian, curvature)):
+        error = (got.flatten().double() - exact).abs()
+        assert float((error / exact.abs().clamp(min=1.0)).max()) <= resolution
+
+
+@pytest.mark.parametrize("native", MACHINES)
+def test_no_rows_and_one_row_keep_their_shapes(native):
+    evaluate = Evaluator(NETWORKS["residual"](), native=native)
+    for n in (0, 1):
+        out = evaluate(torch.zeros(n, 4), QUANTITIES, None, torch.zeros(2, 4))
+        assert {name: tuple(getattr(out, name).shape) for name in QUANTITIES} == {
+            "value": (n, 3),
+            "gradient": (n, 4, 3),
+            "hessian": (n, 4, 4, 3),
+            "laplacian": (n, 3),
+            "hessian_diagonal": (n, 4, 3),
+            "jvp": (n, 2, 3),
+            "hvp": (n, 2, 4, 3),
+            "curvature": (n, 2, 3),
+        }
+
+
+@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("n", [0, 1, 9, 1000])
+def test_tiles_are_the_rows_of_the_whole(n, native):
+    evaluate = Evaluator(NETWORKS["residual"](), native=native)
+    x, weights, directions = torch.randn(n, 4), torch.randn(n, 3), torch.randn(5, 4)
+    whole = evaluate(x, QUANTITIES, weights, directions)
+    tiles = list(evaluate.tiles(x, QUANTITIES, weights, directions))
+    assert all(tile.value.shape[0] <= evaluate.ladder[-1] for tile in tiles)
+    for name in QUANTITIES:
+        assert torch.equal(torch.cat([getattr(tile, name) for tile in tiles]), getattr(whole, name))
+
+
+def test_points_of_another_dtype_or_layout_are_taken():
+    network = NETWORKS["residual"]()
+    x = torch.randn(4, 9, dtype=torch.float64).T
+    for dtype in (torch.float32, torch.float64):
+        out = Evaluator(network, dtype=dtype)(x)
+        assert out.value.dtype is dtype
+        assert oracle.difference(out.value, oracle.value(network.double(), x)) < 1e-5
+
+
+def test_later_changes_of_the_network_do_not_reach_it():
+    network = NETWORKS["residual"]()
+    evaluate, x = Evaluator(network), torch.randn(3, 4)
+    before = evaluate(x).value.clone()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
     assert torch.equal(evaluate(x).value, before)
+    assert torch.equal(evaluate(x, ("value", "hessian")).value, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_dtype_is_the_one_asked_for(dtype):
-    evaluate = Evaluator(NETWORKS["resnet"](), dtype=dtype)
-    for given in (torch.float32, torch.float64):
-        assert evaluate(torch.ones(2, 4, dtype=given), ("hessian",)).hessian.dtype is dtype
+@pytest.mark.parametrize("native", MACHINES)
+def test_results_stay_what_they_were_when_more_is_computed(native):
+    evaluate = Evaluator(NETWORKS["many inputs"](), native=native)
+    first = evaluate(torch.randn(300, 40), ("value", "hessian"))
+    kept = first.hessian.clone()
+    for _ in range(3):
+        evaluate(torch.randn(300, 40), ("value", "hessian"))
+    assert torch.equal(first.hessian, kept)
 
 
-def test_threads_may_share_it():
-    evaluate = Evaluator(tame(NETWORKS["convex"](), 0))
-    points = [randn(n, 4, seed=n) for n in (1, 9, 33, 70)]
-    alone = [evaluate(x, ("hessian",)).hessian for x in points]
-    with ThreadPoolExecutor(4) as threads:
-        for _ in range(10):
-            found = threads.map(lambda x: evaluate(x, ("hessian",)).hessian, points)
-            assert all(map(torch.equal, found, alone))
+@pytest.mark.parametrize("native", MACHINES)
+def test_threads_may_share_it(native):
+    evaluate = Evaluator(NETWORKS["residual"](), native=native)
+    points = [torch.randn(40, 4) for _ in range(4)]
+    alone = [evaluate(x, ("value", "hessian")).hessian for x in points]
+    wrong = []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(evaluate(points[i], ("value", "hessian")).hessian, alone[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("native", MACHINES)
+def test_threads_of_its_own_give_the_same_bits(native):
+    network = NETWORKS["many inputs"]()
+    x = torch.randn(700, 40)
+    alone = Evaluator(network, native=native)(x, ("value", "hessian"))
+    together = Evaluator(network, threads=3, native=native)(x, ("value", "hessian"))
+    assert torch.equal(alone.hessian, together.hessian)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "words"),
     [
-        ({"x": torch.zeros(2, 3)}, r"expected points of shape \(n, 4\), got \(2, 3\)"),
-        ({"x": torch.zeros(4)}, r"got \(4,\)"),
-        ({"quantities": ("jacobian",)}, "expected quantities out of value, gradient"),
-        ({"quantities": ()}, "expected quantities"),
-        ({"weights": torch.zeros(2)}, r"weights of shape \(3,\) or \(2, 3\), got \(2,\)"),
-        ({"quantities": ("hvp",)}, r"directions of shape \(k, 4\) or \(2, k, 4\), got none"),
-        ({"quantities": ("hvp",), "directions": torch.zeros(3, 1, 4)}, r"got \(3, 1, 4\)"),
+        pytest.param({"x": torch.zeros(2, 3)}, r"expected points of shape \(n, 4\), got \(2, 3\)", id="points"),
+        pytest.param({"x": torch.zeros(4)}, r"got \(4,\)", id="one point"),
+        pytest.param({"quantities": ("slope",)}, "expected quantities out of value.*got", id="unknown quantity"),
+        pytest.param({"quantities": ()}, "expected quantities", id="no quantity"),
+        pytest.param({"weights": torch.zeros(2)}, r"expected weights of shape \(3,\) or \(2, 3\)", id="weights"),
+        pytest.param({"quantities": ("hvp",)}, "expected directions.*got none", id="no directions"),
+        pytest.param({"directions": torch.zeros(2, 3)}, r"\(k, 4\) or \(2, k, 4\), got \(2, 3\)", id="directions"),
     ],
-    ids=["width", "axes", "unknown", "nothing", "weights", "no directions", "directions"],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
-    evaluate = Evaluator(NETWORKS["resnet"]())
-    with pytest.raises(ShapeError, match=message):
+def test_what_does_not_fit_is_refused(arguments, words):
+    evaluate = Evaluator(NETWORKS["residual"]())
+    with pytest.raises(ShapeError, match=words):
         evaluate(**{"x": torch.zeros(2, 4), **arguments})

@@ -14,7 +14,7 @@ from hessquik import layers as lay
 from hessquik import networks as net
 from hessquik.activations import softplusActivation, tanhActivation
 from hessquik.utils import input_derivative_check, input_derivative_check_finite_difference
-from tests.engine import oracle
+from tests import oracle
 from tests.engine.random_networks import tame
 
 TOLERANCE = 1e-12  # rounding in float64

@@ -1,0 +1,221 @@
+"""The CPU machine: runs a program by one call of a compiled kernel.
+
+The library is built when the package is installed, where there is a C compiler; without it
+:mod:`hessquik.machine` does the same with torch. A row's arithmetic is the same wherever it stands and whatever
+stands beside it, so its bits are, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hessquik.activations import (
+    antiTanhActivation,
+    quadraticActivation,
+    sigmoidActivation,
+    softplusActivation,
+    tanhActivation,
+)
+from hessquik.program import Program, Step, View
+
+__all__ = ["Native", "is_available"]
+
+_OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "congruence")
+_ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
+_WORKSPACE, _CONSTANT = 0, 1
+#: Vectors per panel of a packed matrix, as in native.c.
+_PANEL_VECTORS = 2
+
+
+class _Operand(Structure):
+    _fields_ = [(name, c_int64) for name in ("base", "offset", "column", "row", "outer", "inner", "column_step")]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("op", "kind", "outer", "inner", "width", "depth")),
+        ("alpha", c_double),
+        ("beta", c_double),
+        ("operand", _Operand * 5),
+    ]
+
+
+class _Call(Structure):
+    _fields_ = [
+        ("once", POINTER(_Step)),
+        ("onces", c_int64),
+        ("step", POINTER(_Step)),
+        ("steps", c_int64),
+        ("bases", POINTER(c_void_p)),
+        ("scratch", c_void_p),
+        ("first", c_int64),
+        ("stop", c_int64),
+        ("tile_rows", c_int64),
+    ]
+
+
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernel, if it was built."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    return None
+
+
+_LIBRARY = _library()
+_memory = threading.local()
+
+
+def is_available(program: Program | None = None) -> bool:
+    """Whether the kernel was built and knows every activation of the program."""
+    return _LIBRARY is not None and all(
+        step.activation is None or type(step.activation) in _ACTIVATIONS
+        for step in (() if program is None else program.steps)
+    )
+
+
+class Native:
+    """A program made ready for the kernel.
+
+    Args:
+        program: The program.
+        dtype: Of all numbers.
+        tile_rows: Rows of a tile.
+        packed: Matrices in the kernel's layout, shared by the programs of a network.
+        vector_bytes: Width of the vectors; the machine's widest if not given.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        tile_rows: int,
+        packed: dict[tuple[int, ...], tuple[Tensor, Tensor]],
+        vector_bytes: int | None = None,
+    ) -> None:
+        """Translate the steps."""
+        assert _LIBRARY is not None
+        self.program = program
+        self.dtype = dtype
+        self.tile_rows = tile_rows
+        self.vector_bytes = vector_bytes or _LIBRARY.hessquik_vector_bytes()
+        self._packed = packed
+        self._kept: list[Tensor] = []
+        self._bases: dict[str, int] = {"workspace": _WORKSPACE, "constant": _CONSTANT}
+        self._once = (_Step * len(program.once))(*map(self._step, program.once))
+        self._steps = (_Step * len(program.steps))(*map(self._step, program.steps))
+
+    def run(self, arrays: dict[str, Tensor], rows: int, first: int = 0) -> None:
+        """Compute ``rows`` rows from ``first`` on.
+
+        Args:
+            arrays: Contiguous inputs and results by name; an input of one row serves all rows.
+            rows: How many.
+            first: The first of them.
+        """
+        assert _LIBRARY is not None
+        tile_rows = min(self.tile_rows, rows)
+        size = self.program.workspace * tile_rows
+        memory = self._workspace(size + self.program.scratch)
+        item = self.dtype.itemsize
+        start = memory.data_ptr()
+        ctypes.memset(start, 0, self.program.zeroed * tile_rows * item)
+        bases = (c_void_p * len(self._bases))()
+        bases[_WORKSPACE] = start
+        for name, place in self._bases.items():
+            if place > _CONSTANT:
+                array = arrays[name]
+                bases[place] = array.data_ptr()
+        call = _Call(
+            self._once, len(self._once), self._steps, len(self._steps), bases, start + size * item,
+            first, first + rows, tile_rows,
+        )  # fmt: skip
+        _LIBRARY.hessquik_run(byref(call), c_int64(self.dtype == torch.float64), c_int64(self.vector_bytes))
+
+    def _step(self, step: Step) -> _Step:
+        """A step as the kernel reads it."""
+        name, out = step.operation, step.out
+        a, b = step.inputs[:2]
+        assert a is not None
+        coded = _Step(op=_OPERATIONS.index(name), alpha=step.alpha, outer=out.shape[0], inner=out.shape[1])
+        coded.width = out.shape[2]
+        views: tuple[View | None, ...] = (out, *step.inputs)
+        if name == "multiply":
+            assert b is not None
+            coded.inner, coded.depth = a.shape[1], b.shape[1]
+        elif name == "activate":
+            views = (a, out, *step.inputs[1:])
+            assert step.activation is not None
+            coded.kind = _ACTIVATIONS.index(type(step.activation))
+            coded.alpha = getattr(step.activation, "beta", 1.0)
+            coded.beta = getattr(step.activation, "threshold", 0.0)
+        elif name == "sum_products":
+            coded.inner = a.shape[1]
+        elif name == "contract":
+            assert b is not None
+            coded.outer, coded.inner, coded.depth = a.shape[1], b.shape[1], self._padded(a.shape[2])
+        elif name == "congruence":
+            assert b is not None
+            coded.outer, coded.inner, coded.depth = b.shape[1], a.shape[1], self._padded(a.shape[2])
+        for place in range(5):
+            view = views[place] if place < len(views) else None
+            is_matrix = name == "multiply" and place == 2
+            coded.operand[place] = self._operand(view, is_matrix, out.shape[1])
+        return coded
+
+    def _padded(self, columns: int) -> int:
+        """Columns with their padding, which is zero where sums run over it."""
+        lanes = self.vector_bytes // self.dtype.itemsize
+        return -(-columns // lanes) * lanes
+
+    def _operand(self, view: View | None, is_matrix: bool, inner: int) -> _Operand:
+        """Where an array lies; one inner entry serves all."""
+        if view is None:
+            return _Operand(base=-1)
+        buffer = view.buffer
+        panel = _PANEL_VECTORS * self.vector_bytes // self.dtype.itemsize
+        operand = _Operand(
+            column=view.column, row=view.row_stride, outer=view.strides[0], column_step=view.strides[2]
+        )
+        operand.inner = 0 if view.shape[1] == 1 and inner > 1 and not is_matrix else view.strides[1]
+        if is_matrix:
+            operand.outer = panel
+        if buffer.data is None:
+            operand.base = self._bases.setdefault(buffer.base, len(self._bases))
+            operand.offset = buffer.offset
+            return operand
+        data = self._pack(view, panel) if is_matrix else buffer.data
+        if is_matrix:
+            operand.outer, operand.inner, operand.column_step, operand.column = view.shape[1] * panel, panel, 1, 0
+        self._kept.append(data)
+        operand.base, operand.offset = _CONSTANT, data.data_ptr() // self.dtype.itemsize
+        return operand
+
+    def _pack(self, view: View, panel: int) -> Tensor:
+        """A matrix as panels of some columns each, padded with zeros."""
+        matrix = view.constant
+        assert matrix is not None
+        key = (matrix.data_ptr(), *matrix.shape, *matrix.stride(), panel)
+        if key not in self._packed:
+            depth, columns = matrix.shape
+            panels = -(-columns // panel)
+            padded = torch.zeros(depth, panels * panel, dtype=self.dtype)
+            padded[:, :columns] = matrix
+            self._packed[key] = (matrix, padded.view(depth, panels, panel).transpose(0, 1).contiguous())
+        return self._packed[key][1]
+
+    def _workspace(self, count: int) -> Tensor:
+        """Memory of the calling thread, at least ``count`` numbers and a vector more, which loads may touch."""
+        needed = (count * self.dtype.itemsize + 1024) // 8 + 8
+        memory: Tensor | None = getattr(_memory, "workspace", None)
+        if memory is None or memory.numel() < needed:
+            memory = _memory.workspace = torch.zeros(needed, dtype=torch.float64)
+        return memory

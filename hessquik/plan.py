@@ -1,0 +1,577 @@
+"""From the layers of a network and what is asked of it to the cheapest program.
+
+The formulas are those of :mod:`hessquik.calculus`, written as steps instead of carried out. What can be chosen,
+and is by counting:
+
+    start      tangents begin with the d unit vectors of x or, if x enters by fewer than d columns [K₁ K₂ …] = QR,
+               with the orthonormal rows of Qᵀ: f(x) = g(xQ), so ∇²f = Q ∇²g Qᵀ and Δf = Δg
+    order      backward: adjoints give the weights c of a sum of congruences;
+               forward: second derivatives travel along with the tangents, which pays when there are many outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.calculus import DIRECTIONAL
+from hessquik.layers.form import Form, Map
+from hessquik.program import Program, View, Writer
+
+__all__ = ["Ask", "Plan", "choose"]
+
+#: Floating-point operations that take as long as moving one byte between a core and its caches.
+OPERATIONS_PER_BYTE = 2.0
+#: What a tile's workspace may take, so that it stays in a core's second-level cache.
+TILE_BYTES = 640 << 10
+#: Rows of the largest tile.
+LARGEST_TILE_ROWS = 256
+
+Parts = tuple[View | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of a network.
+
+    Attributes:
+        quantities: Names.
+        weights: Rows of λ: ``None``, ``"shared"`` or ``"each"``.
+        directions: Likewise for v.
+        k: Number of directions.
+    """
+
+    quantities: frozenset[str]
+    weights: str | None = None
+    directions: str | None = None
+    k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A program and why it was chosen; ``print`` shows both.
+
+    Attributes:
+        ask: What it answers.
+        start: Where tangents begin: ``x`` or ``reduced``; ``None`` if there are none.
+        order: ``backward`` or ``forward``.
+        rows: Rows of a tile.
+        operations: Floating-point operations per row.
+        bytes: Bytes per row that steps read and write.
+        program: The steps.
+    """
+
+    ask: Ask
+    start: str | None
+    order: str
+    rows: int
+    operations: int
+    bytes: int
+    program: Program
+
+    def __str__(self) -> str:
+        """The choice and the steps."""
+        head = (
+            f"{', '.join(sorted(self.ask.quantities))}: tangents from {self.start or 'nowhere'}, {self.order}, "
+            f"tiles of {self.rows} rows, {self.operations} operations and {self.bytes} bytes a row"
+        )
+        return "\n  ".join([head, *map(str, self.program.steps)])
+
+
+def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype) -> Plan:
+    """The plan with the least work among all that answer ``ask``."""
+    plans = []
+    basis = _basis(forms)
+    for order in ("backward", "forward"):
+        for start in ("x", "reduced"):
+            if start == "reduced" and basis is None:
+                continue
+            formulas = _Formulas(forms, ask, dtype, None if start == "x" else basis, order == "forward")
+            if formulas.is_possible():
+                formulas.write()
+                program = formulas.writer.finish()
+                moved = program.numbers * dtype.itemsize
+                fitting = TILE_BYTES // max(1, program.workspace * dtype.itemsize)
+                rows = max(1, min(LARGEST_TILE_ROWS, fitting))
+                used = start if formulas.has_tangents else None
+                plans.append(Plan(ask, used, order, rows, program.operations, moved, program))
+    return min(plans, key=lambda plan: plan.operations + OPERATIONS_PER_BYTE * plan.bytes)
+
+
+def _basis(forms: Sequence[Form]) -> Tensor | None:
+    """Orthonormal columns Q (d, r) that span everything x is multiplied by, if they are fewer than d."""
+    d = sum(forms[0].widths)
+    columns: list[Tensor] = []
+    for place, form in enumerate(forms):
+        if form.widths[-1] != d or (place and not forms[place - 1].carries):
+            return None
+        maps = [form.into[-1], form.skip[-1]]
+        if any(isinstance(linear, float) for linear in maps):
+            return None
+        columns += [linear for linear in maps if isinstance(linear, Tensor)]
+        if not form.carries:
+            break
+    if not columns or sum(matrix.shape[1] for matrix in columns) >= d:
+        return None
+    basis: Tensor = torch.linalg.qr(torch.cat(columns, dim=1).double().cpu()).Q
+    return basis.to(columns[0].device)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer linearised: where its slope, curvature and parts are kept."""
+
+    form: Form
+    widths: tuple[int, ...]
+    slope: View | None
+    curvature: View | None
+    place: slice
+
+
+class _Formulas:
+    """Writes one program: the formulas of :mod:`hessquik.calculus`, term by term."""
+
+    def __init__(
+        self, forms: Sequence[Form], ask: Ask, dtype: torch.dtype, basis: Tensor | None, is_forward: bool
+    ) -> None:
+        self.forms, self.ask, self.dtype, self.basis, self.is_forward = forms, ask, dtype, basis, is_forward
+        self.writer = Writer(dtype)
+        self.wanted = ask.quantities
+        self.has_tangents = False
+        self.d = sum(forms[0].widths)
+        self.device = next(
+            (matrix.device for form in forms for matrix in (*form.into, *form.skip) if isinstance(matrix, Tensor)),
+            torch.device("cpu"),
+        )
+        lanes = 64 // dtype.itemsize
+        self.hidden = [0 if form.activation.is_linear else -(-_width(form) // lanes) * lanes for form in forms]
+
+    def is_possible(self) -> bool:
+        """Whether this way answers what is asked and differs from the others."""
+        second = self.wanted & {"hessian", "laplacian", "hessian_diagonal"}
+        if self.is_forward:
+            tangents = second or self.wanted & {"gradient"}
+            return bool(tangents) and self.ask.weights is None and not self.wanted & DIRECTIONAL
+        return self.basis is None or bool(second)
+
+    def write(self) -> None:
+        """Write the steps of every quantity."""
+        w = self.writer
+        second = self.wanted & {"hessian", "laplacian", "hessian_diagonal", "hvp", "curvature"}
+        first = self.wanted & {"gradient", "jvp"}
+        x = w.external("x", self.d)
+        layers, y = self.linearize(x, 2 if second else int(bool(first)))
+        m = y.shape[2]
+        m_out = m if self.ask.weights is None else 1
+        weights = None
+        if self.ask.weights is not None:
+            weights = w.scale(
+                w.external("weights", m, is_shared=self.ask.weights == "shared"), out=w.new(1, m, is_zeroed=True)
+            )
+        if "value" in self.wanted:
+            out = w.external("value", m_out)
+            if weights is None:
+                w.scale(y, out=out)
+            else:
+                w.contract(w.scale(y, out=w.new(1, m, is_zeroed=True)), weights, out)
+        if self.is_forward:
+            self.forward(layers, m)
+            return
+
+        pushes_jvp = self.wanted & first == {"jvp"} and not second
+        if not (second or first) or pushes_jvp:
+            if pushes_jvp:
+                self.push_jvp(layers, weights, m_out)
+            return
+        unit = w.constant(torch.eye(m, device=self.device)) if weights is None else weights
+        c = w.new(m_out, sum(self.hidden), is_zeroed=True) if second else None
+        gx = self.pull(layers, (unit, *(None for _ in range(layers[-1].form.carries))), c=c)
+        if "gradient" in self.wanted:
+            w.scale(gx, out=w.external("gradient", self.d, m_out).swap())
+        if "jvp" in self.wanted:
+            self.contract_jvp(gx, m_out)
+        if c is not None:
+            self.second_order(layers, c, m_out)
+
+    def second_order(self, layers: list[_Layer], c: View, m: int) -> None:
+        """The quantities that are sums over the hidden units, with weights c (m, Σw)."""
+        w, d = self.writer, self.d
+        if self.wanted & {"hessian", "laplacian", "hessian_diagonal"}:
+            start = self.start()
+            J = w.new(start.shape[1], sum(self.hidden), is_zeroed=True)
+            self.push(layers, (start,), J)
+            if "laplacian" in self.wanted:
+                w.contract(w.sum_products(J, J), c, w.external("laplacian", 1, m))
+            if self.wanted & {"hessian", "hessian_diagonal"}:
+                if self.basis is None:
+                    self.assemble(J, c, m)
+                else:
+                    s = J.shape[1]
+                    M = w.new(m * s, s)
+                    pitch = M.strides[1]
+                    w.congruence(J, c, View(M.buffer, (s, s, m), (pitch, 1, s * pitch)))
+                    self.sandwich([M.inner(k * s, (k + 1) * s) for k in range(m)])
+        if self.wanted & {"hvp", "curvature"}:
+            k = self.ask.k
+            directions = self.directions()
+            J = w.new(k, sum(self.hidden), is_zeroed=True)
+            self.push(layers, (directions,), J)
+            if "curvature" in self.wanted:
+                squares = w.scale(J, J, out=w.new(k, J.shape[2], is_zeroed=True))
+                w.contract(squares, c, w.external("curvature", k, m))
+            if "hvp" in self.wanted:
+                extra = w.new(k * m, J.shape[2])
+                for i in range(k):
+                    w.scale(c, J.inner(i, i + 1), out=extra.inner(i * m, (i + 1) * m))
+                nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
+                gx = self.pull(layers, nothing, extra=extra)
+                hvp = w.external("hvp", k, d, m)
+                for i in range(k):
+                    w.scale(gx.inner(i * m, (i + 1) * m), out=hvp.outer(i).swap())
+
+    def assemble(self, J: View, c: View, m: int) -> None:
+        """The Hessian and its diagonal from tangents that start at x."""
+        w, d = self.writer, self.d
+        if "hessian" in self.wanted:
+            H = w.external("hessian", d, d, m)
+            w.congruence(J, c, H)
+            self.diagonal_of(H)
+        else:
+            squares = w.scale(J, J, out=w.new(d, J.shape[2], is_zeroed=True))
+            w.contract(squares, c, w.external("hessian_diagonal", d, m))
+
+    def diagonal_of(self, H: View) -> None:
+        """The diagonal of a Hessian that is there."""
+        if "hessian_diagonal" in self.wanted:
+            d, m = H.shape[1:]
+            diagonal = View(H.buffer, (1, d, m), (0, H.strides[0] + H.strides[1], H.strides[2]))
+            self.writer.scale(diagonal, out=self.writer.external("hessian_diagonal", d, m))
+
+    def sandwich(self, M: list[View]) -> None:
+        """Q M_k Qᵀ for every output k, or its diagonal."""
+        assert self.basis is not None
+        w, d, m = self.writer, self.d, len(M)
+        s = self.basis.shape[1]
+        Q = w.constant(self.basis)
+        if "hessian" in self.wanted:
+            T = w.new(s, d * m)
+            for k in range(m):
+                out = View(T.buffer, (1, s, d), (0, T.strides[1], m), k)
+                w.multiply(M[k], self.basis.T, out=out)
+            H = w.external("hessian", d, d, m)
+            w.multiply(Q, T, out=View(H.buffer, (1, d, d * m), (0, d * m, 1)))
+            self.diagonal_of(H)
+        elif "hessian_diagonal" in self.wanted:
+            diagonal = w.external("hessian_diagonal", d, m)
+            rows = w.constant(self.basis.T)
+            for k in range(m):
+                half = w.multiply(M[k], self.basis.T)
+                w.sum_products(half, rows, out=View(diagonal.buffer, (1, 1, d), (0, 0, m), k))
+
+    def push_jvp(self, layers: list[_Layer], weights: View | None, m: int) -> None:
+        """Jv by tangents alone."""
+        w, k = self.writer, self.ask.k
+        out = w.external("jvp", k, m)
+        dy = self.push(layers, (self.directions(),), None, tangents_out=True)
+        if weights is None:
+            w.scale(dy, out=out)
+        else:
+            w.contract(w.scale(dy, out=w.new(k, dy.shape[2], is_zeroed=True)), weights, out)
+
+    def contract_jvp(self, gx: View, m: int) -> None:
+        """Jv from the gradient."""
+        w, k = self.writer, self.ask.k
+        directions = w.scale(self.directions(), out=w.new(k, self.d, is_zeroed=True))
+        w.contract(directions, w.scale(gx, out=w.new(m, self.d, is_zeroed=True)), w.external("jvp", k, m))
+
+    def forward(self, layers: list[_Layer], m: int) -> None:
+        """Gradient and second derivatives carried forward, the latter for all pairs of tangents, or their sums."""
+        w, d = self.writer, self.d
+        start = self.start()
+        D = start.shape[1]
+        pairs: list[tuple[int, int]] = []
+        if "hessian" in self.wanted or ("hessian_diagonal" in self.wanted and self.basis is not None):
+            pairs = [(a, b) for a in range(D) for b in range(a, D)]
+        elif "hessian_diagonal" in self.wanted:
+            pairs = [(a, a) for a in range(D)]
+        sums = int("laplacian" in self.wanted and not pairs)
+        dy, d2y = self.push_second(layers, start, pairs, sums)
+        if "gradient" in self.wanted:
+            gradient = w.external("gradient", d, m)
+            if self.basis is None:
+                w.scale(dy, out=gradient)
+            else:
+                w.multiply(w.constant(self.basis), dy, out=gradient)
+        if d2y is None:
+            self.flat(m)
+            return
+        if "laplacian" in self.wanted:
+            out = w.external("laplacian", m)
+            squares = [d2y] if sums else [d2y.inner(i, i + 1) for i, (a, b) in enumerate(pairs) if a == b]
+            for place, square in enumerate(squares):
+                w.scale(square, add=out if place else None, out=out)
+        if pairs and self.basis is None:
+            self.unpack(pairs, d2y, w.external("hessian", d, d, m))
+        elif pairs:
+            M = w.new(m * D, D)
+            pitch = M.strides[1]
+            self.unpack(pairs, d2y, View(M.buffer, (D, D, m), (pitch, 1, D * pitch)))
+            self.sandwich([M.inner(k * D, (k + 1) * D) for k in range(m)])
+
+    def flat(self, m: int) -> None:
+        """Second derivatives of a network that has none."""
+        w, d = self.writer, self.d
+        zeros = partial(torch.zeros, device=self.device)
+        if "laplacian" in self.wanted:
+            w.scale(w.constant(zeros(1, m)), out=w.external("laplacian", m))
+        if "hessian_diagonal" in self.wanted:
+            w.scale(w.constant(zeros(d, m)), out=w.external("hessian_diagonal", d, m))
+        if "hessian" in self.wanted:
+            H = w.external("hessian", d, d, m)
+            w.scale(w.constant(zeros(d, d * m)), out=View(H.buffer, (1, d, d * m), (0, d * m, 1)))
+
+    def unpack(self, pairs: list[tuple[int, int]], d2y: View, H: View) -> None:
+        """Pairs (a, b), b ≥ a, to both triangles; or to the diagonal if that is all there is."""
+        w = self.writer
+        m = d2y.shape[2]
+        if "hessian" not in self.wanted and self.basis is None:
+            w.scale(d2y, out=w.external("hessian_diagonal", self.d, m))
+            return
+        for a in {a for a, _ in pairs}:
+            mine = [i for i, (left, _) in enumerate(pairs) if left == a]
+            row = d2y.inner(mine[0], mine[-1] + 1)
+            begin = H.column + a * (H.strides[0] + H.strides[1])
+            for step in H.strides[:2]:
+                w.scale(row, out=View(H.buffer, (1, len(mine), m), (0, step, H.strides[2]), begin))
+        if self.basis is None:
+            self.diagonal_of(H)
+
+    def directions(self) -> View:
+        """The directions (k, d)."""
+        return self.writer.external("directions", self.ask.k, self.d, is_shared=self.ask.directions == "shared")
+
+    def start(self) -> View:
+        """The tangents that everything is pushed from."""
+        self.has_tangents = True
+        eye = torch.eye(self.d, device=self.device)
+        return self.writer.constant(eye if self.basis is None else self.basis.T)
+
+    # ---- A chain of layers: the features, tangents and adjoints of one after the other. ----
+
+    def linearize(self, x: View, order: int) -> tuple[list[_Layer], View]:
+        """Write the value of every layer and what derivatives up to ``order`` need."""
+        w = self.writer
+        layers: list[_Layer] = []
+        features: Parts = (x,)
+        place = 0
+        for form, hidden in zip(self.forms, self.hidden, strict=True):
+            had = layers[-1].widths if layers else (self.d,)
+            features = self.cut(features, had, form.widths)
+            z = self.sum(self.terms(features, form.into), bias=form.bias)
+            assert z is not None
+            slope = curvature = None
+            sigma = z
+            if not form.activation.is_linear:
+                sigma, slope, curvature = w.activate(form.activation, z, order)
+            y = self.sum([*self.terms(features, form.skip), *self.term(sigma, form.out)], bias=form.offset)
+            assert y is not None
+            features = (y, *(features[-1:] if form.carries else ()))
+            widths = tuple(0 if part is None else part.shape[2] for part in features)
+            layers.append(_Layer(form, widths, slope, curvature, slice(place, place + _width(form))))
+            place += hidden
+        y, *_ = features
+        assert y is not None
+        return layers, y
+
+    def push(self, layers: list[_Layer], tangents: Parts, J: View | None, tangents_out: bool = False) -> View:
+        """Write dz of every layer that has curvature into its columns of 𝒥, and dy of the last if asked for."""
+        last = max((i for i, layer in enumerate(layers) if layer.slope is not None), default=-1)
+        dy: View | None = None
+        for i, layer in enumerate(layers):
+            form = layer.form
+            tangents = self.cut(tangents, layers[i - 1].widths if i else (self.d,), form.widths)
+            slot = None if J is None or layer.slope is None else J.columns(layer.place.start, layer.place.stop)
+            dz = self.sum(self.terms(tangents, form.into), out=slot)
+            if i >= last and not tangents_out:
+                break
+            ds = dz if layer.slope is None or dz is None else partial(self.writer.scale, dz, layer.slope)
+            dy = self.sum([*self.terms(tangents, form.skip), *self.term(ds, form.out)])
+            tangents = (dy, *(tangents[-1:] if form.carries else ()))
+        return dy if dy is not None else self.zeros(1, 1)
+
+    def push_second(
+        self, layers: list[_Layer], start: View, pairs: list[tuple[int, int]], sums: int
+    ) -> tuple[View, View | None]:
+        """Write dy and the second derivatives of y for the pairs of tangents, or for the sum of their squares."""
+        w = self.writer
+        du: Parts = (start,)
+        d2u: Parts = (None,)
+        bends = len(pairs) + sums
+        had: tuple[int, ...] = (self.d,)
+        for layer in layers:
+            form = layer.form
+            du, d2u = self.cut(du, had, form.widths), self.cut(d2u, had, form.widths)
+            had = layer.widths
+            dz = self.sum(self.terms(du, form.into))
+            d2z = self.sum(self.terms(d2u, form.into)) if bends else None
+            ds, d2s = dz, d2z
+            if dz is not None and layer.slope is not None:
+                assert layer.curvature is not None
+                ds = w.scale(dz, layer.slope)
+                if bends:
+                    products = w.sum_products(dz, dz) if sums else self.products(dz, pairs)
+                    straight = None if d2z is None else w.scale(d2z, layer.slope)
+                    d2s = w.scale(products, layer.curvature, add=straight, out=straight)
+            carried = range(form.carries)
+            dy = self.sum([*self.terms(du, form.skip), *self.term(ds, form.out)])
+            d2y = self.sum([*self.terms(d2u, form.skip), *self.term(d2s, form.out)])
+            du = (dy, *(du[-1] for _ in carried))
+            d2u = (d2y, *(d2u[-1] for _ in carried))
+        return du[0] or self.zeros(start.shape[1], layers[-1].widths[0]), d2u[0]
+
+    def products(self, dz: View, pairs: list[tuple[int, int]]) -> View:
+        """Dz_a ⊙ dz_b for the pairs, which come in runs of one a with neighbouring b."""
+        w = self.writer
+        out = w.new(len(pairs), dz.shape[2])
+        place = 0
+        for a in sorted({a for a, _ in pairs}):
+            run = [b for left, b in pairs if left == a]
+            w.scale(dz.inner(run[0], run[-1] + 1), dz.inner(a, a + 1), out=out.inner(place, place + len(run)))
+            place += len(run)
+        return out
+
+    def pull(self, layers: list[_Layer], adjoints: Parts, c: View | None = None, extra: View | None = None) -> View:
+        """Write the adjoint of x; on the way c = gs ⊙ σ'' into its columns, or let ``extra`` enter at every z."""
+        w = self.writer
+        had = layers[-1].widths
+        for layer in reversed(layers):
+            form = layer.form
+            adjoints = self.cut(adjoints, had, layer.widths)
+            had = form.widths
+            gy = adjoints[0]
+            gs = self.sum(self.term(gy, _transposed(form.out)))
+            columns = (layer.place.start, layer.place.stop)
+            gz = gs
+            if layer.slope is not None:
+                if c is not None and gs is not None:
+                    w.scale(gs, layer.curvature, out=c.columns(*columns))
+                entering = None if extra is None else extra.columns(*columns)
+                gz = entering if gs is None else w.scale(gs, layer.slope, add=entering)
+            into = [self.term(gz, _transposed(linear)) for linear in form.into]
+            skip = [self.term(gy, _transposed(linear)) for linear in form.skip]
+            carried = adjoints[-1] if form.carries else None
+            adjoints = tuple(
+                self.sum([*skip[i], *into[i], *([carried] if carried is not None and i == len(skip) - 1 else [])])
+                for i in range(len(skip))
+            )
+        (gx,) = self.cut(adjoints, had, (self.d,))
+        return self.zeros(self.rows_of(layers, extra), self.d) if gx is None else gx
+
+    def rows_of(self, layers: list[_Layer], extra: View | None) -> int:
+        """How many adjoints are pulled."""
+        if extra is not None:
+            return extra.shape[1]
+        return layers[-1].widths[0] if self.ask.weights is None else 1
+
+    def zeros(self, inner: int, columns: int) -> View:
+        """What nothing contributes to."""
+        return self.writer.constant(torch.zeros(inner, columns, device=self.device))
+
+    # ---- Sums of products, the way every formula is built. ----
+
+    def terms(self, parts: Parts, maps: Sequence[Map]) -> list[Any]:
+        """The products uᵢ Mᵢ that are not zero."""
+        return [term for part, linear in zip(parts, maps, strict=True) for term in self.term(part, linear)]
+
+    def term(self, part: Any, linear: Map) -> list[Any]:
+        """The product u M: nothing if it is zero, u if M = 1."""
+        if part is None or linear is None:
+            return []
+        if isinstance(linear, Tensor):
+            u = part() if callable(part) else part
+            return [
+                partial(self.writer.multiply, u, linear) if u.constant is None else self.writer.multiply(u, linear)
+            ]
+        if linear == 1.0:
+            return [part]
+        if callable(part):
+            return [partial(part, alpha=linear)]
+        return [partial(self.writer.scale, part, alpha=linear)]
+
+    def sum(self, terms: Sequence[Any], bias: Tensor | None = None, out: View | None = None) -> View | None:
+        """Write the terms one onto the other: arrays that are there, and steps that can add to one."""
+        arrays = [term for term in terms if isinstance(term, View)]
+        steps = [term for term in terms if not isinstance(term, View)]
+        total: View | None = None
+        is_own = False
+        for array in arrays:
+            if total is None:
+                total = array
+            else:
+                total, is_own = self.writer.scale(array, add=total), True
+        # The bias goes with a product, if there is one.
+        products = [step for step in steps if step.func == self.writer.multiply]
+        for step in [*products, *(step for step in steps if step.func != self.writer.multiply)]:
+            keywords: dict[str, Any] = {}
+            if bias is not None and step.func == self.writer.multiply:
+                keywords["bias"], bias = bias, None
+            target = (
+                out if out is not None else total if is_own and total is not None and total.constant is None else None
+            )
+            total, is_own = step(add=total, out=target, **keywords), True
+        if bias is not None:
+            assert total is not None
+            shift = self.writer.constant(bias.unsqueeze(0))
+            total, is_own = self.writer.scale(total, add=shift), True
+        if out is not None and (total is None or total.buffer is not out.buffer):
+            total = self.writer.scale(self.zeros(*out.shape[1:]) if total is None else total, out=out)
+        return total
+
+    def cut(self, parts: Parts, had: tuple[int, ...], widths: tuple[int, ...]) -> Parts:
+        """The same columns cut at other places than before: slices where one part holds them, else copies."""
+        if had == widths:
+            return parts
+        inner = max((part.shape[1] for part in parts if part is not None), default=0)
+        if not inner:
+            return tuple(None for _ in widths)
+        known = [self.zeros(inner, width) if part is None else part for part, width in zip(parts, had, strict=True)]
+        places = list(accumulate(had, initial=0))
+        pieces: list[View] = []
+        for start, stop in pairwise(accumulate(widths, initial=0)):
+            touched = [
+                part.columns(max(start - begin, 0), min(stop - begin, part.shape[2]))
+                for part, begin in zip(known, places, strict=False)
+                if begin < stop and start < begin + part.shape[2]
+            ]
+            pieces.append(touched[0] if len(touched) == 1 else self.join(touched))
+        return tuple(pieces)
+
+    def join(self, pieces: list[View]) -> View:
+        """Pieces side by side in one array."""
+        out = self.writer.new(max(piece.shape[1] for piece in pieces), sum(piece.shape[2] for piece in pieces))
+        place = 0
+        for piece in pieces:
+            self.writer.scale(piece, out=out.columns(place, place + piece.shape[2]))
+            place += piece.shape[2]
+        return out
+
+
+def _width(form: Form) -> int:
+    """Hidden units of a layer."""
+    for linear, width in zip(form.into, form.widths, strict=True):
+        if isinstance(linear, Tensor):
+            return linear.shape[1]
+        if linear is not None:
+            return width
+    raise AssertionError("a layer has at least one way in")
+
+
+def _transposed(linear: Map) -> Map:
+    """Mᵀ."""
+    return linear.T if isinstance(linear, Tensor) else linear

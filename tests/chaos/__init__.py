@@ -1,0 +1,1 @@
+"""What happens to the numbers while things break."""

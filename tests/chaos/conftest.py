@@ -1,0 +1,52 @@
+"""Servers and questions for chaos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.traffic import Question, questions
+from tests.live import LiveServer
+
+FOLDER = Path(__file__).parent
+#: A stopped or hanging worker is replaced after this time.
+BATCH_TIMEOUT_S = 3
+Start = Callable[..., LiveServer]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run chaos in one process: two kinds of chaos at once would measure each other."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("chaos"))
+
+
+@pytest.fixture(scope="session")
+def asked(shipped_models: Path) -> list[Question]:
+    """Questions to all shipped models, with their right answers."""
+    return questions(shipped_models, 96, seed=1)
+
+
+@pytest.fixture(scope="module")
+def start(shipped_models: Path) -> Iterator[Start]:
+    """Start servers, also of the faulty kind, which are stopped at the end."""
+    started: list[LiveServer] = []
+
+    def start(fault: str = "", workers: int = 1, **settings: object) -> LiveServer:
+        command = ("-m", "tests.chaos.faulty_serve", fault) if fault else ("-m", "service")
+        settings = {"batch_timeout_s": BATCH_TIMEOUT_S, **settings}
+        live = LiveServer(shipped_models, workers=workers, settings=settings, command=command)
+        started.append(live)
+        return live.wait_until_ready()
+
+    yield start
+    for live in started:
+        live.stop()
+
+
+@pytest.fixture(scope="module")
+def busy(start: Start) -> LiveServer:
+    """A server with two workers."""
+    return start(workers=2)

@@ -1,0 +1,65 @@
+"""A worker with a fault that strikes at random. Only tests run it.
+
+mixed     now and then two rows of a batch change places
+untiled   rows are computed as they come, without the fixed tiles
+oom       memory runs out in every tenth batch
+spoiled   every twentieth batch spoils the device's context, after which all numbers would be wrong
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import Any
+
+import torch
+
+from hessquik import evaluator
+from service import wire, worker
+from tests.service.faulty_worker import FaultyWorker
+
+
+class RandomlyFaultyWorker(FaultyWorker):
+    """Fails in the way that the environment names."""
+
+    fault = os.environ.get("CHAOS_FAULT", "")
+    batches = 0
+    is_spoiled = False
+
+    def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        self.batches += 1
+        if self.fault == "oom" and self.batches % 10 == 0:
+            return self._out_of_memory(head, arrays)
+        if self.fault == "spoiled" and self.batches % 20 == 0:
+            self.is_spoiled = True
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        reply, answers = super()._evaluate(head, arrays)
+        if self.is_spoiled:
+            answers = {name: array + 1 for name, array in answers.items()}
+        if self.fault == "mixed" and random.random() < 0.1:
+            answers = {name: array[::-1] for name, array in answers.items()}
+        return reply, answers
+
+    def _out_of_memory(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+        """Go the way of the real error: raised by the evaluator."""
+        model = self.models[head["model"]]
+        evaluators, model._evaluators = model._evaluators, {}
+
+        def out_of_memory(*_: object) -> object:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+        model.evaluator = lambda _: out_of_memory  # type: ignore[method-assign, assignment, return-value]
+        try:
+            return super()._evaluate(head, arrays)
+        finally:
+            del model.evaluator
+            model._evaluators = evaluators
+
+
+if __name__ == "__main__":
+    if RandomlyFaultyWorker.fault == "untiled":
+        evaluator.SMALLEST_TILE_ROWS = 1
+        evaluator.Evaluator._tile_rows = lambda self, remaining: min(remaining, 64)  # type: ignore[method-assign]
+    worker.Worker = RandomlyFaultyWorker  # type: ignore[misc]
+    sys.exit(worker.main(sys.argv[1:]))

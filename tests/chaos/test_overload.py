@@ -1,0 +1,77 @@
+"""Overload is refused at once, and does not keep the service from its work, or from saying that it is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tests.chaos.conftest import Start
+from tests.chaos.traffic import Connection, Ledger, Traffic, flood, questions, run
+from tests.whole import Note, choose
+
+GOODPUT = 0.7
+REFUSED_WITHIN_S = 0.25
+LIVE_WITHIN_S = 0.05
+BACK_WITHIN_S = 5.0
+MEMORY_BYTES = 64 << 20
+LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, note: Note) -> None:
+    server = start(max_queue_requests=64)
+    heavy = questions(shipped_models, 24, seed=8, rows=(100,))  # so that the driver is not what is measured
+    seconds = choose(4.0, 30.0)
+    front = psutil.Process(server.process.pid)
+
+    async def closed_loop(seconds: float) -> Ledger:
+        end = time.perf_counter() + seconds
+        traffic = Traffic(server.port, heavy, is_over=lambda: time.perf_counter() > end)
+        return await traffic.run(clients=8, requests=10**9)
+
+    async def watch_life(until: asyncio.Event) -> list[float]:
+        waited = []
+        connection = await Connection.open(server.port)
+        while not until.is_set():
+            began = time.perf_counter()
+            status, _, _ = await connection.ask(LIVE, 10)
+            waited.append(time.perf_counter() - began)
+            assert status == 200
+            await asyncio.sleep(0.02)
+        connection.abort()
+        return waited
+
+    async def work() -> tuple[Ledger, Ledger, list[float], int, float]:
+        await closed_loop(1.0)
+        normal = await closed_loop(choose(2.0, 5.0))
+        before = front.memory_info().rss
+        until = asyncio.Event()
+        watching = asyncio.create_task(watch_life(until))
+        ledger = Ledger()
+        await flood(server.port, heavy, 3 * normal.right / choose(2.0, 5.0), seconds, ledger)
+        until.set()
+        grown = front.memory_info().rss - before
+        began = time.monotonic()
+        while (await closed_loop(0.5)).p(50) > 1.5 * normal.p(50):
+            assert time.monotonic() - began < 60
+        return normal, ledger, await watching, grown, time.monotonic() - began - 0.5
+
+    normal, ledger, waited, grown, back_s = run(work())
+    capacity, goodput = normal.right / choose(2.0, 5.0), ledger.right / seconds
+    refusal_s = float(np.percentile(ledger.refusal_seconds, 99))
+    live_s = float(np.percentile(waited, 99))
+    note(
+        f"capacity {capacity:.0f}/s, goodput at 3 times {goodput:.0f}/s, refusals p99 {1e3 * refusal_s:.0f} ms, "
+        f"livez p99 {1e3 * live_s:.0f} ms, memory +{grown / 2**20:.1f} MiB, "
+        f"back to normal in {back_s:.1f} s; {ledger}"
+    )
+    assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed) == (0, 0, 0, 0), ledger
+    assert ledger.refused > 0.3 * ledger.sent, "the control: this was no overload"
+    assert goodput >= GOODPUT * capacity
+    assert refusal_s <= REFUSED_WITHIN_S
+    assert live_s <= LIVE_WITHIN_S
+    assert grown <= MEMORY_BYTES
+    assert back_s <= BACK_WITHIN_S

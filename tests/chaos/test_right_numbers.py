@@ -1,0 +1,104 @@
+"""Nobody gets another caller's numbers, and every request has one end, whatever breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.chaos.conftest import Start
+from tests.chaos.traffic import Ledger, Question, Traffic, run
+from tests.live import LiveServer
+from tests.whole import Note, choose
+
+KILL_EVERY_S = choose(2.0, 10.0)
+
+
+async def kill_workers(server: LiveServer, until: asyncio.Event) -> int:
+    """SIGKILL a worker again and again; return how many."""
+    random_, killed = random.Random(4), 0
+    while not until.is_set():
+        try:
+            await asyncio.wait_for(until.wait(), KILL_EVERY_S)
+        except TimeoutError:
+            if workers := server.workers():
+                random_.choice(workers).send_signal(signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def test_every_answer_is_right_while_workers_are_killed(busy: LiveServer, asked: list[Question], note: Note) -> None:
+    async def work() -> tuple[Ledger, int]:
+        until = asyncio.Event()
+        killing = asyncio.create_task(kill_workers(busy, until))
+        traffic = Traffic(busy.port, asked, disconnects=0.2, malformed=0.05, retries=6, seed=2)
+        ledger = await traffic.run(clients=16, requests=choose(8000, 50_000))
+        until.set()
+        return ledger, await killing
+
+    ledger, killed = run(work())
+    note(f"{ledger}; {killed} workers killed")
+    assert killed > 0
+    assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed, ledger.refused) == (0, 0, 0, 0, 0), ledger
+    assert ledger.cancelled > 0.15 * ledger.sent
+    assert ledger.malformed > 0.03 * ledger.sent
+    assert ledger.balances()
+
+
+def test_rows_that_change_places_are_caught(start: Start, asked: list[Question], note: Note) -> None:
+    """The control: a worker that now and then answers with another row's numbers."""
+    server = start("mixed")
+    ledger = run(Traffic(server.port, asked, seed=3).run(clients=8, requests=500))
+    note(f"control: {ledger}")
+    assert ledger.wrong > 0
+    assert ledger.right > 0
+    assert ledger.balances()
+
+
+@asynccontextmanager
+async def bad_network(port: int, swaps: int, drops: int) -> AsyncIterator[int]:
+    """A proxy that changes a digit of one answer in so many, and swallows another; yields its port."""
+    seen = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal seen
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            while request := await reader.read(1 << 20):
+                up_writer.write(request)
+                answer = await up_reader.readuntil(b"\r\n\r\n")
+                answer += await up_reader.readexactly(
+                    int(answer.lower().split(b"content-length: ")[1].split(b"\r")[0])
+                )
+                seen += 1
+                if seen % swaps == 0:
+                    answer = answer[:-6] + bytes([(answer[-6] - 47) % 10 + 48]) + answer[-5:]
+                if seen % drops:
+                    writer.write(answer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            up_writer.close()
+            writer.close()
+
+    proxy = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield proxy.sockets[0].getsockname()[1]
+    finally:
+        proxy.close()
+
+
+def test_changed_and_swallowed_answers_are_caught(busy: LiveServer, asked: list[Question], note: Note) -> None:
+    """The control: a network that changes one digit in 50 answers, and loses one in 80."""
+
+    async def work() -> Ledger:
+        async with bad_network(busy.port, swaps=50, drops=80) as port:
+            return await Traffic(port, asked, timeout_s=1.0, seed=4).run(clients=8, requests=400)
+
+    ledger = run(work())
+    note(f"control: {ledger}")
+    assert ledger.wrong >= 7
+    assert ledger.lost == 5
+    assert ledger.balances()

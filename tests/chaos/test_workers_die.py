@@ -1,0 +1,84 @@
+"""Workers that are killed, stopped, crash, run out of memory or spoil their device cost nobody an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+
+from tests.chaos.conftest import Start
+from tests.chaos.traffic import Ledger, Question, Traffic, run
+from tests.live import LiveServer
+from tests.whole import Note, choose
+
+#: How often each signal is sent.
+SIGNALS = choose(
+    {signal.SIGKILL: 2, signal.SIGSTOP: 1, signal.SIGSEGV: 1},
+    {signal.SIGKILL: 20, signal.SIGSTOP: 10, signal.SIGSEGV: 5},
+)
+READY_AGAIN_S = 15.0
+
+
+def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], note: Note) -> None:
+    """Every worker is ready again before the next one is hit; the load is that of a few clients."""
+    slowest_s = 0.0
+
+    async def hit_workers() -> None:
+        nonlocal slowest_s
+        random_ = random.Random(5)
+        faults = [number for number, count in SIGNALS.items() for _ in range(count)]
+        random_.shuffle(faults)
+        for fault in faults:
+            victim = random_.choice(await asyncio.to_thread(busy.workers))
+            victim.send_signal(fault)
+            began = time.monotonic()
+            while True:
+                await asyncio.sleep(0.1)
+                pids = [worker.pid for worker in await asyncio.to_thread(busy.workers)]
+                is_whole = victim.pid not in pids and await asyncio.to_thread(
+                    lambda: (
+                        busy.metric('hessquik_workers{state="starting"}') == 0
+                        and busy.metric('hessquik_workers{state="dead"}') == 0
+                    )
+                )
+                if is_whole:
+                    break
+                assert time.monotonic() - began < 60, f"no new worker after {fault!r}"
+            slowest_s = max(slowest_s, time.monotonic() - began)
+
+    async def work() -> Ledger:
+        hitting = asyncio.create_task(hit_workers())
+        traffic = Traffic(busy.port, asked, retries=6, seed=6, is_over=hitting.done)
+        ledger = await traffic.run(clients=4, requests=10**9)
+        await hitting
+        return ledger
+
+    ledger = run(work())
+    note(f"{ledger}; {sum(SIGNALS.values())} workers hit, ready again within {slowest_s:.1f} s")
+    assert ledger.right == ledger.sent, ledger
+    assert slowest_s <= READY_AGAIN_S
+
+
+def test_out_of_memory_ends_in_a_right_answer_or_a_refusal(start: Start, asked: list[Question], note: Note) -> None:
+    server = start("oom")
+    ledger = run(Traffic(server.port, asked, seed=7).run(clients=4, requests=choose(800, 4000)))
+    note(f"every tenth batch out of memory: {ledger}")
+    assert ledger.right + ledger.refused == ledger.sent, ledger
+    assert ledger.right > 0.9 * ledger.sent
+    assert server.metric("hessquik_worker_restarts_total") == 0
+
+
+def test_a_spoiled_worker_never_answers_again(start: Start, asked: list[Question], note: Note) -> None:
+    """The fault is a sticky device error, after which the worker would answer every batch wrongly."""
+    server = start("spoiled")
+    spoilings = choose(3, 20)
+    ledger = Ledger()
+
+    async def work() -> None:
+        while server.metric("hessquik_worker_restarts_total") < spoilings:
+            await Traffic(server.port, asked, ledger=ledger, retries=6, seed=ledger.sent).run(clients=4, requests=100)
+
+    run(work())
+    note(f"{spoilings} spoiled workers: {ledger}")
+    assert ledger.right == ledger.sent, ledger
