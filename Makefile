@@ -9,7 +9,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constra
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
 
-.PHONY: serve test check format docs lock image image-test clean
+.PHONY: serve test chaos check format docs lock image image-test clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ serve: $(STAMP)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes most of an hour
+	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security --timeout 1800
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
