@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -263,15 +264,17 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
         return (fixed,)
     if listed is None:
         return ("value",)
-    if (
-        not isinstance(listed, list)
-        or not listed
-        or not all(name in QUANTITIES for name in listed if isinstance(name, str))
-    ):
-        raise _invalid("quantities", f"a list out of {', '.join(QUANTITIES)}", "something else")
-    if not all(isinstance(name, str) for name in listed) or len(set(listed)) != len(listed):
-        raise _invalid("quantities", "a list of different names", "something else")
-    return tuple(name for name in QUANTITIES if name in listed)
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+        raise _invalid("quantities", "a list of names", "something else")
+    return _in_order(tuple(listed))
+
+
+@lru_cache(maxsize=1024)
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Different known names in canonical order."""
+    if not set(names) <= set(QUANTITIES) or len(set(names)) != len(names):
+        raise _invalid("quantities", f"a list of different names out of {', '.join(QUANTITIES)}", "something else")
+    return tuple(name for name in QUANTITIES if name in names)
 
 
 def numbers(field: str, value: Any, has_booleans: bool) -> Array:
@@ -329,8 +332,11 @@ def _is_number(value: Any) -> bool:
 
 def _converted(field: str, array: Array, dtype: str) -> Array:
     """The array in the dtype to compute in, refused where that is not finite."""
-    with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(array, dtype=dtype)
+    if array.dtype == dtype:
+        converted = np.ascontiguousarray(array)
+    else:
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(array, dtype=dtype)
     finite = np.isfinite(converted)
     if not finite.all():
         row = int(np.argwhere(~finite)[0][0])

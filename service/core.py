@@ -23,7 +23,7 @@ __all__ = ["Core"]
 logger = logging.getLogger(__name__)
 
 #: Operations after which a batch is cut: a few milliseconds on one core.
-BATCH_COST = 2e8
+BATCH_COST = 1e8
 #: Bytes to bring back after which a batch is cut.
 BATCH_BYTES = 8 << 20
 
@@ -140,8 +140,11 @@ class Core:
         n = len(question.inputs)
         k = 0 if question.directions is None else question.directions.shape[1]
         is_weighted = question.weights is not None
-        itemsize = question.inputs.dtype.itemsize
-        row_bytes = itemsize * floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
+        key = (served.id, question.dtype, question.quantities, is_weighted, k)
+        # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
+        row_cost = served.row_costs.get(key) or BATCH_COST / served.facts["tile_rows"]
+        floats = floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
+        row_bytes = floats * question.inputs.dtype.itemsize
         if n * row_bytes > self.settings.max_reply_bytes:
             raise ReplyTooLarge(
                 f"expected a reply of at most {self.settings.max_reply_bytes} bytes, got {n * row_bytes}",
@@ -150,9 +153,9 @@ class Core:
             )
         arrays = (question.inputs, question.weights, question.directions)
         return Job(
-            key=(served.id, question.dtype, question.quantities, is_weighted, k),
+            key=key,
             rows=n,
-            row_cost=_row_cost(served, question, k),
+            row_cost=row_cost,
             row_bytes=row_bytes,
             payload_bytes=sum(array.nbytes for array in arrays if array is not None),
             model=served.id,
@@ -162,6 +165,7 @@ class Core:
             weights=question.weights,
             directions=question.directions,
             statistics=served.statistics,
+            row_costs=served.row_costs,
         )
 
     async def _watch(self) -> None:
@@ -187,20 +191,3 @@ class Core:
             ),
             "hessquik_worker_restarts_total": pool.restarts,
         }
-
-
-def _row_cost(served: Served, question: Question, k: int) -> float:
-    """Operations for one point, as :mod:`hessquik.calculus` counts them."""
-    d, m = served.d, 1 if question.weights is not None else served.m
-    value = 2.0 * int(served.facts["parameters"])
-    asked = set(question.quantities)
-    cost = value
-    if asked != {"value"}:
-        cost += m * value
-    if asked & {"hessian", "laplacian", "hessian_diagonal"}:
-        cost += d * value
-    if "hessian" in asked:
-        cost += 2.0 * d * d * m * int(served.facts["hidden_units"])
-    if asked & {"jvp", "hvp", "curvature"}:
-        cost += k * value * (1 + (m if "hvp" in asked else 0))
-    return cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Failures of a batch before it is cut into rows, and of a row before it is given up.
 MAX_FAILURES = 2
+#: Kinds of question whose cost is kept for a model.
+MAX_ROW_COSTS = 1024
 #: What a worker calls it when memory ran out.
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
@@ -39,6 +42,7 @@ class Job(Entry):
         weights: (1 or n, m) or ``None``.
         directions: (1 or n, k, d) or ``None``.
         statistics: The model's.
+        row_costs: The model's, by key.
     """
 
     model: int
@@ -46,6 +50,7 @@ class Job(Entry):
     quantities: tuple[str, ...]
     inputs: Array
     statistics: ModelStatistics
+    row_costs: dict[Hashable, float]
     weights: Array | None = None
     directions: Array | None = None
     _answers: dict[str, Array] = field(default_factory=dict, init=False)
@@ -156,6 +161,8 @@ class Dispatcher:
             return
         self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
         first.statistics.batches += 1
+        if len(first.row_costs) < MAX_ROW_COSTS:
+            first.row_costs[batch.key] = head["row_cost"]
         offset = 0
         for job, start, stop in batch.slices:
             rows = stop - start
@@ -233,6 +240,6 @@ def _rows(array: Array | None, start: int, stop: int) -> Any:
     """Rows of an array that has one row per point, or one for all of them."""
     if array is None:
         return None
-    if len(array) == 1:
+    if len(array) == 1 < stop - start:
         return np.broadcast_to(array, (stop - start, *array.shape[1:]))
-    return array[start:stop]
+    return array if len(array) == 1 else array[start:stop]

@@ -91,6 +91,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        scope["hessquik.headers"] = dict(reversed(scope["headers"]))  # of a name's values, the first
         request_id = _request_id(scope)
         scope["hessquik.request_id"] = request_id
         status = NO_STATUS
@@ -155,10 +156,8 @@ def _request_id(scope: Scope) -> bytes:
 
 def header(scope: Scope, name: bytes) -> bytes:
     """The first header of a name, given in lower case; empty if there is none."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return bytes(value)
-    return b""
+    value: bytes = scope["hessquik.headers"].get(name, b"")
+    return value
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

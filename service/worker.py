@@ -3,7 +3,8 @@
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
     evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done"} + one array per quantity, or {…, "error"}
+                                                   → {"op": "done", "row_cost"} + one array per quantity,
+                                                     or {…, "error"}
     ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
 Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
@@ -67,7 +68,6 @@ class Model:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "hidden_units": sum(form.bias.numel() if form.bias is not None else 0 for form in network.forms()),
             "tile_rows": evaluate.ladder[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
@@ -134,7 +134,8 @@ class Worker:
             if CPU_OUT_OF_MEMORY not in str(error):
                 raise
             return {"op": "done", "error": "OutOfMemoryError"}, {}
-        return {"op": "done"}, answers
+        plan = evaluate.plan(head["quantities"], given.get("weights"), given.get("directions"))
+        return {"op": "done", "row_cost": plan.operations}, answers
 
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""

@@ -22,7 +22,7 @@ typedef V NAME(unaligned) __attribute__((aligned(sizeof(REAL))));
 
 INLINE V NAME(load)(const REAL *p) { return *(const NAME(unaligned) *)p; }
 INLINE void NAME(store)(REAL *p, V v) { *(NAME(unaligned) *)p = v; }
-INLINE V NAME(splat)(REAL a) { return (V){0} + a; }
+INLINE V NAME(splat)(REAL a) { return a - (V){0}; } /* a + 0 would not be a for a = -0 */
 INLINE V NAME(select)(VI mask, V a, V b) { return (V)((mask & (VI)a) | (~mask & (VI)b)); }
 
 INLINE V NAME(load_some)(const REAL *p, I count) {
@@ -131,18 +131,19 @@ INLINE void NAME(jet)(I kind, REAL beta, REAL threshold, V x, V *value, V *slope
 INLINE void NAME(block)(const int mr, const int nv, I depth, const REAL *A, I a_row, I a_depth, const REAL *B,
                         I b_depth, const REAL *bias, const REAL *D, I d_row, REAL *C, I c_row, I c_column, I columns) {
     V sum[MR][NV];
-    for (int i = 0; i < mr; i++)
-        for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
+    UNROLL for (int i = 0; i < mr; i++)
+        UNROLL for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
     for (I k = 0; k < depth; k++) {
         V b[NV];
-        for (int v = 0; v < nv; v++) b[v] = NAME(load)(B + k * b_depth + v * VL);
-        for (int i = 0; i < mr; i++) {
+        UNROLL for (int v = 0; v < nv; v++) b[v] = NAME(load)(B + k * b_depth + v * VL);
+        UNROLL for (int i = 0; i < mr; i++) {
             V a = NAME(splat)(A[i * a_row + k * a_depth]);
-            for (int v = 0; v < nv; v++) sum[i][v] += a * b[v];
+            UNROLL for (int v = 0; v < nv; v++) sum[i][v] += a * b[v];
         }
     }
-    for (int i = 0; i < mr; i++)
-        for (int v = 0; v < nv; v++) {
+    /* Unrolled, the sums stay in registers. */
+    UNROLL for (int i = 0; i < mr; i++)
+        UNROLL for (int v = 0; v < nv; v++) {
             I count = columns - v * VL;
             V s = sum[i][v];
             if (bias) s += NAME(load_some)(bias + v * VL, count);

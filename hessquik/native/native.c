@@ -11,6 +11,7 @@
 #endif
 
 #define I int64_t
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
 enum { WORKSPACE = 0 };

@@ -1,9 +1,9 @@
 """``hessquik serve`` with a fault planted, so that tests are seen to catch it. Only tests run it.
 
-    mixed, untiled, oom, spoiled    faults of the workers, see faulty_worker
-    leaky                           the front keeps CHAOS_LEAK_BYTES of every request
-    counting                        no fault: says at the end how many requests were accepted and answered
-    hanging                         SIGUSR1 holds the event loop for HANG_S
+mixed, untiled, oom, spoiled    faults of the workers, see faulty_worker
+leaky                           the front keeps CHAOS_LEAK_BYTES of every request
+counting                        no fault: says at the end how many requests were accepted and answered
+hanging                         SIGUSR1 holds the event loop for HANG_S
 """
 
 from __future__ import annotations

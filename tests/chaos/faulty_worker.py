@@ -1,9 +1,9 @@
 """A worker with a fault that strikes at random. Only tests run it.
 
-    mixed     now and then two rows of a batch change places
-    untiled   rows are computed as they come, without the fixed tiles
-    oom       memory runs out in every tenth batch
-    spoiled   every twentieth batch spoils the device's context, after which all numbers would be wrong
+mixed     now and then two rows of a batch change places
+untiled   rows are computed as they come, without the fixed tiles
+oom       memory runs out in every tenth batch
+spoiled   every twentieth batch spoils the device's context, after which all numbers would be wrong
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, no
     live_s = float(np.percentile(waited, 99))
     note(
         f"capacity {capacity:.0f}/s, goodput at 3 times {goodput:.0f}/s, refusals p99 {1e3 * refusal_s:.0f} ms, "
-        f"livez p99 {1e3 * live_s:.0f} ms, memory +{grown / 2**20:.1f} MiB, back to normal in {back_s:.1f} s; {ledger}"
+        f"livez p99 {1e3 * live_s:.0f} ms, memory +{grown / 2**20:.1f} MiB, "
+        f"back to normal in {back_s:.1f} s; {ledger}"
     )
     assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed) == (0, 0, 0, 0), ledger
     assert ledger.refused > 0.3 * ledger.sent, "the control: this was no overload"

@@ -69,7 +69,9 @@ async def bad_network(port: int, swaps: int, drops: int) -> AsyncIterator[int]:
             while request := await reader.read(1 << 20):
                 up_writer.write(request)
                 answer = await up_reader.readuntil(b"\r\n\r\n")
-                answer += await up_reader.readexactly(int(answer.lower().split(b"content-length: ")[1].split(b"\r")[0]))
+                answer += await up_reader.readexactly(
+                    int(answer.lower().split(b"content-length: ")[1].split(b"\r")[0])
+                )
                 seen += 1
                 if seen % swaps == 0:
                     answer = answer[:-6] + bytes([(answer[-6] - 47) % 10 + 48]) + answer[-5:]

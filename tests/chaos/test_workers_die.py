@@ -37,8 +37,10 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
                 await asyncio.sleep(0.1)
                 pids = [worker.pid for worker in await asyncio.to_thread(busy.workers)]
                 is_whole = victim.pid not in pids and await asyncio.to_thread(
-                    lambda: busy.metric('hessquik_workers{state="starting"}') == 0
-                    and busy.metric('hessquik_workers{state="dead"}') == 0
+                    lambda: (
+                        busy.metric('hessquik_workers{state="starting"}') == 0
+                        and busy.metric('hessquik_workers{state="dead"}') == 0
+                    )
                 )
                 if is_whole:
                     break

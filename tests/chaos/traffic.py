@@ -131,7 +131,9 @@ class Ledger:
     def __str__(self) -> str:
         """One line."""
         names = ("sent", "right", "wrong", "refused", "failed", "expired", "malformed", "cancelled", "closed", "lost")
-        counts = ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name) or name == "wrong")
+        counts = ", ".join(
+            f"{name} {getattr(self, name)}" for name in names if getattr(self, name) or name == "wrong"
+        )
         return counts + (f"; p50 {1e3 * self.p(50):.1f} ms, p99 {1e3 * self.p(99):.1f} ms" if self.seconds else "")
 
     def p(self, percentile: float) -> float:
