@@ -28,7 +28,7 @@ LAYERS = {
     "service": """
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
         service.assets service.client service.codecs service.devices service.healthcheck service.logs service.schemas
-        service.batcher service.open_inference service.pool
+        service.batcher service.loadtest service.open_inference service.pool
         service.dispatcher service.repository
         service.core service.door
         service.routes
