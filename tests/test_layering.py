@@ -27,8 +27,9 @@ LAYERS = {
     """,
     "service": """
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
-        service.assets service.client service.codecs service.devices service.healthcheck service.logs service.schemas
-        service.batcher service.loadtest service.open_inference service.pool
+        service.assets service.client service.codecs service.devices service.healthcheck service.logs
+        service.loadtest service.schemas
+        service.batcher service.open_inference service.pool
         service.dispatcher service.repository
         service.core service.door
         service.routes
