@@ -103,6 +103,9 @@ def check_shell(text: str) -> None:
 
 def follow(command: str, output: str) -> None:
     """Run a command; an ellipsis in the documented output stands for anything."""
+    if command.startswith("make "):  # runs for minutes, or this very test
+        check_shell(command)
+        return
     if SERVE.fullmatch(command) or ("cuda" in command and torch.cuda.is_available()):
         return
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
