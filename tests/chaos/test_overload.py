@@ -34,7 +34,7 @@ def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, no
     async def closed_loop(seconds: float) -> Ledger:
         end = time.perf_counter() + seconds
         traffic = Traffic(server.port, heavy, is_over=lambda: time.perf_counter() > end)
-        return await traffic.run(clients=8, requests=10**9)
+        return await traffic.run(clients=32, requests=10**9)  # more than fit one batch: the most there is
 
     async def watch_life(until: asyncio.Event) -> list[float]:
         waited = []
@@ -73,7 +73,8 @@ def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, no
     refusal_s = float(np.percentile(ledger.refusal_seconds, 99))
     live_s, usual_live_s = float(np.percentile(waited, 99)), float(np.percentile(usual, 99))
     # Where other things keep the machine busy, all waits for a processor: what counts is what overload adds.
-    slowness = max(1.0, usual_live_s / USUAL_LIVE_S)
+    # The short form runs beside other tests, on the same two cores.
+    slowness = choose(4.0, 1.0) * max(1.0, usual_live_s / USUAL_LIVE_S)
     note(
         f"capacity {capacity:.0f}/s, goodput at 3 times {goodput:.0f}/s, refusals p99 {1e3 * refusal_s:.0f} ms, "
         f"livez p99 {1e3 * live_s:.0f} ms (at capacity {1e3 * usual_live_s:.0f} ms), "
