@@ -27,6 +27,8 @@ from tests.oracle import derivatives
 
 #: float64 leaves 1e-16 per operation, and a network has some hundreds in a row.
 TOLERANCE = 1e-10
+#: More than the queue of the overloaded server holds, so that the surplus is refused.
+FLOOD_CONNECTIONS = 200
 QUANTITIES = ("value", "gradient", "hessian", "laplacian")
 
 
@@ -269,14 +271,14 @@ def _spoil(request: bytes, random_: random.Random) -> bytes:
 
 
 async def flood(port: int, asked: list[Question], rate: float, seconds: float, ledger: Ledger) -> None:
-    """Ask at a given rate whatever becomes of it, over a pool of connections that grows as far as needed."""
-    idle: list[Connection] = []
+    """Ask at a given rate whatever becomes of it, as far as :data:`FLOOD_CONNECTIONS` can hold it."""
+    idle = [await Connection.open(port) for _ in range(FLOOD_CONNECTIONS)]
     tasks: set[asyncio.Task[None]] = set()
 
     async def one(question: Question) -> None:
         ledger.sent += 1
         try:
-            connection = idle.pop() if idle else await Connection.open(port)
+            connection = idle.pop()
             began = time.perf_counter()
             status, headers, body = await connection.ask(question.request, 31)
             if status == 503:
@@ -293,10 +295,12 @@ async def flood(port: int, asked: list[Question], rate: float, seconds: float, l
     start, number = loop.time(), 0
     while (now := loop.time()) < start + seconds:
         while number < (now - start) * rate:
-            task = loop.create_task(one(asked[number % len(asked)]))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
             number += 1
+            if idle:
+                task = loop.create_task(one(asked[number % len(asked)]))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                await asyncio.sleep(0)  # it takes its connection
         await asyncio.sleep(0.002)
     while tasks:
         await asyncio.sleep(0.01)
