@@ -5,14 +5,16 @@ answer is first compared with float64 automatic differentiation. A ratio is the 
 contender's time / ours), with the quartiles behind it.
 """
 
+# ruff: noqa: E402 - the libraries count their cores when they are imported.
 import argparse
 import os
 import platform
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
-os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before the libraries count their cores
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
@@ -50,7 +52,7 @@ def residual(d, w, depth, m):
 
 def tapering():
     widths = [50, 768, 768, 512, 512]
-    return NN(*(singleLayer(p, q, TANH) for p, q in zip(widths, widths[1:], strict=False)), singleLayer(512, 1))
+    return NN(*(singleLayer(p, q, TANH) for p, q in pairwise(widths)), singleLayer(512, 1))
 
 
 WORKLOADS = [

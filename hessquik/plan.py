@@ -167,8 +167,8 @@ class _Formulas:
                 return False
             # Pairs of tangents in place of adjoints: with many more of them than outputs it cannot be cheaper.
             D = self.d if self.basis is None else self.basis.shape[1]
-            m = self.m
-            return not self.wanted & {"hessian", "hessian_diagonal"} or D * (D + 1) // 2 <= MOST_PAIRS_PER_OUTPUT * m
+            pairs = D * (D + 1) // 2 if self.wanted & {"hessian", "hessian_diagonal"} else 0
+            return pairs <= MOST_PAIRS_PER_OUTPUT * self.m
         return self.basis is None or bool(second)
 
     def write(self) -> None:

@@ -28,7 +28,7 @@ def network(d, w, m):
             NN(ICNN(64, [None, 8, 8]), quadraticICNNLayer(64, 8, 4)),
             ("laplacian",),
             "reduced",
-            "backward",
+            "forward",
             id="convex",
         ),
     ],
