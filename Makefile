@@ -3,24 +3,37 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.installed
+SERVER := .venv/.installed-server
 TARGET ?= cpu
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
 
-.PHONY: serve test check format docs lock image image-test clean
+.PHONY: serve test chaos check format docs lock image image-test clean
 
-$(STAMP): pyproject.toml constraints.txt
+# Two installs: what serving needs, and all that the tests need besides, which is several times as much.
+define INSTALL
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
+endef
+
+$(SERVER): pyproject.toml constraints.txt
+	$(INSTALL) '.[server]'
 	touch $@
 
-serve: $(STAMP)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
+$(STAMP): pyproject.toml constraints.txt
+	$(INSTALL) '.[dev]'
+	touch $(SERVER) $@
+
+serve: $(SERVER)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 	$(BIN)/hessquik serve models --port $(PORT)
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes most of an hour
+	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security --timeout 1800
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -156,6 +156,15 @@ class Server:
             worst = max(worst, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
         return worst
 
+    def processor_s(self) -> float:
+        """Processor time that it and its children have used."""
+        used = 0.0
+        for process in (self._process, *self._children()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used += times.user + times.system
+        return used
+
     def freeze(self) -> None:
         """Stop it from using the processor: the front first, so that what its workers do is still finished."""
         self._process.suspend()

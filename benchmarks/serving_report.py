@@ -69,6 +69,7 @@ def _comparison(contenders: dict[str, Any]) -> list[str]:
         ("Requests per second, by connections", "requests_per_second", "{:.0f}"),
         ("Median latency in ms, by connections", "p50_ms", "{:.2f}"),
         ("99th percentile in ms, by connections", "p99_ms", "{:.2f}"),
+        ("Processor time per request in µs, of all of a server's processes", "processor_us", "{:.0f}"),
     ):
         lines += [f"{title}:", "", "| | " + " | ".join(CONNECTIONS) + " |", "|---|" + "--:|" * len(CONNECTIONS)]
         for name, of in contenders.items():

@@ -54,6 +54,8 @@ class LiveServer:
             text=True,
         )
         self.log: list[str] = []
+        self.started_s = 0.0
+        self._began = time.monotonic()
         self._listening = threading.Event()
         self.port = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -81,6 +83,7 @@ class LiveServer:
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             if self.is_ready():
+                self.started_s = self.started_s or time.monotonic() - self._began
                 return self
             time.sleep(0.05)
         raise AssertionError("not ready in time\n" + "\n".join(self.log))

@@ -10,20 +10,24 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import yaml
 
+from service import cli
 from tests.live import ROOT, LiveServer
 
 pytestmark = pytest.mark.xdist_group("docs")
 
 DOCS = ROOT / "docs"
 URL = "http://127.0.0.1:8000"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?=(\n```text\n(.*?)^```\n)?)", flags=re.M | re.S)
+#: Indentation, language, text, and the text that a Python block is said to print.
+BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```\n(?=(\n```text\n(.*?)^```\n)?)", flags=re.M | re.S)
 #: What readers leave running in another terminal; the fixture does it for all pages.
 SERVE = re.compile(r"(HESSQUIK_\w+=\S+ )*hessquik serve models")
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if "```" in page.read_text())
@@ -50,12 +54,13 @@ def test_blocks_do_what_the_page_says(
     page: str, folder: Path, running: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    torch.set_num_threads(1)  # threads that wait for each other are slow beside other tests
     namespace: dict[str, object] = {"__name__": "__docs__"}
     blocks = BLOCK.findall((DOCS / page).read_text().replace(URL, running.url))
     assert blocks
     try:
-        for language, text, _, expected in blocks:
-            run(language, text, expected or None, namespace, running)
+        for _, language, text, _, expected in blocks:
+            run(language, textwrap.dedent(text), expected or None, namespace, running)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -74,14 +79,33 @@ def run(language: str, text: str, expected: str | None, namespace: dict[str, obj
         case "json":
             reply = httpx.post(f"{server.url}/v1/models/peaks/evaluate", json=json.loads(text))
             assert reply.status_code == 200, reply.text
+        case "sh":  # needs Docker, a cluster or root: tests/deployment tries its files, here it has to be sound
+            check_shell(text)
+        case "yaml":
+            assert yaml.safe_load(text)
         case "text":
             pass  # formulas, and what Python blocks print
         case _:
             raise AssertionError(f"nobody runs {language}")
 
 
+def check_shell(text: str) -> None:
+    """Whether a script parses, and its make targets, commands and files exist."""
+    subprocess.run(["bash", "-n", "-c", text], check=True)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", text, flags=re.M):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert set(re.findall(r"^hessquik (\w+)", text, flags=re.M)) <= known
+    for file in re.findall(r"(?:deploy|requirements)/[\w./-]+", text):
+        assert (ROOT / file).exists(), file
+
+
 def follow(command: str, output: str) -> None:
     """Run a command; an ellipsis in the documented output stands for anything."""
+    if command.startswith("make "):  # runs for minutes, or this very test
+        check_shell(command)
+        return
     if SERVE.fullmatch(command) or ("cuda" in command and torch.cuda.is_available()):
         return
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

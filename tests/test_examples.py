@@ -82,7 +82,7 @@ def test_fit_gives_the_same_network_again_and_leaves_the_scaling_alone(fitting: 
 
 def test_minimise_borehole_finds_the_lowest_corner(server: LiveServer, shipped_models: Path) -> None:
     printed = run("minimise_borehole.py", "--url", server.url)
-    match = re.search(r"at the minimum: +([\d.]+), \d+ iterations, (\d+) requests", printed)
+    match = re.search(r"at the minimum: +([\d.]+), \d+ iterations, (\d+) points", printed)
     assert match is not None
     network = load(shipped_models / "borehole.safetensors")
     bounds = [tuple(map(float, line)) for line in re.findall(r"of ([\d.e+]+) to ([\d.e+]+)$", printed, re.MULTILINE)]

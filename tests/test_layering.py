@@ -27,7 +27,8 @@ LAYERS = {
     """,
     "service": """
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
-        service.assets service.client service.codecs service.devices service.healthcheck service.logs service.schemas
+        service.assets service.client service.codecs service.devices service.healthcheck service.logs
+        service.loadtest service.schemas
         service.batcher service.open_inference service.pool
         service.dispatcher service.repository
         service.core service.door

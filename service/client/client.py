@@ -33,7 +33,8 @@ class Client:
     Args:
         url: Where the service is, such as ``http://127.0.0.1:8000``.
         api_key: The key to send, where the service wants one.
-        deadline_s: Time for a call with all its retries, or for each part of a batch that is split.
+        deadline_s: Time for a call with all its retries, or for each part of a batch that is split; the service has a
+            limit for it, two minutes unless configured.
         retries: Most retries of a request.
         concurrency: Most parts of a batch that are sent at once.
         transport: What carries requests; httpx's own pool if not given.

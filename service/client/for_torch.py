@@ -47,9 +47,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, model: Model) -> Tensor:
-        needed = ["value", "gradient"] if x.requires_grad else ["value"]
-        answer = model.evaluate(x, needed, dtype=_dtype(x))
-        if x.requires_grad:
+        is_differentiated = ctx.needs_input_grad[0]
+        answer = model.evaluate(x, ["value", "gradient"] if is_differentiated else ["value"], dtype=_dtype(x))
+        if is_differentiated:
             ctx.model = model
             ctx.save_for_backward(x, _like(x, answer["gradient"]))
         return _like(x, answer["value"])

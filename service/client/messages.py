@@ -38,6 +38,12 @@ Array = npt.NDArray[np.floating[Any]]
 ArrayLike = Any
 
 SAFETENSORS = "application/x-safetensors"
+#: A field's shapes by their number of axes: the same for all points, or a batch's with a row per point.
+_SHAPES = {
+    "inputs": {1: "(d,)", 2: "(n, d)"},
+    "weights": {1: "(m,)", 2: "(n, m)"},
+    "directions": {2: "(k, d)", 3: "(n, k, d)"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,11 @@ class Question:
     def rows(self) -> int:
         """How many points."""
         return 1 if self.is_single else len(self.inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(array.nbytes for array in (self.inputs, self.weights, self.directions) if array is not None)
 
     def arrays_per_row(self) -> list[Array]:
         """Those arrays of a batch that have a row per point: always the inputs."""
@@ -162,19 +173,15 @@ def ask(
 
     Raises:
         TypeError: something is no array of numbers, or quantities is a string.
-        ValueError: a quantity has another name, inputs are neither one point nor a batch, or something else does not
-            have a row for each point.
+        ValueError: a quantity has another name, or an array another number of axes or rows.
     """
     if isinstance(quantities, str):
         raise TypeError("quantities: expected a list of names, got a string")
     unknown = [name for name in quantities if name not in QUANTITIES]
-    if unknown:
-        raise ValueError(f"quantities: expected names out of {', '.join(QUANTITIES)}, got {unknown}")
-    points = _array("inputs", inputs)
-    if points.ndim not in {1, 2}:
-        raise ValueError(f"inputs: expected shape (d,) or (n, d), got {points.shape}")
+    if unknown or not quantities:
+        raise ValueError(f"quantities: expected names out of {', '.join(QUANTITIES)}, got {unknown or 'none'}")
     question = Question(
-        points,
+        _array("inputs", inputs),
         tuple(quantities),
         None if weights is None else _array("weights", weights),
         None if directions is None else _array("directions", directions),
@@ -264,11 +271,14 @@ def join(answers: Sequence[Answer]) -> Answer:
 
 
 def _array(field: str, given: ArrayLike) -> Array:
-    """Numbers of any kind as float32, if they are, or float64."""
+    """Numbers of any kind as float32, if they are, or float64, with as many axes as the field may have."""
     detach = getattr(given, "detach", None)
     array = np.asarray(given if detach is None else detach().cpu().numpy())
     if array.dtype.kind not in "iuf":
         raise TypeError(f"{field}: expected real numbers, got {array.dtype}")
+    shapes = _SHAPES[field]
+    if array.ndim not in shapes:
+        raise ValueError(f"{field}: expected shape {' or '.join(shapes.values())}, got {array.shape}")
     return array if array.dtype == np.float32 else array.astype(np.float64, copy=False)
 
 

@@ -186,13 +186,16 @@ class Conversation:
 def _rows_in_part(question: Question, facts: Mapping[str, Any]) -> int:
     """How many rows of a batch fit into one request by the service's limits and :data:`PART_BYTES`; one at least."""
     limits, (d, m) = facts["limits"], (question.inputs.shape[-1], facts["m"] or 1)
-    body_bytes = sum(array[:1].nbytes for array in question.arrays_per_row())
+    per_row = question.arrays_per_row()
+    body_bytes = max(1, sum(array[:1].nbytes for array in per_row))
+    # One set of weights or directions for all points goes along with every part.
+    rest_bytes = MARGIN_BYTES + question.nbytes - sum(array.nbytes for array in per_row)
     k = 0 if question.directions is None else question.directions.shape[-2]
     floats = floats_per_row(question.quantities, d, m, k, question.weights is not None)
     reply_bytes = floats * np.dtype(question.dtype or facts["dtype"]).itemsize
     rows: int = min(
         limits["rows"],
-        (limits["body_bytes"] - MARGIN_BYTES) // body_bytes,
+        (limits["body_bytes"] - rest_bytes) // body_bytes,
         limits["reply_bytes"] // reply_bytes,
         PART_BYTES // (body_bytes + reply_bytes),
     )

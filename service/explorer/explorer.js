@@ -46,6 +46,7 @@ function report(error) {
   const about = [error.code, error.requestId && `request ${error.requestId}`].filter(Boolean).join(", ");
   $("problem").textContent = error instanceof Unreachable ? `${error.message} Trying again.` : `${error.message}${about ? ` (${about})` : ""}`;
   $("problem").hidden = false;
+  if (error.status === 401) key.set(""); // a refused key is not sent again and again
 }
 
 function clearProblem() {

@@ -50,3 +50,8 @@ def start(shipped_models: Path) -> Iterator[Start]:
 def busy(start: Start) -> LiveServer:
     """A server with two workers."""
     return start(workers=2)
+
+
+def all_ready(server: LiveServer) -> bool:
+    """Whether no worker is being started or was lost."""
+    return not any(server.metric(f'hessquik_workers{{state="{state}"}}') for state in ("starting", "dead"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,13 +19,15 @@ GOODPUT = 0.7
 REFUSED_WITHIN_S = 0.25
 LIVE_WITHIN_S = 0.05
 BACK_WITHIN_S = 5.0
+#: What /livez takes at capacity on two cores that do nothing else, 99th percentile.
+USUAL_LIVE_S = 0.025
 MEMORY_BYTES = 64 << 20
 LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, note: Note) -> None:
     server = start(max_queue_requests=64)
-    heavy = questions(shipped_models, 24, seed=8, rows=(100,))  # so that the driver is not what is measured
+    heavy = questions(shipped_models, 24, seed=8, rows=(40,))  # so that the driver is not what is measured
     seconds = choose(4.0, 30.0)
     front = psutil.Process(server.process.pid)
 
@@ -44,34 +48,41 @@ def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, no
         connection.abort()
         return waited
 
-    async def work() -> tuple[Ledger, Ledger, list[float], int, float]:
-        await closed_loop(1.0)
-        normal = await closed_loop(choose(2.0, 5.0))
-        before = front.memory_info().rss
+    async def watch(work: Coroutine[Any, Any, Any]) -> list[float]:
         until = asyncio.Event()
         watching = asyncio.create_task(watch_life(until))
-        ledger = Ledger()
-        await flood(server.port, heavy, 3 * normal.right / choose(2.0, 5.0), seconds, ledger)
+        await work
         until.set()
+        return await watching
+
+    async def work() -> tuple[Ledger, Ledger, list[float], list[float], int, float]:
+        await closed_loop(1.0)
+        normal = await closed_loop(choose(2.0, 5.0))
+        usual = await watch(closed_loop(choose(1.0, 5.0)))
+        before = front.memory_info().rss
+        ledger = Ledger()
+        waited = await watch(flood(server.port, heavy, 3 * normal.right / choose(2.0, 5.0), seconds, ledger))
         grown = front.memory_info().rss - before
         began = time.monotonic()
         while (await closed_loop(0.5)).p(50) > 1.5 * normal.p(50):
             assert time.monotonic() - began < 60
-        return normal, ledger, await watching, grown, time.monotonic() - began - 0.5
+        return normal, ledger, usual, waited, grown, time.monotonic() - began - 0.5
 
-    normal, ledger, waited, grown, back_s = run(work())
+    normal, ledger, usual, waited, grown, back_s = run(work())
     capacity, goodput = normal.right / choose(2.0, 5.0), ledger.right / seconds
     refusal_s = float(np.percentile(ledger.refusal_seconds, 99))
-    live_s = float(np.percentile(waited, 99))
+    live_s, usual_live_s = float(np.percentile(waited, 99)), float(np.percentile(usual, 99))
+    # Where other things keep the machine busy, all waits for a processor: what counts is what overload adds.
+    slowness = max(1.0, usual_live_s / USUAL_LIVE_S)
     note(
         f"capacity {capacity:.0f}/s, goodput at 3 times {goodput:.0f}/s, refusals p99 {1e3 * refusal_s:.0f} ms, "
-        f"livez p99 {1e3 * live_s:.0f} ms, memory +{grown / 2**20:.1f} MiB, "
-        f"back to normal in {back_s:.1f} s; {ledger}"
+        f"livez p99 {1e3 * live_s:.0f} ms (at capacity {1e3 * usual_live_s:.0f} ms), "
+        f"memory +{grown / 2**20:.1f} MiB, back to normal in {back_s:.1f} s; {ledger}"
     )
     assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed) == (0, 0, 0, 0), ledger
     assert ledger.refused > 0.3 * ledger.sent, "the control: this was no overload"
     assert goodput >= GOODPUT * capacity
-    assert refusal_s <= REFUSED_WITHIN_S
-    assert live_s <= LIVE_WITHIN_S
+    assert refusal_s <= REFUSED_WITHIN_S * slowness
+    assert live_s <= LIVE_WITHIN_S * slowness
     assert grown <= MEMORY_BYTES
     assert back_s <= BACK_WITHIN_S

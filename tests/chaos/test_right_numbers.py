@@ -5,26 +5,27 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.chaos.conftest import Start
+from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
 from tests.whole import Note, choose
 
-KILL_EVERY_S = choose(2.0, 10.0)
+KILL_EVERY_S = choose(1.0, 10.0)
 
 
 async def kill_workers(server: LiveServer, until: asyncio.Event) -> int:
-    """SIGKILL a worker again and again; return how many."""
+    """SIGKILL a worker again and again, each time when all are ready again; return how many."""
     random_, killed = random.Random(4), 0
     while not until.is_set():
         try:
             await asyncio.wait_for(until.wait(), KILL_EVERY_S)
         except TimeoutError:
-            if workers := server.workers():
-                random_.choice(workers).send_signal(signal.SIGKILL)
+            if await asyncio.to_thread(all_ready, server):
+                random_.choice(await asyncio.to_thread(server.workers)).send_signal(signal.SIGKILL)
                 killed += 1
     return killed
 
@@ -33,8 +34,17 @@ def test_every_answer_is_right_while_workers_are_killed(busy: LiveServer, asked:
     async def work() -> tuple[Ledger, int]:
         until = asyncio.Event()
         killing = asyncio.create_task(kill_workers(busy, until))
-        traffic = Traffic(busy.port, asked, disconnects=0.2, malformed=0.05, retries=6, seed=2)
-        ledger = await traffic.run(clients=16, requests=choose(8000, 50_000))
+        end = time.monotonic() + choose(20, 900)
+        traffic = Traffic(
+            busy.port,
+            asked,
+            disconnects=0.2,
+            malformed=0.05,
+            retries=6,
+            seed=2,
+            is_over=lambda: time.monotonic() > end,
+        )
+        ledger = await traffic.run(clients=16, requests=choose(5000, 50_000))
         until.set()
         return ledger, await killing
 

@@ -7,7 +7,7 @@ import random
 import signal
 import time
 
-from tests.chaos.conftest import Start
+from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
 from tests.whole import Note, choose
@@ -18,11 +18,13 @@ SIGNALS = choose(
     {signal.SIGKILL: 20, signal.SIGSTOP: 10, signal.SIGSEGV: 5},
 )
 READY_AGAIN_S = 15.0
+#: What a worker takes to start on two free cores; where all else is slower, so is this.
+USUAL_START_S = 5.0
 
 
 def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], note: Note) -> None:
     """Every worker is ready again before the next one is hit; the load is that of a few clients."""
-    slowest_s = 0.0
+    slowest_s, started_s = 0.0, busy.started_s
 
     async def hit_workers() -> None:
         nonlocal slowest_s
@@ -36,13 +38,7 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
             while True:
                 await asyncio.sleep(0.1)
                 pids = [worker.pid for worker in await asyncio.to_thread(busy.workers)]
-                is_whole = victim.pid not in pids and await asyncio.to_thread(
-                    lambda: (
-                        busy.metric('hessquik_workers{state="starting"}') == 0
-                        and busy.metric('hessquik_workers{state="dead"}') == 0
-                    )
-                )
-                if is_whole:
+                if victim.pid not in pids and await asyncio.to_thread(all_ready, busy):
                     break
                 assert time.monotonic() - began < 60, f"no new worker after {fault!r}"
             slowest_s = max(slowest_s, time.monotonic() - began)
@@ -57,12 +53,12 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
     ledger = run(work())
     note(f"{ledger}; {sum(SIGNALS.values())} workers hit, ready again within {slowest_s:.1f} s")
     assert ledger.right == ledger.sent, ledger
-    assert slowest_s <= READY_AGAIN_S
+    assert slowest_s <= READY_AGAIN_S * max(1.0, started_s / USUAL_START_S)
 
 
 def test_out_of_memory_ends_in_a_right_answer_or_a_refusal(start: Start, asked: list[Question], note: Note) -> None:
     server = start("oom")
-    ledger = run(Traffic(server.port, asked, seed=7).run(clients=4, requests=choose(800, 4000)))
+    ledger = run(Traffic(server.port, asked, seed=7).run(clients=4, requests=choose(400, 4000)))
     note(f"every tenth batch out of memory: {ledger}")
     assert ledger.right + ledger.refused == ledger.sent, ledger
     assert ledger.right > 0.9 * ledger.sent

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import casadi
 import jax
 import numpy as np
+import pyomo.environ
 import pytest
 import torch
+from pyomo.contrib.pynumero.interfaces.external_grey_box import ExternalGreyBoxBlock
 from scipy import optimize
 
 from hessquik import Evaluator
 from service.client import Client, ClientError, Model
 from service.client.for_casadi import RemoteFunction
 from service.client.for_jax import remote_function
+from service.client.for_pyomo import RemoteGreyBox
 from service.client.for_scipy import Objective, bounds, constraint, minimize_from
 from service.client.for_torch import RemoteNetwork
 from tests.clients.conftest import Zoo
@@ -161,6 +164,8 @@ def test_torch_module_keeps_leading_axes_dtype_and_errors(vector: Model) -> None
     assert surrogate(x.reshape(5, 1, 3)).shape == (5, 1, 4)
     assert surrogate(x).dtype == torch.float32
     assert not surrogate(x).requires_grad
+    with torch.no_grad():
+        assert not surrogate(x.requires_grad_()).requires_grad
     with pytest.raises(ClientError, match="finite"):
         surrogate(torch.full((3,), torch.nan))
     x = torch.tensor(X, requires_grad=True)
@@ -187,6 +192,7 @@ def test_jax_function_has_jacobian_hessian_and_batches(zoo: Zoo, counting: tuple
         weighted = jax.grad(lambda x: f(x) @ WEIGHTS)(X[0])
         np.testing.assert_allclose(weighted, expected["gradient"][0] @ WEIGHTS, rtol=TOLERANCE)
     assert f(jax.numpy.asarray(X[0], dtype="float32")).dtype == np.float32
+    np.testing.assert_allclose(f(jax.numpy.array([1, 2, 3])), f(jax.numpy.array([1.0, 2.0, 3.0])))
 
 
 def test_casadi_function_has_exact_derivatives(zoo: Zoo, vector: Model) -> None:
@@ -231,3 +237,37 @@ def test_ipopt_solves_a_constrained_problem_with_exact_hessians(zoo: Zoo, counti
         options={"ftol": 1e-12, "maxiter": 500},
     )
     assert abs(float(solution["f"]) - same.fun) < 1e-5 * abs(same.fun)
+
+
+@pytest.mark.parametrize("name", ["vector", "borehole"])
+def test_pyomo_grey_box_has_exact_derivatives(zoo: Zoo, counting: tuple[Client, Counting], name: str) -> None:
+    client, transport = counting
+    box = RemoteGreyBox(client.model(name))
+    block = pyomo.environ.ConcreteModel()
+    block.surrogate = ExternalGreyBoxBlock()
+    block.surrogate.set_external_model(box)
+    assert len(block.surrogate.inputs) == box.n_inputs()
+    assert len(block.surrogate.outputs) == box.n_outputs()
+    x = X[0] if name == "vector" else centre(client.model(name))
+    weights = WEIGHTS[: box.n_outputs()]
+    box.set_input_values(x)
+    box.set_output_constraint_multipliers(weights)
+    expected = {name: part[0] for name, part in zoo.derivatives(name, x[None]).items()}
+    before = transport.methods["POST"]
+    np.testing.assert_allclose(box.evaluate_outputs(), expected["value"], rtol=1e-10)
+    np.testing.assert_allclose(box.evaluate_jacobian_outputs().toarray(), expected["gradient"].T, rtol=1e-10)
+    assert transport.methods["POST"] - before == 1
+    hessian = box.evaluate_hessian_outputs()
+    assert (hessian.row >= hessian.col).all()
+    scale = abs(expected["hessian"]).max()
+    np.testing.assert_allclose(
+        hessian.toarray(), np.tril(expected["hessian"] @ weights), rtol=1e-9, atol=1e-12 * scale
+    )
+    # The structure stays as it is where weights, and so all entries, are zero.
+    box.set_output_constraint_multipliers(0 * weights)
+    assert box.evaluate_hessian_outputs().nnz == hessian.nnz == len(x) * (len(x) + 1) // 2
+
+
+def centre(model: Model) -> np.ndarray:
+    within = bounds(model)
+    return (within.lb + within.ub) / 2

@@ -144,6 +144,10 @@ def test_nonsense_is_refused_before_it_is_sent(client: Client) -> None:
         vector.value(["a", "b", "c"])
     with pytest.raises(ValueError, match=r"\(d,\) or \(n, d\)"):
         vector.value(X[None])
+    with pytest.raises(ValueError, match="got none"):
+        vector.evaluate(X, [])
+    with pytest.raises(ValueError, match=r"directions: expected shape \(k, d\) or \(n, k, d\), got \(3,\)"):
+        vector.evaluate(X, ["hvp"], directions=[1, 2, 3])
     with pytest.raises(ValueError, match="7 rows"):
         vector.value(X, weights=WEIGHTS[:6])
     with pytest.raises(ValueError, match="http"):

@@ -151,3 +151,17 @@ def test_compose_holds_no_key(compose: dict[str, Any]) -> None:
     for secret in compose["secrets"].values():
         assert re.fullmatch(r"\$\{HESSQUIK_\w+_FILE:-\./deploy/no-keys\}", secret["file"])
     assert (ROOT / "deploy" / "no-keys").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["api", "admin"])
+def test_keys_come_from_the_secrets_that_compose_mounts(name: str, compose: dict[str, Any], tmp_path: Path) -> None:
+    secrets = compose["services"]["cpu"]["secrets"]
+    assert f"hessquik_{name}_keys" in secrets
+    for secret in secrets:
+        (tmp_path / secret).write_text("")
+    (tmp_path / f"hessquik_{name}_keys").write_text("one,two\n")
+    code = f"from service.settings import Settings as S; print([k.get_secret_value() for k in S().{name}_keys])"
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HESSQUIK_SECRETS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "['one', 'two']\n"
+    assert compose["services"]["cpu"]["environment"]["HESSQUIK_SECRETS"] == "/run/secrets"

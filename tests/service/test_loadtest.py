@@ -141,7 +141,7 @@ def test_command_shows_a_table_and_succeeds(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("--model", "nowhere"), 1, "hessquik: expected"),
+        (("--model", "nowhere"), 1, "served model"),
         (("--model", "peaks", "--quantities", "jacobian"), 2, "jacobian"),
         (("--model", "peaks", "--rows", "0"), 2, "greater than or equal to 1|not in the range"),
         (

@@ -1,0 +1,100 @@
+"""Slow clients cannot hold the door, nor keep others from their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import psutil
+
+from tests.chaos.conftest import Start
+from tests.chaos.traffic import Ledger, Question, Traffic, http_post, run
+from tests.whole import Note, choose
+
+TIMEOUT_S = 3.0
+SOCKETS = choose(60, 500)
+#: What each kind of slow client sends at first, and then every now and then.
+KINDS = (
+    (b"GET /livez HTTP/1.1\r\nX: ", b"a"),
+    (http_post("/v1/models/peaks/value", b"")[:-4].replace(b"Length: 0", b"Length: 900") + b"\r\n\r\n", b" "),
+    (b"", b"\r\n"),
+)
+
+
+async def slow(port: int, kind: tuple[bytes, bytes]) -> float:
+    """Be slow until cut off; return after how long."""
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(kind[0])
+        while True:
+            try:
+                if not await asyncio.wait_for(reader.read(1 << 16), 0.5):
+                    break
+            except TimeoutError:
+                writer.write(kind[1])
+    except OSError:
+        pass
+    finally:
+        writer.close()
+    return time.monotonic() - began
+
+
+async def stalled(port: int) -> float:
+    """Ask for much and take nothing; return how long it took until the connection was broken off."""
+    body = json.dumps({"inputs": [[0.1, 0.2]] * 40_000, "quantities": ["value", "gradient", "hessian"]}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
+    writer.write(http_post("/v1/models/peaks/evaluate", body))
+    assert (await reader.readexactly(12)).endswith(b"200")
+    began = time.monotonic()
+    try:
+        while time.monotonic() - began < 60:
+            writer.write(b"G")  # fails when the other side is gone
+            await asyncio.sleep(0.25)
+            await writer.drain()
+            if writer.is_closing():
+                break
+    except OSError:
+        pass
+    finally:
+        writer.transport.abort()
+    return time.monotonic() - began
+
+
+def test_slow_clients_are_cut_off_and_others_served(start: Start, asked: list[Question], note: Note) -> None:
+    server = start(receive_timeout_s=TIMEOUT_S, send_timeout_s=TIMEOUT_S)
+    front = psutil.Process(server.process.pid)
+
+    async def good(seconds: float) -> Ledger:
+        end = time.monotonic() + seconds
+        return await Traffic(server.port, asked, is_over=lambda: time.monotonic() > end).run(2, 10**9)
+
+    async def work() -> tuple[Ledger, Ledger, list[float], int]:
+        await good(0.5)
+        usual = await good(TIMEOUT_S)
+        before = front.num_fds()
+        held = [asyncio.create_task(slow(server.port, KINDS[number % 3])) for number in range(SOCKETS)]
+        meanwhile = await good(TIMEOUT_S)
+        closed = await asyncio.gather(*held)
+        await asyncio.sleep(0.5)
+        return usual, meanwhile, closed, front.num_fds() - before
+
+    usual, meanwhile, closed, descriptors = run(work())
+    note(
+        f"{SOCKETS} slow sockets cut off within {max(closed):.1f} s of {TIMEOUT_S:g} s, others p99 "
+        f"{1e3 * meanwhile.p(99):.0f} ms (without {1e3 * usual.p(99):.0f} ms), descriptors {descriptors:+d}"
+    )
+    assert max(closed) <= TIMEOUT_S + 2
+    assert min(closed) >= TIMEOUT_S - 0.5, "the control: they were let be slow for as long as they may"
+    assert meanwhile.right == meanwhile.sent
+    assert meanwhile.p(99) <= 2 * usual.p(99) + 0.05
+    assert descriptors <= 0
+
+
+def test_a_client_that_takes_nothing_is_cut_off(start: Start, note: Note) -> None:
+    server = start(receive_timeout_s=30, send_timeout_s=TIMEOUT_S)
+    held_s = run(stalled(server.port))
+    note(f"a client that takes nothing of its reply is cut off after {held_s:.1f} s of {TIMEOUT_S:g} s")
+    assert held_s <= TIMEOUT_S + 2
+    assert server.is_ready()
