@@ -177,7 +177,7 @@ class Evaluator:
         runner = self._runners.get(ask)
         if runner is None:
             with self._lock:
-                plan = choose(self._forms, ask, self.dtype)
+                plan = choose(self._forms, ask, self.dtype, self.m)
                 if self._native and is_available(plan.program):
                     runner = NativeRunner(plan, self.dtype, self._packed)
                 else:

@@ -30,8 +30,13 @@ __all__ = ["Ask", "Plan", "choose"]
 OPERATIONS_PER_BYTE = 2.0
 #: What a tile's workspace may take, so that it stays in a core's second-level cache.
 TILE_BYTES = 640 << 10
+#: Rows of the smallest tile, so that a wide layer's weights are fetched once for a few rows at least.
+SMALLEST_TILE_ROWS = 4
 #: Rows of the largest tile.
 LARGEST_TILE_ROWS = 256
+
+#: Pairs of tangents per output above which second derivatives are not carried forward.
+MOST_PAIRS_PER_OUTPUT = 8
 
 Parts = tuple[View | None, ...]
 
@@ -84,7 +89,7 @@ class Plan:
         return "\n  ".join([head, *map(str, self.program.steps)])
 
 
-def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype) -> Plan:
+def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) -> Plan:
     """The plan with the least work among all that answer ``ask``."""
     plans = []
     basis = _basis(forms)
@@ -92,13 +97,13 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype) -> Plan:
         for start in ("x", "reduced"):
             if start == "reduced" and basis is None:
                 continue
-            formulas = _Formulas(forms, ask, dtype, None if start == "x" else basis, order == "forward")
+            formulas = _Formulas(forms, ask, dtype, None if start == "x" else basis, order == "forward", outputs)
             if formulas.is_possible():
                 formulas.write()
                 program = formulas.writer.finish()
                 moved = program.numbers * dtype.itemsize
                 fitting = TILE_BYTES // max(1, program.workspace * dtype.itemsize)
-                rows = max(1, min(LARGEST_TILE_ROWS, fitting))
+                rows = max(SMALLEST_TILE_ROWS, min(LARGEST_TILE_ROWS, fitting))
                 used = start if formulas.has_tangents else None
                 plans.append(Plan(ask, used, order, rows, program.operations, moved, program))
     return min(plans, key=lambda plan: plan.operations + OPERATIONS_PER_BYTE * plan.bytes)
@@ -138,8 +143,9 @@ class _Formulas:
     """Writes one program: the formulas of :mod:`hessquik.calculus`, term by term."""
 
     def __init__(
-        self, forms: Sequence[Form], ask: Ask, dtype: torch.dtype, basis: Tensor | None, is_forward: bool
+        self, forms: Sequence[Form], ask: Ask, dtype: torch.dtype, basis: Tensor | None, is_forward: bool, m: int
     ) -> None:
+        self.m = m
         self.forms, self.ask, self.dtype, self.basis, self.is_forward = forms, ask, dtype, basis, is_forward
         self.writer = Writer(dtype)
         self.wanted = ask.quantities
@@ -157,7 +163,12 @@ class _Formulas:
         second = self.wanted & {"hessian", "laplacian", "hessian_diagonal"}
         if self.is_forward:
             tangents = second or self.wanted & {"gradient"}
-            return bool(tangents) and self.ask.weights is None and not self.wanted & DIRECTIONAL
+            if not tangents or self.ask.weights is not None or self.wanted & DIRECTIONAL:
+                return False
+            # Pairs of tangents in place of adjoints: with many more of them than outputs it cannot be cheaper.
+            D = self.d if self.basis is None else self.basis.shape[1]
+            pairs = D * (D + 1) // 2 if self.wanted & {"hessian", "hessian_diagonal"} else 0
+            return pairs <= MOST_PAIRS_PER_OUTPUT * self.m
         return self.basis is None or bool(second)
 
     def write(self) -> None:

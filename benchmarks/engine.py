@@ -1,0 +1,245 @@
+"""The Evaluator against its peers, all in one run: ``make bench``.
+
+Every contender computes the same thing on one core, in turn, round by round, at new random points each round. Its
+answer is first compared with float64 automatic differentiation. A ratio is the median over the rounds of (the
+contender's time / ours), with the quartiles behind it.
+"""
+
+# ruff: noqa: E402 - the libraries count their cores when they are imported.
+import argparse
+import os
+import platform
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from hessquik import Evaluator
+from hessquik.activations import tanhActivation
+from hessquik.layers import resnetLayer, singleLayer
+from hessquik.networks import NN, NNPytorchAD
+
+try:
+    import folx
+except ImportError:
+    folx = None
+try:
+    import hessQuik.activations as original_activations
+    import hessQuik.layers as original_layers
+    import hessQuik.networks as original_networks
+except ImportError:
+    original_networks = None
+
+torch.set_num_threads(1)
+SECOND = ("value", "gradient", "hessian")
+TANH = tanhActivation()
+#: A contender that needs longer for one call is left out.
+TOO_LONG_S = 2.0
+LARGEST_RESULT_BYTES = 1 << 28
+
+
+def residual(d, w, depth, m):
+    hidden = [resnetLayer(w, 0.5, TANH) for _ in range(depth - 1)]
+    return NN(singleLayer(d, w, TANH), *hidden, singleLayer(w, m))
+
+
+def tapering():
+    widths = [50, 768, 768, 512, 512]
+    return NN(*(singleLayer(p, q, TANH) for p, q in pairwise(widths)), singleLayer(512, 1))
+
+
+WORKLOADS = [
+    *((f"paper, d = {d}", lambda d=d: residual(d, 16, 4, 1), 10) for d in (1, 8, 64, 256, 1024)),
+    ("paper, d = m = 64", lambda: residual(64, 16, 4, 64), 10),
+    *((f"10-64×5-1, n = {n}", lambda: residual(10, 64, 5, 1), n) for n in (1, 256, 4096)),
+    *((f"32-128×5-1, n = {n}", lambda: residual(32, 128, 5, 1), n) for n in (1, 256)),
+    *((f"32-128×5-8, n = {n}", lambda: residual(32, 128, 5, 8), n) for n in (1, 64)),
+    *((f"10-256×7-1, n = {n}", lambda: residual(10, 256, 7, 1), n) for n in (1, 128)),
+    *((f"100-128×5-1, n = {n}", lambda: residual(100, 128, 5, 1), n) for n in (1, 32)),
+    *((f"50-768-768-512-512-1, n = {n}", tapering, n) for n in (1, 16)),
+]
+
+
+def in_jax(network):
+    """The network as a function of one point."""
+    layers = [(layer, getattr(layer, "layer", layer)) for layer in network.layers()]
+    arrays = [
+        (layer, jnp.array(inner.K.detach().numpy()), jnp.array(inner.b.detach().numpy())) for layer, inner in layers
+    ]
+
+    def f(x):
+        for layer, K, b in arrays:
+            z = x @ K + b
+            if isinstance(layer, resnetLayer):
+                x = x + layer.h * jnp.tanh(z)
+            else:
+                x = jnp.tanh(z) if isinstance(layer.act, tanhActivation) else z
+        return x
+
+    return f
+
+
+def in_torch(network):
+    """The network as a function of one point, for torch.func."""
+
+    def f(x):
+        for layer in network.layers():
+            inner = getattr(layer, "layer", layer)
+            z = x @ inner.K + inner.b
+            if isinstance(layer, resnetLayer):
+                x = x + layer.h * torch.tanh(z)
+            else:
+                x = torch.tanh(z) if isinstance(layer.act, tanhActivation) else z
+        return x
+
+    return f
+
+
+def in_original(network):
+    """The same network in hessQuik 0.0.6."""
+    layers = []
+    for layer in network.layers():
+        if isinstance(layer, resnetLayer):
+            layers.append(
+                original_layers.resnetLayer(layer.width, h=layer.h, act=original_activations.tanhActivation())
+            )
+        else:
+            is_tanh = isinstance(layer.act, tanhActivation)
+            act = original_activations.tanhActivation() if is_tanh else original_activations.identityActivation()
+            layers.append(original_layers.singleLayer(layer.in_features, layer.out_features, act=act))
+    copy = original_networks.NN(*layers)
+    copy.load_state_dict(network.state_dict())
+    return copy
+
+
+def hessians(network):
+    """Name → x ↦ (value, gradient, Hessian)."""
+    g = in_torch(network)
+    eager = torch.func.vmap(lambda x: (g(x), torch.func.jacrev(g)(x), torch.func.jacfwd(torch.func.jacrev(g))(x)))
+    f = in_jax(network)
+    jit = jax.jit(jax.vmap(lambda x: (f(x), jax.jacrev(f)(x), jax.jacfwd(jax.jacrev(f))(x))))
+    found = {"torch.func": eager, "JAX": lambda x: jax.block_until_ready(jit(x))}
+    if original_networks is not None:
+        copy = in_original(network)
+        for mode, forward in (("forward", True), ("backward", False)):
+            found[f"hessQuik 0.0.6 {mode}"] = lambda x, way=forward: copy(
+                x, do_gradient=True, do_Hessian=True, forward_mode=way
+            )
+    by_columns = NNPytorchAD(network)
+    found["autograd by columns"] = lambda x: by_columns(x, do_gradient=True, do_Hessian=True)
+    return found
+
+
+def laplacians(network):
+    """Name → x ↦ Laplacian."""
+    g, f = in_torch(network), in_jax(network)
+    eager = torch.func.vmap(lambda x: torch.func.hessian(g)(x).diagonal(dim1=-2, dim2=-1).sum(-1))
+    jit = jax.jit(jax.vmap(lambda x: jnp.trace(jax.hessian(f)(x), axis1=-2, axis2=-1)))
+    found = {"torch.func": eager, "JAX": lambda x: jax.block_until_ready(jit(x))}
+    if folx is not None:
+        forward = jax.jit(jax.vmap(lambda x: folx.forward_laplacian(f)(x).laplacian))
+        found["folx"] = lambda x: jax.block_until_ready(forward(x))
+    if original_networks is not None:
+        copy = in_original(network)
+        found["hessQuik 0.0.6 forward"] = lambda x: copy(x, do_gradient=True, do_Laplacian=True, forward_mode=True)
+    return found
+
+
+def is_right(network, quantity, out, x):
+    """Whether our result is that of float64 automatic differentiation at the first points."""
+    few = x[:2].double()
+    g = in_torch(network.double())
+    exact = torch.func.vmap(torch.func.hessian(g))(few).permute(0, 2, 3, 1)
+    network.float()
+    got = getattr(out, quantity)[:2].double()
+    exact = exact if quantity == "hessian" else torch.einsum("naam->nm", exact)
+    return float((got - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max()))
+
+
+def seconds(call, x):
+    begin = time.perf_counter()
+    call(x)
+    return time.perf_counter() - begin
+
+
+def compare(network, n, quantities, contenders, rounds):
+    """Median ratio and quartiles per contender, and our median time."""
+    evaluate = Evaluator(network)
+    x = torch.randn(n, evaluate.d)
+    assert is_right(network, quantities[-1], evaluate(x, quantities), x), "ours is wrong"
+    calls = {"ours": lambda x: evaluate(x, quantities), **contenders}
+    kept = {}
+    for name, call in calls.items():
+        points = jnp.array(x.numpy()) if name in {"JAX", "folx"} else x
+        call(points)
+        if (once := seconds(call, points)) < TOO_LONG_S:
+            kept[name] = max(1, min(50, int(0.004 / once)))
+    times = {name: [] for name in kept}
+    for _ in range(rounds):
+        x = torch.randn(n, evaluate.d)
+        for name, repeats in kept.items():
+            points = jnp.array(x.numpy()) if name in {"JAX", "folx"} else x
+            times[name].append(
+                seconds(lambda x, f=calls[name], r=repeats: [f(x) for _ in range(r)], points) / repeats
+            )
+    ours = times.pop("ours")
+    ratios = {name: [t / o for t, o in zip(found, ours, strict=True)] for name, found in times.items()}
+    plan = evaluate.plan(quantities)
+    return (
+        statistics.median(ours),
+        plan.operations * n,
+        {name: statistics.quantiles(r, n=4) for name, r in ratios.items()},
+    )
+
+
+def gemm_rate():
+    """Measured operations per second of a 512³ product."""
+    a, b, c = (torch.randn(512, 512) for _ in range(3))
+    return 2 * 512**3 / min(seconds(lambda _: torch.mm(a, b, out=c), None) for _ in range(20))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="words in a workload's name")
+    parser.add_argument("--table", type=Path, help="where to write the table, as Markdown")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    names = ["hessQuik 0.0.6", "autograd by columns", "torch.func", "JAX", "folx"]
+    lines = [
+        f"{platform.machine()}, one core, torch {torch.__version__}, JAX {jax.__version__}, float32; "
+        f"512³ product by torch: {gemm_rate() / 1e9:.0f} GFLOP/s.",
+        "",
+        f"| what | workload | ours, ms | GFLOP/s | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
+    ]
+    print("\n".join(lines), flush=True)
+    for quantities, made in ((SECOND, hessians), (("laplacian",), laplacians)):
+        for title, build, n in WORKLOADS:
+            if arguments.only not in title:
+                continue
+            network = build()
+            network.requires_grad_(False)
+            ours, operations, ratios = compare(network, n, quantities, made(network), arguments.rounds)
+            cells = []
+            for name in names:
+                found = [quartiles for full, quartiles in ratios.items() if full.startswith(name)]
+                best = min(found, key=lambda quartiles: quartiles[1], default=None)
+                cells.append("–" if best is None else f"{best[1]:.1f} ({best[0]:.1f}–{best[2]:.1f})")
+            rate = operations / ours / 1e9
+            row = f"| {quantities[-1]} | {title} | {ours * 1e3:.3f} | {rate:.0f} | {' | '.join(cells)} |"
+            lines.append(row)
+            print(row, flush=True)
+    if arguments.table:
+        arguments.table.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
