@@ -31,6 +31,10 @@ SMALLEST_TILE_ROWS = 8
 Given = Tensor | Sequence[int] | None
 
 
+#: Plans that are kept; the oldest makes room for a new one, so that callers cannot fill the memory with them.
+MAX_PLANS = 256
+
+
 class Evaluator:
     """A network's values and derivatives on one device and in one dtype.
 
@@ -182,6 +186,8 @@ class Evaluator:
                     runner = NativeRunner(plan, self.dtype, self._packed)
                 else:
                     runner = TorchRunner(plan, self.dtype, self.device)
+                if len(self._runners) >= MAX_PLANS:
+                    self._runners.pop(next(iter(self._runners)))
                 self._runners[ask] = runner
         return runner
 

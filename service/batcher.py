@@ -92,6 +92,16 @@ class Batcher:
         self._queues: dict[Hashable, list[tuple[Place, Entry]]] = {}
         self._again: list[Batch] = []
 
+    def expect_room(self) -> None:
+        """Refuse a request before it is read, if not even the smallest would find a place.
+
+        Raises:
+            Overloaded: as many requests wait as may.
+        """
+        limit, *_ = self.limits
+        if self.requests >= limit:
+            raise Overloaded(f"expected at most {limit} requests waiting, got one more; try again later")
+
     def put(self, entry: Entry) -> None:
         """Let an entry wait.
 

@@ -30,6 +30,8 @@ __all__ = ["main"]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: How torch says that memory ran out on a CPU, in an error of no class of its own.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+#: Largest result that is computed only to warm up.
+MAX_WARM_UP_BYTES = 64 << 20
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -53,11 +55,13 @@ class Model:
         return self._evaluators[dtype]
 
     def warm_up(self) -> None:
-        """Run every tile once, so that no request pays for a first call."""
+        """Run every tile once, so that no request pays for a first call; not what would fill the memory."""
         evaluate = self.evaluator(self.dtype)
         for rows in evaluate.ladder:
             x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
-            evaluate(x, ("value", "gradient", "hessian", "laplacian"))
+            evaluate(x, ("value", "gradient", "laplacian"))
+            if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize <= MAX_WARM_UP_BYTES:
+                evaluate(x, ("value", "gradient", "hessian"))
 
     def facts(self) -> dict[str, Any]:
         """What the front needs to know of the model."""

@@ -39,6 +39,7 @@ class Derivatives:
         scope["hessquik.route"] = f"/v1/models/{{model}}/{action}"
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
+        self._core.dispatcher.batcher.expect_room()
         deadline_s = self._core.deadline_s(header(scope, b"x-deadline-ms"))
         media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
         reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))

@@ -222,3 +222,12 @@ def test_what_does_not_fit_is_refused(arguments, words):
     evaluate = Evaluator(NETWORKS["residual"]())
     with pytest.raises(ShapeError, match=words):
         evaluate(**{"x": torch.zeros(2, 4), **arguments})
+
+
+def test_plans_of_many_kinds_do_not_fill_the_memory():
+    evaluate = Evaluator(NN(singleLayer(2, 3, tanhActivation())))
+    for k in range(1, 300):
+        evaluate.plan(("curvature",), directions=(k, 2))
+    assert len(evaluate._runners) == 256
+    x = torch.randn(3, 2)
+    assert torch.equal(evaluate(x, ("hessian",)).hessian, evaluate(x, ("hessian",)).hessian)

@@ -93,6 +93,17 @@ def test_exactly_what_is_over_a_limit_is_refused(limits: dict[str, int], load: d
     batcher.put(entry(**load))
 
 
+def test_room_is_known_before_a_request_is_read() -> None:
+    batcher, entries = make(max_requests=2), [entry(1), entry(1)]
+    for one in entries:
+        batcher.expect_room()
+        batcher.put(one)
+    with pytest.raises(Overloaded):
+        batcher.expect_room()
+    batcher.close(entries[0])
+    batcher.expect_room()
+
+
 def test_what_was_closed_is_not_computed() -> None:
     batcher, gone, stays = make(), entry(5), entry(5)
     batcher.put(gone)
