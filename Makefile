@@ -47,7 +47,7 @@ format: $(STAMP)  ## repair formatting and what the linter can
 bench: $(STAMP)  ## the engine against its peers, the original library among them
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
-	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --table docs/performance-engine.md
+	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --table docs/performance-engine.md --plot docs/images/performance-engine.png
 
 docs: $(STAMP)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
