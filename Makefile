@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constra
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
 
-.PHONY: serve test chaos check format docs lock image image-test clean
+.PHONY: serve test bench chaos check format docs lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -43,6 +43,11 @@ check: $(STAMP)  ## formatting, lint, types
 format: $(STAMP)  ## repair formatting and what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## the engine against its peers, the original library among them
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
+	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --table docs/performance-engine.md --plot docs/images/performance-engine.png
 
 docs: $(STAMP)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

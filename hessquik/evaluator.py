@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hessquik import memory
 from hessquik.calculus import DIRECTIONAL, QUANTITIES, Derivatives
 from hessquik.errors import ShapeError
 from hessquik.machine import Machine
@@ -213,7 +214,7 @@ class Evaluator:
             "hvp": (n, k, d, m),
             "curvature": (n, k, m),
         }
-        return {name: torch.empty(shapes[name], dtype=self.dtype, device=device) for name in quantities}
+        return {name: memory.empty(shapes[name], self.dtype, device) for name in quantities}
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
         """Refuse what does not fit."""

@@ -19,7 +19,7 @@ LAYERS = {
         hessquik.layers
         hessquik.calculus
         hessquik.program
-        hessquik.machine hessquik.native hessquik.plan
+        hessquik.machine hessquik.memory hessquik.native hessquik.plan
         hessquik.networks
         hessquik.evaluator hessquik.utils hessquik.storage
         hessquik.conversion hessquik.proof

@@ -25,7 +25,7 @@ from hessquik.activations import (
 )
 from hessquik.program import Program, Step, View
 
-__all__ = ["Native", "is_available"]
+__all__ = ["Native", "is_available", "vector_bytes"]
 
 _OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "congruence")
 _ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
@@ -82,6 +82,12 @@ def is_available(program: Program | None = None) -> bool:
     )
 
 
+def vector_bytes() -> int:
+    """Width of this machine's vectors."""
+    assert _LIBRARY is not None
+    return int(_LIBRARY.hessquik_vector_bytes())
+
+
 class Native:
     """A program made ready for the kernel.
 
@@ -90,7 +96,7 @@ class Native:
         dtype: Of all numbers.
         tile_rows: Rows of a tile.
         packed: Matrices in the kernel's layout, shared by the programs of a network.
-        vector_bytes: Width of the vectors; the machine's widest if not given.
+        width: Bytes of the vectors; the machine's widest if not given.
     """
 
     def __init__(
@@ -99,14 +105,14 @@ class Native:
         dtype: torch.dtype,
         tile_rows: int,
         packed: dict[tuple[int, ...], tuple[Tensor, Tensor]],
-        vector_bytes: int | None = None,
+        width: int | None = None,
     ) -> None:
         """Translate the steps."""
         assert _LIBRARY is not None
         self.program = program
         self.dtype = dtype
         self.tile_rows = tile_rows
-        self.vector_bytes = vector_bytes or _LIBRARY.hessquik_vector_bytes()
+        self.vector_bytes = width or vector_bytes()
         self._packed = packed
         self._kept: list[Tensor] = []
         self._bases: dict[str, int] = {"workspace": _WORKSPACE, "constant": _CONSTANT}
