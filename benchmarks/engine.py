@@ -1,7 +1,7 @@
 """The Evaluator against its peers, all in one run: ``make bench``.
 
-Every contender computes the same thing on one core, in turn, round by round, at new random points each round. Its
-answer is first compared with float64 automatic differentiation. A ratio is the median over the rounds of (the
+Every contender computes the same thing on one core, in turn, round by round, at new random points each round. Our
+answer is first compared with float64 automatic differentiation; the others are taken to be right. A ratio is the median over the rounds of (the
 contender's time / ours), with the quartiles behind it.
 """
 
