@@ -4,6 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.installed
 SERVER := .venv/.installed-server
+KERNEL := hessquik/native/native.c hessquik/native/kernels.h
 TARGET ?= cpu
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
@@ -18,11 +19,11 @@ define INSTALL
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
 endef
 
-$(SERVER): pyproject.toml constraints.txt
+$(SERVER): pyproject.toml constraints.txt $(KERNEL)
 	$(INSTALL) '.[server]'
 	touch $@
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(KERNEL)
 	$(INSTALL) '.[dev]'
 	touch $(SERVER) $@
 

@@ -11,6 +11,13 @@ from tests.live import ROOT, LiveServer
 from tests.whole import PROPERTY, Note, figures
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run each file in one process, so that its servers are started once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def shipped_models() -> Path:
     """The folder of models that ship with the project."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from tests.service.faulty_worker import HANGS, KILLED, RAISES, SHORT, SLOW, SLOW
 
 #: One client for all threads: making one takes longer than most of what is measured here.
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
+atexit.register(HTTP.close)
 FAULTY = ("-m", "tests.service.faulty_serve")
 
 
