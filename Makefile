@@ -45,11 +45,12 @@ format: $(STAMP)  ## repair formatting and what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## the engine against its peers, the original library among them; table and plot into build/
+bench: $(STAMP)  ## engine and service against their peers; tables and plots into build/; needs wrk
 	mkdir -p build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
 	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --table build/engine.md --plot build/engine.png
+	$(BIN)/python -m benchmarks.serving --output build
 
 docs: $(STAMP)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
