@@ -1,8 +1,8 @@
 """The Evaluator against its peers, all in one run: ``make bench``.
 
 Every contender computes the same thing on one core, in turn, round by round, at new random points each round. Our
-answer is first compared with float64 automatic differentiation; the others are taken to be right. A ratio is the median
-over the rounds of (the contender's time / ours), with the quartiles behind it.
+answer is first compared with float64 automatic differentiation; the others are taken to be right. A ratio is the
+median over the rounds of (the contender's time / ours), with the quartiles behind it.
 """
 
 # ruff: noqa: E402 - the libraries count their cores when they are imported.
