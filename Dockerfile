@@ -14,6 +14,9 @@ ARG PIP_FIND_LINKS
 WORKDIR /build
 # pip stays in an environment of its own, and so in this stage.
 RUN python3 -m venv tools && python3 -m venv --without-pip /opt/hessquik
+# The CPU kernel is C. Its compiler stays in this stage, and Debian's current one will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY requirements/${TARGET}.lock requirements.lock
 RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
         --require-hashes --no-deps --only-binary :all: -r requirements.lock

@@ -209,7 +209,7 @@ REFUSED = {
         "incompatible composition",
     ),
     "wrong shape": (file(tensors=weights(**{"0.K": torch.zeros(3, 2)})), r"expected for '0\.K' the shape \(2, 3\)"),
-    "missing tensor": (file(tensors={"0.K": torch.zeros(2, 3)}), r"got no tensor"),
+    "missing tensor": (file(tensors={"0.K": torch.zeros(2, 3)}), r"expected tensors for 2 layers, got 1 tensors"),
     "extra tensor": (file(tensors=weights(extra=torch.zeros(1))), r"'extra' the shape of no tensor"),
     "no tensors": (file(tensors={}), "at least one tensor"),
     "mixed dtypes": (file(tensors=weights(**{"0.K": torch.zeros(2, 3).double()})), "all F32 or all F64"),
