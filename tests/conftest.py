@@ -10,6 +10,9 @@ import pytest
 from tests.live import ROOT, LiveServer
 from tests.whole import PROPERTY, Note, figures
 
+#: Needs the original library, which is not installed beside ours.
+collect_ignore = ["fixtures/make_original.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run each file in one process, so that its servers are started once."""

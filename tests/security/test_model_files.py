@@ -80,13 +80,13 @@ def test_a_damaged_file_never_loads(shipped_models: Path, note: Note) -> None:
     count, refused, unchanged, slowest_s = choose(2000, 20_000), 0, 0, 0.0
     for _ in range(count):
         damaged = mutated(data, random_)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             assert is_same(storage.parse(damaged), whole), "a damaged file loaded"
             unchanged += 1  # spaces in the header, say
         except FormatError:
             refused += 1
-        slowest_s = max(slowest_s, time.perf_counter() - began)
+        slowest_s = max(slowest_s, time.process_time() - began)
     note(f"{count} mutated files: {refused} refused, {unchanged} that hold the same, at most {slowest_s:.3f} s each")
     assert refused > 0.95 * count
     assert slowest_s <= SECONDS
@@ -149,10 +149,10 @@ BOMBS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS.keys())
 def test_a_bomb_is_refused_at_once(data: bytes) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(FormatError, match="expected"):
         storage.parse(data)
-    assert time.perf_counter() - began <= SECONDS
+    assert time.process_time() - began <= SECONDS
 
 
 class Evil:
