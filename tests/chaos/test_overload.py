@@ -16,7 +16,7 @@ from tests.chaos.traffic import Connection, Ledger, Traffic, flood, questions, r
 from tests.whole import Note, choose
 
 #: In the short form the driver and other tests take most of the two cores.
-GOODPUT = choose(0.15, 0.7)
+GOODPUT = choose(0.3, 0.7)
 REFUSED_WITHIN_S = 0.25
 LIVE_WITHIN_S = 0.05
 BACK_WITHIN_S = 5.0
