@@ -2,7 +2,7 @@
 
 4 bytes   length of the head         little-endian
 8 bytes   length of the body
-head      JSON object; "arrays" has [name, dtype, shape] of each array in the body
+head      JSON object, filled up with blanks; "arrays" has [name, dtype, shape] of each array in the body
 body      the arrays one after the other, C order, native byte order
 """
 
@@ -12,14 +12,14 @@ import asyncio
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["Array", "FrameProtocol", "WireError", "encode", "receive", "send"]
+__all__ = ["Array", "FrameProtocol", "FrameReader", "WireError", "encode", "receive", "send"]
 
 Array = NDArray[Any]
 Frame = tuple[dict[str, Any], dict[str, Array]]
@@ -27,6 +27,10 @@ Frame = tuple[dict[str, Any], dict[str, Array]]
 _LENGTHS = struct.Struct("<IQ")
 MAX_HEAD_BYTES = 4 << 20
 MAX_BODY_BYTES = 4 << 30
+#: Bytes of a frame up to which its pieces are joined, and of a receiver's scratch buffer.
+SMALL_BYTES = 64 << 10
+#: Heads are filled up to multiples of this many bytes, so that the numbers behind them lie as processors like them.
+ALIGNMENT = 64
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "uint8": np.dtype("u1")}
 
 
@@ -35,14 +39,15 @@ class WireError(Exception):
 
 
 def encode(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[bytes | memoryview]:
-    """The pieces of a frame, to be sent one after the other; the arrays are not copied if they are contiguous."""
+    """The pieces of a frame, to be sent one after the other; large arrays are not copied if they are contiguous."""
     flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     table = [[name, array.dtype.name, array.shape] for name, array in flat.items()]
     text = orjson.dumps({**head, "arrays": table})
+    text += b" " * (-len(text) % ALIGNMENT)
     body_bytes = sum(array.nbytes for array in flat.values())
     pieces: list[bytes | memoryview] = [_LENGTHS.pack(len(text), body_bytes) + text]
     pieces += [array.reshape(-1).view(np.uint8).data for array in flat.values() if array.nbytes]
-    return pieces
+    return [b"".join(pieces)] if len(text) + body_bytes <= SMALL_BYTES else pieces
 
 
 def _lengths(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
@@ -54,7 +59,7 @@ def _lengths(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
     return head_bytes, body_bytes
 
 
-def _decode(text: bytes | bytearray | memoryview, body: Array) -> Frame:
+def _decode(text: memoryview, body: Array) -> Frame:
     """Head and arrays, which are views into ``body``."""
     try:
         head = orjson.loads(text)
@@ -78,39 +83,76 @@ def _decode(text: bytes | bytearray | memoryview, body: Array) -> Frame:
     return head, arrays
 
 
+class FrameReader:
+    """Cuts a stream of bytes into frames.
+
+    What comes is received into a scratch buffer, many small frames at once; the rest of a frame that does not fit
+    there is received straight into the memory that its arrays will be views of.
+    """
+
+    def __init__(self) -> None:
+        """Wait for the first frame."""
+        self._scratch = memoryview(bytearray(SMALL_BYTES))
+        self._start = self._end = 0
+        self._frame: Array | None = None
+        self._head_bytes = self._filled = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        if self._frame is not None:
+            return self._frame.data[self._filled :]
+        return self._scratch[self._end :]
+
+    def received(self, count: int) -> Iterator[Frame]:
+        """Take note of bytes that were put there, and yield the frames that are whole.
+
+        Raises:
+            WireError: what came is no frame.
+        """
+        if self._frame is None:
+            self._end += count
+        else:
+            self._filled += count
+        while self._next():
+            assert self._frame is not None
+            frame, self._frame = self._frame, None
+            yield _decode(frame[: self._head_bytes].data, frame[self._head_bytes :])
+
+    def _next(self) -> bool:
+        """Whether a whole frame is there; begins one if none is begun."""
+        if self._frame is None:
+            rest = self._scratch[self._start : self._end]
+            if len(rest) < _LENGTHS.size:
+                self._scratch[: len(rest)] = bytes(rest)
+                self._start, self._end = 0, len(rest)
+                return False
+            self._head_bytes, body_bytes = _lengths(rest[: _LENGTHS.size])
+            self._frame = np.empty(self._head_bytes + body_bytes, np.uint8)
+            self._filled = min(self._frame.size, len(rest) - _LENGTHS.size)
+            self._frame.data[: self._filled] = rest[_LENGTHS.size : _LENGTHS.size + self._filled]
+            self._start += _LENGTHS.size + self._filled
+        return self._filled == self._frame.size
+
+
 def send(sock: socket.socket, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
     """Send a frame over a blocking socket."""
     for piece in encode(head, arrays):
         sock.sendall(piece)
 
 
-def receive(sock: socket.socket) -> Frame | None:
-    """Receive a frame from a blocking socket, ``None`` at its end.
+def receive(sock: socket.socket) -> Iterator[Frame]:
+    """The frames that come over a blocking socket, until its end.
 
     Raises:
         WireError: what came is no frame.
     """
-    prefix = _receive_exactly(sock, _LENGTHS.size)
-    if prefix is None:
-        return None
-    head_bytes, body_bytes = _lengths(prefix.data)
-    text, body = _receive_exactly(sock, head_bytes), _receive_exactly(sock, body_bytes)
-    return None if text is None or body is None else _decode(text.data, body)
-
-
-def _receive_exactly(sock: socket.socket, size: int) -> Array | None:
-    buffer = np.empty(size, np.uint8)
-    view, start = buffer.data, 0
-    while start < size:
-        got = sock.recv_into(view[start:])
-        if got == 0:
-            return None
-        start += got
-    return buffer
+    reader = FrameReader()
+    while count := sock.recv_into(reader.space()):
+        yield from reader.received(count)
 
 
 class FrameProtocol(asyncio.BufferedProtocol):
-    """Receives frames on an event loop, each straight into the memory that its arrays will be views of.
+    """Receives frames on an event loop.
 
     Args:
         on_frame: Called with head and arrays.
@@ -121,9 +163,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Wait for the first frame."""
         self._on_frame = on_frame
         self._on_lost = on_lost
-        self._text = b""
-        self._body_bytes = 0
-        self._expect(_LENGTHS.size, self._take_lengths)
+        self._reader = FrameReader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport, to write to."""
@@ -139,32 +179,12 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
-        return self._view[self._filled :]
+        return self._reader.space()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what is complete."""
-        self._filled += nbytes
         try:
-            while self._filled == len(self._view):
-                self._take()
+            for head, arrays in self._reader.received(nbytes):
+                self._on_frame(head, arrays)
         except WireError:
             self.transport.abort()
-
-    def _expect(self, size: int, take: Callable[[], None]) -> None:
-        self._buffer = np.empty(size, np.uint8)
-        self._view = self._buffer.data
-        self._filled = 0
-        self._take = take
-
-    def _take_lengths(self) -> None:
-        head_bytes, self._body_bytes = _lengths(self._buffer.data)
-        self._expect(head_bytes, self._take_head)
-
-    def _take_head(self) -> None:
-        self._text = self._buffer.tobytes()
-        self._expect(self._body_bytes, self._take_body)
-
-    def _take_body(self) -> None:
-        head, arrays = _decode(self._text, self._buffer)
-        self._expect(_LENGTHS.size, self._take_lengths)
-        self._on_frame(head, arrays)

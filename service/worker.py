@@ -143,7 +143,7 @@ class Worker:
 
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""
-        while (frame := wire.receive(sock)) is not None:
+        for frame in wire.receive(sock):
             reply = self.answer(*frame)
             if reply is not None:
                 wire.send(sock, *reply)
