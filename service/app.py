@@ -20,6 +20,7 @@ from service.core import Core
 from service.devices import resolve_devices
 from service.door import Door, Receive, Scope, Send
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
+from service.exchange import ShortWay
 from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
@@ -34,10 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 class Application(FastAPI):
-    """The ASGI application: the door, behind it a short way to the derivatives and FastAPI for all else.
+    """The ASGI application: the door, behind it the derivatives and FastAPI for all else.
 
     Most requests ask for derivatives, and FastAPI's way to a route costs more than computing a small network; so
     their path is taken apart here.
+
+    Attributes:
+        short_way: What a server may hand small requests for derivatives to, instead of making messages of them.
     """
 
     def __init__(self, core: Core, settings: Settings, **options: Any) -> None:
@@ -48,6 +52,7 @@ class Application(FastAPI):
         self._derivatives = Derivatives(core)
         dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
         self._door = Door(self._route, settings, core.metrics, dialects)
+        self.short_way = ShortWay(self._door, self._derivatives)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""
@@ -65,9 +70,9 @@ class Application(FastAPI):
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            _, *parts = scope["path"].split("/")
-            if len(parts) == 4 and parts[:2] == ["v1", "models"] and parts[3] in Derivatives.ACTIONS:
-                await self._derivatives(parts[2], parts[3], scope, receive, send)
+            target = Derivatives.target(scope["path"])
+            if target is not None:
+                await self._derivatives(*target, scope, receive, send)
                 return
         await super().__call__(scope, receive, send)
 

@@ -63,9 +63,14 @@ class Batch:
     failures: int = 0
 
     @property
+    def sizes(self) -> list[int]:
+        """Points of each slice."""
+        return [stop - start for _, start, stop in self.slices]
+
+    @property
     def rows(self) -> int:
         """Points."""
-        return sum(stop - start for _, start, stop in self.slices)
+        return sum(self.sizes)
 
 
 class Batcher:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,12 +23,14 @@ from service.wire import Array
 __all__ = [
     "JSON",
     "SAFETENSORS",
+    "Piece",
     "Question",
     "Shape",
     "accepted_type",
     "content_type",
     "encode_json",
     "encode_safetensors",
+    "json_rows",
     "load_json",
     "make_question",
     "numbers",
@@ -49,8 +50,11 @@ _MAX_NESTING = 3
 _SHORT_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+#: A stretch of a reply's body.
+Piece = bytes | memoryview
+
+
+class Shape(NamedTuple):
     """What a question has to fit: the model's sizes and dtype, and the most rows."""
 
     d: int
@@ -59,8 +63,7 @@ class Shape:
     max_rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A checked request.
 
     Attributes:
@@ -170,28 +173,45 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
     return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def encode_json(model: str, version: str, answers: Mapping[str, Array], is_single: bool) -> list[bytes | memoryview]:
-    """The reply as JSON: every number's shortest form that reads back as the same double, non-finite ones null."""
-    document: dict[str, Any] = {"model": model, "version": version}
-    for name, array in answers.items():
-        part = array[0] if is_single else array
-        document[name] = np.ascontiguousarray(part, dtype=np.float64)
-    return [orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)]
+def json_rows(array: Array) -> memoryview:
+    """The text of an array's rows, to be joined by commas with that of others.
+
+    Every number has the shortest form that reads back as the same double; non-finite ones are null.
+
+    Example:
+        >>> bytes(json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]])))
+        b'[1.0,0.5],[2.0,null]'
+    """
+    return memoryview(orjson.dumps(np.ascontiguousarray(array, np.float64), option=orjson.OPT_SERIALIZE_NUMPY))[1:-1]
+
+
+def encode_json(model: str, version: str, answers: Mapping[str, Sequence[Piece]], is_single: bool) -> list[Piece]:
+    """The reply as JSON, from the texts of each quantity's rows in their order."""
+    pieces: list[Piece] = [b'{"model":"%s","version":"%s"' % (model.encode(), version.encode())]
+    opening, closing = (b'":', b"") if is_single else (b'":[', b"]")
+    for name, rows in answers.items():
+        pieces.append(b',"' + name.encode() + opening)
+        for piece in rows[:-1]:
+            pieces += (piece, b",")
+        pieces += (rows[-1], closing)
+    pieces.append(b"}")
+    return pieces
 
 
 def encode_safetensors(
-    model: str, version: str, answers: Mapping[str, Array], is_single: bool
-) -> list[bytes | memoryview]:
+    model: str, version: str, answers: Mapping[str, Sequence[Array]], is_single: bool
+) -> list[Piece]:
     """The reply as safetensors, one tensor per quantity: a header and the arrays' own memory, which is not copied."""
     header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
-    pieces: list[bytes | memoryview] = []
+    pieces: list[Piece] = []
     start = 0
-    for name, array in answers.items():
-        part = np.ascontiguousarray(array[0] if is_single else array)
-        kind = f"F{8 * part.itemsize}"
-        header[name] = {"dtype": kind, "shape": part.shape, "data_offsets": [start, start + part.nbytes]}
-        pieces.append(part.reshape(-1).view(np.uint8).data)
-        start += part.nbytes
+    for name, rows in answers.items():
+        first = rows[0]
+        shape = first.shape[1:] if is_single else (sum(map(len, rows)), *first.shape[1:])
+        size = sum(part.nbytes for part in rows)
+        header[name] = {"dtype": f"F{8 * first.itemsize}", "shape": shape, "data_offsets": [start, start + size]}
+        pieces += [np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in rows]
+        start += size
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
     return [struct.pack("<Q", len(text)) + text, *pieces]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
+
+import numpy as np
 
 from service.batcher import Batcher
 from service.codecs import Question
-from service.dispatcher import Dispatcher, Job
+from service.dispatcher import Answers, Dispatcher, End, Job
 from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
 from service.metrics import Metrics
 from service.quantities import floats_per_row
@@ -19,6 +21,8 @@ from service.settings import Settings
 from service.wire import Array
 
 __all__ = ["Core"]
+
+Scope = MutableMapping[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -95,30 +99,74 @@ class Core:
         """The loop's clock, in seconds."""
         return asyncio.get_running_loop().time()
 
-    async def answer(
-        self, served: Served, question: Question, deadline_s: float, scope: Any = None
-    ) -> Mapping[str, Array]:
-        """Compute what a question asks; if ``scope`` is given, give up when its client is gone.
+    def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
+        """Have a question answered; the model is held until it is.
 
-        The model is held until it has answered; who awaits anything between looking it up and this call has to hold
-        it too, see :meth:`Repository.holding`.
+        Args:
+            served: The model. Who awaits anything between looking it up and this call has to hold it too, see
+                :meth:`Repository.holding`.
+            question: What is asked.
+            form: ``arrays`` or ``json``, see :class:`~service.dispatcher.Job`.
+            deadline_s: On the loop's clock.
+            end: Called once, with the job that has ended, never before this returns.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
-            ServiceError: as :meth:`Dispatcher.evaluate` raises.
+            Overloaded: too much is waiting.
+            NotReady: workers cannot be kept alive.
         """
-        job = self._job(served, question)
-        if scope is not None:
-            scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
-        began_s = time.perf_counter()
+        repository, statistics = self.repository, served.statistics
+
+        def ended(job: Job) -> None:
+            repository.release(served)
+            now = time.perf_counter()
+            if job.error is None:
+                statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
+            else:
+                statistics.fail.add(now - job.queued_at)
+            end(job)
+
         try:
-            with self.repository.holding(served):
-                answers = await self.dispatcher.evaluate(job, deadline_s)
+            job = self._job(served, question, form)
+            self.dispatcher.submit(job, deadline_s, ended)
         except ServiceError:
-            served.statistics.fail.add(time.perf_counter() - began_s)
+            statistics.fail.add(0.0)
             raise
-        served.statistics.answered(job.rows, job.started_at - job.queued_at, time.perf_counter() - job.started_at)
-        return answers
+        repository.hold(served)
+        return job
+
+    async def answer(
+        self, served: Served, question: Question, deadline_s: float, scope: Scope, form: str = "arrays"
+    ) -> Answers:
+        """Wait for what :meth:`ask` brings; give up when the scope's client is gone.
+
+        Returns:
+            Per quantity, stretches of rows in their order.
+
+        Raises:
+            ServiceError: as :meth:`ask`, or what the job has ended with.
+        """
+        answer: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
+
+        def end(job: Job) -> None:
+            if answer.done():
+                return
+            if job.error is None:
+                answer.set_result(job.answers)
+            else:
+                answer.set_exception(job.error)
+
+        job = self.ask(served, question, form, deadline_s, end)
+        scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
+        try:
+            return await answer
+        finally:
+            scope["hessquik.abandon"]()
+
+    async def arrays(self, served: Served, question: Question, deadline_s: float, scope: Scope) -> dict[str, Array]:
+        """The same with one array per quantity."""
+        answers = await self.answer(served, question, deadline_s, scope)
+        return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in answers.items()}
 
     def why_not_ready(self) -> list[str]:
         """The reasons why the service is not ready; none if it is."""
@@ -131,7 +179,7 @@ class Core:
             reasons.append("no model is ready")
         return reasons
 
-    def _job(self, served: Served, question: Question) -> Job:
+    def _job(self, served: Served, question: Question, form: str) -> Job:
         """The job for a question, with its cost.
 
         Raises:
@@ -140,7 +188,7 @@ class Core:
         n = len(question.inputs)
         k = 0 if question.directions is None else question.directions.shape[1]
         is_weighted = question.weights is not None
-        key = (served.id, question.dtype, question.quantities, is_weighted, k)
+        key = (served.id, question.dtype, question.quantities, is_weighted, k, form)
         # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
         row_cost = served.row_costs.get(key) or BATCH_COST / served.facts["tile_rows"]
         floats = floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
@@ -161,6 +209,7 @@ class Core:
             model=served.id,
             dtype=question.dtype,
             quantities=question.quantities,
+            form=form,
             inputs=question.inputs,
             weights=question.weights,
             directions=question.directions,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from service.pool import Pool
 from service.statistics import ModelStatistics
 from service.wire import Array
 
-__all__ = ["Dispatcher", "Job"]
+__all__ = ["Answers", "Dispatcher", "End", "Job"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,12 @@ MAX_ROW_COSTS = 1024
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
+#: What a worker answered, per quantity: stretches of rows in their order.
+Answers = dict[str, list[Any]]
+#: What is done when a job has ended: with its answers, or with the error.
+End = Callable[["Job"], None]
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job(Entry):
     """A request's points and what becomes of them.
@@ -38,52 +46,48 @@ class Job(Entry):
         model: The workers' number of the network.
         dtype: ``float32`` or ``float64``.
         quantities: What is asked.
+        form: What the answers are wanted as: ``arrays``, or the text of their rows in ``json``.
         inputs: (n, d).
         weights: (1 or n, m) or ``None``.
         directions: (1 or n, k, d) or ``None``.
         statistics: The model's.
         row_costs: The model's, by key.
+        answers: Once it has ended well.
+        error: Once it has ended otherwise.
     """
 
     model: int
     dtype: str
     quantities: tuple[str, ...]
+    form: str
     inputs: Array
     statistics: ModelStatistics
     row_costs: dict[Hashable, float]
     weights: Array | None = None
     directions: Array | None = None
-    _answers: dict[str, Array] = field(default_factory=dict, init=False)
-    _missing_rows: int = field(default=0, init=False)
-    _future: asyncio.Future[dict[str, Array]] | None = field(default=None, init=False)
+    answers: Answers = field(default_factory=dict, init=False)
+    error: ServiceError | None = field(default=None, init=False)
+    end: End | None = field(default=None, init=False)
+    timer: asyncio.TimerHandle | None = field(default=None, init=False)
     queued_at: float = field(default=0.0, init=False)
     started_at: float = field(default=0.0, init=False)
+    _parts: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list, init=False)
+    _missing_rows: int = field(default=0, init=False)
 
-    def wait(self) -> asyncio.Future[dict[str, Array]]:
-        """The future that the answer will be put into."""
-        # The loop's clock has whole milliseconds only.
-        self._missing_rows, self.queued_at = self.rows, time.perf_counter()
-        self._future = asyncio.get_running_loop().create_future()
-        return self._future
-
-    def receive(self, start: int, answers: dict[str, Array]) -> None:
-        """Take the answers for some rows; the last ones complete the job."""
-        rows = len(next(iter(answers.values())))
-        if rows == self.rows:
-            self._answers = answers
-        else:
-            for name, part in answers.items():
-                if name not in self._answers:
-                    self._answers[name] = np.empty((self.rows, *part.shape[1:]), part.dtype)
-                self._answers[name][start : start + rows] = part
+    def receive(self, start: int, rows: int, part: Mapping[str, Any]) -> bool:
+        """Take the answers for some rows; return whether they are all there now."""
+        self._parts.append((start, part))
         self._missing_rows -= rows
-        if self._missing_rows == 0 and self._future is not None and not self._future.done():
-            self._future.set_result(self._answers)
+        if self._missing_rows > 0:
+            return False
+        self._parts.sort(key=itemgetter(0))
+        self.answers = {name: [part[name] for _, part in self._parts] for name in self.quantities}
+        return True
 
-    def fail(self, error: ServiceError) -> None:
-        """End the job without an answer."""
-        if self._future is not None and not self._future.done():
-            self._future.set_exception(error)
+    def wait(self, end: End, timer: asyncio.TimerHandle) -> None:
+        """Begin to wait."""
+        self.end, self.timer = end, timer
+        self._missing_rows, self.queued_at = self.rows, time.perf_counter()
 
 
 class Dispatcher:
@@ -113,41 +117,44 @@ class Dispatcher:
         self.given_up = asyncio.Event()
         self._metrics = metrics
         self._open: set[Job] = set()
+        self._is_to_feed = False
 
-    async def evaluate(self, job: Job, deadline_s: float) -> dict[str, Array]:
-        """Wait for a job's answer until the loop's clock shows ``deadline_s``.
+    def submit(self, job: Job, deadline_s: float, end: End) -> None:
+        """Run a job; ``end`` is called exactly once, with its answers or its error, never before this returns.
 
-        Returns:
-            One array per quantity, its rows in the order of the points.
+        It ends when it is answered, given up, or not answered before the loop's clock shows ``deadline_s``.
 
         Raises:
             Overloaded: too much is waiting.
             NotReady: workers cannot be kept alive.
-            DeadlineExceeded: there was no answer in time.
-            EvaluationFailed: a point ends whatever evaluates it.
-            WorkerLost: no worker could take over.
         """
         if self.given_up.is_set():
             raise NotReady("expected a worker that is alive, there is none")
         self.batcher.put(job)
-        answer = job.wait()
-        timer = asyncio.get_running_loop().call_at(deadline_s, self._expire, job)
+        loop = asyncio.get_running_loop()
+        job.wait(end, loop.call_at(deadline_s, self._expire, job))
         self._open.add(job)
-        self.on_idle()
-        try:
-            return await answer
-        finally:
-            timer.cancel()
-            self._open.discard(job)
-            self.batcher.close(job)
+        if not self._is_to_feed:  # at the end of the loop's turn, so that what came in one turn shares a batch
+            self._is_to_feed = True
+            loop.call_soon(self.on_idle)
 
     def abandon(self, job: Job, error: ServiceError) -> None:
-        """End a job that nobody waits for any more."""
+        """End a job that nobody waits for any more, or that cannot be answered; does nothing if it has ended."""
+        if not job.is_closed:
+            job.error = error
+            self._close(job)
+
+    def _close(self, job: Job) -> None:
         self.batcher.close(job)
-        job.fail(error)
+        self._open.discard(job)
+        assert job.timer is not None
+        assert job.end is not None
+        job.timer.cancel()
+        job.end(job)
 
     def on_idle(self) -> None:
         """Give idle workers what waits."""
+        self._is_to_feed = False
         while (worker := self.pool.idle_worker()) is not None and (batch := self.batcher.take()) is not None:
             self._note_queueing(batch)
             worker.run(batch, *_frame(batch))
@@ -156,20 +163,18 @@ class Dispatcher:
         """Split a batch's answers among its jobs."""
         first = batch.slices[0].entry
         assert isinstance(first, Job)
-        if "error" in head or not _fits(batch, first, arrays):
+        stretches = None if "error" in head else _stretches(batch, first, head, arrays)
+        if stretches is None:
             self._try_again(batch, is_out_of_memory=head.get("error") in OUT_OF_MEMORY)
             return
         self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
         first.statistics.batches += 1
         if len(first.row_costs) < MAX_ROW_COSTS:
             first.row_costs[batch.key] = head["row_cost"]
-        offset = 0
-        for job, start, stop in batch.slices:
-            rows = stop - start
-            if not job.is_closed:
-                assert isinstance(job, Job)
-                job.receive(start, {name: arrays[name][offset : offset + rows] for name in first.quantities})
-            offset += rows
+        for (job, start, stop), part in zip(batch.slices, stretches, strict=True):
+            assert isinstance(job, Job)
+            if not job.is_closed and job.receive(start, stop - start, part):
+                self._close(job)
 
     def on_lost_work(self, batch: Batch) -> None:
         """A worker died over a batch."""
@@ -189,10 +194,9 @@ class Dispatcher:
             assert isinstance(job, Job)
             if is_out_of_memory:
                 self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
-                self.on_idle()
-                return
-            logger.error("row %d of a request for model %d fails wherever it is computed", row, job.model)
-            self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
+            else:
+                logger.error("row %d of a request for model %d fails wherever it is computed", row, job.model)
+                self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
         self.on_idle()
 
     def on_given_up(self) -> None:
@@ -213,21 +217,46 @@ class Dispatcher:
                 self._metrics.queued(now - job.queued_at)
 
 
-def _fits(batch: Batch, job: Job, arrays: dict[str, Array]) -> bool:
-    """Whether a worker's answer is one: every quantity, every row, and all of their bytes."""
-    answers = [arrays[name] for name in job.quantities if name in arrays]
-    return (
-        len(answers) == len(job.quantities)
-        and all(array.shape[:1] == (batch.rows,) and array.dtype == job.inputs.dtype for array in answers)
-        and sum(array.nbytes for array in answers) == batch.rows * job.row_bytes
-    )
+def _stretches(
+    batch: Batch, job: Job, head: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> list[dict[str, Any]] | None:
+    """A worker's answers for each slice of a batch, or ``None`` if a quantity, a row or a byte of them is missing."""
+    answers = {name: arrays[name] for name in job.quantities if name in arrays}
+    if len(answers) < len(job.quantities):
+        return None
+    if job.form == "json":
+        lengths = head.get("lengths", {})
+        for name, text in answers.items():
+            if len(lengths.get(name, ())) != len(batch.slices) or sum(lengths[name]) != text.nbytes:
+                return None
+        pieces = {name: _cut(text.data, lengths[name]) for name, text in answers.items()}
+    else:
+        rows, nbytes = batch.rows, sum(array.nbytes for array in answers.values())
+        fits = all(array.shape[:1] == (rows,) and array.dtype == job.inputs.dtype for array in answers.values())
+        if not fits or nbytes != rows * job.row_bytes:
+            return None
+        pieces = {name: _cut(array, batch.sizes) for name, array in answers.items()}
+    return [dict(zip(pieces, part, strict=True)) for part in zip(*pieces.values(), strict=True)]
+
+
+def _cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
+    """Consecutive stretches of something."""
+    ends = list(accumulate(sizes))
+    return [whole[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:
     """What a worker is sent for a batch."""
     first = batch.slices[0].entry
     assert isinstance(first, Job)
-    head = {"op": "evaluate", "model": first.model, "dtype": first.dtype, "quantities": first.quantities}
+    head = {
+        "op": "evaluate",
+        "model": first.model,
+        "dtype": first.dtype,
+        "quantities": first.quantities,
+        "form": first.form,
+        "sizes": batch.sizes,
+    }
     arrays = {}
     for name in ("inputs", "weights", "directions"):
         parts = [_rows(getattr(job, name), start, stop) for job, start, stop in batch.slices]

@@ -24,7 +24,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.settings import Settings
 
-__all__ = ["Dialect", "Door", "header", "read_body", "send_reply"]
+__all__ = ["JOINED_BYTES", "NO_STATUS", "Dialect", "Door", "Reply", "header", "read_body", "send_reply"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -41,6 +41,8 @@ _PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: What is counted when no reply was begun.
 NO_STATUS = 499
+#: Bytes up to which a body's pieces are joined: copying them costs less than sending each.
+JOINED_BYTES = 64 << 10
 _ADMIN_ACTIONS = ("/load", "/unload")
 
 
@@ -64,6 +66,27 @@ NATIVE = Dialect(
     lambda path: True,
     lambda error, request_id: (error.status, error.problem(request_id)),
 )
+
+
+class Reply(NamedTuple):
+    """A reply, whose body may come in pieces.
+
+    Attributes:
+        status: HTTP's.
+        media_type: Of the body.
+        body: Its pieces.
+        headers: Those besides the body's type and length.
+    """
+
+    status: int
+    media_type: bytes
+    body: Sequence[bytes | memoryview]
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+    def head(self) -> list[tuple[bytes, bytes]]:
+        """All headers."""
+        length = b"%d" % sum(map(len, self.body))
+        return [(b"content-type", self.media_type), (b"content-length", length), *self.headers]
 
 
 class Door:
@@ -91,9 +114,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        scope["hessquik.headers"] = dict(reversed(scope["headers"]))  # of a name's values, the first
-        request_id = _request_id(scope)
-        scope["hessquik.request_id"] = request_id
+        request_id = self.register(scope)
         status = NO_STATUS
 
         async def send_with_id(message: Message) -> None:
@@ -104,20 +125,27 @@ class Door:
             await send(message)
 
         try:
-            self._check_key(scope)
+            self.check_key(scope)
             await self._app(scope, receive, send_with_id)
-        except ServiceError as error:
-            await self._send_error(scope, send_with_id, error)
-        except Exception:
-            logger.exception("request %s failed", request_id.decode())
+        except Exception as error:
+            refusal = self.refusal(scope, error)
             if status != NO_STATUS:
                 raise
-            unknown = ServiceError("something went wrong; the log has it under this request id")
-            await self._send_error(scope, send_with_id, unknown)
+            await send_reply(send_with_id, refusal)
         finally:
-            self._metrics.answered(scope.get("hessquik.route", "unmatched"), status, time.perf_counter() - began)
+            self.count(scope, status, began)
 
-    def _check_key(self, scope: Scope) -> None:
+    def register(self, scope: Scope) -> bytes:
+        """Give a request its headers by name, of a name's values the first, and its id, which is returned."""
+        scope["hessquik.headers"] = dict(reversed(scope["headers"]))
+        scope["hessquik.request_id"] = request_id = _request_id(scope)
+        return request_id
+
+    def count(self, scope: Scope, status: int, began: float) -> None:
+        """Count how a request ended that began when the performance counter showed this."""
+        self._metrics.answered(scope.get("hessquik.route", "unmatched"), status, time.perf_counter() - began)
+
+    def check_key(self, scope: Scope) -> None:
         """Decide on the path that will be routed: every path needs a key, but for a short list."""
         path: str = scope["path"]
         is_admin = scope["method"] == "POST" and path.endswith(_ADMIN_ACTIONS)
@@ -130,17 +158,20 @@ class Door:
         if is_admin and not _is_among(given, self._admin_keys):
             raise Forbidden("expected an admin key")
 
-    async def _send_error(self, scope: Scope, send: Send, error: ServiceError) -> None:
-        """Send an error in the path's dialect; large bodies that were not read are not waited for."""
+    def refusal(self, scope: Scope, error: Exception) -> Reply:
+        """An error as a reply in the path's dialect; what is nobody's fault but ours goes to the log."""
         request_id = scope["hessquik.request_id"].decode()
+        if not isinstance(error, ServiceError):
+            logger.error("request %s failed", request_id, exc_info=error)
+            error = ServiceError("something went wrong; the log has it under this request id")
+        elif error.status >= 500 and error.retry_after_s is None:
+            logger.error("%s %s: %s", request_id, error.code, error.detail)
         dialect = next(dialect for dialect in self._dialects if dialect.owns(scope["path"]))
         headers = error.headers()
         if isinstance(error, BodyTooLarge | UnsupportedMediaType):
-            headers.append((b"connection", b"close"))
-        if error.status >= 500 and error.retry_after_s is None:
-            logger.error("%s %s: %s", request_id, error.code, error.detail)
+            headers.append((b"connection", b"close"))  # large bodies that were not read are not waited for
         status, body = dialect.write(error, request_id)
-        await send_reply(send, status, dialect.media_type, body, *headers)
+        return Reply(status, dialect.media_type, [body], headers)
 
 
 def _is_among(given: bytes, keys: list[bytes]) -> bool:
@@ -190,18 +221,10 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def send_reply(
-    send: Send,
-    status: int,
-    media_type: bytes,
-    body: bytes | Sequence[bytes | memoryview],
-    *headers: tuple[bytes, bytes],
-) -> None:
-    """Send a reply, whose body may come in pieces that are sent without being joined."""
-    *pieces, last = [body] if isinstance(body, bytes) else body
-    length = sum(map(len, pieces)) + len(last)
-    start = [(b"content-type", media_type), (b"content-length", b"%d" % length), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": start})
+async def send_reply(send: Send, reply: Reply) -> None:
+    """Send a reply; a large body's pieces are not joined."""
+    await send({"type": "http.response.start", "status": reply.status, "headers": reply.head()})
+    *pieces, last = reply.body if sum(map(len, reply.body)) > JOINED_BYTES else [b"".join(reply.body)]
     for piece in pieces:
         await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": last})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, get_args
 
 __all__ = ["DIRECTIONAL", "QUANTITIES", "Quantity", "floats_per_row"]
@@ -14,7 +14,8 @@ QUANTITIES: tuple[str, ...] = get_args(Quantity)
 DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})
 
 
-def floats_per_row(quantities: Sequence[str], d: int, m: int, k: int, is_weighted: bool) -> int:
+@lru_cache(maxsize=1024)
+def floats_per_row(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted: bool) -> int:
     """How many numbers a reply has per point."""
     outputs = 1 if is_weighted else m
     sizes = {

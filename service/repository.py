@@ -237,14 +237,22 @@ class Repository:
 
     @contextmanager
     def holding(self, served: Served) -> Iterator[Served]:
-        """Hold a version for a request; the last one out frees a retired version's memory."""
-        served.users += 1
+        """Hold a version for a request while something is awaited."""
+        self.hold(served)
         try:
             yield served
         finally:
-            served.users -= 1
-            if served.is_retired and served.users == 0:
-                self._pool.unload(served.id)
+            self.release(served)
+
+    def hold(self, served: Served) -> None:
+        """Keep a version in the workers' memory, even if it is retired, until it is released."""
+        served.users += 1
+
+    def release(self, served: Served) -> None:
+        """Undo one :meth:`hold`; the last one out frees a retired version's memory."""
+        served.users -= 1
+        if served.is_retired and served.users == 0:
+            self._pool.unload(served.id)
 
     async def _load(self, file: ModelFile) -> Served:
         versions = self._table.setdefault(file.name, {})

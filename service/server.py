@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import resource
 import signal
 import socket
@@ -13,11 +14,13 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from service.app import Application
 from service.core import Core
+from service.door import Scope
 from service.errors import MalformedBody, Overloaded, ServiceError, StartUpError
+from service.exchange import Exchange, ShortWay
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -36,12 +39,16 @@ OTHER_DESCRIPTORS = 256
 BODY_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
 
 
+#: Request targets that mean what they look like.
+SIMPLE_TARGET = re.compile(rb"/[A-Za-z0-9._/-]+(\?[A-Za-z0-9._=&,-]*)?")
+
+
 def _nothing() -> None:
     """What is done for a client that nothing was begun for."""
 
 
-def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C901 - a class with short methods
-    """The protocol class for connections within the settings' bounds."""
+def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Protocol]:  # noqa: C901 - a class with short methods
+    """The protocol class for connections within the settings' bounds, whose small requests go a short way."""
 
     class BoundedProtocol(HttpToolsProtocol):
         """One connection."""
@@ -105,7 +112,8 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
             is_upgrade = self.parser.should_upgrade()
             if is_upgrade and any(name in BODY_FIELDS for name, _ in self.headers):
                 raise ValueError("a body is not read beside an offer of another protocol")
-            super().on_headers_complete()
+            if not self._take_short_way():
+                super().on_headers_complete()
             if is_upgrade:
                 self.cycle.keep_alive = False  # what follows would be in the other protocol
 
@@ -117,6 +125,9 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
         def on_message_complete(self) -> None:
             super().on_message_complete()
             self._is_receiving = False
+            cycle: object = self.cycle
+            if isinstance(cycle, Exchange):
+                cycle.begin()
 
         def _unsupported_upgrade_warning(self) -> None:
             """Say nothing: offers of other protocols are ignored, as they may be."""
@@ -133,6 +144,22 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
             if self._send_timer is not None:
                 self._send_timer.cancel()
                 self._send_timer = None
+
+        def _take_short_way(self) -> bool:
+            """Have this request answered without a task, if it is one for that, and the only one under way."""
+            is_busy = self.cycle is not None and not self.cycle.response_complete
+            if is_busy or self.flow.write_paused or self.transport.is_closing():
+                return False
+            if not SIMPLE_TARGET.fullmatch(self.url) or self.parser.get_http_version() != "1.1":
+                return False
+            path, _, query = self.url.partition(b"?")
+            scope = cast("Scope", self.scope)
+            scope["method"] = self.parser.get_method().decode("ascii")
+            scope["path"], scope["raw_path"], scope["query_string"] = path.decode("ascii"), path, query
+            exchange = short_way.take(self, scope, self.parser.should_keep_alive())
+            if exchange is not None:
+                self.cycle = cast("RequestResponseCycle", exchange)
+            return exchange is not None
 
         def send_400_response(self, msg: str) -> None:
             """Refuse what is no HTTP, or too much of it, as problem details."""
@@ -225,7 +252,7 @@ def _allow_connections(count: int) -> None:
             logger.warning("expected %d descriptors for the connections, the system allows %d", wanted, limit)
 
 
-def serve(app: FastAPI, settings: Settings) -> int:
+def serve(app: Application, settings: Settings) -> int:
     """Serve until told to stop.
 
     Returns:
@@ -240,7 +267,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, app.short_way),
         ws="none",
         access_log=False,
         log_config=None,

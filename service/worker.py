@@ -2,9 +2,10 @@
 
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
-    evaluate  {"op", "model", "dtype", "quantities"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done", "row_cost"} + one array per quantity,
-                                                     or {…, "error"}
+    evaluate  {"op", "model", "dtype", "quantities", "form", "sizes"} + "inputs", "weights"?, "directions"?
+                                                   → {"op": "done", "row_cost"} + one array per quantity, if the
+                                                     form is "json" the text of its rows and "lengths" of that of
+                                                     each request, whose rows "sizes" tells; or {…, "error"}
     ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
 Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
@@ -17,13 +18,16 @@ import resource
 import signal
 import socket
 import sys
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from hessquik import Evaluator, HessQuikError, storage
 from hessquik.proof import prove_quickly
 from service import wire
+from service.codecs import json_rows
 
 __all__ = ["main"]
 
@@ -104,7 +108,7 @@ class Worker:
                 self.models.pop(head["model"], None)
                 return None
             case "evaluate":
-                return self._evaluate(head, arrays)
+                return _written(head, *self._evaluate(head, arrays))
             case "ping":
                 self._prove_alive()
                 return {"op": "done", "memory_bytes": self._memory_bytes()}, {}
@@ -147,6 +151,21 @@ class Worker:
             reply = self.answer(*frame)
             if reply is not None:
                 wire.send(sock, *reply)
+
+
+def _written(head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wire.Array]) -> wire.Frame:
+    """An answer in the form that is wanted."""
+    if "error" in reply or head["form"] != "json":
+        return reply, answers
+    if any(len(array) != sum(head["sizes"]) for array in answers.values()):
+        return {"op": "done", "error": "rows are missing"}, {}
+    ends = list(accumulate(head["sizes"]))
+    cuts = list(pairwise([0, *ends]))
+    texts = {name: [json_rows(array[slice(*cut)]) for cut in cuts] for name, array in answers.items()}
+    lengths = {name: list(map(len, rows)) for name, rows in texts.items()}
+    return {**reply, "lengths": lengths}, {
+        name: np.frombuffer(b"".join(rows), np.uint8) for name, rows in texts.items()
+    }
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,9 @@ LAYERS = {
         service.dispatcher service.repository
         service.core service.door
         service.routes
-        service.app service.server service.worker
+        service.exchange
+        service.app
+        service.server service.worker
         service.cli service.ray_serve
         service.__main__
         service

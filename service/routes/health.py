@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 
 from service.core import Core
-from service.door import Receive, Scope, Send, send_reply
+from service.door import Receive, Reply, Scope, Send, send_reply
 
 __all__ = ["Live", "MetricsText", "Ready"]
 
@@ -16,7 +16,7 @@ class Live:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Always 200."""
         scope["hessquik.route"] = "/livez"
-        await send_reply(send, 200, b"application/json", b'{"live":true}')
+        await send_reply(send, Reply(200, b"application/json", [b'{"live":true}']))
 
 
 class Ready:
@@ -32,9 +32,9 @@ class Ready:
         reasons = self._core.why_not_ready()
         body = orjson.dumps({"ready": not reasons, "reasons": reasons})
         if reasons:
-            await send_reply(send, 503, b"application/json", body, (b"retry-after", b"1"))
+            await send_reply(send, Reply(503, b"application/json", [body], [(b"retry-after", b"1")]))
         else:
-            await send_reply(send, 200, b"application/json", body)
+            await send_reply(send, Reply(200, b"application/json", [body]))
 
 
 class MetricsText:
@@ -47,4 +47,4 @@ class MetricsText:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The metrics in Prometheus' text format."""
         scope["hessquik.route"] = "/metrics"
-        await send_reply(send, 200, b"text/plain; version=0.0.4; charset=utf-8", self._core.metrics.text())
+        await send_reply(send, Reply(200, b"text/plain; version=0.0.4; charset=utf-8", [self._core.metrics.text()]))

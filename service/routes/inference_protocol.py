@@ -15,7 +15,7 @@ from starlette.routing import Route
 from service import open_inference
 from service.codecs import Shape, load_json
 from service.core import Core
-from service.door import Dialect, Receive, Scope, Send, header, read_body, send_reply
+from service.door import Dialect, Receive, Reply, Scope, Send, header, read_body, send_reply
 from service.errors import InvalidInput, MalformedBody, ServiceError
 from service.repository import Served, find_files
 from service.statistics import Total
@@ -85,7 +85,7 @@ class Endpoint:
         """Reply in JSON with what :meth:`answer` makes."""
         scope["hessquik.route"] = self._path
         status, document = await self.answer(scope, receive)
-        await send_reply(send, status, JSON, orjson.dumps(document))
+        await send_reply(send, Reply(status, JSON, [orjson.dumps(document)]))
 
     async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
         """Status and document of the reply."""
@@ -275,9 +275,9 @@ class Infer(Endpoint):
             inference = open_inference.parse(body, json_bytes, shape)
             if inference.timeout_us:
                 deadline_s = min(deadline_s, self.core.now() + inference.timeout_us / 1e6)
-            answers = await self.core.answer(served, inference.question, deadline_s, scope)
+            answers = await self.core.arrays(served, inference.question, deadline_s, scope)
         reply, headers = open_inference.encode(served.file.name, str(served.file.version), inference, answers)
-        await send_reply(send, 200, headers[0][1], reply, *headers[1:])
+        await send_reply(send, Reply(200, headers[0][1], [reply], headers[1:]))
 
 
 def _statistics(served: Served) -> dict[str, Any]:

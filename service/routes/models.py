@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from service.core import Core
-from service.door import Receive, Scope, Send, send_reply
+from service.door import Receive, Reply, Scope, Send, send_reply
 from service.quantities import QUANTITIES
 from service.repository import Served
 from service.routes.derivatives import parse_query
@@ -111,4 +111,4 @@ def facts(served: Served) -> dict[str, Any]:
 
 
 async def _send_json(send: Send, document: Any) -> None:
-    await send_reply(send, 200, b"application/json", orjson.dumps(document))
+    await send_reply(send, Reply(200, b"application/json", [orjson.dumps(document)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from service.assets import load
-from service.door import Receive, Scope, Send, header, send_reply
+from service.door import Receive, Reply, Scope, Send, header, send_reply
 
 __all__ = ["Page"]
 
@@ -33,8 +33,9 @@ class Page:
         asset = await asyncio.to_thread(load, scope["path"])
         headers = [*_HEADERS, (b"etag", asset.etag)]
         if header(scope, b"if-none-match") == asset.etag:
-            await send_reply(send, 304, asset.media_type, b"", *headers)
+            await send_reply(send, Reply(304, asset.media_type, [b""], headers))
         elif b"gzip" in header(scope, b"accept-encoding"):
-            await send_reply(send, 200, asset.media_type, asset.packed, *headers, (b"content-encoding", b"gzip"))
+            headers.append((b"content-encoding", b"gzip"))
+            await send_reply(send, Reply(200, asset.media_type, [asset.packed], headers))
         else:
-            await send_reply(send, 200, asset.media_type, asset.plain, *headers)
+            await send_reply(send, Reply(200, asset.media_type, [asset.plain], headers))

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from service.codecs import Shape, load_json, make_question, numbers
 from service.core import Core
-from service.door import Dialect, Receive, Scope, Send, header, read_body, send_reply
+from service.door import Dialect, Receive, Reply, Scope, Send, header, read_body, send_reply
 from service.errors import InvalidInput, InvalidOutput, MalformedBody, ServiceError
 from service.repository import Served
 from service.wire import Array
@@ -71,7 +71,7 @@ class Info:
         scope["hessquik.route"] = "/Info"
         repository = self._core.repository
         names = [name for name in repository.names() if repository.default(name).state == "ready"]
-        await send_reply(send, 200, JSON, orjson.dumps({"protocolVersion": 1.0, "models": names}))
+        await send_reply(send, Reply(200, JSON, [orjson.dumps({"protocolVersion": 1.0, "models": names})]))
 
 
 class Call:
@@ -154,7 +154,7 @@ class Call:
         shape = Shape(self.served.d, self.served.m, self.served.facts["dtype"], 1)
         question = make_question(arrays, None, quantity, self._dtype, shape)
         deadline_s = self._core.deadline_s(header(scope, b"x-deadline-ms"))
-        answer = (await self._core.answer(self.served, question, deadline_s, scope))[quantity]
+        answer = (await self._core.arrays(self.served, question, deadline_s, scope))[quantity]
         if not np.isfinite(answer).all():
             raise InvalidOutput("expected finite numbers, the model's answer at this point has others")
         return list(answer.astype(np.float64).ravel().tolist())
@@ -186,7 +186,7 @@ class Post:
         if not isinstance(document, dict):
             raise MalformedBody("expected a JSON object, got something else")
         call = Call(self._core, document, b"true" in body or b"false" in body)
-        await send_reply(send, 200, JSON, orjson.dumps(await self._operation(call, scope)))
+        await send_reply(send, Reply(200, JSON, [orjson.dumps(await self._operation(call, scope))]))
 
 
 async def _model_info(call: Call, scope: Scope) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 import uvloop
 
 from hessquik import Evaluator, storage
-from service.codecs import encode_json
+from service.codecs import encode_json, json_rows
 from tests.oracle import derivatives
 
 #: float64 leaves 1e-16 per operation, and a network has some hundreds in a row.
@@ -76,7 +76,7 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
             for index in range(count):
                 quantity = QUANTITIES[index % len(QUANTITIES)]
                 chosen = random_.integers(0, len(x), rows[index // len(QUANTITIES) % len(rows)])
-                answers = {quantity: stored[quantity].numpy()[chosen]}
+                answers = {quantity: [json_rows(stored[quantity].numpy()[chosen])]}
                 body = json.dumps({"inputs": x[chosen].tolist(), "dtype": "float64"}).encode()
                 request = http_post(f"/v1/models/{path.stem}/{quantity}", body)
                 found.append(Question(request, b"".join(encode_json(path.stem, "1", answers, is_single=False))))

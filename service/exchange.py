@@ -1,0 +1,137 @@
+"""The short way of a small request for derivatives: from its connection to the workers and back, without a task.
+
+Most requests are of this kind, and a task, an application's messages and their checks cost several times what a small
+network does. All that is decided about a request is decided where it is decided for those that go the long way: at
+the door, in the codecs, in the route.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.dispatcher import Job
+from service.door import JOINED_BYTES, NO_STATUS, Door, Reply, Scope
+from service.routes.derivatives import Derivatives
+
+__all__ = ["SHORT_BYTES", "Exchange", "ShortWay"]
+
+#: Longest body that goes the short way.
+SHORT_BYTES = 16 << 10
+#: Headers of requests that go the long way.
+LONG_HEADERS = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"})
+
+
+class ShortWay:
+    """Takes small requests for derivatives.
+
+    Args:
+        door: What every request passes.
+        derivatives: What answers them.
+    """
+
+    def __init__(self, door: Door, derivatives: Derivatives) -> None:
+        """Keep both."""
+        self.door = door
+        self.derivatives = derivatives
+
+    def take(self, connection: HttpToolsProtocol, scope: Scope, keep_alive: bool) -> Exchange | None:
+        """An exchange for a request whose head was read, or ``None`` if it has to go the long way."""
+        length = b""
+        for name, value in scope["headers"]:
+            if name in LONG_HEADERS:
+                return None
+            if name == b"content-length":
+                length = value
+        target = Derivatives.target(scope["path"])
+        if target is None or scope["method"] != "POST" or not 0 < len(length) < 6 or int(length) > SHORT_BYTES:
+            return None
+        return Exchange(self, connection, scope, target, keep_alive)
+
+
+class Exchange:
+    """One request and its reply; stands where uvicorn has its own cycle of request and response.
+
+    Args:
+        way: What answers.
+        connection: Whose request it is.
+        scope: The request's head, as in ASGI.
+        target: Model and action.
+        keep_alive: Whether the connection stays open.
+    """
+
+    def __init__(
+        self,
+        way: ShortWay,
+        connection: HttpToolsProtocol,
+        scope: Scope,
+        target: tuple[str, str],
+        keep_alive: bool,
+    ) -> None:
+        """Wait for the body."""
+        self.scope = scope
+        self.keep_alive = keep_alive
+        self.body = b""
+        self.more_body = True
+        self.disconnected = False
+        self.response_complete = False
+        self.message_event = self
+        self._door, self._derivatives = way.door, way.derivatives
+        self._connection = connection
+        self._target = target
+        self._began = time.perf_counter()
+        self._finish: Callable[[Job], Reply] | None = None
+
+    def set(self) -> None:
+        """Called where a request's task would be woken: the only news here is a client that left too early."""
+        if self.disconnected and self.more_body:
+            self.response_complete = True
+            self.scope["hessquik.route"] = Derivatives.ACTIONS[self._target[1]]
+            self._door.count(self.scope, NO_STATUS, self._began)
+
+    def begin(self) -> None:
+        """The body is there: check and ask, or refuse."""
+        self._door.register(self.scope)
+        try:
+            self._door.check_key(self.scope)
+            self._finish = self._derivatives.ask(*self._target, self.scope, self.body, self._end)
+        except Exception as error:
+            self._reply(self._door.refusal(self.scope, error))
+
+    def _end(self, job: Job) -> None:
+        """The job has ended: reply."""
+        assert self._finish is not None
+        try:
+            reply = self._finish(job)
+        except Exception as error:
+            reply = self._door.refusal(self.scope, error)
+        self._reply(reply)
+
+    def _reply(self, reply: Reply) -> None:
+        """Write all of it at once, unless it is large."""
+        self.response_complete = True
+        connection, transport = self._connection, self._connection.transport
+        if self.disconnected or transport.is_closing():
+            self._door.count(self.scope, NO_STATUS, self._began)
+            return
+        headers: list[tuple[bytes, bytes]] = [*connection.server_state.default_headers, *reply.head()]
+        headers.append((b"x-request-id", self.scope["hessquik.request_id"]))
+        if (b"connection", b"close") in headers:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            headers.append((b"connection", b"close"))
+        pieces: list[Any] = [STATUS_LINE[reply.status]]
+        for name, value in headers:
+            pieces += (name, b": ", value, b"\r\n")
+        pieces.append(b"\r\n")
+        if sum(map(len, reply.body)) <= JOINED_BYTES:
+            transport.write(b"".join((*pieces, *reply.body)))
+        else:
+            transport.writelines([b"".join(pieces), *reply.body])
+        self._door.count(self.scope, reply.status, self._began)
+        if not self.keep_alive:
+            transport.close()
+        connection.on_response_complete()
