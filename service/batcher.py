@@ -113,11 +113,15 @@ class Batcher:
         Raises:
             Overloaded: a limit would be passed.
         """
-        load = (self.requests + 1, self.rows + entry.rows, self.payload_bytes + entry.payload_bytes)
-        for what, now, limit in zip(("requests", "rows", "bytes"), load, self.limits, strict=True):
-            if now > limit:
-                raise Overloaded(f"expected at most {limit} {what} waiting, got {now}; try again later")
-        self.requests, self.rows, self.payload_bytes = load
+        most_requests, most_rows, most_bytes = self.limits
+        requests, rows, held = self.requests + 1, self.rows + entry.rows, self.payload_bytes + entry.payload_bytes
+        if requests > most_requests:
+            raise _overloaded("requests", requests, most_requests)
+        if rows > most_rows:
+            raise _overloaded("rows", rows, most_rows)
+        if held > most_bytes:
+            raise _overloaded("bytes", held, most_bytes)
+        self.requests, self.rows, self.payload_bytes = requests, rows, held
         entry.start = self._clock
         self._push(entry)
 
@@ -192,3 +196,7 @@ class Batcher:
             elif best is None or queue[0][0] < best[0]:
                 best = queue[0][0], key
         return None if best is None else best[1]
+
+
+def _overloaded(what: str, now: int, limit: int) -> Overloaded:
+    return Overloaded(f"expected at most {limit} {what} waiting, got {now}; try again later")

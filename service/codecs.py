@@ -83,28 +83,30 @@ class Question(NamedTuple):
     directions: Array | None
 
 
-def content_type(header: str) -> str:
+@lru_cache(maxsize=32)
+def content_type(header: bytes) -> str:
     """The media type of a body; JSON if none is named.
 
     Raises:
         UnsupportedMediaType: it is neither JSON nor safetensors.
     """
-    media_type = header.partition(";")[0].strip().lower() or JSON
+    media_type = header.decode("latin-1").partition(";")[0].strip().lower() or JSON
     if media_type not in (JSON, SAFETENSORS):
         raise UnsupportedMediaType(f"expected a body of {JSON} or {SAFETENSORS}")
     return media_type
 
 
-def accepted_type(header: str) -> str:
+@lru_cache(maxsize=32)
+def accepted_type(header: bytes) -> str:
     """The media type to reply in: the one that the header likes best, JSON if it does not care.
 
     Raises:
         NotAcceptable: it wants neither JSON nor safetensors.
     """
-    if header in ("", "*/*", JSON):
+    if not header:
         return JSON
     liked: list[tuple[float, str]] = []
-    for item in header.lower().split(","):
+    for item in header.decode("latin-1").lower().split(","):
         media_range, *parameters = (part.strip() for part in item.split(";"))
         quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         try:

@@ -114,7 +114,8 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = self.register(scope)
+        self.register(scope)
+        request_id = scope["hessquik.request_id"]
         status = NO_STATUS
 
         async def send_with_id(message: Message) -> None:
@@ -135,11 +136,11 @@ class Door:
         finally:
             self.count(scope, status, began)
 
-    def register(self, scope: Scope) -> bytes:
-        """Give a request its headers by name, of a name's values the first, and its id, which is returned."""
-        scope["hessquik.headers"] = dict(reversed(scope["headers"]))
-        scope["hessquik.request_id"] = request_id = _request_id(scope)
-        return request_id
+    def register(self, scope: Scope) -> dict[bytes, bytes]:
+        """Give a request its id, and its headers by name, of a name's values the first; return these."""
+        scope["hessquik.headers"] = headers = dict(reversed(scope["headers"]))
+        scope["hessquik.request_id"] = _request_id(headers.get(b"x-request-id"))
+        return headers
 
     def count(self, scope: Scope, status: int, began: float) -> None:
         """Count how a request ended that began when the performance counter showed this."""
@@ -179,10 +180,10 @@ def _is_among(given: bytes, keys: list[bytes]) -> bool:
     return any([hmac.compare_digest(given, key) for key in keys])
 
 
-def _request_id(scope: Scope) -> bytes:
+def _request_id(given: bytes | None) -> bytes:
     """The client's, if it is a decent one, or a new one."""
-    given = header(scope, b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else b"%s-%x" % (_PROCESS, next(_numbers))
+    is_decent = given is not None and _REQUEST_ID.fullmatch(given)
+    return given if given and is_decent else b"%s-%x" % (_PROCESS, next(_numbers))
 
 
 def header(scope: Scope, name: bytes) -> bytes:

@@ -7,8 +7,10 @@ the door, in the codecs, in the route.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -21,8 +23,20 @@ __all__ = ["SHORT_BYTES", "Exchange", "ShortWay"]
 
 #: Longest body that goes the short way.
 SHORT_BYTES = 16 << 10
+#: Request targets that are read as they are, of a length that may be remembered.
+SIMPLE_TARGET = re.compile(rb"/[A-Za-z0-9._/-]{1,127}(\?[A-Za-z0-9._=&,-]{0,127})?")
 #: Headers of requests that go the long way.
 LONG_HEADERS = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"})
+
+
+@lru_cache(maxsize=1024)
+def _target(url: bytes) -> tuple[str, bytes, str, str] | None:
+    """Path, query, model and action, if the target is one for derivatives and means what it looks like."""
+    if SIMPLE_TARGET.fullmatch(url) is None:
+        return None
+    path, _, query = url.partition(b"?")
+    target = Derivatives.target(path.decode("ascii"))
+    return None if target is None else (path.decode("ascii"), query, *target)
 
 
 class ShortWay:
@@ -38,18 +52,18 @@ class ShortWay:
         self.door = door
         self.derivatives = derivatives
 
-    def take(self, connection: HttpToolsProtocol, scope: Scope, keep_alive: bool) -> Exchange | None:
-        """An exchange for a request whose head was read, or ``None`` if it has to go the long way."""
-        length = b""
-        for name, value in scope["headers"]:
-            if name in LONG_HEADERS:
-                return None
-            if name == b"content-length":
-                length = value
-        target = Derivatives.target(scope["path"])
-        if target is None or scope["method"] != "POST" or not 0 < len(length) < 6 or int(length) > SHORT_BYTES:
+    def take(self, connection: HttpToolsProtocol, scope: Scope, url: bytes, keep_alive: bool) -> Exchange | None:
+        """An exchange for a POST whose head was read, or ``None`` if it has to go the long way."""
+        target = _target(url)
+        if target is None:
             return None
-        return Exchange(self, connection, scope, target, keep_alive)
+        headers = self.door.register(scope)
+        length = headers.get(b"content-length", b"")
+        if not LONG_HEADERS.isdisjoint(headers) or not 0 < len(length) < 6 or int(length) > SHORT_BYTES:
+            return None
+        scope["method"] = "POST"
+        scope["path"], scope["query_string"], model, action = target
+        return Exchange(self, connection, scope, (model, action), keep_alive)
 
 
 class Exchange:
@@ -94,7 +108,6 @@ class Exchange:
 
     def begin(self) -> None:
         """The body is there: check and ask, or refuse."""
-        self._door.register(self.scope)
         try:
             self._door.check_key(self.scope)
             self._finish = self._derivatives.ask(*self._target, self.scope, self.body, self._end)

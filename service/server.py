@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import resource
 import signal
 import socket
@@ -37,10 +36,6 @@ MAX_CHUNKS = 1 << 16
 OTHER_DESCRIPTORS = 256
 #: Fields that announce a body.
 BODY_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
-
-
-#: Request targets that mean what they look like.
-SIMPLE_TARGET = re.compile(rb"/[A-Za-z0-9._/-]+(\?[A-Za-z0-9._=&,-]*)?")
 
 
 def _nothing() -> None:
@@ -102,8 +97,12 @@ def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Pr
 
         def on_header(self, name: bytes, value: bytes) -> None:
             self._count_head(len(name) + len(value) + 4)
-            if self._is_in_head:  # and not in the trailer, whose fields are nobody's
-                super().on_header(name, value)
+            if not self._is_in_head:
+                return  # the trailer's fields are nobody's
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
             if len(self.headers) > settings.max_headers:
                 raise ValueError("too many header fields")
 
@@ -150,16 +149,14 @@ def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Pr
             is_busy = self.cycle is not None and not self.cycle.response_complete
             if is_busy or self.flow.write_paused or self.transport.is_closing():
                 return False
-            if not SIMPLE_TARGET.fullmatch(self.url) or self.parser.get_http_version() != "1.1":
+            parser = self.parser
+            if parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
                 return False
-            path, _, query = self.url.partition(b"?")
-            scope = cast("Scope", self.scope)
-            scope["method"] = self.parser.get_method().decode("ascii")
-            scope["path"], scope["raw_path"], scope["query_string"] = path.decode("ascii"), path, query
-            exchange = short_way.take(self, scope, self.parser.should_keep_alive())
-            if exchange is not None:
-                self.cycle = cast("RequestResponseCycle", exchange)
-            return exchange is not None
+            exchange = short_way.take(self, cast("Scope", self.scope), self.url, parser.should_keep_alive())
+            if exchange is None:
+                return False
+            self.cycle = cast("RequestResponseCycle", exchange)
+            return True
 
         def send_400_response(self, msg: str) -> None:
             """Refuse what is no HTTP, or too much of it, as problem details."""

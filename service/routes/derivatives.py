@@ -61,6 +61,7 @@ class Derivatives:
     def __init__(self, core: Core) -> None:
         """Keep the service."""
         self._core = core
+        self._max_rows = core.settings.max_rows
 
     async def __call__(self, model: str, action: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, check, compute, reply.
@@ -117,15 +118,15 @@ class Derivatives:
             raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
         self._core.dispatcher.batcher.expect_room()
         deadline_s = self._core.deadline_s(header(scope, b"x-deadline-ms"))
-        media_type = codecs.content_type(header(scope, b"content-type").decode("latin-1"))
-        reply_type = codecs.accepted_type(header(scope, b"accept").decode("latin-1"))
+        media_type = codecs.content_type(header(scope, b"content-type"))
+        reply_type = codecs.accepted_type(header(scope, b"accept"))
         query = parse_query(scope)
         served = self._core.repository.ready(model, query.get("version"))
         return Head(served, None if action == "evaluate" else action, query, media_type, reply_type, deadline_s)
 
     def _read_body(self, head: Head, body: bytes) -> Question:
-        served = head.served
-        shape = Shape(served.d, served.m, served.facts["dtype"], self._core.settings.max_rows)
+        facts = head.served.facts
+        shape = Shape(facts["d"], facts["m"], facts["dtype"], self._max_rows)
         if head.media_type == JSON:
             return codecs.parse_json(body, head.fixed, shape)
         return codecs.parse_safetensors(body, head.fixed, head.query, shape)
