@@ -150,7 +150,8 @@ class Dispatcher:
         assert job.timer is not None
         assert job.end is not None
         job.timer.cancel()
-        job.end(job)
+        end, job.end, job.timer = job.end, None, None  # whoever waits may hold the job: no circle for the collector
+        end(job)
 
     def on_idle(self) -> None:
         """Give idle workers what waits."""

@@ -92,12 +92,16 @@ class Exchange:
         self.more_body = True
         self.disconnected = False
         self.response_complete = False
-        self.message_event = self
         self._door, self._derivatives = way.door, way.derivatives
         self._connection = connection
         self._target = target
         self._began = time.perf_counter()
         self._finish: Callable[[Job], Reply] | None = None
+
+    @property
+    def message_event(self) -> Exchange:
+        """What uvicorn wakes a request's task by."""
+        return self
 
     def set(self) -> None:
         """Called where a request's task would be woken: the only news here is a client that left too early."""
