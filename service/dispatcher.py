@@ -32,6 +32,8 @@ MAX_ROW_COSTS = 1024
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
+#: Requests within one turn of the loop after which idle workers are given work at once, and not at the turn's end.
+EAGER_REQUESTS = 8
 #: What a worker answered, per quantity: stretches of rows in their order.
 Answers = dict[str, list[Any]]
 #: What is done when a job has ended: with its answers, or with the error.
@@ -117,7 +119,7 @@ class Dispatcher:
         self.given_up = asyncio.Event()
         self._metrics = metrics
         self._open: set[Job] = set()
-        self._is_to_feed = False
+        self._came = 0
 
     def submit(self, job: Job, deadline_s: float, end: End) -> None:
         """Run a job; ``end`` is called exactly once, with its answers or its error, never before this returns.
@@ -134,9 +136,13 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         job.wait(end, loop.call_at(deadline_s, self._expire, job))
         self._open.add(job)
-        if not self._is_to_feed:  # at the end of the loop's turn, so that what came in one turn shares a batch
-            self._is_to_feed = True
-            loop.call_soon(self.on_idle)
+        # What came in one turn of the loop shares batches; but of many, workers begin with the first ones, so that
+        # they do not wait while the rest is read.
+        self._came += 1
+        if self._came == 1:
+            loop.call_soon(self._end_turn)
+        elif self._came % EAGER_REQUESTS == 0:
+            self.on_idle()
 
     def abandon(self, job: Job, error: ServiceError) -> None:
         """End a job that nobody waits for any more, or that cannot be answered; does nothing if it has ended."""
@@ -153,9 +159,12 @@ class Dispatcher:
         end, job.end, job.timer = job.end, None, None  # whoever waits may hold the job: no circle for the collector
         end(job)
 
+    def _end_turn(self) -> None:
+        self._came = 0
+        self.on_idle()
+
     def on_idle(self) -> None:
         """Give idle workers what waits."""
-        self._is_to_feed = False
         while (worker := self.pool.idle_worker()) is not None and (batch := self.batcher.take()) is not None:
             self._note_queueing(batch)
             worker.run(batch, *_frame(batch))
