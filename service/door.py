@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -17,6 +18,7 @@ from service.errors import (
     ClientGone,
     Forbidden,
     MalformedBody,
+    NotReady,
     ServiceError,
     Unauthorized,
     UnsupportedMediaType,
@@ -108,6 +110,10 @@ class Door:
             await self._app(scope, receive, send_with_id)
         except ServiceError as error:
             await self._send_error(scope, send_with_id, error)
+        except asyncio.CancelledError:  # the time to drain is over, and with it this request's
+            if status != NO_STATUS:
+                raise
+            await self._send_error(scope, send_with_id, NotReady("expected to have time, the service is stopping"))
         except Exception:
             logger.exception("request %s failed", request_id.decode())
             if status != NO_STATUS:

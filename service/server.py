@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.core import Core
 from service.errors import MalformedBody, Overloaded, ServiceError, StartUpError
+from service.metrics import Metrics
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -40,8 +41,8 @@ def _nothing() -> None:
     """What is done for a client that nothing was begun for."""
 
 
-def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C901 - a class with short methods
-    """The protocol class for connections within the settings' bounds."""
+def bounded_protocol(settings: Settings, metrics: Metrics) -> type[asyncio.Protocol]:  # noqa: C901 - a class
+    """The protocol class for connections within the settings' bounds; what is refused there is counted."""
 
     class BoundedProtocol(HttpToolsProtocol):
         """One connection."""
@@ -145,6 +146,7 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:  # noqa: C90
 
         def _refuse(self, error: ServiceError) -> None:
             """Answer without a request, and close."""
+            metrics.refused(error.status)
             body = error.problem("")
             headers = [
                 (b"content-type", b"application/problem+json"),
@@ -240,7 +242,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, core.metrics),
         ws="none",
         access_log=False,
         log_config=None,
