@@ -84,10 +84,7 @@ class Core:
         if header:
             limit = self.settings.max_deadline_ms
             if not (header.isdigit() and len(header) < 10 and 0 < int(header) <= limit):
-                raise InvalidInput(
-                    f"X-Deadline-Ms: expected a whole number from 1 to {limit}, got something else",
-                    field="X-Deadline-Ms",
-                )
+                raise InvalidInput.of("X-Deadline-Ms", f"a whole number from 1 to {limit}", "something else")
             milliseconds = int(header)
         return self.now() + milliseconds / 1000
 

@@ -71,7 +71,7 @@ def parse_query(scope: Scope) -> dict[str, str]:
             scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
         )
     except ValueError:
-        raise InvalidInput(f"query: expected at most {MAX_PARAMETERS} parameters, got more", field="query") from None
+        raise InvalidInput.of("query", f"at most {MAX_PARAMETERS} parameters", "more") from None
     if len(dict(pairs)) != len(pairs):
-        raise InvalidInput("query: expected each parameter once, got one twice", field="query")
+        raise InvalidInput.of("query", "each parameter once", "one twice")
     return dict(pairs)

@@ -84,7 +84,9 @@ def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer)
     body = {"inputs": [0.5, 0.5], "directions": [[1, 0]]}
     sets = [names for count in range(1, 9) for names in combinations(QUANTITIES, count)]
     for names in sets:
-        reply = ask(server.port, post("/v1/models/peaks/evaluate", json.dumps({**body, "quantities": names}).encode()))
+        reply = ask(
+            server.port, post("/v1/models/peaks/evaluate", json.dumps({**body, "quantities": names}).encode())
+        )
         assert reply.status == 200, reply
     text = ask(server.port, request("GET", "/metrics")).body.decode()
     assert len(sets) == 255
@@ -93,7 +95,12 @@ def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer)
 
 @pytest.mark.parametrize(
     "data",
-    [b"GET / HTTP/1.1\nHost: x\n\n", b"nonsense", request("GET", "/" + "a" * 20_000), b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000],
+    [
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"nonsense",
+        request("GET", "/" + "a" * 20_000),
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000,
+    ],
     ids=["bare line feeds", "nonsense", "long", "long and not whole"],
 )
 def test_what_is_refused_before_it_is_a_request_is_counted(server: LiveServer, data: bytes) -> None:
