@@ -56,7 +56,7 @@ class Application(FastAPI):
         self._derivatives = Derivatives(core)
         dialects = (umbridge.DIALECT, inference_protocol.DIALECT)
         self._door = Door(self._route, settings, core.metrics, dialects)
-        self.short_way = ShortWay(self._door, self._derivatives)
+        self.short_way = ShortWay(self._door, self._derivatives, settings.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Through the door."""

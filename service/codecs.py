@@ -253,7 +253,7 @@ def make_question(
     is_single = inputs.ndim == 1 and inputs.size > 0
     if is_single:
         inputs = inputs[None]
-    n = len(inputs)
+    n = len(inputs) if inputs.ndim else 0
     if not 0 < n <= shape.max_rows:
         raise _invalid("inputs", f"1 to {shape.max_rows} points", f"{n}")
     if inputs.shape != (n, shape.d):
@@ -314,9 +314,19 @@ def numbers(field: str, value: Any, has_booleans: bool) -> Array:
     try:
         return np.asarray(value, dtype=np.float64)  # whole numbers of more than 64 bits
     except OverflowError:
-        raise _invalid(field, "finite numbers in float64", "one that is not") from None
+        row = next(row for row, entry in enumerate(value) if not _fits_float64(entry))
+        raise _invalid(field, "finite numbers in float64", "one that is not", row=row) from None
     except (ValueError, TypeError):
         raise _invalid(field, "lists of numbers, all as long as each other", "something else") from None
+
+
+def _fits_float64(entry: Any) -> bool:
+    """Whether no whole number of an entry is over the largest float64."""
+    try:
+        np.asarray(entry, dtype=np.float64)
+    except OverflowError:
+        return False
+    return True
 
 
 def _find_fault(field: str, value: Any) -> None:
@@ -387,10 +397,5 @@ def _kind(value: Any) -> str:
             return "an object"
 
 
-def _invalid(field: str, expected: str, got: str, row: int | None = None) -> InvalidInput:
-    """The error for a field that does not fit."""
-    where = field if row is None else f"{field}, row {row}"
-    extra: dict[str, Any] = {"field": field, "expected": expected, "got": got}
-    if row is not None:
-        extra["row"] = row
-    return InvalidInput(f"{where}: expected {expected}, got {got}", **extra)
+#: The error for a field that does not fit.
+_invalid = InvalidInput.of

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,7 @@ class Core:
         if header:
             limit = self.settings.max_deadline_ms
             if not (header.isdigit() and len(header) < 10 and 0 < int(header) <= limit):
-                raise InvalidInput(
-                    f"X-Deadline-Ms: expected a whole number from 1 to {limit}, got something else",
-                    field="X-Deadline-Ms",
-                )
+                raise InvalidInput.of("X-Deadline-Ms", f"a whole number from 1 to {limit}", "something else")
             milliseconds = int(header)
         return self.now() + milliseconds / 1000
 
@@ -157,11 +155,11 @@ class Core:
                 answer.set_exception(job.error)
 
         job = self.ask(served, question, form, deadline_s, end)
-        scope["hessquik.abandon"] = lambda: self.dispatcher.abandon(job, ClientGone("the client is gone"))
+        scope["hessquik.abandon"] = partial(self.dispatcher.abandon, job)
         try:
             return await answer
         finally:
-            scope["hessquik.abandon"]()
+            self.dispatcher.abandon(job, ClientGone("nobody waits any more"))
 
     async def arrays(self, served: Served, question: Question, deadline_s: float, scope: Scope) -> dict[str, Array]:
         """The same with one array per quantity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -17,6 +18,7 @@ from service.errors import (
     ClientGone,
     Forbidden,
     MalformedBody,
+    NotReady,
     ServiceError,
     Unauthorized,
     UnsupportedMediaType,
@@ -128,6 +130,11 @@ class Door:
         try:
             self.check_key(scope)
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the time to drain is over, and with it this request's
+            if status != NO_STATUS:
+                raise
+            stopping = NotReady("expected to have time, the service is stopping")
+            await send_reply(send_with_id, self.refusal(scope, stopping))
         except Exception as error:
             refusal = self.refusal(scope, error)
             if status != NO_STATUS:

@@ -148,6 +148,12 @@ class InvalidInput(ServiceError):
 
     status, code, title = 422, "invalid_input", "Invalid input"
 
+    @classmethod
+    def of(cls, field: str, expected: str, got: str, row: int | None = None) -> InvalidInput:
+        """The error for a field, or its first row, that does not fit."""
+        where, extra = (field, {}) if row is None else (f"{field}, row {row}", {"row": row})
+        return cls(f"{where}: expected {expected}, got {got}", field=field, expected=expected, got=got, **extra)
+
 
 class EvaluationFailed(ServiceError):
     """The network could not be evaluated at this point."""

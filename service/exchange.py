@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.dispatcher import Job
 from service.door import JOINED_BYTES, NO_STATUS, Door, Reply, Scope
+from service.errors import ServiceError
 from service.routes.derivatives import Derivatives
 
 __all__ = ["SHORT_BYTES", "Exchange", "ShortWay"]
@@ -45,12 +46,14 @@ class ShortWay:
     Args:
         door: What every request passes.
         derivatives: What answers them.
+        max_body_bytes: Longest body there may be.
     """
 
-    def __init__(self, door: Door, derivatives: Derivatives) -> None:
-        """Keep both."""
+    def __init__(self, door: Door, derivatives: Derivatives, max_body_bytes: int) -> None:
+        """Keep them."""
         self.door = door
         self.derivatives = derivatives
+        self._longest = min(SHORT_BYTES, max_body_bytes)
 
     def take(self, connection: HttpToolsProtocol, scope: Scope, url: bytes, keep_alive: bool) -> Exchange | None:
         """An exchange for a POST whose head was read, or ``None`` if it has to go the long way."""
@@ -59,7 +62,7 @@ class ShortWay:
             return None
         headers = self.door.register(scope)
         length = headers.get(b"content-length", b"")
-        if not LONG_HEADERS.isdisjoint(headers) or not 0 < len(length) < 6 or int(length) > SHORT_BYTES:
+        if not LONG_HEADERS.isdisjoint(headers) or not 0 < len(length) < 6 or int(length) > self._longest:
             return None
         scope["method"] = "POST"
         scope["path"], scope["query_string"], model, action = target
@@ -117,6 +120,13 @@ class Exchange:
             self._finish = self._derivatives.ask(*self._target, self.scope, self.body, self._end)
         except Exception as error:
             self._reply(self._door.refusal(self.scope, error))
+
+    def give_up(self, error: ServiceError) -> None:
+        """Answer now, with an error."""
+        if self._finish is None:
+            self._reply(self._door.refusal(self.scope, error))
+        else:
+            self.scope["hessquik.abandon"](error)
 
     def _end(self, job: Job) -> None:
         """The job has ended: reply."""

@@ -79,13 +79,17 @@ class Metrics:
         requests.inc()
         histogram.observe(seconds)
 
+    def refused(self, status: int) -> None:
+        """Something was refused before it was a request."""
+        self._requests.labels("refused", str(status)).inc()
+
     def queued(self, seconds: float) -> None:
         """A request left the queue."""
         self._queue_seconds.observe(seconds)
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
-        """A batch was computed."""
-        label = "+".join(quantities)
+        """A batch was computed; of the many sets of quantities that may be asked together, all have one label."""
+        label = quantities[0] if len(quantities) == 1 else "several"
         self._batch_rows.labels(label).observe(rows)
         self._batch_requests.labels(label).observe(requests)
         self._rows.inc(rows)

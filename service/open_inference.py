@@ -103,10 +103,10 @@ def parse(body: bytes, json_bytes: str, shape: Shape) -> Inference:
     outputs = _read_outputs(document.get("outputs"), _flag(parameters, "binary_data_output", False))
     request_id = document.get("id")
     if not isinstance(request_id, str | None):
-        raise InvalidInput("id: expected a string", field="id")
+        raise InvalidInput.of("id", "a string", "something else")
     timeout_us = parameters.get("timeout", 0)
     if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
-        raise InvalidInput("parameters.timeout: expected a whole number of microseconds", field="timeout")
+        raise InvalidInput.of("parameters.timeout", "a whole number of microseconds", "something else")
     question = make_question(arrays, list(outputs), None, parameters.get("dtype"), shape)
     return Inference(question, outputs, request_id or None, timeout_us)
 
@@ -149,10 +149,10 @@ def _parse_raw(body: bytes, shape: Shape) -> Inference:
     item_type = np.dtype(shape.dtype).newbyteorder("<")
     row_bytes = shape.d * item_type.itemsize
     if not body or len(body) % row_bytes:
-        raise InvalidInput(
-            f"inputs: expected points of {row_bytes} bytes each ({shape.d} numbers of {shape.dtype}), "
-            f"got {len(body)} bytes",
-            field="inputs",
+        raise InvalidInput.of(
+            "inputs",
+            f"points of {row_bytes} bytes each ({shape.d} numbers of {shape.dtype})",
+            f"{len(body)} bytes",
         )
     points = np.frombuffer(body, item_type).reshape(-1, shape.d)
     return Inference(make_question({"inputs": points}, None, None, None, shape), {"value": True}, None, 0)
@@ -161,36 +161,31 @@ def _parse_raw(body: bytes, shape: Shape) -> Inference:
 def _read_inputs(listed: Any, rest: memoryview, has_booleans: bool) -> dict[str, Array]:
     """The tensors of a request, from its JSON and from what follows."""
     if not isinstance(listed, list) or not all(isinstance(tensor, dict) for tensor in listed):
-        raise InvalidInput("inputs: expected a list of tensors", field="inputs")
+        raise InvalidInput.of("inputs", "a list of tensors", "something else")
     arrays: dict[str, Array] = {}
     for tensor in listed:
         name = tensor.get("name")
         if name not in INPUTS or name in arrays:
-            raise InvalidInput(f"inputs: expected the tensors {', '.join(INPUTS)}, each once", field="inputs")
+            raise InvalidInput.of("inputs", f"the tensors {', '.join(INPUTS)}, each once", "something else")
         if str(tensor.get("datatype")) not in DATATYPES:
-            raise InvalidInput(f"{name}: expected a datatype out of {', '.join(DATATYPES)}", field=name)
+            raise InvalidInput.of(name, f"a datatype out of {', '.join(DATATYPES)}", "another one")
         item_type, dims = np.dtype(DATATYPES[tensor["datatype"]]), _read_shape(name, tensor.get("shape"))
         parameters = _object(tensor, "parameters")
         if any(parameter.startswith("shared_memory") for parameter in parameters):
-            raise InvalidInput(f"{name}: expected data in the request, shared memory is not served", field=name)
+            raise InvalidInput.of(name, "data in the request", "shared memory, which is not served")
         size = parameters.get("binary_data_size")
         if size is None:
             array = numbers(name, tensor.get("data"), has_booleans).ravel()
         else:
             expected = math.prod(dims) * item_type.itemsize
             if isinstance(size, bool) or size != expected or size > len(rest) or "data" in tensor:
-                raise InvalidInput(
-                    f"{name}: expected {expected} bytes of binary data and no other data, got something else",
-                    field=name,
-                )
+                raise InvalidInput.of(name, f"{expected} bytes of binary data and no other data", "something else")
             array, rest = np.frombuffer(rest[:size], item_type), rest[size:]
         if array.size != math.prod(dims):
-            raise InvalidInput(
-                f"{name}: expected {math.prod(dims)} numbers for its shape, got {array.size}", field=name
-            )
+            raise InvalidInput.of(name, f"{math.prod(dims)} numbers for its shape", f"{array.size}")
         arrays[name] = array.reshape(dims)
     if rest:
-        raise InvalidInput(f"expected no bytes after the last binary tensor, got {len(rest)}")
+        raise InvalidInput.of("body", "no bytes after the last binary tensor", f"{len(rest)}")
     return arrays
 
 
@@ -199,17 +194,14 @@ def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
     if listed is None or listed == []:
         return {"value": is_binary}
     if not isinstance(listed, list) or not all(isinstance(output, dict) for output in listed):
-        raise InvalidInput("outputs: expected a list of objects with a name", field="outputs")
+        raise InvalidInput.of("outputs", "a list of objects with a name", "something else")
     outputs: dict[str, bool] = {}
     for output in listed:
         name, parameters = output.get("name"), _object(output, "parameters")
         if name not in QUANTITIES or name in outputs:
-            raise InvalidInput(f"outputs: expected names out of {', '.join(QUANTITIES)}, each once", field="outputs")
+            raise InvalidInput.of("outputs", f"names out of {', '.join(QUANTITIES)}, each once", "something else")
         if parameters.get("classification") or any(key.startswith("shared_memory") for key in parameters):
-            raise InvalidInput(
-                f"{name}: expected no parameter but binary_data; classification and shared memory are not served",
-                field=name,
-            )
+            raise InvalidInput.of(name, "no parameter but binary_data", "classification or shared memory")
         outputs[name] = _flag(parameters, "binary_data", is_binary)
     return outputs
 
@@ -217,7 +209,7 @@ def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
 def _read_shape(name: str, listed: Any) -> tuple[int, ...]:
     is_shape = isinstance(listed, list) and 0 < len(listed) <= _MAX_RANK
     if not is_shape or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in listed):
-        raise InvalidInput(f"{name}: expected a shape of 1 to {_MAX_RANK} whole numbers", field=name)
+        raise InvalidInput.of(name, f"a shape of 1 to {_MAX_RANK} whole numbers", "something else")
     return tuple(listed)
 
 
@@ -227,12 +219,12 @@ def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     if member is None:
         return {}
     if not isinstance(member, dict):
-        raise InvalidInput(f"{name}: expected an object", field=name)
+        raise InvalidInput.of(name, "an object", "something else")
     return member
 
 
 def _flag(parameters: Mapping[str, Any], name: str, otherwise: bool) -> bool:
     flag = parameters.get(name, otherwise)
     if not isinstance(flag, bool):
-        raise InvalidInput(f"{name}: expected true or false", field=name)
+        raise InvalidInput.of(name, "true or false", "something else")
     return flag

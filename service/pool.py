@@ -141,7 +141,7 @@ class Worker:
             return self._process.wait()
 
     def _on_frame(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
-        self.last_answer = self.pool.now()
+        now = self.pool.now()
         match head.get("op"):
             case "ready":
                 self._greeted = True
@@ -152,12 +152,12 @@ class Worker:
             case "done":
                 self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
                 work, self.work = self.work, None
-                self.state, self.since = State.READY, self.last_answer
+                self.state, self.since, self.last_answer = State.READY, now, now
                 self.pool.on_done(self, work, head, arrays)
             case _:
                 raise wire.WireError("expected an answer to what was asked")
         if self.state is State.STARTING and self._greeted and not self.loading:
-            self.state, self.since = State.READY, self.last_answer
+            self.state, self.since, self.last_answer = State.READY, now, now
             self.pool.on_ready(self)
 
     def _on_lost(self) -> None:
@@ -315,7 +315,7 @@ class Pool:
             return
         self._deaths_in_a_row += 1
         self.restarts += 1
-        if worker.loading:
+        if worker.loading and worker.loading[0] in self._loads:  # no worker has loaded it yet: it may be to blame
             model = worker.loading[0]
             self._strikes[model] = self._strikes.get(model, 0) + 1
             if self._strikes[model] >= MAX_LOAD_STRIKES:

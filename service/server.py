@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import cast
 
@@ -18,8 +18,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.app import Application
 from service.core import Core
 from service.door import Scope
-from service.errors import MalformedBody, Overloaded, ServiceError, StartUpError
+from service.errors import ClientGone, MalformedBody, NotReady, Overloaded, ServiceError, StartUpError
 from service.exchange import Exchange, ShortWay
+from service.metrics import Metrics
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -38,12 +39,17 @@ OTHER_DESCRIPTORS = 256
 BODY_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
 
 
-def _nothing() -> None:
+def _nothing(_: ServiceError) -> None:
     """What is done for a client that nothing was begun for."""
 
 
-def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Protocol]:  # noqa: C901 - a class with short methods
-    """The protocol class for connections within the settings' bounds, whose small requests go a short way."""
+def bounded_protocol(  # noqa: C901 - a class
+    settings: Settings, metrics: Metrics, short_way: ShortWay
+) -> type[asyncio.Protocol]:
+    """The protocol class for connections within the settings' bounds.
+
+    What is refused here is counted; small requests for derivatives go the short way.
+    """
 
     class BoundedProtocol(HttpToolsProtocol):
         """One connection."""
@@ -71,7 +77,7 @@ def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Pr
             scope = self.cycle.scope if self.cycle is not None and not self.cycle.response_complete else None
             super().connection_lost(exc)
             if scope is not None:
-                cast("Callable[[], None]", scope.get("hessquik.abandon", _nothing))()
+                cast("Scope", scope).get("hessquik.abandon", _nothing)(ClientGone("the client is gone"))
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
@@ -169,6 +175,7 @@ def bounded_protocol(settings: Settings, short_way: ShortWay) -> type[asyncio.Pr
 
         def _refuse(self, error: ServiceError) -> None:
             """Answer without a request, and close."""
+            metrics.refused(error.status)
             body = error.problem("")
             headers = [
                 (b"content-type", b"application/problem+json"),
@@ -231,6 +238,19 @@ class Server(uvicorn.Server):
         self._core.is_draining = True
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain; what has no task to be cancelled when the time for it is over is ended by us."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._end_exchanges)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def _end_exchanges(self) -> None:
+        for connection in list(self.server_state.connections):
+            cycle: object = getattr(connection, "cycle", None)
+            if isinstance(cycle, Exchange) and not cycle.response_complete:
+                cycle.give_up(NotReady("expected to have time, the service is stopping"))
+
     async def on_tick(self, counter: int) -> bool:
         """Also stop when no worker can be kept alive."""
         if self._core.dispatcher.given_up.is_set():
@@ -264,7 +284,7 @@ def serve(app: Application, settings: Settings) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=bounded_protocol(settings, app.short_way),
+        http=bounded_protocol(settings, core.metrics, app.short_way),
         ws="none",
         access_log=False,
         log_config=None,

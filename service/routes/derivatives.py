@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -11,7 +12,7 @@ from service.codecs import JSON, Piece, Question, Shape
 from service.core import Core
 from service.dispatcher import Answers, End, Job
 from service.door import Receive, Reply, Scope, Send, header, read_body, send_reply
-from service.errors import ClientGone, InvalidInput, MethodNotAllowed
+from service.errors import InvalidInput, MethodNotAllowed
 from service.repository import Served
 
 __all__ = ["Derivatives"]
@@ -103,7 +104,7 @@ class Derivatives:
         head = self._read_head(model, action, scope)
         question = self._read_body(head, body)
         job = self._core.ask(head.served, question, head.form, head.deadline_s, end)
-        scope["hessquik.abandon"] = lambda: self._core.dispatcher.abandon(job, ClientGone("the client is gone"))
+        scope["hessquik.abandon"] = partial(self._core.dispatcher.abandon, job)
 
         def finish(job: Job) -> Reply:
             if job.error is not None:
@@ -152,7 +153,7 @@ def parse_query(scope: Scope) -> dict[str, str]:
             scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
         )
     except ValueError:
-        raise InvalidInput(f"query: expected at most {MAX_PARAMETERS} parameters, got more", field="query") from None
+        raise InvalidInput.of("query", f"at most {MAX_PARAMETERS} parameters", "more") from None
     if len(dict(pairs)) != len(pairs):
-        raise InvalidInput("query: expected each parameter once, got one twice", field="query")
+        raise InvalidInput.of("query", "each parameter once", "one twice")
     return dict(pairs)

@@ -244,7 +244,7 @@ class Load(Endpoint):
         """
         document = await self.read_object(scope, receive)
         if document.get("parameters"):
-            raise InvalidInput("parameters: expected none, models come from the service's own folder")
+            raise InvalidInput.of("parameters", "none, as models come from the service's own folder", "some")
         for served in await self.core.repository.load(scope["path_params"]["model"]):
             if served.reason is not None:
                 raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")

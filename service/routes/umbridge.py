@@ -92,15 +92,15 @@ class Call:
         """
         name = document.get("name")
         if not isinstance(name, str):
-            raise InvalidInput("name: expected a string")
+            raise InvalidInput.of("name", "a string", "something else")
         core.repository.versions(name)
         config = document.get("config")
         config = {} if config is None else config
         if not isinstance(config, dict) or not config.keys() <= {"version", "dtype"}:
-            raise InvalidInput("config: expected an object with the keys version and dtype at most")
+            raise InvalidInput.of("config", "an object with the keys version and dtype at most", "something else")
         version = config.get("version")
         if isinstance(version, bool) or not isinstance(version, int | str | None):
-            raise InvalidInput("config.version: expected a number or a string")
+            raise InvalidInput.of("config.version", "a number or a string", "something else")
         self.served: Served = core.repository.ready(name, None if version is None else str(version))
         self._core = core
         self._document = document
@@ -111,7 +111,7 @@ class Call:
         """The only input vector, (d)."""
         given = self._document.get("input")
         if not isinstance(given, list) or len(given) != 1:
-            raise InvalidInput("input: expected a list of 1 vector")
+            raise InvalidInput.of("input", "a list of 1 vector", "something else")
         return self.vector("input[0]", given[0], self.served.d)
 
     def check_indices(self, *names: str) -> None:
@@ -119,7 +119,7 @@ class Call:
         for name in names:
             index = self._document.get(name)
             if isinstance(index, bool) or index != 0:
-                raise InvalidInput(f"{name}: expected 0, the only index there is (they count from 0)")
+                raise InvalidInput.of(name, "0, the only index there is (they count from 0)", "something else")
 
     def sens(self) -> Array:
         """What outputs are weighted with, (m)."""
@@ -138,7 +138,9 @@ class Call:
         listed = [given] if isinstance(given, int | float) else given
         array = numbers(name, listed, self._has_booleans)
         if array.shape != (length,):
-            raise InvalidInput(f"{name}: expected a list of {length} numbers, got shape {list(array.shape)}")
+            raise InvalidInput.of(name, f"a list of {length} numbers", f"shape {list(array.shape)}")
+        if not np.isfinite(array).all():
+            raise InvalidInput.of(name, "finite numbers", "one that is not")
         return array
 
     async def ask(

@@ -56,6 +56,31 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
     assert slowest_s <= READY_AGAIN_S * max(1.0, started_s / USUAL_START_S)
 
 
+def test_a_worker_killed_at_any_moment_takes_nothing_with_it(start: Start, asked: list[Question], note: Note) -> None:
+    """Also while it starts, or loads its models: the next one has them all the same."""
+    server, times = start(workers=2), choose(3, 20)
+
+    async def kill_the_youngest() -> None:
+        random_ = random.Random(15)
+        for _ in range(times):
+            await asyncio.sleep(random_.uniform(0.1, 4.0))
+            found = await asyncio.to_thread(server.workers)
+            max(found, key=lambda worker: worker.create_time()).kill()
+
+    async def work() -> Ledger:
+        killing = asyncio.create_task(kill_the_youngest())
+        traffic = Traffic(server.port, asked, retries=6, seed=16, is_over=killing.done)
+        ledger = await traffic.run(clients=2, requests=10**9)
+        await killing
+        while not await asyncio.to_thread(all_ready, server):
+            await asyncio.sleep(0.1)
+        return await Traffic(server.port, asked, ledger=ledger, seed=17).run(clients=16, requests=500)
+
+    ledger = run(work())
+    note(f"{times} times the younger worker killed at a random moment: {ledger}")
+    assert ledger.right == ledger.sent, ledger
+
+
 def test_out_of_memory_ends_in_a_right_answer_or_a_refusal(start: Start, asked: list[Question], note: Note) -> None:
     server = start("oom")
     ledger = run(Traffic(server.port, asked, seed=7).run(clients=4, requests=choose(400, 4000)))

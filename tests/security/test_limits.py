@@ -147,6 +147,7 @@ def test_surplus_connections_are_refused(narrow: LiveServer) -> None:
     deadline = time.monotonic() + 5
     while exchange(narrow.port, request("GET", "/livez"))[9:12] != b"200":
         assert time.monotonic() < deadline
+    assert narrow.metric('hessquik_requests_total{route="refused",status="503"}') >= 1
 
 
 #: What a slow client sends, at once and then every tenth of a second.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from itertools import combinations
 
 import psutil
 import pytest
 
+from service.quantities import QUANTITIES
 from tests.live import LiveServer
-from tests.raw import ask, check_error, request
+from tests.raw import ask, check_error, exchange, post, request
 from tests.security.test_keys import flood
 from tests.whole import Note, choose
 
@@ -75,3 +78,33 @@ def test_metrics_have_no_series_more_after_a_scan(server: LiveServer, note: Note
     assert not new
     assert len(after - before) <= 20, "a status seen for the first time on a known route, and its kind"
     assert not any("random" in name for name in after)
+
+
+def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer) -> None:
+    body = {"inputs": [0.5, 0.5], "directions": [[1, 0]]}
+    sets = [names for count in range(1, 9) for names in combinations(QUANTITIES, count)]
+    for names in sets:
+        reply = ask(
+            server.port, post("/v1/models/peaks/evaluate", json.dumps({**body, "quantities": names}).encode())
+        )
+        assert reply.status == 200, reply
+    text = ask(server.port, request("GET", "/metrics")).body.decode()
+    assert len(sets) == 255
+    assert set(re.findall(r'hessquik_batch_rows_count{quantities="([^"]*)"}', text)) == {*QUANTITIES, "several"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"nonsense",
+        request("GET", "/" + "a" * 20_000),
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000,
+    ],
+    ids=["bare line feeds", "nonsense", "long", "long and not whole"],
+)
+def test_what_is_refused_before_it_is_a_request_is_counted(server: LiveServer, data: bytes) -> None:
+    sample = 'hessquik_requests_total{route="refused",status="400"}'
+    before = server.metric(sample)
+    assert b"malformed_body" in exchange(server.port, data + b"\r\n\r\n", 5)
+    assert server.metric(sample) == before + 1

@@ -23,6 +23,7 @@ import hessquik
 from hessquik.activations import tanhActivation
 from hessquik.networks import NN, fullyConnectedNN
 from tests.live import ROOT, LiveServer
+from tests.raw import check_error, post, receive_all, replies
 from tests.service.faulty_worker import HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
 
 #: One client for all threads: making one takes longer than most of what is measured here.
@@ -165,6 +166,24 @@ def test_stopping_answers_what_was_accepted_and_exits_with_0(folder: Path) -> No
         status = live.stop()
         assert [reply.result().status_code for reply in accepted] == [200] * 4
     assert status == 0
+
+
+def test_what_cannot_be_answered_before_the_stop_is_told_so(folder: Path) -> None:
+    """One request hangs in the worker, another never arrives whole; both outlast the time to drain."""
+    settings = {"drain_s": 1, "batch_timeout_s": 60}
+    live = LiveServer(folder, settings=settings, command=FAULTY).wait_until_ready()
+    half = post("/v1/models/small/value", b'{"inputs":', Content_Length="99", Connection="keep-alive")
+    with ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", live.port), 30) as connection:
+        connection.sendall(half)
+        hanging = threads.submit(ask, live, [HANGS, 0.0])
+        time.sleep(0.3)
+        assert live.stop() == 0
+        (cut_short,) = replies(receive_all(connection))
+        reply = hanging.result()
+    assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "not_ready", "1")
+    assert (cut_short.status, cut_short.json()["code"]) == (503, "not_ready")
+    check_error(cut_short)
+    assert not any("Traceback" in line for line in live.log)
 
 
 def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(folder: Path) -> None:
