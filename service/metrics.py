@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-__all__ = ["Metrics"]
+__all__ = ["Distribution", "Metrics"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _POWERS = tuple(float(1 << power) for power in range(13))
@@ -38,6 +41,50 @@ class _ReadOff(Collector):
                 yield GaugeMetricFamily(name, name, value=value)
 
 
+class Distribution(Collector):
+    """A histogram for what is observed thousands of times a second: one search and two additions each time.
+
+    Args:
+        name: As Prometheus shows it.
+        text: What it is.
+        bounds: Upper ends of the buckets.
+        label: Name of the label.
+
+    Example:
+        >>> rows = Distribution("rows", "Points.", (1.0, 2.0), "kind")
+        >>> rows.observe("even", 2.0)
+        >>> [(sample.labels["le"], sample.value) for family in rows.collect() for sample in family.samples[:3]]
+        [('1.0', 0.0), ('2.0', 1.0), ('+Inf', 1.0)]
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str = "") -> None:
+        """Start with no series, or with the only one."""
+        self._name, self._text, self._bounds, self._label = name, text, bounds, label
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+        if not label:
+            self._begin("")
+
+    def observe(self, label: str, value: float) -> None:
+        """Count a value in the series with this label."""
+        if label not in self._counts:
+            self._begin(label)
+        self._counts[label][bisect_left(self._bounds, value)] += 1
+        self._sums[label] += value
+
+    def _begin(self, label: str) -> None:
+        self._counts[label], self._sums[label] = [0] * (len(self._bounds) + 1), 0.0
+
+    def collect(self) -> Iterable[Metric]:
+        """The histogram now."""
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        for label, counts in self._counts.items():
+            buckets = list(zip(ends, map(float, accumulate(counts)), strict=True))
+            family.add_metric([label] if self._label else [], buckets, self._sums[label])
+        yield family
+
+
 class Metrics:
     """The service's counters and histograms."""
 
@@ -47,24 +94,14 @@ class Metrics:
         self._requests = Counter(
             "hessquik_requests", "Requests answered.", ["route", "status"], registry=self._registry
         )
-        self._seconds = Histogram(
-            "hessquik_request_seconds",
-            "Time from head to reply.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._queue_seconds = Histogram(
-            "hessquik_queue_seconds", "Time in the queue.", buckets=_SECONDS, registry=self._registry
-        )
-        self._batch_rows = Histogram(
-            "hessquik_batch_rows", "Points per batch.", ["quantities"], buckets=_POWERS, registry=self._registry
-        )
-        self._batch_requests = Histogram(
-            "hessquik_batch_requests", "Requests per batch.", ["quantities"], buckets=_POWERS, registry=self._registry
-        )
+        self._children: dict[tuple[str, int], Counter] = {}
+        self._seconds = Distribution("hessquik_request_seconds", "Time from head to reply.", _SECONDS, "route")
+        self._queue_seconds = Distribution("hessquik_queue_seconds", "Time in the queue.", _SECONDS)
+        self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
+        self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
+        for distribution in (self._seconds, self._queue_seconds, self._batch_rows, self._batch_requests):
+            self._registry.register(distribution)
         self._rows = Counter("hessquik_rows", "Points computed.", registry=self._registry)
-        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
 
     def read_off(self, gauges: Gauges) -> None:
         """Add gauges that are read off when asked for."""
@@ -72,12 +109,11 @@ class Metrics:
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request was answered."""
-        key = (route, str(status))
-        if key not in self._children:
-            self._children[key] = (self._requests.labels(*key), self._seconds.labels(route))
-        requests, histogram = self._children[key]
+        requests = self._children.get((route, status))
+        if requests is None:
+            requests = self._children[route, status] = self._requests.labels(route, str(status))
         requests.inc()
-        histogram.observe(seconds)
+        self._seconds.observe(route, seconds)
 
     def refused(self, status: int) -> None:
         """Something was refused before it was a request."""
@@ -85,13 +121,13 @@ class Metrics:
 
     def queued(self, seconds: float) -> None:
         """A request left the queue."""
-        self._queue_seconds.observe(seconds)
+        self._queue_seconds.observe("", seconds)
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
         """A batch was computed; of the many sets of quantities that may be asked together, all have one label."""
         label = quantities[0] if len(quantities) == 1 else "several"
-        self._batch_rows.labels(label).observe(rows)
-        self._batch_requests.labels(label).observe(requests)
+        self._batch_rows.observe(label, rows)
+        self._batch_requests.observe(label, requests)
         self._rows.inc(rows)
 
     def text(self) -> bytes:

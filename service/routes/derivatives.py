@@ -11,7 +11,7 @@ from service import codecs
 from service.codecs import JSON, Piece, Question, Shape
 from service.core import Core
 from service.dispatcher import Answers, End, Job
-from service.door import Receive, Reply, Scope, Send, header, read_body, send_reply
+from service.door import Receive, Reply, Scope, Send, read_body, send_reply
 from service.errors import InvalidInput, MethodNotAllowed
 from service.repository import Served
 
@@ -118,9 +118,10 @@ class Derivatives:
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
         self._core.dispatcher.batcher.expect_room()
-        deadline_s = self._core.deadline_s(header(scope, b"x-deadline-ms"))
-        media_type = codecs.content_type(header(scope, b"content-type"))
-        reply_type = codecs.accepted_type(header(scope, b"accept"))
+        given = scope["hessquik.headers"].get
+        deadline_s = self._core.deadline_s(given(b"x-deadline-ms", b""))
+        media_type = codecs.content_type(given(b"content-type", b""))
+        reply_type = codecs.accepted_type(given(b"accept", b""))
         query = parse_query(scope)
         served = self._core.repository.ready(model, query.get("version"))
         return Head(served, None if action == "evaluate" else action, query, media_type, reply_type, deadline_s)
