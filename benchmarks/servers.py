@@ -165,9 +165,14 @@ class Server:
                 used += times.user + times.system
         return used
 
+    def has_ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._process.poll() is not None
+
     def freeze(self) -> None:
         """Stop it from using the processor: the front first, so that what its workers do is still finished."""
-        self._process.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._process.suspend()
         time.sleep(0.05)
         for child in self._children():
             with contextlib.suppress(psutil.NoSuchProcess):

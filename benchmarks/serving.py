@@ -128,6 +128,10 @@ class Benchmark:
                         if (name, use) not in servers:
                             continue
                         try:
+                            if servers[name, use].has_ended():  # Triton does not bear to be frozen for long
+                                old = servers[name, use]
+                                anew = stack.enter_context(Server(old.contender, self.model, old.tuning))
+                                servers[name, use] = anew.wait_until_serving(self.points)
                             with _awake(servers[name, use]) as server:
                                 server.wait_until_serving(self.points)
                                 measured = self._one_row(server, connections)

@@ -1,0 +1,173 @@
+"""Small requests for derivatives go a short way: what they get, and in what order, is what the long way gives."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service.app import create_app
+from service.exchange import SHORT_BYTES, Exchange
+from service.server import bounded_protocol
+from service.settings import Settings
+from tests.live import ROOT, LiveServer
+from tests.raw import ask, exchange, post, replies
+from tests.service.faulty_worker import SLOW
+
+BODY = b'{"inputs":[[0.5,0.25],[-1,1]],"quantities":["value","gradient","hessian"],"dtype":"float64"}'
+EVALUATE, VALUE = "/v1/models/peaks/evaluate", "/v1/models/peaks/value"
+KEEP = {"Connection": "keep-alive"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    with LiveServer(ROOT / "models") as live:
+        yield live.wait_until_ready()
+
+
+def chunked(path: str, body: bytes) -> bytes:
+    """The same request the long way."""
+    head = post(path, b"", Transfer_Encoding="chunked").replace(b"Content-Length: 0\r\n", b"")
+    return head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
+def without(headers: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (EVALUATE, BODY),
+        (EVALUATE + "?version=1", BODY),
+        (VALUE, b'{"inputs":[0.5,0.25]}'),
+        (VALUE, b'{"inputs":[[0.5]]}'),
+        (VALUE, b'{"inputs":'),
+        (VALUE + "?version=77", b'{"inputs":[0.5,0.25]}'),
+        ("/v1/models/none/value", b'{"inputs":[0.5,0.25]}'),
+    ],
+    ids=["batch", "version", "point", "short row", "no JSON", "no version", "no model"],
+)
+def test_both_ways_lead_to_the_same_reply(server: LiveServer, path: str, body: bytes) -> None:
+    short, long = ask(server.port, post(path, body)), ask(server.port, chunked(path, body))
+    assert short.status == long.status
+    assert without(short.headers, "date", "x-request-id", "content-length") == without(
+        long.headers, "date", "x-request-id", "content-length"
+    )
+    if short.status == 200:
+        assert short.body == long.body
+    else:
+        assert without(short.json(), "request_id") == without(long.json(), "request_id")
+
+
+def test_pipelined_replies_come_in_the_order_of_requests(server: LiveServer) -> None:
+    ways = [post(EVALUATE, BODY, **KEEP), b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n", post(VALUE, BODY, **KEEP)] * 5
+    found = replies(exchange(server.port, b"".join(ways) + post(EVALUATE, BODY)))
+    assert [reply.status for reply in found] == [200, 200, 422] * 5 + [200]
+    assert {reply.body for reply in found[::3]} == {found[0].body}
+    assert found[1].json() == {"live": True}
+
+
+def test_a_body_that_comes_byte_by_byte_is_read(server: LiveServer) -> None:
+    whole = ask(server.port, post(EVALUATE, BODY))
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in post(EVALUATE, BODY):
+            connection.sendall(bytes([byte]))
+        data = b""
+        while part := connection.recv(1 << 16):
+            data += part
+    assert replies(data)[0].body == whole.body
+
+
+def test_longest_short_body_and_the_next(server: LiveServer) -> None:
+    for size in (SHORT_BYTES, SHORT_BYTES + 1):
+        reply = ask(server.port, post(EVALUATE, BODY.ljust(size)))
+        assert reply.status == 200
+        assert reply.json()["value"] == ask(server.port, post(EVALUATE, BODY)).json()["value"]
+
+
+def test_a_client_that_leaves_is_counted_and_its_rows_are_not_computed(tmp_path: Path) -> None:
+    faulty = ("-m", "tests.service.faulty_serve")
+    (tmp_path / "peaks.safetensors").write_bytes((ROOT / "models" / "peaks.safetensors").read_bytes())
+    with LiveServer(tmp_path, command=faulty) as live:
+        live.wait_until_ready()
+        slow = b'{"inputs":[%g,0]}' % SLOW
+        with socket.create_connection(("127.0.0.1", live.port), 30) as busy:
+            busy.sendall(post(VALUE, slow, **KEEP))
+            time.sleep(0.1)
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", live.port), 30) as leaving:
+                    leaving.sendall(post(VALUE, slow, **KEEP))
+                    time.sleep(0.02)
+            with socket.create_connection(("127.0.0.1", live.port), 30) as leaving:
+                leaving.sendall(post(VALUE, slow, **KEEP)[:-3])
+                time.sleep(0.05)
+            assert busy.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert ask(live.port, post(VALUE, b'{"inputs":[0.5,0.25]}')).status == 200
+        left = 'hessquik_requests_total{route="/v1/models/{model}/value",status="499"}'
+        assert live.metric(left) == 6
+        assert live.metric("hessquik_rows_total") == 2
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return False
+
+
+async def _garbage(request: bytes, plant: bool) -> int:
+    """Objects that only the collector frees, after 50 requests."""
+    settings = Settings(models=ROOT / "models", device="cpu", workers=1)
+    app = create_app(settings)
+    core = app.state.core
+    config = uvicorn.Config(app, http="httptools", log_config=None)
+    config.load()
+    connection: Any = bounded_protocol(settings, core.metrics, app.short_way)(
+        config=config,  # type: ignore[call-arg]
+        server_state=ServerState(),  # type: ignore[call-arg]
+        app_state={},  # type: ignore[call-arg]
+    )
+    await core.start()
+    try:
+        connection.connection_made(transport := Transport())
+        for number in range(60):
+            if number == 10:
+                gc.collect()
+                gc.disable()
+            connection.data_received(request)
+            cycle = connection.cycle
+            assert isinstance(cycle, Exchange)
+            if plant:
+                cycle.scope["circle"] = cycle
+            del cycle
+            while len(transport.written) == number:
+                await asyncio.sleep(0.001)
+        assert all(reply.startswith(b"HTTP/1.1 200") for reply in transport.written)
+        found = gc.collect()
+    finally:
+        gc.enable()
+        await core.stop()
+    return found
+
+
+@pytest.mark.parametrize("plant", [False, True], ids=["as it is", "with a circle"])
+def test_requests_leave_nothing_to_the_collector(plant: bool) -> None:
+    """Circles would make the collector stop the service for milliseconds, again and again."""
+    found = asyncio.run(_garbage(post(EVALUATE, BODY, **KEEP), plant))
+    assert found > 200 if plant else found < 50
