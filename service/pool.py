@@ -65,6 +65,10 @@ class Worker:
     Args:
         pool: Whose it is.
         device: What it computes on.
+
+    Attributes:
+        work: What it computes.
+        arriving: What it has computed, while a large answer is on its way.
     """
 
     def __init__(self, pool: Pool, device: str) -> None:
@@ -73,6 +77,7 @@ class Worker:
         self.device = device
         self.state = State.STARTING
         self.work: Any = None
+        self.arriving: Any = None
         self.since = pool.now()
         self.last_answer = float("-inf")
         self.memory_bytes = 0
@@ -92,7 +97,7 @@ class Worker:
             )
         loop = asyncio.get_running_loop()
         _, self._protocol = await loop.create_connection(
-            lambda: wire.FrameProtocol(self._on_frame, self._on_lost), sock=ours
+            lambda: wire.FrameProtocol(self._on_frame, self._on_lost, self._on_head), sock=ours
         )
 
     @property
@@ -151,14 +156,25 @@ class Worker:
                 self.pool.on_loaded(head.pop("model"), head)
             case "done":
                 self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
-                work, self.work = self.work, None
-                self.state, self.since, self.last_answer = State.READY, now, now
+                self.last_answer = now
+                if self.arriving is not None:
+                    work, self.arriving = self.arriving, None
+                else:
+                    work, self.work = self.work, None
+                    self.state, self.since = State.READY, now
                 self.pool.on_done(self, work, head, arrays)
             case _:
                 raise wire.WireError("expected an answer to what was asked")
         if self.state is State.STARTING and self._greeted and not self.loading:
             self.state, self.since, self.last_answer = State.READY, now, now
             self.pool.on_ready(self)
+
+    def _on_head(self, head: dict[str, Any]) -> None:
+        """A large answer begins: while it arrives, the worker can compute the next batch."""
+        if head.get("op") == "done" and self.work is not None and self.arriving is None:
+            self.arriving, self.work = self.work, None
+            self.state, self.since = State.READY, self.pool.now()
+            self.pool.on_head()
 
     def _on_lost(self) -> None:
         if self.state is not State.DEAD:
@@ -309,6 +325,10 @@ class Pool:
             self._owner.on_answer(work, head, arrays)
         self._owner.on_idle()
 
+    def on_head(self) -> None:
+        """A worker has computed what it was given, and can compute more while that arrives."""
+        self._owner.on_idle()
+
     def on_lost(self, worker: Worker) -> None:
         """A worker died: its work is handed back and it is replaced."""
         if self._is_closing:
@@ -321,8 +341,9 @@ class Pool:
             if self._strikes[model] >= MAX_LOAD_STRIKES:
                 self._give_up(model, "expected a network that can be loaded, got one that ends its worker")
         self._spawn(self._replace(worker))
-        if worker.work is not None:
-            self._owner.on_lost_work(worker.work)
+        for work in (worker.arriving, worker.work):
+            if work is not None:
+                self._owner.on_lost_work(work)
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
             self._owner.on_given_up()
 

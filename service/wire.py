@@ -59,10 +59,20 @@ def _lengths(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
     return head_bytes, body_bytes
 
 
-def _decode(text: memoryview, body: Array) -> Frame:
-    """Head and arrays, which are views into ``body``."""
+def _decode_head(text: memoryview) -> dict[str, Any]:
     try:
         head = orjson.loads(text)
+    except ValueError:
+        head = None
+    if not isinstance(head, dict):
+        raise WireError("expected a JSON object as head")
+    return head
+
+
+def _decode(text: memoryview, body: Array) -> Frame:
+    """Head and arrays, which are views into ``body``."""
+    head = _decode_head(text)
+    try:
         table = [(str(name), _DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in head.pop("arrays")]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WireError(f"expected a JSON head with a table of arrays ({type(error).__name__})") from None
@@ -118,6 +128,12 @@ class FrameReader:
             frame, self._frame = self._frame, None
             yield _decode(frame[: self._head_bytes].data, frame[self._head_bytes :])
 
+    def head(self) -> dict[str, Any] | None:
+        """The head of the frame that is arriving, once all of it is there."""
+        if self._frame is None or self._filled < self._head_bytes:
+            return None
+        return _decode_head(self._frame[: self._head_bytes].data)
+
     def _next(self) -> bool:
         """Whether a whole frame is there; begins one if none is begun."""
         if self._frame is None:
@@ -157,12 +173,20 @@ class FrameProtocol(asyncio.BufferedProtocol):
     Args:
         on_frame: Called with head and arrays.
         on_lost: Called once when the other side is gone or no longer makes sense.
+        on_head: Called once with the head of a frame whose arrays take several receptions, before ``on_frame``.
     """
 
-    def __init__(self, on_frame: Callable[[dict[str, Any], dict[str, Array]], None], on_lost: Callable[[], None]):
+    def __init__(
+        self,
+        on_frame: Callable[[dict[str, Any], dict[str, Array]], None],
+        on_lost: Callable[[], None],
+        on_head: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         """Wait for the first frame."""
         self._on_frame = on_frame
         self._on_lost = on_lost
+        self._on_head = on_head
+        self._is_announced = False
         self._reader = FrameReader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -185,6 +209,10 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Take what is complete."""
         try:
             for head, arrays in self._reader.received(nbytes):
+                self._is_announced = False
                 self._on_frame(head, arrays)
+            if self._on_head is not None and not self._is_announced and (begun := self._reader.head()) is not None:
+                self._is_announced = True
+                self._on_head(begun)
         except WireError:
             self.transport.abort()

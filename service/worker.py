@@ -36,6 +36,8 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Largest result that is computed only to warm up.
 MAX_WARM_UP_BYTES = 64 << 20
+#: Room for an answer on its way to the front.
+SEND_BUFFER_BYTES = 2 << 20
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -175,6 +177,8 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     with socket.socket(fileno=descriptor) as sock:
+        # Room for an answer, as far as the system allows it, so that the next batch need not wait until this is read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         torch.zeros(1, device=device)
         wire.send(sock, {"op": "ready", "pid": os.getpid(), "torch": torch.__version__}, {})
         try:
