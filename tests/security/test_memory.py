@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 from collections.abc import Callable, Iterator
@@ -66,9 +67,9 @@ def memory(server: LiveServer) -> int:
     return sum(process.memory_info().rss for process in processes)
 
 
-def growth(server: LiveServer) -> tuple[int, int]:
-    """How much the service grew over the hostile bodies, and how many of them were not answered as they should be."""
-    random_, wrong = random.Random(18), 0
+def growth(server: LiveServer) -> int:
+    """How much the service grew over the hostile bodies, each of which has to be refused."""
+    random_, refused = random.Random(18), 0
     good = post(VALUE, b'{"inputs":[0.5,0.5]}')
     for _ in range(20):
         assert replies(exchange(server.port, good))[0].status == 200
@@ -76,13 +77,18 @@ def growth(server: LiveServer) -> tuple[int, int]:
     for number in range(BODIES):
         data, statuses = hostile(random_)
         if number % 5 == 0:  # broken off
-            with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            with (
+                socket.create_connection(("127.0.0.1", server.port), 10) as connection,
+                contextlib.suppress(ConnectionError),  # refused already
+            ):
                 connection.sendall(data[: len(data) // 2])
             continue
         answered = replies(exchange(server.port, data))  # none if it was cut off while it was sent
-        wrong += not {reply.status for reply in answered} <= statuses
+        refused += len(answered)
+        assert {reply.status for reply in answered} <= statuses, data[:200]
+    assert refused > 0.6 * BODIES
     assert replies(exchange(server.port, good))[0].status == 200
-    return memory(server) - before, wrong
+    return memory(server) - before
 
 
 @pytest.fixture
@@ -102,9 +108,8 @@ def start(shipped_models: Path) -> Iterator[Start]:
 
 def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None:
     server = start("")
-    grown, wrong = growth(server)
-    note(f"{BODIES} hostile bodies: {grown / MIB:+.1f} MiB, {wrong} undeclared answers")
-    assert wrong == 0
+    grown = growth(server)
+    note(f"{BODIES} hostile bodies: {grown / MIB:+.1f} MiB")
     assert grown <= MEMORY_BYTES
     assert replies(exchange(server.port, request("GET", "/readyz")))[0].status == 200
 
@@ -112,6 +117,6 @@ def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None
 def test_memory_that_is_left_behind_is_caught(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a front that keeps a little of every request."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))
-    grown, _ = growth(start("leaky"))
+    grown = growth(start("leaky"))
     note(f"control: {grown / MIB:+.1f} MiB")
     assert grown > MEMORY_BYTES

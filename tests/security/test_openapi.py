@@ -35,7 +35,7 @@ SETTINGS = Settings(device="cpu", api_keys=KEYS[:1], admin_keys=KEYS[1:])  # typ
 DOCUMENT = Document(create_app(SETTINGS).openapi())
 OPERATIONS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
 #: How many of each operation: of those that compute, and of the others.
-COUNTS = choose((120, 20), (3_700, 250))
+COUNTS = choose((120, 20), (3_900, 250))
 ACTIONS = [path for path, method in OPERATIONS if "requestBody" in DOCUMENT["paths"][path][method]]
 
 
