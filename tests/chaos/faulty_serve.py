@@ -1,6 +1,7 @@
 """``hessquik serve`` with a fault planted, so that tests are seen to catch it. Only tests run it.
 
 mixed, untiled, oom, spoiled    faults of the workers, see faulty_worker
+auditing                        no fault: says which files the front opens
 leaky                           the front keeps CHAOS_LEAK_BYTES of every request
 counting                        no fault: says at the end how many requests were accepted and answered
 hanging                         SIGUSR1 holds the event loop for HANG_S
@@ -13,12 +14,23 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from service import cli, pool
 from service.door import Door, Message, Receive, Reply, Scope, Send
 from service.exchange import Exchange
 
 HANG_S = 3.0
+
+
+def audit() -> None:
+    """Say every file that is opened, as it is opened."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            os.write(2, f"opened {arguments[0]!r}\n".encode())
+
+    sys.addaudithook(hook)
 
 
 def leak() -> None:
@@ -66,6 +78,8 @@ def count() -> None:
 def main(fault: str) -> None:
     """Plant the fault and serve."""
     match fault:
+        case "auditing":
+            audit()
         case "leaky":
             leak()
         case "counting":
