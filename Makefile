@@ -33,7 +33,7 @@ serve: $(SERVER)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes most of an hour
+chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 25 minutes
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security --timeout 1800
 
 check: $(STAMP)  ## formatting, lint, types

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hmac
 import logging
 import re
@@ -41,6 +42,8 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 #: Made-up request ids: one part for the process, one for the request.
 _PROCESS, _numbers = secrets.token_hex(6).encode(), count(1)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+#: After refusing a larger body, the memory that it took is returned to the system.
+KEPT_BYTES = 1 << 20
 #: What is counted when no reply was begun.
 NO_STATUS = 499
 #: Bytes up to which a body's pieces are joined: copying them costs less than sending each.
@@ -140,6 +143,8 @@ class Door:
             if status != NO_STATUS:
                 raise
             await send_reply(send_with_id, refusal)
+            if scope.get("hessquik.body_bytes", 0) > KEPT_BYTES:
+                asyncio.get_running_loop().call_soon(_return_memory)  # when the body is gone
         finally:
             self.count(scope, status, began)
 
@@ -180,6 +185,13 @@ class Door:
             headers.append((b"connection", b"close"))  # large bodies that were not read are not waited for
         status, body = dialect.write(error, request_id)
         return Reply(status, dialect.media_type, [body], headers)
+
+
+def _return_memory() -> None:
+    """Have the allocator return what is free, which it would keep for long; nothing where it cannot be told."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _is_among(given: bytes, keys: list[bytes]) -> bool:
@@ -224,6 +236,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise BodyTooLarge(f"expected a body of at most {limit} bytes, got more")
+        scope["hessquik.body_bytes"] = size
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -99,9 +99,10 @@ class LiveServer:
         """Its worker processes."""
         return [child for child in psutil.Process(self.process.pid).children() if _is_worker(child)]
 
-    def metric(self, sample: str) -> float:
+    def metric(self, sample: str, key: str = "") -> float:
         """The value of one sample, named as in the text format; 0 if there is none."""
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        for line in httpx.get(f"{self.url}/metrics", headers=headers).raise_for_status().text.splitlines():
             if line.startswith(sample + " "):
                 return float(line.rsplit(" ", 1)[1])
         return 0.0

@@ -44,6 +44,7 @@ class RandomlyFaultyWorker(FaultyWorker):
 
     def _out_of_memory(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
         """Go the way of the real error: raised by the evaluator."""
+        sys.stderr.write("out of memory\n")
         model = self.models[head["model"]]
         evaluators, model._evaluators = model._evaluators, {}
 

@@ -15,42 +15,46 @@ from tests.live import LiveServer
 from tests.whole import Note, choose
 
 KILL_EVERY_S = choose(1.0, 10.0)
+#: At least so many requests are sent, and so many workers killed, within so many seconds.
+REQUESTS, KILLS, LIMIT_S = choose((2000, 2, 60), (50_000, 10, 900))
 
 
-async def kill_workers(server: LiveServer, until: asyncio.Event) -> int:
-    """SIGKILL a worker again and again, each time when all are ready again; return how many."""
-    random_, killed = random.Random(4), 0
+async def kill_workers(server: LiveServer, killed: list[int], until: asyncio.Event) -> None:
+    """SIGKILL a worker again and again, each time when all are ready again, and note which."""
+    random_ = random.Random(4)
     while not until.is_set():
         try:
             await asyncio.wait_for(until.wait(), KILL_EVERY_S)
         except TimeoutError:
             if await asyncio.to_thread(all_ready, server):
-                random_.choice(await asyncio.to_thread(server.workers)).send_signal(signal.SIGKILL)
-                killed += 1
-    return killed
+                victim = random_.choice(await asyncio.to_thread(server.workers))
+                victim.send_signal(signal.SIGKILL)
+                killed.append(victim.pid)
 
 
 def test_every_answer_is_right_while_workers_are_killed(busy: LiveServer, asked: list[Question], note: Note) -> None:
-    async def work() -> tuple[Ledger, int]:
-        until = asyncio.Event()
-        killing = asyncio.create_task(kill_workers(busy, until))
-        end = time.monotonic() + choose(20, 900)
-        traffic = Traffic(
-            busy.port,
-            asked,
-            disconnects=0.2,
-            malformed=0.05,
-            retries=6,
-            seed=2,
-            is_over=lambda: time.monotonic() > end,
-        )
-        ledger = await traffic.run(clients=16, requests=choose(5000, 50_000))
-        until.set()
-        return ledger, await killing
+    killed: list[int] = []
 
-    ledger, killed = run(work())
-    note(f"{ledger}; {killed} workers killed")
-    assert killed > 0
+    async def work() -> Ledger:
+        until, ledger = asyncio.Event(), Ledger()
+        killing = asyncio.create_task(kill_workers(busy, killed, until))
+        end = time.monotonic() + LIMIT_S
+
+        def is_over() -> bool:
+            return time.monotonic() > end or (ledger.sent >= REQUESTS and len(killed) >= KILLS)
+
+        traffic = Traffic(
+            busy.port, asked, ledger, disconnects=0.2, malformed=0.05, retries=6, seed=2, is_over=is_over
+        )
+        await traffic.run(clients=16, requests=10**9)
+        until.set()
+        await killing
+        return ledger
+
+    ledger = run(work())
+    note(f"{ledger}; {len(killed)} workers killed")
+    assert len(killed) >= KILLS
+    assert ledger.sent >= REQUESTS
     assert (ledger.wrong, ledger.lost, ledger.failed, ledger.closed, ledger.refused) == (0, 0, 0, 0, 0), ledger
     assert ledger.cancelled > 0.15 * ledger.sent
     assert ledger.malformed > 0.03 * ledger.sent

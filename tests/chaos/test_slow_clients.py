@@ -14,6 +14,8 @@ from tests.whole import Note, choose
 
 TIMEOUT_S = 3.0
 SOCKETS = choose(60, 500)
+#: What a 99th percentile of a millisecond may be off by; the short form runs beside other tests.
+SLACK_S = choose(0.05, 0.005)
 #: What each kind of slow client sends at first, and then every now and then.
 KINDS = (
     (b"GET /livez HTTP/1.1\r\nX: ", b"a"),
@@ -88,7 +90,7 @@ def test_slow_clients_are_cut_off_and_others_served(start: Start, asked: list[Qu
     assert max(closed) <= TIMEOUT_S + 2
     assert min(closed) >= TIMEOUT_S - 0.5, "the control: they were let be slow for as long as they may"
     assert meanwhile.right == meanwhile.sent
-    assert meanwhile.p(99) <= 2 * usual.p(99) + 0.05
+    assert meanwhile.p(99) <= 2 * usual.p(99) + SLACK_S
     assert descriptors <= 0
 
 

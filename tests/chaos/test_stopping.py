@@ -43,6 +43,7 @@ def test_stopping_loses_nothing(start: Start, asked: list[Question], note: Note)
         assert accepted == answered, (accepted, answered)
         assert (ledger.wrong, ledger.failed, ledger.lost) == (0, 0, 0), ledger
         assert ledger.right + ledger.refused == accepted, (str(ledger), accepted)
+        assert accepted > 0, "stopped before anything was asked"
         total.sent += accepted
         total.right += ledger.right
         closed += ledger.closed

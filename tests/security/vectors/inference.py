@@ -33,7 +33,8 @@ VALUE_OUTPUT: dict[str, Any] = {"name": "value"}
 TOP: dict[str, list[Any]] = {
     "inputs": [ABSENT, None, 1, "x", {}, [], [1], [None], [[]], [TENSOR, TENSOR], [TENSOR, TENSOR | {"name": "x"}]],
     "outputs": [
-        1, "x", {}, [1], [None], [{}], [{"name": None}], [{"name": []}], [{"name": "x"}], [VALUE_OUTPUT, VALUE_OUTPUT],
+        1, "x", {}, [1], [None], [{}], [{"name": None}], [{"name": []}], [{"name": "x"}],
+        [VALUE_OUTPUT, VALUE_OUTPUT],
     ],
     "id": [1, True, [], {}, 1.5],
     "parameters": [1, "x", [], True],
@@ -49,8 +50,8 @@ TOP: dict[str, list[Any]] = {
 }  # fmt: skip
 #: Under which member what is at fault is sent, where they differ.
 UNDER = {
-    "timeout": "parameters", "dtype": "parameters", "binary_data_output": "parameters", "binary_data": "outputs", "value": "outputs",
-    "directions": "outputs",
+    "timeout": "parameters", "dtype": "parameters", "binary_data_output": "parameters", "binary_data": "outputs",
+    "value": "outputs", "directions": "outputs",
 }  # fmt: skip
 
 

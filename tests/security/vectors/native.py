@@ -64,14 +64,15 @@ WRONG: dict[str, dict[str, Any]] = {
     },
     "dtype": SCALARS
     | {
-        "other": "float16", "capitals": "FLOAT64", "empty": "", "space": "float64 ", "numpy": "<f8", "list": ["float64"],
-        "zero": 0, "OIP": "FP64", "long": "f" * 1000, "nul": "float64\x00",
+        "other": "float16", "capitals": "FLOAT64", "empty": "", "space": "float64 ", "numpy": "<f8",
+        "list": ["float64"], "zero": 0, "OIP": "FP64", "long": "f" * 1000, "nul": "float64\x00",
     },
     "quantities": {name: value for name, value in SCALARS.items() if name != "list in a string"}
     | {
         "empty": [], "unknown": ["jacobian"], "capitals": ["Value"], "twice": ["value", "value"], "null": [None],
-        "numbers": [1], "nested": [["value"]], "space": ["value "], "empty name": [""], "a good and a bad": ["value", 1],
-        "an action": ["evaluate"], "objects": [{"name": "value"}], "many": ["value"] * 100, "name": "value",
+        "numbers": [1], "nested": [["value"]], "space": ["value "], "empty name": [""],
+        "a good and a bad": ["value", 1], "an action": ["evaluate"], "objects": [{"name": "value"}],
+        "many": ["value"] * 100, "name": "value",
         "long": ["v" * 1000],
     },
 }  # fmt: skip
@@ -91,8 +92,9 @@ UNKNOWN = (
 )
 MEDIA_TYPES = (
     "text/plain", "text/html", "text/json", "application/xml", "application/x-www-form-urlencoded",
-    "multipart/form-data; boundary=x", "application/octet-stream", "application/vnd.bentoml+pickle", "application/pickle",
-    "application/x-pickle", "application/x-python-serialize", "application/msgpack", "application/x-msgpack",
+    "multipart/form-data; boundary=x", "application/octet-stream", "application/vnd.bentoml+pickle",
+    "application/pickle", "application/x-pickle", "application/x-python-serialize", "application/msgpack",
+    "application/x-msgpack",
     "application/cbor", "application/bson", "application/x-ndjson", "application/jsonl", "application/json-seq",
     "application/protobuf", "application/grpc", "application/x-numpy", "application/vnd.apache.arrow.stream",
     "application/yaml", "application/javascript", "application/java-serialized-object", "application/zip",
@@ -125,8 +127,8 @@ ENCODINGS = (
     "é",
 )
 DEADLINES = (
-    "0", "-1", "+1", "1.5", "1e3", "0x10", "1_000", "120001", "9" * 30, "x", "1 000", "1,000", "NaN", "inf", "null", "²",
-    "-0",
+    "0", "-1", "+1", "1.5", "1e3", "0x10", "1_000", "120001", "9" * 30, "x", "1 000", "1,000", "NaN", "inf", "null",
+    "²", "-0",
 )  # fmt: skip
 VERSIONS = (
     "0",
