@@ -20,7 +20,7 @@ from hessquik import memory
 from hessquik.calculus import DIRECTIONAL, QUANTITIES, Derivatives
 from hessquik.errors import ShapeError
 from hessquik.machine import Machine
-from hessquik.native import Native, is_available
+from hessquik.native import Native, Packed, is_available
 from hessquik.networks import NN
 from hessquik.plan import Ask, Plan, choose
 
@@ -82,7 +82,7 @@ class Evaluator:
         self._pool = ThreadPoolExecutor(threads, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()
         self._runners: dict[Ask, Runner] = {}
-        self._packed: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._packed = Packed()
         self.ladder = self._runner(Ask(frozenset({"value", "gradient", "hessian"}))).ladder
 
     def plan(self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None) -> Plan:
@@ -241,7 +241,7 @@ class Evaluator:
 class NativeRunner:
     """Runs a plan on the CPU kernel: any number of rows, no padding."""
 
-    def __init__(self, plan: Plan, dtype: torch.dtype, packed: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, plan: Plan, dtype: torch.dtype, packed: Packed) -> None:
         """Translate the plan."""
         self.plan = plan
         self.ladder = tuple(sorted({1, plan.rows}))

@@ -23,9 +23,10 @@ from hessquik.activations import (
     softplusActivation,
     tanhActivation,
 )
+from hessquik.memory import Arena
 from hessquik.program import Program, Step, View
 
-__all__ = ["Native", "is_available", "vector_bytes"]
+__all__ = ["Native", "Packed", "is_available", "vector_bytes"]
 
 _OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "congruence")
 _ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
@@ -88,6 +89,28 @@ def vector_bytes() -> int:
     return int(_LIBRARY.hessquik_vector_bytes())
 
 
+class Packed:
+    """Matrices in the kernel's layout, so that the programs of a network share them."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._arena = Arena()
+        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def pack(self, matrix: Tensor, panel: int) -> Tensor:
+        """A matrix as panels of some columns each, padded with zeros."""
+        # A matrix that is kept here keeps its address to itself.
+        key = (matrix.data_ptr(), *matrix.shape, *matrix.stride(), panel)
+        if key not in self._known:
+            depth, columns = matrix.shape
+            panels = -(-columns // panel)
+            padded = torch.zeros(depth, panels * panel, dtype=matrix.dtype)
+            padded[:, :columns] = matrix
+            layout = self._arena.empty((panels, depth, panel), matrix.dtype)
+            self._known[key] = matrix, layout.copy_(padded.view(depth, panels, panel).transpose(0, 1))
+        return self._known[key][1]
+
+
 class Native:
     """A program made ready for the kernel.
 
@@ -104,7 +127,7 @@ class Native:
         program: Program,
         dtype: torch.dtype,
         tile_rows: int,
-        packed: dict[tuple[int, ...], tuple[Tensor, Tensor]],
+        packed: Packed,
         width: int | None = None,
     ) -> None:
         """Translate the steps."""
@@ -198,25 +221,14 @@ class Native:
             operand.base = self._bases.setdefault(buffer.base, len(self._bases))
             operand.offset = buffer.offset
             return operand
-        data = self._pack(view, panel) if is_matrix else buffer.data
+        matrix = view.constant
+        assert matrix is not None
+        data = self._packed.pack(matrix, panel) if is_matrix else buffer.data
         if is_matrix:
             operand.outer, operand.inner, operand.column_step, operand.column = view.shape[1] * panel, panel, 1, 0
         self._kept.append(data)
         operand.base, operand.offset = _CONSTANT, data.data_ptr() // self.dtype.itemsize
         return operand
-
-    def _pack(self, view: View, panel: int) -> Tensor:
-        """A matrix as panels of some columns each, padded with zeros."""
-        matrix = view.constant
-        assert matrix is not None
-        key = (matrix.data_ptr(), *matrix.shape, *matrix.stride(), panel)
-        if key not in self._packed:
-            depth, columns = matrix.shape
-            panels = -(-columns // panel)
-            padded = torch.zeros(depth, panels * panel, dtype=self.dtype)
-            padded[:, :columns] = matrix
-            self._packed[key] = (matrix, padded.view(depth, panels, panel).transpose(0, 1).contiguous())
-        return self._packed[key][1]
 
     def _workspace(self, count: int) -> Tensor:
         """Memory of the calling thread, at least ``count`` numbers and a vector more, which loads may touch."""
