@@ -30,6 +30,8 @@ __all__ = ["Ask", "Plan", "choose"]
 OPERATIONS_PER_BYTE = 2.0
 #: What a tile's workspace may take, so that it stays in a core's second-level cache.
 TILE_BYTES = 640 << 10
+#: What matrices may take, so that they stay there too.
+MATRIX_BYTES = 1 << 20
 #: Rows of the smallest tile, so that a wide layer's weights are fetched once for a few rows at least.
 SMALLEST_TILE_ROWS = 4
 #: Rows of the largest tile.
@@ -106,7 +108,13 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
                 rows = max(SMALLEST_TILE_ROWS, min(LARGEST_TILE_ROWS, fitting))
                 used = start if formulas.has_tangents else None
                 plans.append(Plan(ask, used, order, rows, program.operations, moved, program))
-    return min(plans, key=lambda plan: plan.operations + OPERATIONS_PER_BYTE * plan.bytes)
+
+    def cost(plan: Plan) -> float:
+        # Matrices that do not stay in the cache are fetched once per tile; the rows of the smallest pay for it.
+        fetched = max(0, plan.program.matrix_numbers * dtype.itemsize - MATRIX_BYTES)
+        return plan.operations + OPERATIONS_PER_BYTE * (plan.bytes + fetched / SMALLEST_TILE_ROWS)
+
+    return min(plans, key=cost)
 
 
 def _basis(forms: Sequence[Form]) -> Tensor | None:

@@ -162,6 +162,16 @@ class Program:
             if view.buffer.data is None
         )
 
+    @property
+    def matrix_numbers(self) -> int:
+        """Numbers of the network's matrices that products read; one and its transpose are two."""
+        matrices = {
+            (b.buffer.data.data_ptr(), *b.strides): b.shape[1] * b.shape[2]
+            for step in self.steps
+            if step.operation == "multiply" and (b := step.inputs[1]) is not None and b.buffer.data is not None
+        }
+        return sum(matrices.values())
+
 
 @dataclass
 class Writer:
