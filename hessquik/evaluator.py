@@ -123,7 +123,7 @@ class Evaluator:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
         runner, arrays = self._prepare(x, quantities, weights, directions)
-        results = self._results(quantities, runner.plan.ask, x.shape[0], x.device)
+        results = self._results(quantities, runner, x.shape[0], x.device)
         arrays.update(results)
         self._run(runner, arrays, x.shape[0])
         return Derivatives(**results)
@@ -140,7 +140,7 @@ class Evaluator:
         n = x.shape[0]
         for start in range(0, max(n, 1), runner.ladder[-1]):
             rows = min(runner.ladder[-1], n - start)
-            results = self._results(quantities, runner.plan.ask, rows, x.device)
+            results = self._results(quantities, runner, rows, x.device)
             inputs = {
                 name: array if name in runner.shared else array[start : start + rows]
                 for name, array in arrays.items()
@@ -155,13 +155,18 @@ class Evaluator:
         self._check(x, quantities, weights, directions)
         if DIRECTIONAL.isdisjoint(quantities):
             directions = None
-        given = {"x": x, "weights": weights, "directions": directions}
-        arrays = {
-            name: array.detach().to(self.device, self.dtype).contiguous()
-            for name, array in given.items()
-            if array is not None
-        }
+        arrays = {"x": self._placed(x)}
+        if weights is not None:
+            arrays["weights"] = self._placed(weights)
+        if directions is not None:
+            arrays["directions"] = self._placed(directions)
         return self._runner(self._ask(quantities, weights, directions)), arrays
+
+    def _placed(self, array: Tensor) -> Tensor:
+        """An input where and as it is computed with; itself if it is so already."""
+        if array.dtype is not self.dtype or array.device != self.device or not array.is_contiguous():
+            array = array.detach().to(self.device, self.dtype).contiguous()
+        return array
 
     @staticmethod
     def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
@@ -201,20 +206,9 @@ class Evaluator:
         cuts = [n * i // shares for i in range(shares + 1)]
         list(self._pool.map(lambda cut: runner.run(arrays, *cut), pairwise(cuts)))
 
-    def _results(self, quantities: Sequence[str], ask: Ask, n: int, device: torch.device) -> dict[str, Tensor]:
+    def _results(self, quantities: Sequence[str], runner: Runner, n: int, device: torch.device) -> dict[str, Tensor]:
         """Arrays for the results."""
-        d, k, m = self.d, ask.k, self.m if ask.weights is None else 1
-        shapes = {
-            "value": (n, m),
-            "gradient": (n, d, m),
-            "hessian": (n, d, d, m),
-            "laplacian": (n, m),
-            "hessian_diagonal": (n, d, m),
-            "jvp": (n, k, m),
-            "hvp": (n, k, d, m),
-            "curvature": (n, k, m),
-        }
-        return {name: memory.empty(shapes[name], self.dtype, device) for name in quantities}
+        return {name: memory.empty((n, *runner.shapes[name]), self.dtype, device) for name in quantities}
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
         """Refuse what does not fit."""
@@ -246,6 +240,7 @@ class NativeRunner:
         self.plan = plan
         self.ladder = tuple(sorted({1, plan.rows}))
         self.shared = _shared(plan.ask)
+        self.shapes = plan.shapes
         self._native = Native(plan.program, dtype, plan.rows, packed)
 
     def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:
@@ -267,6 +262,7 @@ class TorchRunner:
             rows *= 2
         self.ladder: tuple[int, ...] = tuple(sorted({SMALLEST_TILE_ROWS, rows}))
         self.shared = _shared(plan.ask)
+        self.shapes = plan.shapes
         self._idle: dict[int, list[Machine]] = {}
 
     def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:

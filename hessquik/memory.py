@@ -2,7 +2,7 @@
 
 A fresh array is given to the process page by page as it is written, and with pages of 4 KiB that takes longer than
 computing what goes in; and weights that are read from many small pages wait for the processor's page tables. Results'
-memory is used again when nobody holds it any more, because even huge pages are filled with zeros before they are given.
+memory is used again when nobody holds it any more: the system fills even huge pages with zeros before it gives them.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class Plan:
         operations: Floating-point operations per row.
         bytes: Bytes per row that steps read and write.
         program: The steps.
+        shapes: Of a row's results.
     """
 
     ask: Ask
@@ -81,6 +82,7 @@ class Plan:
     operations: int
     bytes: int
     program: Program
+    shapes: dict[str, tuple[int, ...]]
 
     def __str__(self) -> str:
         """The choice and the steps."""
@@ -95,6 +97,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
     """The plan with the least work among all that answer ``ask``."""
     plans = []
     basis = _basis(forms)
+    shapes = _shapes(ask, sum(forms[0].widths), outputs if ask.weights is None else 1)
     for order in ("backward", "forward"):
         for start in ("x", "reduced"):
             if start == "reduced" and basis is None:
@@ -107,7 +110,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
                 fitting = TILE_BYTES // max(1, program.workspace * dtype.itemsize)
                 rows = max(SMALLEST_TILE_ROWS, min(LARGEST_TILE_ROWS, fitting))
                 used = start if formulas.has_tangents else None
-                plans.append(Plan(ask, used, order, rows, program.operations, moved, program))
+                plans.append(Plan(ask, used, order, rows, program.operations, moved, program, shapes))
 
     def cost(plan: Plan) -> float:
         # Matrices that do not stay in the cache are fetched once per tile; the rows of the smallest pay for it.
@@ -115,6 +118,21 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
         return plan.operations + OPERATIONS_PER_BYTE * (plan.bytes + fetched / SMALLEST_TILE_ROWS)
 
     return min(plans, key=cost)
+
+
+def _shapes(ask: Ask, d: int, m: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every quantity at one point."""
+    k = ask.k
+    return {
+        "value": (m,),
+        "gradient": (d, m),
+        "hessian": (d, d, m),
+        "laplacian": (m,),
+        "hessian_diagonal": (d, m),
+        "jvp": (k, m),
+        "hvp": (k, d, m),
+        "curvature": (k, m),
+    }
 
 
 def _basis(forms: Sequence[Form]) -> Tensor | None:
@@ -138,9 +156,10 @@ def _basis(forms: Sequence[Form]) -> Tensor | None:
 
 @dataclass(slots=True)
 class _Layer:
-    """A layer linearised: where its slope, curvature and parts are kept."""
+    """A layer linearised: where its value, slope and curvature are kept."""
 
     form: Form
+    value: View
     widths: tuple[int, ...]
     slope: View | None
     curvature: View | None
@@ -212,14 +231,14 @@ class _Formulas:
         pushes_jvp = self.wanted & first == {"jvp"} and not second
         entering, directed, bends = self.entering(), self.directed(pushes_jvp), self.bends()
         layers: list[_Layer] = []
-        for layer, y in self.linearize(x, 2 if second else int(bool(first))):
+        for layer in self.linearize(x, 2 if second else int(bool(first))):
             layers.append(layer)
             for tangents in (entering, directed):
                 if tangents is not None and not tangents.is_over:
                     self.push(tangents, layer, to_the_end=pushes_jvp)
             if bends is not None:
                 self.push_second(bends, layer)
-        weights = self.weights()
+        weights, y = self.weights(), layers[-1].value
         if "value" in self.wanted:
             out = w.external("value", m_out)
             if weights is None:
@@ -451,7 +470,7 @@ class _Formulas:
 
     # ---- A chain of layers: the features, tangents and adjoints of one after the other. ----
 
-    def linearize(self, x: View, order: int) -> Iterator[tuple[_Layer, View]]:
+    def linearize(self, x: View, order: int) -> Iterator[_Layer]:
         """Write the value of one layer after the other and what derivatives up to ``order`` need."""
         w = self.writer
         features: Parts = (x,)
@@ -471,11 +490,11 @@ class _Formulas:
             features = (y, *(features[-1:] if form.carries else ()))
             had = tuple(0 if part is None else part.shape[2] for part in features)
             is_last = not bent or i == bent[-1]
-            yield _Layer(form, had, slope, curvature, slice(place, place + _width(form)), is_last), y
+            yield _Layer(form, y, had, slope, curvature, slice(place, place + _width(form)), is_last)
             place += hidden
 
     def push(self, tangents: _Tangents, layer: _Layer, to_the_end: bool) -> None:
-        """Write dz of a layer with curvature into its columns of 𝒥 or of the norms, and dy if a later one needs it."""
+        """Write dz of a layer into its columns of 𝒥 or of the norms, and dy if a later layer needs it."""
         form, columns = layer.form, (layer.place.start, layer.place.stop)
         parts = self.cut(tangents.parts, tangents.had, form.widths)
         slot = None if tangents.J is None or layer.slope is None else tangents.J.columns(*columns)

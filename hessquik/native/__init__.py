@@ -59,6 +59,7 @@ class _Call(Structure):
         ("first", c_int64),
         ("stop", c_int64),
         ("tile_rows", c_int64),
+        ("zeroed", c_int64),
     ]
 
 
@@ -138,9 +139,11 @@ class Native:
         self.vector_bytes = width or vector_bytes()
         self._packed = packed
         self._kept: list[Tensor] = []
-        self._bases: dict[str, int] = {"workspace": _WORKSPACE, "constant": _CONSTANT}
+        self._arrays: list[str] = []
         self._once = (_Step * len(program.once))(*map(self._step, program.once))
         self._steps = (_Step * len(program.steps))(*map(self._step, program.steps))
+        self._places = c_void_p * (2 + len(self._arrays))
+        self._kind = c_int64(dtype == torch.float64), c_int64(self.vector_bytes)
 
     def run(self, arrays: dict[str, Tensor], rows: int, first: int = 0) -> None:
         """Compute ``rows`` rows from ``first`` on.
@@ -153,21 +156,13 @@ class Native:
         assert _LIBRARY is not None
         tile_rows = min(self.tile_rows, rows)
         size = self.program.workspace * tile_rows
-        memory = self._workspace(size + self.program.scratch)
-        item = self.dtype.itemsize
-        start = memory.data_ptr()
-        ctypes.memset(start, 0, self.program.zeroed * tile_rows * item)
-        bases = (c_void_p * len(self._bases))()
-        bases[_WORKSPACE] = start
-        for name, place in self._bases.items():
-            if place > _CONSTANT:
-                array = arrays[name]
-                bases[place] = array.data_ptr()
+        start = self._workspace(size + self.program.scratch)
+        bases = self._places(start, None, *[arrays[name].data_ptr() for name in self._arrays])
         call = _Call(
-            self._once, len(self._once), self._steps, len(self._steps), bases, start + size * item,
-            first, first + rows, tile_rows,
+            self._once, len(self._once), self._steps, len(self._steps), bases, start + size * self.dtype.itemsize,
+            first, first + rows, tile_rows, self.program.zeroed * tile_rows,
         )  # fmt: skip
-        _LIBRARY.hessquik_run(byref(call), c_int64(self.dtype == torch.float64), c_int64(self.vector_bytes))
+        _LIBRARY.hessquik_run(byref(call), *self._kind)
 
     def _step(self, step: Step) -> _Step:
         """A step as the kernel reads it."""
@@ -218,7 +213,12 @@ class Native:
         if is_matrix:
             operand.outer = panel
         if buffer.data is None:
-            operand.base = self._bases.setdefault(buffer.base, len(self._bases))
+            if buffer.base == "workspace":
+                operand.base = _WORKSPACE
+            else:
+                if buffer.base not in self._arrays:
+                    self._arrays.append(buffer.base)
+                operand.base = 2 + self._arrays.index(buffer.base)
             operand.offset = buffer.offset
             return operand
         matrix = view.constant
@@ -230,10 +230,12 @@ class Native:
         operand.base, operand.offset = _CONSTANT, data.data_ptr() // self.dtype.itemsize
         return operand
 
-    def _workspace(self, count: int) -> Tensor:
-        """Memory of the calling thread, at least ``count`` numbers and a vector more, which loads may touch."""
-        needed = (count * self.dtype.itemsize + 1024) // 8 + 8
-        memory: Tensor | None = getattr(_memory, "workspace", None)
-        if memory is None or memory.numel() < needed:
-            memory = _memory.workspace = torch.zeros(needed, dtype=torch.float64)
-        return memory
+    def _workspace(self, count: int) -> int:
+        """Address of the calling thread's memory for ``count`` numbers and a vector more, which loads may touch."""
+        needed = count * self.dtype.itemsize + 1024
+        size, start, _ = getattr(_memory, "workspace", (0, 0, None))
+        if size < needed:
+            memory = torch.zeros(needed, dtype=torch.uint8)
+            start = memory.data_ptr()
+            _memory.workspace = needed, start, memory
+        return start

@@ -391,6 +391,7 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
 }
 
 static void NAME(run)(const Call *call) {
+    __builtin_memset(call->bases[WORKSPACE], 0, call->zeroed * sizeof(REAL));
     for (I i = 0; i < call->onces; i++) NAME(step)(call, &call->once[i], call->first, call->tile_rows);
     for (I first = call->first; first < call->stop; first += call->tile_rows) {
         const I left = call->stop - first, rows = left < call->tile_rows ? left : call->tile_rows;

@@ -38,6 +38,7 @@ typedef struct {
     void *const *bases; /* the workspace, null for addresses as they are, inputs and results */
     void *scratch;
     I first, stop, tile_rows;
+    I zeroed; /* numbers of the workspace that have to be zero at the start */
 } Call;
 
 #define FOR_EACH_ROW_COUNT_4(do, nv) do(1, nv) do(2, nv) do(3, nv) do(4, nv)
