@@ -77,9 +77,7 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
         return lambda row: best(row)[name][1] if name in best(row) else None
 
     def least(row: dict[str, Any]) -> float | None:
-        return min(
-            best(row)[name][1] for name in ("torch.func", "torch.compile", "JAX", "folx") if name in best(row)
-        )
+        return min(best(row)[name][1] for name in ("torch.func", "torch.compile", "JAX", "folx") if name in best(row))
 
     wanted = [
         ("paper's scalar figure", NAMES[0], "3", scalar, of(NAMES[0])),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hessquik.calculus import DIRECTIONAL
 from hessquik.layers.form import Form, Map
-from hessquik.program import Program, View, Writer
+from hessquik.program import VECTOR_BYTES, Program, View, Writer
 
 __all__ = ["Ask", "Plan", "choose"]
 
@@ -205,7 +205,7 @@ class _Formulas:
             (matrix.device for form in forms for matrix in (*form.into, *form.skip) if isinstance(matrix, Tensor)),
             torch.device("cpu"),
         )
-        lanes = 64 // dtype.itemsize
+        lanes = VECTOR_BYTES // dtype.itemsize
         self.hidden = [0 if form.activation.is_linear else -(-_width(form) // lanes) * lanes for form in forms]
 
     def is_possible(self) -> bool:
@@ -311,11 +311,7 @@ class _Formulas:
         if self.basis is None:
             self.assemble(J, c, m)
             return
-        s = J.shape[1]
-        M = w.new(m * s, s)
-        pitch = M.strides[1]
-        w.congruence(J, c, View(M.buffer, (s, s, m), (pitch, 1, s * pitch)))
-        self.sandwich([M.inner(k * s, (k + 1) * s) for k in range(m)])
+        self.sandwich(w.congruence(J, c, self.middle(J.shape[1], m)))
 
     def sum_along(self, layers: list[_Layer], tangents: _Tangents, c: View, m: int) -> None:
         """Hv and vᵀHv."""
@@ -352,17 +348,31 @@ class _Formulas:
             diagonal = View(H.buffer, (1, d, m), (0, H.strides[0] + H.strides[1], H.strides[2]))
             self.writer.scale(diagonal, out=self.writer.external("hessian_diagonal", d, m))
 
-    def sandwich(self, M: list[View]) -> None:
+    def middle(self, s: int, m: int) -> View:
+        """A place for M (s, s, m): the outputs last if they fill vectors, as in the Hessian, else first."""
+        if "hessian" in self.wanted and m * self.dtype.itemsize >= VECTOR_BYTES // 2:
+            M = self.writer.new(s, s * m)
+            return View(M.buffer, (s, s, m), (M.strides[1], m, 1))
+        M = self.writer.new(m * s, s)
+        return View(M.buffer, (s, s, m), (M.strides[1], 1, s * M.strides[1]))
+
+    def sandwich(self, M: View) -> None:
         """Q M_k Qᵀ for every output k, or its diagonal."""
         assert self.basis is not None
-        w, d, m = self.writer, self.d, len(M)
-        s = self.basis.shape[1]
-        Q = w.constant(self.basis)
+        w, d, Q = self.writer, self.d, self.writer.constant(self.basis)
+        s, _, m = M.shape
+        outer, inner, step = M.strides
         if "hessian" in self.wanted:
             T = w.new(s, d * m)
-            for k in range(m):
-                out = View(T.buffer, (1, s, d), (0, T.strides[1], m), k)
-                w.multiply(M[k], self.basis.T, out=out)
+            pitch = T.strides[1]
+            if step == 1:
+                for a in range(s):
+                    right = View(M.buffer, (1, s, m), (0, inner, 1), a * outer)
+                    w.multiply(Q, right, out=View(T.buffer, (1, d, m), (0, m, 1), a * pitch))
+            else:
+                for k in range(m):
+                    left = View(M.buffer, (1, s, s), (0, outer, 1), k * step)
+                    w.multiply(left, self.basis.T, out=View(T.buffer, (1, s, d), (0, pitch, m), k))
             H = w.external("hessian", d, d, m)
             w.multiply(Q, T, out=View(H.buffer, (1, d, d * m), (0, d * m, 1)))
             self.diagonal_of(H)
@@ -370,7 +380,7 @@ class _Formulas:
             diagonal = w.external("hessian_diagonal", d, m)
             rows = w.constant(self.basis.T)
             for k in range(m):
-                half = w.multiply(M[k], self.basis.T)
+                half = w.multiply(View(M.buffer, (1, s, s), (0, outer, 1), k * step), self.basis.T)
                 w.sum_products(half, rows, out=View(diagonal.buffer, (1, 1, d), (0, 0, m), k))
 
     def read_jvp(self, tangents: _Tangents, weights: View | None, m: int) -> None:
@@ -425,10 +435,9 @@ class _Formulas:
         if pairs and self.basis is None:
             self.unpack(pairs, d2y, w.external("hessian", d, d, m))
         elif pairs:
-            M = w.new(m * D, D)
-            pitch = M.strides[1]
-            self.unpack(pairs, d2y, View(M.buffer, (D, D, m), (pitch, 1, D * pitch)))
-            self.sandwich([M.inner(k * D, (k + 1) * D) for k in range(m)])
+            M = self.middle(D, m)
+            self.unpack(pairs, d2y, M)
+            self.sandwich(M)
 
     def flat(self, m: int) -> None:
         """Second derivatives of a network that has none."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hessquik.activations import hessQuikActivationFunction
 
-__all__ = ["Buffer", "Operation", "Program", "Step", "View", "Writer"]
+__all__ = ["VECTOR_BYTES", "Buffer", "Operation", "Program", "Step", "View", "Writer"]
 
 Operation = Literal["multiply", "activate", "scale", "sum_products", "contract", "congruence"]
 #: Columns of workspace arrays are padded to this many bytes, the widest vector register.
