@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -145,7 +146,7 @@ class Native:
         self._places = c_void_p * (2 + len(self._arrays))
         self._kind = c_int64(dtype == torch.float64), c_int64(self.vector_bytes)
 
-    def run(self, arrays: dict[str, Tensor], rows: int, first: int = 0) -> None:
+    def run(self, arrays: Mapping[str, Tensor], rows: int, first: int = 0) -> None:
         """Compute ``rows`` rows from ``first`` on.
 
         Args:
