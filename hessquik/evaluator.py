@@ -3,7 +3,9 @@
 A tile is a number of rows that stays in cache. However many points come, the memory beside inputs and results is
 one tile's, and a row's numbers are the same to the last bit whoever it is computed with: the CPU kernel computes
 every row alike, and where torch does the work (on a GPU, or without a compiled kernel) tiles have one of a few
-fixed row counts, the last one padded.
+fixed row counts, the last one padded. What else is asked may change the plan and with it a result's last bits.
+
+Float32 is float32: on a GPU, TensorFloat-32 is off whatever the process has chosen.
 """
 
 from __future__ import annotations
