@@ -49,7 +49,7 @@ bench: $(STAMP)  ## engine and service against their peers; tables and plots int
 	mkdir -p build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
-	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --table build/engine.md --plot build/engine.png
+	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --output build
 	$(BIN)/python -m benchmarks.serving --output build
 
 docs: $(STAMP)  ## the documentation, into site/

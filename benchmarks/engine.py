@@ -1,273 +1,335 @@
-"""The Evaluator against its peers, all in one run: ``make bench``.
+"""The Evaluator against its peers: ``make bench``, or ``python -m benchmarks.engine --output FOLDER``.
 
-Every contender computes the same thing on one core, in turn, round by round, at new random points each round. Our
-answer is first compared with float64 automatic differentiation; the others are taken to be right. A ratio is the
-median over the rounds of (the contender's time / ours), with the quartiles behind it.
+Every contender of a row computes the same thing in the same process, in turn, round by round, at new random points
+each round; first its answer is compared with automatic differentiation in float64. A ratio is the median over the
+rounds of (the contender's time / ours). The rows are measured in parts, each a process of its own, with
+
+    --part NAME     one part only, and then the table and plot of all parts that are in the folder
+    --only WORDS    only rows with these words in their title; a part's other rows stay as they were
+    --compile S     seconds that torch.compile may take in a part; what it compiled before is quick
 """
 
 # ruff: noqa: E402 - the libraries count their cores when they are imported.
+from __future__ import annotations
+
 import argparse
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-os.environ["OMP_NUM_THREADS"] = "1"
+PART = sys.argv[sys.argv.index("--part") + 1] if "--part" in sys.argv[:-1] else ""
+CORES = sorted(os.sched_getaffinity(0))[-2:] if PART == "threads" else [max(os.sched_getaffinity(0))]
+if PART:
+    os.sched_setaffinity(0, CORES)
+    os.environ["OMP_NUM_THREADS"] = str(len(CORES))
 
-import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
-from hessquik import Evaluator
+from benchmarks import engine_report
+from benchmarks.peers import QUANTITIES, Peer, exact, peers
+from hessquik import Evaluator, memory
 from hessquik.activations import tanhActivation
-from hessquik.layers import resnetLayer, singleLayer
-from hessquik.networks import NN, NNPytorchAD
+from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
+from hessquik.networks import ICNN, NN
 
-try:
-    import folx
-except ImportError:
-    folx = None
-try:
-    import hessQuik.activations as original_activations
-    import hessQuik.layers as original_layers
-    import hessQuik.networks as original_networks
-except ImportError:
-    original_networks = None
-
-torch.set_num_threads(1)
-SECOND = ("value", "gradient", "hessian")
-TANH = tanhActivation()
-#: A contender that needs longer for one call is left out.
-TOO_LONG_S = 1.0
-#: The original holds w³ numbers per point for a Hessian; above this it is left out, too.
-MOST_BYTES = 1 << 30
+ROUNDS = 9
+#: What a contender may take in all rounds of a row; a slow one takes part in fewer of them, but in two.
+ROW_S = 2.0
+#: A contender whose one call takes longer is left out; the original may take more, for it is what was to be replaced.
+TOO_LONG_S, TOO_LONG_FOR_THE_ORIGINAL_S = 1.5, 8.0
+#: Largest difference from float64, relative to the largest entry.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
+#: Directions in rows of Jv, Hv and vᵀHv.
+DIRECTIONS = 4
+ACT = tanhActivation()
 
 
-def residual(d, w, depth, m):
-    hidden = [resnetLayer(w, 0.5, TANH) for _ in range(depth - 1)]
-    return NN(singleLayer(d, w, TANH), *hidden, singleLayer(w, m))
+@dataclass(frozen=True)
+class Row:
+    """A network, how many points, and what is asked."""
+
+    what: str
+    title: str
+    build: Callable[[], NN]
+    n: int
+    dtype: torch.dtype = torch.float32
 
 
-def tapering():
+def residual(d: int, w: int, depth: int, m: int = 1) -> NN:
+    hidden = [resnetLayer(w, 0.5, ACT) for _ in range(depth - 1)]
+    return NN(singleLayer(d, w, ACT), *hidden, singleLayer(w, m))
+
+
+def tapering() -> NN:
     widths = [50, 768, 768, 512, 512]
-    return NN(*(singleLayer(p, q, TANH) for p, q in pairwise(widths)), singleLayer(512, 1))
+    return NN(*(singleLayer(p, q, ACT) for p, q in pairwise(widths)), singleLayer(512, 1))
 
 
-WORKLOADS = [
-    *((f"paper, d = {d}", lambda d=d: residual(d, 16, 4, 1), 10) for d in (1, 8, 64, 256, 1024)),
-    ("paper, d = 64, m = 8", lambda: residual(64, 16, 4, 8), 10),
-    *((f"10-64×5-1, n = {n}", lambda: residual(10, 64, 5, 1), n) for n in (1, 256, 4096)),
-    *((f"32-128×5-1, n = {n}", lambda: residual(32, 128, 5, 1), n) for n in (1, 256)),
-    *((f"32-128×5-8, n = {n}", lambda: residual(32, 128, 5, 8), n) for n in (1, 64)),
-    *((f"10-256×7-1, n = {n}", lambda: residual(10, 256, 7, 1), n) for n in (1, 128)),
-    *((f"100-128×5-1, n = {n}", lambda: residual(100, 128, 5, 1), n) for n in (1, 32)),
-    *((f"50-768-768-512-512-1, n = {n}", tapering, n) for n in (1, 16)),
-]
+def convex(d: int) -> NN:
+    return NN(ICNN(d, [None, 64, 64, 64, 64]), quadraticICNNLayer(d, 64, 8))
 
 
-def in_jax(network):
-    """The network as a function of one point."""
-    layers = [(layer, getattr(layer, "layer", layer)) for layer in network.layers()]
-    arrays = [
-        (layer, jnp.array(inner.K.detach().numpy()), jnp.array(inner.b.detach().numpy())) for layer, inner in layers
+def rows(
+    what: str, title: str, build: Callable[[], NN], *counts: int, dtype: torch.dtype = torch.float32
+) -> list[Row]:
+    return [Row(what, f"{title}, n = {n}", build, n, dtype) for n in counts]
+
+
+def paper(what: str, d: int, m: int = 1) -> list[Row]:
+    title = f"paper, d = {d}" if m == 1 else f"paper, d = {d}, m = {m}"
+    return [Row(what, title, lambda: residual(d, 16, 4, m), 10)]
+
+
+def wide(what: str, largest: bool) -> list[Row]:
+    """The wide networks at one point and at many."""
+    found = [
+        *rows(what, "10-64×5-1", lambda: residual(10, 64, 5), 1, 256),
+        *rows(what, "32-128×5-1", lambda: residual(32, 128, 5), 1, 256),
+        *rows(what, "32-128×5-8", lambda: residual(32, 128, 5, 8), 1, 64),
+        *rows(what, "10-256×7-1", lambda: residual(10, 256, 7), 1, 256),
+        *rows(what, "100-128×5-1", lambda: residual(100, 128, 5), 1, 256),
+        *rows(what, "50-768-768-512-512-1", tapering, 1, 16),
+    ]
+    if largest:
+        found += rows(what, "10-64×5-1", lambda: residual(10, 64, 5), 4096)
+        found += rows(what, "10-256×7-1", lambda: residual(10, 256, 7), 1024)
+    return found
+
+
+def directional() -> list[Row]:
+    return [
+        row
+        for what in ("hvp", "curvature", "jvp")
+        for row in (
+            *paper(what, 256),
+            *rows(what, "10-64×5-1", lambda: residual(10, 64, 5), 1, 256),
+            *rows(what, "100-128×5-1", lambda: residual(100, 128, 5), 256),
+        )
     ]
 
-    def f(x):
-        for layer, K, b in arrays:
-            z = x @ K + b
-            if isinstance(layer, resnetLayer):
-                x = x + layer.h * jnp.tanh(z)
-            else:
-                x = jnp.tanh(z) if isinstance(layer.act, tanhActivation) else z
-        return x
 
-    return f
+def in_double() -> list[Row]:
+    double = {"dtype": torch.float64}
+    return [
+        Row("hessian", "paper, d = 256", lambda: residual(256, 16, 4), 10, torch.float64),
+        *rows("hessian", "10-64×5-1", lambda: residual(10, 64, 5), 1, 256, **double),
+        *rows("laplacian", "50-768-768-512-512-1", tapering, 16, **double),
+    ]
 
 
-def in_torch(network):
-    """The network as a function of one point, for torch.func."""
-
-    def f(x):
-        for layer in network.layers():
-            inner = getattr(layer, "layer", layer)
-            z = x @ inner.K + inner.b
-            if isinstance(layer, resnetLayer):
-                x = x + layer.h * torch.tanh(z)
-            else:
-                x = torch.tanh(z) if isinstance(layer.act, tanhActivation) else z
-        return x
-
-    return f
-
-
-def in_original(network):
-    """The same network in hessQuik 0.0.6."""
-    layers = []
-    for layer in network.layers():
-        if isinstance(layer, resnetLayer):
-            layers.append(
-                original_layers.resnetLayer(layer.width, h=layer.h, act=original_activations.tanhActivation())
-            )
-        else:
-            is_tanh = isinstance(layer.act, tanhActivation)
-            act = original_activations.tanhActivation() if is_tanh else original_activations.identityActivation()
-            layers.append(original_layers.singleLayer(layer.in_features, layer.out_features, act=act))
-    copy = original_networks.NN(*layers)
-    copy.load_state_dict(network.state_dict())
-    return copy
+PARTS: dict[str, list[Row]] = {
+    "paper": [
+        *(row for d in (1, 4, 16, 64, 256, 512, 1024) for row in paper("hessian", d)),
+        *(row for d, m in ((8, 64), (64, 8), (64, 64), (256, 64), (256, 256)) for row in paper("hessian", d, m)),
+    ],
+    "wide": wide("hessian", largest=True),
+    "laplacian": [
+        *(row for d in (1, 8, 64, 256, 1024) for row in paper("laplacian", d)),
+        *paper("laplacian", 64, 8),
+        *wide("laplacian", largest=False),
+    ],
+    "directional": directional(),
+    "convex": [
+        *(row for what in ("hessian", "laplacian") for d in (16, 64, 256) for row in rows(
+            what, f"convex, {d}-64×4-1", lambda d=d: convex(d), 1, 64
+        )),
+        *in_double(),
+    ],
+    "threads": [
+        *paper("hessian", 1024),
+        *rows("hessian", "32-128×5-1", lambda: residual(32, 128, 5), 256),
+        *rows("hessian", "10-256×7-1", lambda: residual(10, 256, 7), 256),
+        *rows("laplacian", "50-768-768-512-512-1", tapering, 64),
+    ],
+}  # fmt: skip
 
 
-def hessians(network, n):
-    """Name → x ↦ (value, gradient, Hessian)."""
-    g = in_torch(network)
-    eager = torch.func.vmap(lambda x: (g(x), torch.func.jacrev(g)(x), torch.func.jacfwd(torch.func.jacrev(g))(x)))
-    f = in_jax(network)
-    jit = jax.jit(jax.vmap(lambda x: (f(x), jax.jacrev(f)(x), jax.jacfwd(jax.jacrev(f))(x))))
-    found = {"torch.func": eager, "JAX": lambda x: jax.block_until_ready(jit(x))}
-    widest = max(layer.dim_output() for layer in network.layers())
-    if original_networks is not None and min(n, 8) * widest**3 * 4 < MOST_BYTES:
-        copy = in_original(network)
-        for mode, forward in (("forward", True), ("backward", False)):
-            found[f"hessQuik 0.0.6 {mode}"] = lambda x, way=forward: copy(
-                x, do_gradient=True, do_Hessian=True, forward_mode=way
-            )
-    by_columns = NNPytorchAD(network)  # one backward pass per output and column
-    found["autograd by columns"] = lambda x: by_columns(x, do_gradient=True, do_Hessian=True)
-    return found
-
-
-def laplacians(network, n):
-    """Name → x ↦ Laplacian."""
-    g, f = in_torch(network), in_jax(network)
-    eager = torch.func.vmap(lambda x: torch.func.hessian(g)(x).diagonal(dim1=-2, dim2=-1).sum(-1))
-    jit = jax.jit(jax.vmap(lambda x: jnp.trace(jax.hessian(f)(x), axis1=-2, axis2=-1)))
-    found = {"torch.func": eager, "JAX": lambda x: jax.block_until_ready(jit(x))}
-    if folx is not None:
-        forward = jax.jit(jax.vmap(lambda x: folx.forward_laplacian(f)(x).laplacian))
-        found["folx"] = lambda x: jax.block_until_ready(forward(x))
-    if original_networks is not None:
-        copy = in_original(network)
-        found["hessQuik 0.0.6 forward"] = lambda x: copy(x, do_gradient=True, do_Laplacian=True, forward_mode=True)
-    return found
-
-
-def is_right(network, quantity, out, x):
-    """Whether our result is that of float64 automatic differentiation at the first points."""
-    few = x[:2].double()
-    g = in_torch(network.double())
-    exact = torch.func.vmap(torch.func.hessian(g))(few).permute(0, 2, 3, 1)
-    network.float()
-    got = getattr(out, quantity)[:2].double()
-    exact = exact if quantity == "hessian" else torch.einsum("naam->nm", exact)
-    return float((got - exact).abs().max()) <= 1e-5 * max(1.0, float(exact.abs().max()))
-
-
-def seconds(call, x):
+def seconds(call: Callable[[], object], repeats: int = 1) -> float:
     begin = time.perf_counter()
-    call(x)
-    return time.perf_counter() - begin
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
 
 
-def compare(network, n, quantities, contenders, rounds):
-    """Median ratio and quartiles per contender, and our median time."""
-    evaluate = Evaluator(network)
-    x = torch.randn(n, evaluate.d)
-    assert is_right(network, quantities[-1], evaluate(x, quantities), x), "ours is wrong"
-    calls = {"ours": lambda x: evaluate(x, quantities), **contenders}
-    kept = {}
-    for name, call in calls.items():
-        points = jnp.array(x.numpy()) if name in {"JAX", "folx"} else x
-        if name not in {"JAX", "folx"} and seconds(call, x[:8]) * max(1, n / 32) > TOO_LONG_S:
-            continue
-        call(points)
-        if (once := seconds(call, points)) < TOO_LONG_S:
-            kept[name] = max(1, min(50, int(0.004 / once)))
-    times = {name: [] for name in kept}
-    for _ in range(rounds):
-        x = torch.randn(n, evaluate.d)
-        for name, repeats in kept.items():
-            points = jnp.array(x.numpy()) if name in {"JAX", "folx"} else x
-            times[name].append(
-                seconds(lambda x, f=calls[name], r=repeats: [f(x) for _ in range(r)], points) / repeats
-            )
-    ours = times.pop("ours")
-    ratios = {name: [t / o for t, o in zip(found, ours, strict=True)] for name, found in times.items()}
-    plan = evaluate.plan(quantities)
-    return (
-        statistics.median(ours),
-        plan.operations * n,
-        {name: statistics.quantiles(r, n=4) for name, r in ratios.items()},
+def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference of any answer, relative to its largest entry."""
+    pairs = zip(found, wanted, strict=True)
+    return max(
+        float((a[: len(b)].reshape(b.shape) - b).abs().max()) / max(float(b.abs().max()), 1e-30) for a, b in pairs
     )
 
 
-def gemm_rate():
-    """Measured operations per second of a 512³ product."""
-    a, b, c = (torch.randn(512, 512) for _ in range(3))
-    return 2 * 512**3 / min(seconds(lambda _: torch.mm(a, b, out=c), None) for _ in range(20))
-
-
-def draw(rows, names, path):
-    """Median ratios with their quartiles, one line of marks per workload."""
-    figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 1.2), layout="constrained")
-    for name, marker in zip(names, "osD^v", strict=True):
-        found = [(i, row[-1][name]) for i, row in enumerate(rows) if name in row[-1]]
-        if found:
-            places, quartiles = [i for i, _ in found], [q for _, q in found]
-            middle = [q[1] for q in quartiles]
-            spread = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
-            axes.errorbar(middle, places, xerr=spread, fmt=marker, markersize=4, linewidth=0.8, label=name)
-    axes.set_yticks(range(len(rows)), [f"{row[0]}: {row[1]}" for row in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("time of the contender / time of the Evaluator")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="", help="words in a workload's name")
-    parser.add_argument("--table", type=Path, help="where to write the table, as Markdown")
-    parser.add_argument("--plot", type=Path, help="where to draw it, as PNG")
-    arguments = parser.parse_args()
+def measure(row: Row, threads: int, may_compile: bool) -> dict[str, Any]:
+    """Check every contender, time them in turn, and give ratios."""
     torch.manual_seed(0)
-    names = ["hessQuik 0.0.6", "autograd by columns", "torch.func", "JAX", "folx"]
-    lines = [
-        f"{platform.machine()}, one core, torch {torch.__version__}, JAX {jax.__version__}, float32; "
-        f"512³ product by torch: {gemm_rate() / 1e9:.0f} GFLOP/s.",
-        "",
-        f"| what | workload | ours, ms | GFLOP/s | {' | '.join(names)} |",
-        f"|---|---|---|---|{'---|' * len(names)}",
-    ]
-    print("\n".join(lines), flush=True)
-    rows = []
-    for quantities, made in ((SECOND, hessians), (("laplacian",), laplacians)):
-        for title, build, n in WORKLOADS:
-            if arguments.only not in title:
+    network = row.build().to(row.dtype).requires_grad_(False)
+    evaluate = Evaluator(network, threads=threads)
+    quantities, d = QUANTITIES[row.what], evaluate.d
+    x, v = torch.randn(row.n, d, dtype=row.dtype), torch.randn(DIRECTIONS, d, dtype=row.dtype)
+    given = v if row.what in {"hvp", "curvature", "jvp"} else None
+
+    def ours(x: Tensor, v: Tensor) -> list[Tensor]:
+        out = evaluate(x, quantities, None, given)
+        return [getattr(out, name) for name in quantities]
+
+    contenders = {"ours": Peer(ours, outputs_first=False), **peers(network, row.what, x, v, may_compile)}
+    wanted = exact(network, row.what, x[:2], v)
+    notes: dict[str, str] = {}
+    once: dict[str, float] = {}
+    for name, peer in contenders.items():
+        few = peer.arrays(x[:8], v)
+        if "compile" not in name and not peer.takes_jax:  # those have one shape
+            peer.call(*few)
+            limit = TOO_LONG_FOR_THE_ORIGINAL_S if name.startswith("hessQuik") else TOO_LONG_S
+            if (guess := seconds(lambda p=peer, few=few: p.call(*few)) * max(1, row.n / 16)) > limit:
+                notes[name] = f"too slow, about {guess:.0f} s"
                 continue
-            network = build()
-            network.requires_grad_(False)
-            ours, operations, ratios = compare(network, n, quantities, made(network, n), arguments.rounds)
-            best = {}  # the original in the better of its modes
-            for full, quartiles in sorted(ratios.items(), key=lambda item: -item[1][1]):
-                best[next(name for name in names if full.startswith(name))] = quartiles
-            rows.append((quantities[-1], title, best))
-            quoted = {name: f"{q[1]:.1f} ({q[0]:.1f}–{q[2]:.1f})" for name, q in best.items()}
-            cells = [quoted.get(name, "–") for name in names]
-            rate = operations / ours / 1e9
-            row = f"| {quantities[-1]} | {title} | {ours * 1e3:.3f} | {rate:.0f} | {' | '.join(cells)} |"
-            lines.append(row)
-            print(row, flush=True)
-    if arguments.table:
-        arguments.table.write_text("\n".join(lines) + "\n")
-    if arguments.plot:
-        draw(rows, names, arguments.plot)
+        inputs = peer.arrays(x, v)
+        error = difference(peer.read(peer.call(*inputs), row.what), wanted)
+        if not error <= TOLERANCE[row.dtype]:
+            notes[name] = f"wrong by {error:.1e}"
+            continue
+        once[name] = seconds(lambda p=peer, i=inputs: p.call(*i))
+    assert "ours" in once, f"ours is {notes}"
+    # As a program does that has room for its results: their memory is used again, however large they are.
+    memory.KEPT_BYTES = max(memory.KEPT_BYTES, sum(part.nbytes for part in ours(x, v)))
+
+    repeats = {name: max(1, min(50, int(0.003 / time))) for name, time in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in once}
+    for turn in range(ROUNDS):
+        x = torch.randn(row.n, d, dtype=row.dtype)
+        for name, spent in times.items():
+            if turn < 2 or sum(spent) * repeats[name] < ROW_S * turn / ROUNDS + ROW_S / ROUNDS:
+                peer = contenders[name]
+                inputs = peer.arrays(x, v)
+                spent.append(seconds(lambda p=peer, i=inputs: p.call(*i), repeats[name]))
+    mine = times["ours"]
+    nothing = torch.zeros(0, d, dtype=row.dtype)
+    return {
+        "what": row.what,
+        "title": row.title + (", float64" if row.dtype is torch.float64 else ""),
+        "n": row.n,
+        "d": d,
+        "ours_s": statistics.median(mine),
+        "call_s": statistics.median(seconds(lambda: ours(nothing, v), 20) for _ in range(9)),
+        "operations": evaluate.plan(quantities, None, given).operations * row.n,
+        "bytes": sum(part.nbytes for part in ours(x, v)),
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "ratios": {
+            name: quartiles([t / o for t, o in zip(spent, mine, strict=False)])
+            for name, spent in times.items()
+            if name != "ours"
+        },
+        "notes": notes,
+        "compile_s": sum(peer.compile_s for peer in contenders.values()),
+    }
+
+
+def quartiles(found: list[float]) -> list[float]:
+    return statistics.quantiles(found, n=4, method="inclusive")
+
+
+def floors() -> dict[str, float]:
+    """What this machine does at best: operations of a product, and bytes written to memory that is there."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        a, b, c = (torch.randn(512, 512, dtype=dtype) for _ in range(3))
+        found[str(dtype).removeprefix("torch.")] = (
+            2 * 512**3 / min(seconds(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)) for _ in range(40))
+        )
+    place, source = torch.zeros(2, 16 << 20)
+    found["write"] = place.nbytes / min(seconds(lambda: place.fill_(1.0)) for _ in range(15))
+    found["copy"] = 2 * place.nbytes / min(seconds(lambda: place.copy_(source)) for _ in range(15))
+    return found
+
+
+def measure_part(name: str, only: str, compile_s: float, path: Path) -> None:
+    """All rows of a part, written after each one; the floors before and after them."""
+    torch.set_num_threads(len(CORES))
+    before = floors()
+    found: dict[str, dict[str, Any]] = {}
+    if only and path.exists():  # the other rows stay as they were
+        found = {f"{row['what']} {row['title']}": row for row in json.loads(path.read_text())["rows"]}
+    left = compile_s
+    for row in PARTS[name]:
+        if only in row.title:
+            result = measure(row, len(CORES), left > 0)
+            left -= result["compile_s"]
+            found[f"{result['what']} {result['title']}"] = result
+            print(engine_report.line(result, before), flush=True)
+            after = floors()
+            part = {
+                "part": name,
+                "threads": len(CORES),
+                "machine": f"{processor()}, {platform.machine()}",
+                "versions": f"torch {torch.__version__}, JAX {sys.modules['jax'].__version__}",
+                "floors": {key: max(before[key], after[key]) for key in before},
+                "rows": list(found.values()),
+            }
+            path.write_text(json.dumps(part, indent=1) + "\n")
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+MEMORY = """
+import resource, torch
+from benchmarks.engine import residual
+from hessquik import Evaluator
+evaluate = Evaluator(residual({d}, {w}, {depth}))
+quantities = ("value", "gradient", "hessian")
+evaluate(torch.randn(8, {d}), quantities)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+x = torch.randn({n}, {d})
+out = evaluate(x, quantities)
+size = sum(part.nbytes for part in (x, out.value, out.gradient, out.hessian))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - size, size)
+"""
+
+
+def peak_memory() -> dict[str, Any]:
+    """The most memory that a process of its own held, beyond inputs and results."""
+    found = []
+    for d, w, depth, n in ((10, 64, 5, 65536), (10, 256, 7, 16384), (256, 16, 4, 4096), (100, 128, 5, 16384)):
+        program = MEMORY.format(d=d, w=w, depth=depth, n=n)
+        command = [sys.executable, "-c", program]
+        beyond, size = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        found.append({"title": f"{d}-{w}×{depth}-1, n = {n}", "beyond_bytes": beyond, "result_bytes": size})
+    return {"part": "memory", "rows": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the folder for results, table and plot")
+    parser.add_argument("--part", choices=[*PARTS, "memory"])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--compile", type=float, default=100.0)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    # What torch compiles is kept from one run to the next.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(arguments.output.resolve() / "inductor"))
+    if not arguments.part:
+        for part in (*PARTS, "memory"):
+            subprocess.run([sys.executable, "-m", "benchmarks.engine", "--part", part, *sys.argv[1:]], check=True)
+        return
+    path = arguments.output / f"engine-{arguments.part}.json"
+    if arguments.part == "memory":
+        path.write_text(json.dumps(peak_memory(), indent=1) + "\n")
+    else:
+        measure_part(arguments.part, arguments.only, arguments.compile, path)
+    engine_report.write([*PARTS, "memory"], arguments.output)
 
 
 if __name__ == "__main__":

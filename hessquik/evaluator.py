@@ -3,7 +3,9 @@
 A tile is a number of rows that stays in cache. However many points come, the memory beside inputs and results is
 one tile's, and a row's numbers are the same to the last bit whoever it is computed with: the CPU kernel computes
 every row alike, and where torch does the work (on a GPU, or without a compiled kernel) tiles have one of a few
-fixed row counts, the last one padded.
+fixed row counts, the last one padded. What else is asked may change the plan and with it a result's last bits.
+
+Float32 is float32: on a GPU, TensorFloat-32 is off whatever the process has chosen.
 """
 
 from __future__ import annotations
@@ -19,21 +21,19 @@ from torch import Tensor
 from hessquik import memory
 from hessquik.calculus import DIRECTIONAL, QUANTITIES, Derivatives
 from hessquik.errors import ShapeError
-from hessquik.machine import Machine
-from hessquik.native import Native, is_available
+from hessquik.native import Packed, is_available
 from hessquik.networks import NN
 from hessquik.plan import Ask, Plan, choose
+from hessquik.runners import NativeRunner, Runner, TorchRunner
 
-__all__ = ["Evaluator", "NativeRunner", "TorchRunner"]
-
-#: Rows of torch's smallest tile; with fewer, other kernels run (matrix times vector) and give other bits.
-SMALLEST_TILE_ROWS = 8
+__all__ = ["Evaluator"]
 
 Given = Tensor | Sequence[int] | None
 
 
 #: Plans that are kept; the oldest makes room for a new one, so that callers cannot fill the memory with them.
 MAX_PLANS = 256
+_SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 
 
 class Evaluator:
@@ -51,7 +51,6 @@ class Evaluator:
     Attributes:
         d: Number of inputs.
         m: Number of outputs.
-        ladder: Row counts of the tiles in which values, gradients and Hessians are computed, ascending.
 
     Example:
         >>> import torch
@@ -82,8 +81,13 @@ class Evaluator:
         self._pool = ThreadPoolExecutor(threads, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()
         self._runners: dict[Ask, Runner] = {}
-        self._packed: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self.ladder = self._runner(Ask(frozenset({"value", "gradient", "hessian"}))).ladder
+        self._packed = Packed()
+        self._runner(_SECOND_ORDER)
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """Row counts of the tiles in which values, gradients and Hessians are computed, ascending."""
+        return self._runner(_SECOND_ORDER).ladder
 
     def plan(self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None) -> Plan:
         """How the quantities are computed and what a row costs; printable.
@@ -123,7 +127,7 @@ class Evaluator:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
         runner, arrays = self._prepare(x, quantities, weights, directions)
-        results = self._results(quantities, runner.plan.ask, x.shape[0], x.device)
+        results = self._results(quantities, runner, x.shape[0], x.device)
         arrays.update(results)
         self._run(runner, arrays, x.shape[0])
         return Derivatives(**results)
@@ -140,7 +144,7 @@ class Evaluator:
         n = x.shape[0]
         for start in range(0, max(n, 1), runner.ladder[-1]):
             rows = min(runner.ladder[-1], n - start)
-            results = self._results(quantities, runner.plan.ask, rows, x.device)
+            results = self._results(quantities, runner, rows, x.device)
             inputs = {
                 name: array if name in runner.shared else array[start : start + rows]
                 for name, array in arrays.items()
@@ -155,13 +159,19 @@ class Evaluator:
         self._check(x, quantities, weights, directions)
         if DIRECTIONAL.isdisjoint(quantities):
             directions = None
-        given = {"x": x, "weights": weights, "directions": directions}
-        arrays = {
-            name: array.detach().to(self.device, self.dtype).contiguous()
-            for name, array in given.items()
-            if array is not None
-        }
+        arrays = {"x": self._placed(x)}
+        if weights is not None:
+            arrays["weights"] = self._placed(weights)
+        if directions is not None:
+            arrays["directions"] = self._placed(directions)
         return self._runner(self._ask(quantities, weights, directions)), arrays
+
+    def _placed(self, array: Tensor) -> Tensor:
+        """An input as it is computed with, itself if it is so already; a GPU takes what is here tile by tile."""
+        device = self.device if array.device.type != "cpu" else array.device
+        if array.dtype is not self.dtype or array.device != device or not array.is_contiguous():
+            array = array.detach().to(device, self.dtype).contiguous()
+        return array
 
     @staticmethod
     def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
@@ -201,20 +211,9 @@ class Evaluator:
         cuts = [n * i // shares for i in range(shares + 1)]
         list(self._pool.map(lambda cut: runner.run(arrays, *cut), pairwise(cuts)))
 
-    def _results(self, quantities: Sequence[str], ask: Ask, n: int, device: torch.device) -> dict[str, Tensor]:
+    def _results(self, quantities: Sequence[str], runner: Runner, n: int, device: torch.device) -> dict[str, Tensor]:
         """Arrays for the results."""
-        d, k, m = self.d, ask.k, self.m if ask.weights is None else 1
-        shapes = {
-            "value": (n, m),
-            "gradient": (n, d, m),
-            "hessian": (n, d, d, m),
-            "laplacian": (n, m),
-            "hessian_diagonal": (n, d, m),
-            "jvp": (n, k, m),
-            "hvp": (n, k, d, m),
-            "curvature": (n, k, m),
-        }
-        return {name: memory.empty(shapes[name], self.dtype, device) for name in quantities}
+        return {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
         """Refuse what does not fit."""
@@ -236,80 +235,3 @@ class Evaluator:
             raise ShapeError(
                 f"expected directions of shape (k, {self.d}) or ({n}, k, {self.d}), got {tuple(directions.shape)}"
             )
-
-
-class NativeRunner:
-    """Runs a plan on the CPU kernel: any number of rows, no padding."""
-
-    def __init__(self, plan: Plan, dtype: torch.dtype, packed: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> None:
-        """Translate the plan."""
-        self.plan = plan
-        self.ladder = tuple(sorted({1, plan.rows}))
-        self.shared = _shared(plan.ask)
-        self._native = Native(plan.program, dtype, plan.rows, packed)
-
-    def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop`` of the results."""
-        if start < stop:
-            self._native.run(arrays, stop - start, start)
-
-
-class TorchRunner:
-    """Runs a plan with torch: tiles of a few row counts, the last one padded with zeros."""
-
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-        """Choose the row counts: the smallest, and the power of two whose workspace fits a tile."""
-        self.plan = plan
-        self.dtype = dtype
-        self.device = device
-        rows = SMALLEST_TILE_ROWS
-        while 2 * rows <= plan.rows:
-            rows *= 2
-        self.ladder: tuple[int, ...] = tuple(sorted({SMALLEST_TILE_ROWS, rows}))
-        self.shared = _shared(plan.ask)
-        self._idle: dict[int, list[Machine]] = {}
-
-    def run(self, arrays: dict[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop`` of the results."""
-        while start < stop:
-            rows = next((rows for rows in self.ladder if rows >= stop - start), self.ladder[-1])
-            end = min(stop, start + rows)
-            idle = self._idle.setdefault(rows, [])
-            with torch.inference_mode():
-                try:
-                    machine = idle.pop() if idle else Machine(self.plan.program, self.dtype, self.device, rows)
-                    self._tile(machine, arrays, start, end)
-                except torch.OutOfMemoryError:
-                    if rows == SMALLEST_TILE_ROWS:
-                        raise
-                    self.ladder = tuple(sorted({SMALLEST_TILE_ROWS, rows // 2}))
-                    continue
-                idle.append(machine)
-            start = end
-
-    def _tile(self, machine: Machine, arrays: dict[str, Tensor], start: int, stop: int) -> None:
-        """Copy a tile in, run, copy it out."""
-        count = stop - start
-        for name, place in machine.arrays.items():
-            if name in self.shared:
-                place.copy_(arrays[name].reshape(-1), non_blocking=True)
-            elif name in _INPUTS:
-                here = place.view(machine.rows, -1)
-                here[:count].copy_(arrays[name][start:stop].reshape(count, -1), non_blocking=True)
-                here[count:].zero_()
-        machine.run()
-        for name, place in machine.arrays.items():
-            if name not in _INPUTS:
-                found = place.view(machine.rows, *arrays[name].shape[1:])
-                arrays[name][start:stop].copy_(found[:count])
-
-
-Runner = NativeRunner | TorchRunner
-
-_INPUTS = frozenset({"x", "weights", "directions"})
-
-
-def _shared(ask: Ask) -> frozenset[str]:
-    """The inputs that are the same for all rows."""
-    given = {"weights": ask.weights, "directions": ask.directions}
-    return frozenset(name for name, how in given.items() if how == "shared")

@@ -6,7 +6,9 @@ graph. Which kernels run then depends on the tile and not on the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,7 +16,27 @@ from torch import Tensor
 
 from hessquik.program import VECTOR_BYTES, Program, Step, View
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "full_precision"]
+
+#: One graph is recorded at a time.
+_capturing = threading.Lock()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32, not in TensorFloat-32, whatever the process has chosen elsewhere.
+
+    Example:
+        >>> with full_precision():
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
+    """
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = chosen
 
 
 class Machine:
@@ -53,16 +75,21 @@ class Machine:
             self._graph.replay()
 
     def _capture(self) -> None:
-        """Record the steps as one graph, after a run that lets libraries set themselves up."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self.run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
-        self._graph = graph
+        """Record the steps as one graph, after a run that lets libraries set themselves up.
+
+        The kernels of a graph are chosen while it is recorded, so what is set then holds for good.
+        """
+        with _capturing, torch.cuda.device(self.device), full_precision():
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self.run()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on using the device.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.run()
+            self._graph = graph
 
     def _tensor(self, view: View, width: int | None = None) -> Tensor:
         """A view as (rows, outer, inner, columns)."""

@@ -1,25 +1,38 @@
-"""Memory for large results, in huge pages where the system has them.
+"""Memory for large arrays, in huge pages where the system has them.
 
 A fresh array is given to the process page by page as it is written, and with pages of 4 KiB that takes longer than
-computing what goes in.
+computing what goes in; and weights that are read from many small pages wait for the processor's page tables. Results'
+memory is used again when nobody holds it any more: the system fills even huge pages with zeros before it gives them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import threading
+import weakref
 from math import prod
 
 import torch
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["Arena", "empty"]
 
 #: Arrays from this size on get huge pages, which are 2 MiB on most machines.
 LARGE_BYTES = 4 << 20
+#: Arrays below this size are not worth a place in an arena.
+SMALL_BYTES = 64 << 10
+HUGE_PAGE_BYTES = 2 << 20
+#: What is kept, in all, of results that nobody holds any more; a program with room for more may say so.
+KEPT_BYTES = 48 << 20
+
+_kept: list[mmap.mmap] = []
+#: Memory may come free at any moment, also in the middle of what the lock guards.
+_lock = threading.RLock()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An array like that of ``torch.empty``; its memory goes back to the system with it.
+    """An array like that of ``torch.empty``; its memory is kept for the next one or goes back to the system.
 
     Example:
         >>> empty((1024, 1024, 2), torch.float32, torch.device("cpu")).shape
@@ -28,6 +41,57 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = prod(shape) * dtype.itemsize
     if size < LARGE_BYTES or device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
+    memory = _take(size)
+    # The tensor holds this view of the memory and nothing else does, so its end is that of the last use.
+    view = (ctypes.c_char * size).from_buffer(memory)
+    weakref.finalize(view, _keep, memory).atexit = False
+    return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+class Arena:
+    """Huge pages for large arrays that live as long as each other.
+
+    Example:
+        >>> arena = Arena()
+        >>> arena.empty((256, 256), torch.float32).shape
+        torch.Size([256, 256])
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An array like that of ``torch.empty``, behind the one before it if it is large."""
+        size = -(-prod(shape) * dtype.itemsize // 64) * 64
+        if size < SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype)
+        if size > len(self._free):
+            self._free = torch.frombuffer(_pages(size), dtype=torch.uint8)
+        taken, self._free = self._free[:size], self._free[size:]
+        return taken.view(dtype)[: prod(shape)].view(shape)
+
+
+def _take(size: int) -> mmap.mmap:
+    """Kept memory of about this size, or new memory; what is kept in vain goes back first."""
+    with _lock:
+        for i, memory in enumerate(_kept):
+            if size <= len(memory) <= size + size // 8:
+                return _kept.pop(i)
+        _kept.clear()
+    return _pages(size)
+
+
+def _keep(memory: mmap.mmap) -> None:
+    """Keep memory that is free again, as far as there is room."""
+    with _lock:
+        if len(memory) + sum(map(len, _kept)) <= KEPT_BYTES:
+            _kept.append(memory)
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Fresh memory in whole huge pages."""
+    size = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return memory

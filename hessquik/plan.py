@@ -11,7 +11,7 @@ and is by counting:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hessquik.calculus import DIRECTIONAL
 from hessquik.layers.form import Form, Map
-from hessquik.program import Program, View, Writer
+from hessquik.program import VECTOR_BYTES, Program, View, Writer
 
 __all__ = ["Ask", "Plan", "choose"]
 
@@ -30,6 +30,8 @@ __all__ = ["Ask", "Plan", "choose"]
 OPERATIONS_PER_BYTE = 2.0
 #: What a tile's workspace may take, so that it stays in a core's second-level cache.
 TILE_BYTES = 640 << 10
+#: What matrices may take, so that they stay there too.
+MATRIX_BYTES = 1 << 20
 #: Rows of the smallest tile, so that a wide layer's weights are fetched once for a few rows at least.
 SMALLEST_TILE_ROWS = 4
 #: Rows of the largest tile.
@@ -70,6 +72,7 @@ class Plan:
         operations: Floating-point operations per row.
         bytes: Bytes per row that steps read and write.
         program: The steps.
+        shapes: Of a row's results.
     """
 
     ask: Ask
@@ -79,6 +82,7 @@ class Plan:
     operations: int
     bytes: int
     program: Program
+    shapes: dict[str, tuple[int, ...]]
 
     def __str__(self) -> str:
         """The choice and the steps."""
@@ -93,6 +97,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
     """The plan with the least work among all that answer ``ask``."""
     plans = []
     basis = _basis(forms)
+    shapes = _shapes(ask, sum(forms[0].widths), outputs if ask.weights is None else 1)
     for order in ("backward", "forward"):
         for start in ("x", "reduced"):
             if start == "reduced" and basis is None:
@@ -105,8 +110,29 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int) ->
                 fitting = TILE_BYTES // max(1, program.workspace * dtype.itemsize)
                 rows = max(SMALLEST_TILE_ROWS, min(LARGEST_TILE_ROWS, fitting))
                 used = start if formulas.has_tangents else None
-                plans.append(Plan(ask, used, order, rows, program.operations, moved, program))
-    return min(plans, key=lambda plan: plan.operations + OPERATIONS_PER_BYTE * plan.bytes)
+                plans.append(Plan(ask, used, order, rows, program.operations, moved, program, shapes))
+
+    def cost(plan: Plan) -> float:
+        # Matrices that do not stay in the cache are fetched once per tile; the rows of the smallest pay for it.
+        fetched = max(0, plan.program.matrix_numbers * dtype.itemsize - MATRIX_BYTES)
+        return plan.operations + OPERATIONS_PER_BYTE * (plan.bytes + fetched / SMALLEST_TILE_ROWS)
+
+    return min(plans, key=cost)
+
+
+def _shapes(ask: Ask, d: int, m: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every quantity at one point."""
+    k = ask.k
+    return {
+        "value": (m,),
+        "gradient": (d, m),
+        "hessian": (d, d, m),
+        "laplacian": (m,),
+        "hessian_diagonal": (d, m),
+        "jvp": (k, m),
+        "hvp": (k, d, m),
+        "curvature": (k, m),
+    }
 
 
 def _basis(forms: Sequence[Form]) -> Tensor | None:
@@ -130,13 +156,37 @@ def _basis(forms: Sequence[Form]) -> Tensor | None:
 
 @dataclass(slots=True)
 class _Layer:
-    """A layer linearised: where its slope, curvature and parts are kept."""
+    """A layer linearised: where its value, slope and curvature are kept."""
 
     form: Form
+    value: View
     widths: tuple[int, ...]
     slope: View | None
     curvature: View | None
     place: slice
+    is_last_bend: bool
+
+
+@dataclass(slots=True)
+class _Tangents:
+    """Tangents on their way through the layers, and where 𝒥 = [dz …] or its columns' squared norms go."""
+
+    parts: Parts
+    had: tuple[int, ...]
+    J: View | None = None
+    norms: View | None = None
+    is_over: bool = False
+
+
+@dataclass(slots=True)
+class _Bends:
+    """Tangents on their way, and second derivatives for pairs of them or for the sum of their squares."""
+
+    du: Parts
+    d2u: Parts
+    had: tuple[int, ...]
+    pairs: list[tuple[int, int]]
+    sums: int
 
 
 class _Formulas:
@@ -155,7 +205,7 @@ class _Formulas:
             (matrix.device for form in forms for matrix in (*form.into, *form.skip) if isinstance(matrix, Tensor)),
             torch.device("cpu"),
         )
-        lanes = 64 // dtype.itemsize
+        lanes = VECTOR_BYTES // dtype.itemsize
         self.hidden = [0 if form.activation.is_linear else -(-_width(form) // lanes) * lanes for form in forms]
 
     def is_possible(self) -> bool:
@@ -172,79 +222,113 @@ class _Formulas:
         return self.basis is None or bool(second)
 
     def write(self) -> None:
-        """Write the steps of every quantity."""
+        """Write the steps of every quantity; tangents go along with the value, while a layer's weights are near."""
         w = self.writer
         second = self.wanted & {"hessian", "laplacian", "hessian_diagonal", "hvp", "curvature"}
         first = self.wanted & {"gradient", "jvp"}
+        m_out = self.m if self.ask.weights is None else 1
         x = w.external("x", self.d)
-        layers, y = self.linearize(x, 2 if second else int(bool(first)))
-        m = y.shape[2]
-        m_out = m if self.ask.weights is None else 1
-        weights = None
-        if self.ask.weights is not None:
-            weights = w.scale(
-                w.external("weights", m, is_shared=self.ask.weights == "shared"), out=w.new(1, m, is_zeroed=True)
-            )
+        pushes_jvp = self.wanted & first == {"jvp"} and not second
+        entering, directed, bends = self.entering(), self.directed(pushes_jvp), self.bends()
+        layers: list[_Layer] = []
+        for layer in self.linearize(x, 2 if second else int(bool(first))):
+            layers.append(layer)
+            for tangents in (entering, directed):
+                if tangents is not None and not tangents.is_over:
+                    self.push(tangents, layer, to_the_end=pushes_jvp)
+            if bends is not None:
+                self.push_second(bends, layer)
+        weights, y = self.weights(), layers[-1].value
         if "value" in self.wanted:
             out = w.external("value", m_out)
             if weights is None:
                 w.scale(y, out=out)
             else:
-                w.contract(w.scale(y, out=w.new(1, m, is_zeroed=True)), weights, out)
-        if self.is_forward:
-            self.forward(layers, m)
-            return
+                w.contract(w.scale(y, out=w.new(1, self.m, is_zeroed=True)), weights, out)
+        if bends is not None:
+            self.read_bends(bends)
+        elif pushes_jvp and directed is not None:
+            self.read_jvp(directed, weights, m_out)
+        elif second or first:
+            self.pull_all(layers, weights, entering, directed, m_out)
 
-        pushes_jvp = self.wanted & first == {"jvp"} and not second
-        if not (second or first) or pushes_jvp:
-            if pushes_jvp:
-                self.push_jvp(layers, weights, m_out)
-            return
-        unit = w.constant(torch.eye(m, device=self.device)) if weights is None else weights
-        c = w.new(m_out, sum(self.hidden), is_zeroed=True) if second else None
+    def weights(self) -> View | None:
+        """λ with zeros behind it."""
+        if self.ask.weights is None:
+            return None
+        given = self.writer.external("weights", self.m, is_shared=self.ask.weights == "shared")
+        return self.writer.scale(given, out=self.writer.new(1, self.m, is_zeroed=True))
+
+    def entering(self) -> _Tangents | None:
+        """The tangents that the sums over hidden units need, all of 𝒥 only for a Hessian or its diagonal."""
+        if self.is_forward or not self.wanted & {"hessian", "laplacian", "hessian_diagonal"}:
+            return None
+        start, hidden = self.start(), sum(self.hidden)
+        if self.wanted & {"hessian", "hessian_diagonal"}:
+            return _Tangents((start,), (self.d,), J=self.writer.new(start.shape[1], hidden, is_zeroed=True))
+        return _Tangents((start,), (self.d,), norms=self.writer.new(1, hidden, is_zeroed=True))
+
+    def directed(self, pushes_jvp: bool) -> _Tangents | None:
+        """The given directions as tangents."""
+        if pushes_jvp:
+            return _Tangents((self.directions(),), (self.d,))
+        if not self.wanted & {"hvp", "curvature"}:
+            return None
+        J = self.writer.new(self.ask.k, sum(self.hidden), is_zeroed=True)
+        return _Tangents((self.directions(),), (self.d,), J=J)
+
+    def pull_all(
+        self,
+        layers: list[_Layer],
+        weights: View | None,
+        entering: _Tangents | None,
+        directed: _Tangents | None,
+        m: int,
+    ) -> None:
+        """What needs adjoints: the gradient, and sums over the hidden units with weights c (m, Σw)."""
+        w = self.writer
+        unit = w.constant(torch.eye(self.m, device=self.device)) if weights is None else weights
+        c = w.new(m, sum(self.hidden), is_zeroed=True) if entering or directed else None
         gx = self.pull(layers, (unit, *(None for _ in range(layers[-1].form.carries))), c=c)
         if "gradient" in self.wanted:
-            w.scale(gx, out=w.external("gradient", self.d, m_out).swap())
+            w.scale(gx, out=w.external("gradient", self.d, m).swap())
         if "jvp" in self.wanted:
-            self.contract_jvp(gx, m_out)
-        if c is not None:
-            self.second_order(layers, c, m_out)
+            self.contract_jvp(gx, m)
+        if c is not None and entering is not None:
+            self.sum_over_units(entering, c, m)
+        if c is not None and directed is not None:
+            self.sum_along(layers, directed, c, m)
 
-    def second_order(self, layers: list[_Layer], c: View, m: int) -> None:
-        """The quantities that are sums over the hidden units, with weights c (m, Σw)."""
-        w, d = self.writer, self.d
-        if self.wanted & {"hessian", "laplacian", "hessian_diagonal"}:
-            start = self.start()
-            J = w.new(start.shape[1], sum(self.hidden), is_zeroed=True)
-            self.push(layers, (start,), J)
-            if "laplacian" in self.wanted:
-                w.contract(w.sum_products(J, J), c, w.external("laplacian", 1, m))
-            if self.wanted & {"hessian", "hessian_diagonal"}:
-                if self.basis is None:
-                    self.assemble(J, c, m)
-                else:
-                    s = J.shape[1]
-                    M = w.new(m * s, s)
-                    pitch = M.strides[1]
-                    w.congruence(J, c, View(M.buffer, (s, s, m), (pitch, 1, s * pitch)))
-                    self.sandwich([M.inner(k * s, (k + 1) * s) for k in range(m)])
-        if self.wanted & {"hvp", "curvature"}:
-            k = self.ask.k
-            directions = self.directions()
-            J = w.new(k, sum(self.hidden), is_zeroed=True)
-            self.push(layers, (directions,), J)
-            if "curvature" in self.wanted:
-                squares = w.scale(J, J, out=w.new(k, J.shape[2], is_zeroed=True))
-                w.contract(squares, c, w.external("curvature", k, m))
-            if "hvp" in self.wanted:
-                extra = w.new(k * m, J.shape[2])
-                for i in range(k):
-                    w.scale(c, J.inner(i, i + 1), out=extra.inner(i * m, (i + 1) * m))
-                nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
-                gx = self.pull(layers, nothing, extra=extra)
-                hvp = w.external("hvp", k, d, m)
-                for i in range(k):
-                    w.scale(gx.inner(i * m, (i + 1) * m), out=hvp.outer(i).swap())
+    def sum_over_units(self, tangents: _Tangents, c: View, m: int) -> None:
+        """Hessian, Laplacian and diagonal."""
+        w, J = self.writer, tangents.J
+        if "laplacian" in self.wanted:
+            norms = tangents.norms if J is None else w.sum_products(J, J)
+            assert norms is not None
+            w.contract(norms, c, w.external("laplacian", 1, m))
+        if J is None:
+            return
+        if self.basis is None:
+            self.assemble(J, c, m)
+            return
+        self.sandwich(w.congruence(J, c, self.middle(J.shape[1], m)))
+
+    def sum_along(self, layers: list[_Layer], tangents: _Tangents, c: View, m: int) -> None:
+        """Hv and vᵀHv."""
+        w, d, k, J = self.writer, self.d, self.ask.k, tangents.J
+        assert J is not None
+        if "curvature" in self.wanted:
+            squares = w.scale(J, J, out=w.new(k, J.shape[2], is_zeroed=True))
+            w.contract(squares, c, w.external("curvature", k, m))
+        if "hvp" in self.wanted:
+            extra = w.new(k * m, J.shape[2])
+            for i in range(k):
+                w.scale(c, J.inner(i, i + 1), out=extra.inner(i * m, (i + 1) * m))
+            nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
+            gx = self.pull(layers, nothing, extra=extra)
+            hvp = w.external("hvp", k, d, m)
+            for i in range(k):
+                w.scale(gx.inner(i * m, (i + 1) * m), out=hvp.outer(i).swap())
 
     def assemble(self, J: View, c: View, m: int) -> None:
         """The Hessian and its diagonal from tangents that start at x."""
@@ -264,17 +348,31 @@ class _Formulas:
             diagonal = View(H.buffer, (1, d, m), (0, H.strides[0] + H.strides[1], H.strides[2]))
             self.writer.scale(diagonal, out=self.writer.external("hessian_diagonal", d, m))
 
-    def sandwich(self, M: list[View]) -> None:
+    def middle(self, s: int, m: int) -> View:
+        """A place for M (s, s, m): the outputs last if they fill vectors, as in the Hessian, else first."""
+        if "hessian" in self.wanted and m * self.dtype.itemsize >= VECTOR_BYTES // 2:
+            M = self.writer.new(s, s * m)
+            return View(M.buffer, (s, s, m), (M.strides[1], m, 1))
+        M = self.writer.new(m * s, s)
+        return View(M.buffer, (s, s, m), (M.strides[1], 1, s * M.strides[1]))
+
+    def sandwich(self, M: View) -> None:
         """Q M_k Qᵀ for every output k, or its diagonal."""
         assert self.basis is not None
-        w, d, m = self.writer, self.d, len(M)
-        s = self.basis.shape[1]
-        Q = w.constant(self.basis)
+        w, d, Q = self.writer, self.d, self.writer.constant(self.basis)
+        s, _, m = M.shape
+        outer, inner, step = M.strides
         if "hessian" in self.wanted:
             T = w.new(s, d * m)
-            for k in range(m):
-                out = View(T.buffer, (1, s, d), (0, T.strides[1], m), k)
-                w.multiply(M[k], self.basis.T, out=out)
+            pitch = T.strides[1]
+            if step == 1:
+                for a in range(s):
+                    right = View(M.buffer, (1, s, m), (0, inner, 1), a * outer)
+                    w.multiply(Q, right, out=View(T.buffer, (1, d, m), (0, m, 1), a * pitch))
+            else:
+                for k in range(m):
+                    left = View(M.buffer, (1, s, s), (0, outer, 1), k * step)
+                    w.multiply(left, self.basis.T, out=View(T.buffer, (1, s, d), (0, pitch, m), k))
             H = w.external("hessian", d, d, m)
             w.multiply(Q, T, out=View(H.buffer, (1, d, d * m), (0, d * m, 1)))
             self.diagonal_of(H)
@@ -282,14 +380,14 @@ class _Formulas:
             diagonal = w.external("hessian_diagonal", d, m)
             rows = w.constant(self.basis.T)
             for k in range(m):
-                half = w.multiply(M[k], self.basis.T)
+                half = w.multiply(View(M.buffer, (1, s, s), (0, outer, 1), k * step), self.basis.T)
                 w.sum_products(half, rows, out=View(diagonal.buffer, (1, 1, d), (0, 0, m), k))
 
-    def push_jvp(self, layers: list[_Layer], weights: View | None, m: int) -> None:
+    def read_jvp(self, tangents: _Tangents, weights: View | None, m: int) -> None:
         """Jv by tangents alone."""
         w, k = self.writer, self.ask.k
         out = w.external("jvp", k, m)
-        dy = self.push(layers, (self.directions(),), None, tangents_out=True)
+        dy = tangents.parts[0] or self.zeros(k, self.m)
         if weights is None:
             w.scale(dy, out=out)
         else:
@@ -301,9 +399,10 @@ class _Formulas:
         directions = w.scale(self.directions(), out=w.new(k, self.d, is_zeroed=True))
         w.contract(directions, w.scale(gx, out=w.new(m, self.d, is_zeroed=True)), w.external("jvp", k, m))
 
-    def forward(self, layers: list[_Layer], m: int) -> None:
-        """Gradient and second derivatives carried forward, the latter for all pairs of tangents, or their sums."""
-        w, d = self.writer, self.d
+    def bends(self) -> _Bends | None:
+        """The second derivatives that are carried forward, for all pairs of tangents or their sums."""
+        if not self.is_forward:
+            return None
         start = self.start()
         D = start.shape[1]
         pairs: list[tuple[int, int]] = []
@@ -312,7 +411,13 @@ class _Formulas:
         elif "hessian_diagonal" in self.wanted:
             pairs = [(a, a) for a in range(D)]
         sums = int("laplacian" in self.wanted and not pairs)
-        dy, d2y = self.push_second(layers, start, pairs, sums)
+        return _Bends((start,), (None,), (self.d,), pairs, sums)
+
+    def read_bends(self, bends: _Bends) -> None:
+        """Gradient and second derivatives that came through all layers."""
+        w, d, m, pairs = self.writer, self.d, self.m, bends.pairs
+        D = self.d if self.basis is None else self.basis.shape[1]
+        dy, d2y = bends.du[0] or self.zeros(D, m), bends.d2u[0]
         if "gradient" in self.wanted:
             gradient = w.external("gradient", d, m)
             if self.basis is None:
@@ -324,16 +429,15 @@ class _Formulas:
             return
         if "laplacian" in self.wanted:
             out = w.external("laplacian", m)
-            squares = [d2y] if sums else [d2y.inner(i, i + 1) for i, (a, b) in enumerate(pairs) if a == b]
+            squares = [d2y] if bends.sums else [d2y.inner(i, i + 1) for i, (a, b) in enumerate(pairs) if a == b]
             for place, square in enumerate(squares):
                 w.scale(square, add=out if place else None, out=out)
         if pairs and self.basis is None:
             self.unpack(pairs, d2y, w.external("hessian", d, d, m))
         elif pairs:
-            M = w.new(m * D, D)
-            pitch = M.strides[1]
-            self.unpack(pairs, d2y, View(M.buffer, (D, D, m), (pitch, 1, D * pitch)))
-            self.sandwich([M.inner(k * D, (k + 1) * D) for k in range(m)])
+            M = self.middle(D, m)
+            self.unpack(pairs, d2y, M)
+            self.sandwich(M)
 
     def flat(self, m: int) -> None:
         """Second derivatives of a network that has none."""
@@ -375,14 +479,14 @@ class _Formulas:
 
     # ---- A chain of layers: the features, tangents and adjoints of one after the other. ----
 
-    def linearize(self, x: View, order: int) -> tuple[list[_Layer], View]:
-        """Write the value of every layer and what derivatives up to ``order`` need."""
+    def linearize(self, x: View, order: int) -> Iterator[_Layer]:
+        """Write the value of one layer after the other and what derivatives up to ``order`` need."""
         w = self.writer
-        layers: list[_Layer] = []
         features: Parts = (x,)
+        had: tuple[int, ...] = (self.d,)
         place = 0
-        for form, hidden in zip(self.forms, self.hidden, strict=True):
-            had = layers[-1].widths if layers else (self.d,)
+        bent = [i for i, form in enumerate(self.forms) if not form.activation.is_linear]
+        for i, (form, hidden) in enumerate(zip(self.forms, self.hidden, strict=True)):
             features = self.cut(features, had, form.widths)
             z = self.sum(self.terms(features, form.into), bias=form.bias)
             assert z is not None
@@ -393,58 +497,47 @@ class _Formulas:
             y = self.sum([*self.terms(features, form.skip), *self.term(sigma, form.out)], bias=form.offset)
             assert y is not None
             features = (y, *(features[-1:] if form.carries else ()))
-            widths = tuple(0 if part is None else part.shape[2] for part in features)
-            layers.append(_Layer(form, widths, slope, curvature, slice(place, place + _width(form))))
+            had = tuple(0 if part is None else part.shape[2] for part in features)
+            is_last = not bent or i == bent[-1]
+            yield _Layer(form, y, had, slope, curvature, slice(place, place + _width(form)), is_last)
             place += hidden
-        y, *_ = features
-        assert y is not None
-        return layers, y
 
-    def push(self, layers: list[_Layer], tangents: Parts, J: View | None, tangents_out: bool = False) -> View:
-        """Write dz of every layer that has curvature into its columns of 𝒥, and dy of the last if asked for."""
-        last = max((i for i, layer in enumerate(layers) if layer.slope is not None), default=-1)
-        dy: View | None = None
-        for i, layer in enumerate(layers):
-            form = layer.form
-            tangents = self.cut(tangents, layers[i - 1].widths if i else (self.d,), form.widths)
-            slot = None if J is None or layer.slope is None else J.columns(layer.place.start, layer.place.stop)
-            dz = self.sum(self.terms(tangents, form.into), out=slot)
-            if i >= last and not tangents_out:
-                break
-            ds = dz if layer.slope is None or dz is None else partial(self.writer.scale, dz, layer.slope)
-            dy = self.sum([*self.terms(tangents, form.skip), *self.term(ds, form.out)])
-            tangents = (dy, *(tangents[-1:] if form.carries else ()))
-        return dy if dy is not None else self.zeros(1, 1)
+    def push(self, tangents: _Tangents, layer: _Layer, to_the_end: bool) -> None:
+        """Write dz of a layer into its columns of 𝒥 or of the norms, and dy if a later layer needs it."""
+        form, columns = layer.form, (layer.place.start, layer.place.stop)
+        parts = self.cut(tangents.parts, tangents.had, form.widths)
+        slot = None if tangents.J is None or layer.slope is None else tangents.J.columns(*columns)
+        dz = self.sum(self.terms(parts, form.into), out=slot)
+        if tangents.norms is not None and layer.slope is not None and dz is not None:
+            self.writer.sum_products(dz, dz, out=tangents.norms.columns(*columns))
+        if layer.is_last_bend and not to_the_end:
+            tangents.is_over = True
+            return
+        ds = dz if layer.slope is None or dz is None else partial(self.writer.scale, dz, layer.slope)
+        dy = self.sum([*self.terms(parts, form.skip), *self.term(ds, form.out)])
+        tangents.parts, tangents.had = (dy, *(parts[-1:] if form.carries else ())), layer.widths
 
-    def push_second(
-        self, layers: list[_Layer], start: View, pairs: list[tuple[int, int]], sums: int
-    ) -> tuple[View, View | None]:
-        """Write dy and the second derivatives of y for the pairs of tangents, or for the sum of their squares."""
-        w = self.writer
-        du: Parts = (start,)
-        d2u: Parts = (None,)
-        bends = len(pairs) + sums
-        had: tuple[int, ...] = (self.d,)
-        for layer in layers:
-            form = layer.form
-            du, d2u = self.cut(du, had, form.widths), self.cut(d2u, had, form.widths)
-            had = layer.widths
-            dz = self.sum(self.terms(du, form.into))
-            d2z = self.sum(self.terms(d2u, form.into)) if bends else None
-            ds, d2s = dz, d2z
-            if dz is not None and layer.slope is not None:
-                assert layer.curvature is not None
-                ds = w.scale(dz, layer.slope)
-                if bends:
-                    products = w.sum_products(dz, dz) if sums else self.products(dz, pairs)
-                    straight = None if d2z is None else w.scale(d2z, layer.slope)
-                    d2s = w.scale(products, layer.curvature, add=straight, out=straight)
-            carried = range(form.carries)
-            dy = self.sum([*self.terms(du, form.skip), *self.term(ds, form.out)])
-            d2y = self.sum([*self.terms(d2u, form.skip), *self.term(d2s, form.out)])
-            du = (dy, *(du[-1] for _ in carried))
-            d2u = (d2y, *(d2u[-1] for _ in carried))
-        return du[0] or self.zeros(start.shape[1], layers[-1].widths[0]), d2u[0]
+    def push_second(self, bends: _Bends, layer: _Layer) -> None:
+        """Write dy and the second derivatives of y."""
+        w, form = self.writer, layer.form
+        needed = len(bends.pairs) + bends.sums
+        du, d2u = self.cut(bends.du, bends.had, form.widths), self.cut(bends.d2u, bends.had, form.widths)
+        dz = self.sum(self.terms(du, form.into))
+        d2z = self.sum(self.terms(d2u, form.into)) if needed else None
+        ds, d2s = dz, d2z
+        if dz is not None and layer.slope is not None:
+            assert layer.curvature is not None
+            ds = w.scale(dz, layer.slope)
+            if needed:
+                products = w.sum_products(dz, dz) if bends.sums else self.products(dz, bends.pairs)
+                straight = None if d2z is None else w.scale(d2z, layer.slope)
+                d2s = w.scale(products, layer.curvature, add=straight, out=straight)
+        carried = range(form.carries)
+        dy = self.sum([*self.terms(du, form.skip), *self.term(ds, form.out)])
+        d2y = self.sum([*self.terms(d2u, form.skip), *self.term(d2s, form.out)])
+        bends.du = (dy, *(du[-1] for _ in carried))
+        bends.d2u = (d2y, *(d2u[-1] for _ in carried))
+        bends.had = layer.widths
 
     def products(self, dz: View, pairs: list[tuple[int, int]]) -> View:
         """Dz_a ⊙ dz_b for the pairs, which come in runs of one a with neighbouring b."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hessquik.activations import hessQuikActivationFunction
 
-__all__ = ["Buffer", "Operation", "Program", "Step", "View", "Writer"]
+__all__ = ["VECTOR_BYTES", "Buffer", "Operation", "Program", "Step", "View", "Writer"]
 
 Operation = Literal["multiply", "activate", "scale", "sum_products", "contract", "congruence"]
 #: Columns of workspace arrays are padded to this many bytes, the widest vector register.
@@ -161,6 +161,16 @@ class Program:
             for view in step.views()
             if view.buffer.data is None
         )
+
+    @property
+    def matrix_numbers(self) -> int:
+        """Numbers of the network's matrices that products read; one and its transpose are two."""
+        matrices = {
+            (b.buffer.data.data_ptr(), *b.strides): b.shape[1] * b.shape[2]
+            for step in self.steps
+            if step.operation == "multiply" and (b := step.inputs[1]) is not None and b.buffer.data is not None
+        }
+        return sum(matrices.values())
 
 
 @dataclass

@@ -20,6 +20,7 @@ LAYERS = {
         hessquik.calculus
         hessquik.program
         hessquik.machine hessquik.memory hessquik.native hessquik.plan
+        hessquik.runners
         hessquik.networks
         hessquik.evaluator hessquik.utils hessquik.storage
         hessquik.conversion hessquik.proof

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,9 +24,10 @@ from hessquik.activations import (
     softplusActivation,
     tanhActivation,
 )
+from hessquik.memory import Arena
 from hessquik.program import Program, Step, View
 
-__all__ = ["Native", "is_available", "vector_bytes"]
+__all__ = ["Native", "Packed", "is_available", "vector_bytes"]
 
 _OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "congruence")
 _ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
@@ -58,6 +60,7 @@ class _Call(Structure):
         ("first", c_int64),
         ("stop", c_int64),
         ("tile_rows", c_int64),
+        ("zeroed", c_int64),
     ]
 
 
@@ -88,6 +91,28 @@ def vector_bytes() -> int:
     return int(_LIBRARY.hessquik_vector_bytes())
 
 
+class Packed:
+    """Matrices in the kernel's layout, so that the programs of a network share them."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._arena = Arena()
+        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def pack(self, matrix: Tensor, panel: int) -> Tensor:
+        """A matrix as panels of some columns each, padded with zeros."""
+        # A matrix that is kept here keeps its address to itself.
+        key = (matrix.data_ptr(), *matrix.shape, *matrix.stride(), panel)
+        if key not in self._known:
+            depth, columns = matrix.shape
+            panels = -(-columns // panel)
+            padded = torch.zeros(depth, panels * panel, dtype=matrix.dtype)
+            padded[:, :columns] = matrix
+            layout = self._arena.empty((panels, depth, panel), matrix.dtype)
+            self._known[key] = matrix, layout.copy_(padded.view(depth, panels, panel).transpose(0, 1))
+        return self._known[key][1]
+
+
 class Native:
     """A program made ready for the kernel.
 
@@ -104,7 +129,7 @@ class Native:
         program: Program,
         dtype: torch.dtype,
         tile_rows: int,
-        packed: dict[tuple[int, ...], tuple[Tensor, Tensor]],
+        packed: Packed,
         width: int | None = None,
     ) -> None:
         """Translate the steps."""
@@ -115,11 +140,13 @@ class Native:
         self.vector_bytes = width or vector_bytes()
         self._packed = packed
         self._kept: list[Tensor] = []
-        self._bases: dict[str, int] = {"workspace": _WORKSPACE, "constant": _CONSTANT}
+        self._arrays: list[str] = []
         self._once = (_Step * len(program.once))(*map(self._step, program.once))
         self._steps = (_Step * len(program.steps))(*map(self._step, program.steps))
+        self._places = c_void_p * (2 + len(self._arrays))
+        self._kind = c_int64(dtype == torch.float64), c_int64(self.vector_bytes)
 
-    def run(self, arrays: dict[str, Tensor], rows: int, first: int = 0) -> None:
+    def run(self, arrays: Mapping[str, Tensor], rows: int, first: int = 0) -> None:
         """Compute ``rows`` rows from ``first`` on.
 
         Args:
@@ -130,21 +157,13 @@ class Native:
         assert _LIBRARY is not None
         tile_rows = min(self.tile_rows, rows)
         size = self.program.workspace * tile_rows
-        memory = self._workspace(size + self.program.scratch)
-        item = self.dtype.itemsize
-        start = memory.data_ptr()
-        ctypes.memset(start, 0, self.program.zeroed * tile_rows * item)
-        bases = (c_void_p * len(self._bases))()
-        bases[_WORKSPACE] = start
-        for name, place in self._bases.items():
-            if place > _CONSTANT:
-                array = arrays[name]
-                bases[place] = array.data_ptr()
+        start = self._workspace(size + self.program.scratch)
+        bases = self._places(start, None, *[arrays[name].data_ptr() for name in self._arrays])
         call = _Call(
-            self._once, len(self._once), self._steps, len(self._steps), bases, start + size * item,
-            first, first + rows, tile_rows,
+            self._once, len(self._once), self._steps, len(self._steps), bases, start + size * self.dtype.itemsize,
+            first, first + rows, tile_rows, self.program.zeroed * tile_rows,
         )  # fmt: skip
-        _LIBRARY.hessquik_run(byref(call), c_int64(self.dtype == torch.float64), c_int64(self.vector_bytes))
+        _LIBRARY.hessquik_run(byref(call), *self._kind)
 
     def _step(self, step: Step) -> _Step:
         """A step as the kernel reads it."""
@@ -195,33 +214,29 @@ class Native:
         if is_matrix:
             operand.outer = panel
         if buffer.data is None:
-            operand.base = self._bases.setdefault(buffer.base, len(self._bases))
+            if buffer.base == "workspace":
+                operand.base = _WORKSPACE
+            else:
+                if buffer.base not in self._arrays:
+                    self._arrays.append(buffer.base)
+                operand.base = 2 + self._arrays.index(buffer.base)
             operand.offset = buffer.offset
             return operand
-        data = self._pack(view, panel) if is_matrix else buffer.data
+        matrix = view.constant
+        assert matrix is not None
+        data = self._packed.pack(matrix, panel) if is_matrix else buffer.data
         if is_matrix:
             operand.outer, operand.inner, operand.column_step, operand.column = view.shape[1] * panel, panel, 1, 0
         self._kept.append(data)
         operand.base, operand.offset = _CONSTANT, data.data_ptr() // self.dtype.itemsize
         return operand
 
-    def _pack(self, view: View, panel: int) -> Tensor:
-        """A matrix as panels of some columns each, padded with zeros."""
-        matrix = view.constant
-        assert matrix is not None
-        key = (matrix.data_ptr(), *matrix.shape, *matrix.stride(), panel)
-        if key not in self._packed:
-            depth, columns = matrix.shape
-            panels = -(-columns // panel)
-            padded = torch.zeros(depth, panels * panel, dtype=self.dtype)
-            padded[:, :columns] = matrix
-            self._packed[key] = (matrix, padded.view(depth, panels, panel).transpose(0, 1).contiguous())
-        return self._packed[key][1]
-
-    def _workspace(self, count: int) -> Tensor:
-        """Memory of the calling thread, at least ``count`` numbers and a vector more, which loads may touch."""
-        needed = (count * self.dtype.itemsize + 1024) // 8 + 8
-        memory: Tensor | None = getattr(_memory, "workspace", None)
-        if memory is None or memory.numel() < needed:
-            memory = _memory.workspace = torch.zeros(needed, dtype=torch.float64)
-        return memory
+    def _workspace(self, count: int) -> int:
+        """Address of the calling thread's memory for ``count`` numbers and a vector more, which loads may touch."""
+        needed = count * self.dtype.itemsize + 1024
+        size, start, _ = getattr(_memory, "workspace", (0, 0, None))
+        if size < needed:
+            memory = torch.zeros(needed, dtype=torch.uint8)
+            start = memory.data_ptr()
+            _memory.workspace = needed, start, memory
+        return start

@@ -127,57 +127,100 @@ INLINE void NAME(jet)(I kind, REAL beta, REAL threshold, V x, V *value, V *slope
 
 /* ---- Steps ---- */
 
-/* C[i, j] = sum over k of A[i, k] B[k, j] (+ bias[j]) (+ D[i, j]) for mr rows and nv vectors of columns. */
-INLINE void NAME(block)(const int mr, const int nv, I depth, const REAL *A, I a_row, I a_depth, const REAL *B,
-                        I b_depth, const REAL *bias, const REAL *D, I d_row, REAL *C, I c_row, I c_column, I columns) {
-    V sum[MR][NV];
-    UNROLL for (int i = 0; i < mr; i++)
-        UNROLL for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
-    for (I k = 0; k < depth; k++) {
-        V b[NV];
-        UNROLL for (int v = 0; v < nv; v++) b[v] = NAME(load)(B + k * b_depth + v * VL);
-        UNROLL for (int i = 0; i < mr; i++) {
-            V a = NAME(splat)(A[i * a_row + k * a_depth]);
-            UNROLL for (int v = 0; v < nv; v++) sum[i][v] += a * b[v];
-        }
-    }
-    /* Unrolled, the sums stay in registers. */
-    UNROLL for (int i = 0; i < mr; i++)
-        UNROLL for (int v = 0; v < nv; v++) {
-            I count = columns - v * VL;
-            V s = sum[i][v];
-            if (bias) s += NAME(load_some)(bias + v * VL, count);
-            if (D) s += NAME(load_some)(D + i * d_row + v * VL, count);
-            if (c_column == 1) NAME(store_some)(C + i * c_row + v * VL, s, count);
+/* A product of whole matrices, C[i, j] = sum over k of A[i, k] B[k, j] (+ bias[j]) (+ D[i, j]); B is packed in
+ * panels of NV vectors of columns (b_panel apart) or lies row by row. */
+typedef struct {
+    I rows, columns, depth;
+    const REAL *A;
+    I a_row, a_depth;
+    const REAL *B;
+    I b_panel, b_depth;
+    const REAL *bias, *D;
+    I d_row;
+    REAL *C;
+    I c_row, c_column;
+} NAME(Product);
+
+/* Write the sums of mr rows from i and nv vectors from j where columns are missing or lie apart. */
+static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I mr, I nv, I i0, I j0, const V *sum) {
+    for (I i = i0; i < i0 + mr; i++)
+        for (I v = 0; v < nv; v++) {
+            const I j = j0 + v * VL, count = p->columns - j;
+            V s = *sum++;
+            if (p->bias) s += NAME(load_some)(p->bias + j, count);
+            if (p->D) s += NAME(load_some)(p->D + i * p->d_row + j, count);
+            REAL *c = p->C + i * p->c_row + j * p->c_column;
+            if (p->c_column == 1) NAME(store_some)(c, s, count);
             else
-                for (I j = 0; j < VL && j < count; j++) C[i * c_row + (v * VL + j) * c_column] = s[j];
+                for (I l = 0; l < VL && l < count; l++) c[l * p->c_column] = s[l];
         }
 }
 
-#define ROWS_CASE(mr, nv) \
-    case mr: \
-        NAME(block)(mr, nv, depth, a, a_row, a_depth, b, b_depth, bias ? bias + j : 0, d, d_row, c, c_row, c_column, \
-                    columns - j); \
-        break;
-
-/* A product of a whole matrix; B is packed in panels of NV vectors (b_panel apart) or lies row by row. */
-static void NAME(product)(I rows, I columns, I depth, const REAL *A, I a_row, I a_depth, const REAL *B, I b_panel,
-                          I b_depth, const REAL *bias, const REAL *D, I d_row, REAL *C, I c_row, I c_column) {
-    for (I j = 0; j < columns; j += NV * VL) {
-        const REAL *b = B + j / (NV * VL) * b_panel;
-        for (I i = 0; i < rows; i += MR) {
-            const REAL *a = A + i * a_row, *d = D ? D + i * d_row + j : 0;
-            REAL *c = C + i * c_row + j * c_column;
-            I mr = rows - i < MR ? rows - i : MR;
-            if (columns - j > VL) {
-                switch (mr) { FOR_EACH_ROW_COUNT(ROWS_CASE, NV) }
-            } else {
-                switch (mr) { FOR_EACH_ROW_COUNT(ROWS_CASE, 1) }
-            }
+/* The part of C with mr rows from i and nv vectors of columns from j. */
+INLINE void NAME(block)(const int mr, const int nv, const NAME(Product) *p, I i0, I j0) {
+    const REAL *A = p->A + i0 * p->a_row, *B = p->B + j0 / (NV * VL) * p->b_panel;
+    const I a_row = p->a_row, a_depth = p->a_depth, b_panel = p->b_panel, b_depth = p->b_depth;
+    V sum[MOST_SUMS];
+    UNROLL for (int i = 0; i < mr * nv; i++) sum[i] = (V){0};
+    for (I k = p->depth; k > 0; k--, A += a_depth, B += b_depth) {
+        V b[MOST_NV];
+        UNROLL for (int v = 0; v < nv; v++) b[v] = NAME(load)(B + v / NV * b_panel + v % NV * VL);
+        UNROLL for (int i = 0; i < mr; i++) {
+            V a = NAME(splat)(A[i * a_row]);
+            UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += a * b[v];
         }
     }
+    if (p->columns - j0 < nv * VL || p->c_column != 1) {
+        V copy[MOST_SUMS];
+        UNROLL for (int i = 0; i < mr * nv; i++) copy[i] = sum[i];
+        NAME(write_some)(p, mr, nv, i0, j0, copy);
+        return;
+    }
+    /* Unrolled and without calls, the sums stay in registers. */
+    if (p->bias)
+        UNROLL for (int i = 0; i < mr; i++)
+            UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += NAME(load)(p->bias + j0 + v * VL);
+    if (p->D)
+        UNROLL for (int i = 0; i < mr; i++)
+            UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += NAME(load)(p->D + (i0 + i) * p->d_row + j0 + v * VL);
+    UNROLL for (int i = 0; i < mr; i++)
+        UNROLL for (int v = 0; v < nv; v++) NAME(store)(p->C + (i0 + i) * p->c_row + j0 + v * VL, sum[i * nv + v]);
 }
-#undef ROWS_CASE
+
+/* Each size of block is a function of its own, small enough for the compiler to keep its sums in registers. */
+#define BLOCK_FUNCTION(mr, nv) \
+    static void NAME(block_##mr##_##nv)(const NAME(Product) *p, I i, I j) { NAME(block)(mr, nv, p, i, j); }
+#define BLOCK_ENTRY(mr, nv) NAME(block_##mr##_##nv),
+FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 1)
+FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 2)
+FOR_EACH_ROW_COUNT_4(BLOCK_FUNCTION, 4)
+BLOCK_FUNCTION(1, 8)
+
+/* Few rows take several panels at a time, so that there are sums enough to keep the multipliers busy. */
+static void NAME(product)(const NAME(Product) *p) {
+    static void (*const functions[4][MR])(const NAME(Product) *, I, I) = {
+        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 1)},
+        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 2)},
+        {FOR_EACH_ROW_COUNT_4(BLOCK_ENTRY, 4)},
+        {BLOCK_ENTRY(1, 8)},
+    };
+    /* Blocks of about the same height: 5 and 5 rows are faster than 8 and 2. */
+    const I blocks = (p->rows + MR - 1) / MR, most = p->rows == 1 ? 3 : p->rows <= 4 ? 2 : 1;
+    for (I j = 0; j < p->columns;) {
+        const I left = p->columns - j;
+        I size = most;
+        while (size > 1 && left < VL << size) size--;
+        if (left <= VL) size = 0;
+        for (I n = 0, i = 0; n < blocks; n++) {
+            const I next = p->rows * (n + 1) / blocks;
+            functions[size][next - i - 1](p, i, j);
+            i = next;
+        }
+        j += VL << size;
+    }
+}
+#undef BLOCK_FUNCTION
+#undef BLOCK_ENTRY
 
 /* The sums over w of rows of A times rows of B, as many as a vector has lanes, in order. */
 INLINE V NAME(across)(V *sums) {
@@ -325,10 +368,13 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
                             o[2].row == 0 && (o[4].base < 0 || o[4].row == s->inner * o[4].inner);
         const I count = is_even ? 1 : rows, height = is_even ? rows * s->inner : s->inner;
         for (I row = 0; row < count; row++)
-            NAME(product)(height, s->width, s->depth, NAME(at)(call, &o[1], first, row), o[1].inner,
-                          o[1].column_step, NAME(at)(call, &o[2], first, row), o[2].outer, o[2].inner,
-                          NAME(at)(call, &o[3], first, row), NAME(at)(call, &o[4], first, row), o[4].inner,
-                          NAME(at)(call, &o[0], first, row), o[0].inner, o[0].column_step);
+            NAME(product)(&(NAME(Product)){
+                height, s->width, s->depth,
+                NAME(at)(call, &o[1], first, row), o[1].inner, o[1].column_step,
+                NAME(at)(call, &o[2], first, row), o[2].outer, o[2].inner,
+                NAME(at)(call, &o[3], first, row), NAME(at)(call, &o[4], first, row), o[4].inner,
+                NAME(at)(call, &o[0], first, row), o[0].inner, o[0].column_step,
+            });
         return;
     }
     for (I row = 0; row < rows; row++) {
@@ -345,6 +391,7 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
 }
 
 static void NAME(run)(const Call *call) {
+    __builtin_memset(call->bases[WORKSPACE], 0, call->zeroed * sizeof(REAL));
     for (I i = 0; i < call->onces; i++) NAME(step)(call, &call->once[i], call->first, call->tile_rows);
     for (I first = call->first; first < call->stop; first += call->tile_rows) {
         const I left = call->stop - first, rows = left < call->tile_rows ? left : call->tile_rows;

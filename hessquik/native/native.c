@@ -17,7 +17,7 @@
 enum { WORKSPACE = 0 };
 enum { MULTIPLY, ACTIVATE, SCALE, SUM_PRODUCTS, CONTRACT, CONGRUENCE };
 enum { TANH, ANTI_TANH, SIGMOID, SOFTPLUS, QUADRATIC };
-enum { NV = 2, BLOCK = 4 };
+enum { NV = 2, MOST_NV = 4 * NV, MOST_SUMS = 16, BLOCK = 4 };
 
 /* An array (rows, outer, inner, columns): steps between neighbours along each axis, in numbers. */
 typedef struct {
@@ -38,9 +38,11 @@ typedef struct {
     void *const *bases; /* the workspace, null for addresses as they are, inputs and results */
     void *scratch;
     I first, stop, tile_rows;
+    I zeroed; /* numbers of the workspace that have to be zero at the start */
 } Call;
 
-#define FOR_EACH_ROW_COUNT_6(do, nv) do(1, nv) do(2, nv) do(3, nv) do(4, nv) do(5, nv) do(6, nv)
+#define FOR_EACH_ROW_COUNT_4(do, nv) do(1, nv) do(2, nv) do(3, nv) do(4, nv)
+#define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)
 #define FOR_EACH_ROW_COUNT_8(do, nv) FOR_EACH_ROW_COUNT_6(do, nv) do(7, nv) do(8, nv)
 
 #define GENERIC_BYTES 16

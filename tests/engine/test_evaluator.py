@@ -27,6 +27,7 @@ NETWORKS = {
     "residual": lambda: NN(singleLayer(4, 8, TANH), resnetLayer(8, 0.5, softplusActivation()), singleLayer(8, 3)),
     "one input, one output": lambda: fullyConnectedNN([1, 7, 1], TANH),
     "many inputs": lambda: NN(singleLayer(40, 8, TANH), resnetLayer(8, 0.5, TANH), singleLayer(8, 2)),
+    "many inputs and outputs": lambda: NN(singleLayer(20, 6, TANH), resnetLayer(6, 0.5, TANH), singleLayer(6, 11)),
     "many outputs": lambda: NN(singleLayer(2, 32, TANH), resnetLayer(32, 0.5, TANH), singleLayer(32, 40)),
     "convex": lambda: NN(ICNN(3, [None, 8, 5]), quadraticICNNLayer(3, 5, 2)),
     "convex, many inputs": lambda: NN(ICNN(30, [None, 4, 5]), quadraticICNNLayer(30, 5, 2)),

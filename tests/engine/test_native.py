@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hessquik import Evaluator, native
-from hessquik.native import Native
+from hessquik.native import Native, Packed
 from tests.engine.test_evaluator import DTYPES, NETWORKS, TOLERANCE
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no kernel was built")
@@ -24,7 +24,7 @@ def test_narrower_vectors_give_the_same_numbers(name, dtype, vector_bytes):
     x = torch.randn(7, evaluate.d, dtype=dtype)
     widest = evaluate(x, QUANTITIES)
     results = {name: torch.full_like(getattr(widest, name), float("nan")) for name in QUANTITIES}
-    Native(plan.program, dtype, 3, {}, vector_bytes).run({"x": x, **results}, 7)
+    Native(plan.program, dtype, 3, Packed(), vector_bytes).run({"x": x, **results}, 7)
     for quantity, got in results.items():
         expected = getattr(widest, quantity)
         assert float((got - expected).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
@@ -35,7 +35,7 @@ def test_rows_beside_the_wanted_ones_are_left_alone():
     plan = evaluate.plan(("value", "hessian"))
     x = torch.randn(9, 4)
     results = {"value": torch.full((9, 3), 7.0), "hessian": torch.full((9, 4, 4, 3), 7.0)}
-    Native(plan.program, torch.float32, 2, {}).run({"x": x, **results}, 4, 3)
+    Native(plan.program, torch.float32, 2, Packed()).run({"x": x, **results}, 4, 3)
     whole = evaluate(x, ("value", "hessian"))
     for name, got in results.items():
         assert torch.equal(got[3:7], getattr(whole, name)[3:7])

@@ -21,6 +21,8 @@ def network(d, w, m):
     [
         pytest.param(network(10, 64, 1), ALL_SECOND, "x", "backward", id="d below w, one output"),
         pytest.param(network(256, 16, 1), ALL_SECOND, "reduced", "backward", id="d above w"),
+        pytest.param(network(10, 128, 1), ("laplacian",), "x", "backward", id="Laplacian, matrices stay in cache"),
+        pytest.param(network(10, 400, 1), ("laplacian",), "x", "forward", id="Laplacian, one reading of matrices"),
         pytest.param(network(256, 16, 1), ("laplacian",), "reduced", "backward", id="Laplacian, d above w"),
         pytest.param(network(2, 32, 64), ALL_SECOND, "x", "forward", id="two inputs, many outputs"),
         pytest.param(network(10, 64, 1), ("value",), None, "backward", id="value alone"),
