@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from collections.abc import Mapping
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -32,6 +33,8 @@ __all__ = ["Native", "Packed", "is_available", "vector_bytes"]
 _OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "congruence")
 _ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
 _WORKSPACE, _CONSTANT = 0, 1
+#: What steps and calls mean, as in native.c: a kernel built from other sources would compute other numbers.
+_REVISION = 2
 #: Vectors per panel of a packed matrix, as in native.c.
 _PANEL_VECTORS = 2
 
@@ -65,11 +68,19 @@ class _Call(Structure):
 
 
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernel, if it was built."""
+    """The compiled kernel, if it was built, and from these sources."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
-            return ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
+            revision = library.hessquik_revision() if hasattr(library, "hessquik_revision") else 1
+            if revision == _REVISION:
+                return library
+            warnings.warn(
+                f"expected a CPU kernel of revision {_REVISION}, got {revision}, which is not used; install again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return None
 
 

@@ -111,6 +111,9 @@ typedef struct {
 #define NAME(x) x##_double
 #include "kernels.h"
 
+/* What steps and calls mean; __init__.py has the same number, and both change with every change of meaning. */
+I hessquik_revision(void) { return 2; }
+
 /* Bytes of this machine's vectors; level, if not 0, asks for narrower ones (tests do). */
 I hessquik_vector_bytes(void) {
 #if defined(__x86_64__)

@@ -55,3 +55,11 @@ def test_the_smallest_numbers_count_as_zero_whatever_the_thread_is_set_to():
         assert torch.equal(out.value, expected.value)
         assert torch.equal(out.hessian, expected.hessian)
     assert float(torch.full((1,), 1e-40) * 0.5) > 0, "the thread's own setting is as it was"
+
+
+def test_a_kernel_of_other_sources_is_not_used(monkeypatch):
+    """It would compute other numbers without a word."""
+    assert native._library() is not None
+    monkeypatch.setattr(native, "_REVISION", 0)
+    with pytest.warns(RuntimeWarning, match="expected a CPU kernel of revision 0, got 2"):
+        assert native._library() is None
