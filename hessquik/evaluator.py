@@ -190,8 +190,11 @@ class Evaluator:
     def _runner(self, ask: Ask) -> Runner:
         """The runner of a plan, made when it is first asked for."""
         runner = self._runners.get(ask)
-        if runner is None:
-            with self._lock:
+        if runner is not None:
+            return runner
+        with self._lock:
+            runner = self._runners.get(ask)  # another thread may have made it meanwhile
+            if runner is None:
                 plan = choose(self._forms, ask, self.dtype, self.m)
                 if self._native and is_available(plan.program):
                     runner = NativeRunner(plan, self.dtype, self._packed)
