@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +17,7 @@ from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, Overloa
 from service.metrics import Metrics
 from service.pool import Pool
 from service.statistics import ModelStatistics
-from service.wire import Array
+from service.wire import Array, cut
 
 __all__ = ["Answers", "Dispatcher", "End", "Job"]
 
@@ -239,20 +238,14 @@ def _stretches(
         for name, text in answers.items():
             if len(lengths.get(name, ())) != len(batch.slices) or sum(lengths[name]) != text.nbytes:
                 return None
-        pieces = {name: _cut(text.data, lengths[name]) for name, text in answers.items()}
+        pieces = {name: cut(text.data, lengths[name]) for name, text in answers.items()}
     else:
         rows, nbytes = batch.rows, sum(array.nbytes for array in answers.values())
         fits = all(array.shape[:1] == (rows,) and array.dtype == job.inputs.dtype for array in answers.values())
         if not fits or nbytes != rows * job.row_bytes:
             return None
-        pieces = {name: _cut(array, batch.sizes) for name, array in answers.items()}
+        pieces = {name: cut(array, batch.sizes) for name, array in answers.items()}
     return [dict(zip(pieces, part, strict=True)) for part in zip(*pieces.values(), strict=True)]
-
-
-def _cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
-    """Consecutive stretches of something."""
-    ends = list(accumulate(sizes))
-    return [whole[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -12,14 +12,15 @@ import asyncio
 import math
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["Array", "FrameProtocol", "FrameReader", "WireError", "encode", "receive", "send"]
+__all__ = ["Array", "FrameProtocol", "FrameReader", "WireError", "cut", "encode", "receive", "send"]
 
 Array = NDArray[Any]
 Frame = tuple[dict[str, Any], dict[str, Array]]
@@ -91,6 +92,16 @@ def _decode(text: memoryview, body: Array) -> Frame:
     if start != body.size:
         raise WireError(f"expected {body.size} bytes of arrays, got {start}")
     return head, arrays
+
+
+def cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
+    """Consecutive stretches of something, of the given sizes.
+
+    Example:
+        >>> cut("abcdef", [1, 3, 2])
+        ['a', 'bcd', 'ef']
+    """
+    return [whole[start:end] for start, end in pairwise([0, *accumulate(sizes)])]
 
 
 class FrameReader:

@@ -18,7 +18,6 @@ import resource
 import signal
 import socket
 import sys
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -161,9 +160,7 @@ def _written(head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wir
         return reply, answers
     if any(len(array) != sum(head["sizes"]) for array in answers.values()):
         return {"op": "done", "error": "rows are missing"}, {}
-    ends = list(accumulate(head["sizes"]))
-    cuts = list(pairwise([0, *ends]))
-    texts = {name: [json_rows(array[slice(*cut)]) for cut in cuts] for name, array in answers.items()}
+    texts = {name: list(map(json_rows, wire.cut(array, head["sizes"]))) for name, array in answers.items()}
     lengths = {name: list(map(len, rows)) for name, rows in texts.items()}
     return {**reply, "lengths": lengths}, {
         name: np.frombuffer(b"".join(rows), np.uint8) for name, rows in texts.items()
