@@ -16,6 +16,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Protocol
@@ -231,8 +232,8 @@ class Pool:
 
     @staticmethod
     def now() -> float:
-        """The event loop's clock."""
-        return asyncio.get_running_loop().time()
+        """The monotonic clock, which is the event loop's too."""
+        return time.monotonic()
 
     async def start(self) -> None:
         """Start a worker per device and wait until the first is ready.
