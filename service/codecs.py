@@ -175,16 +175,16 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
     return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def json_rows(array: Array) -> memoryview:
-    """The text of an array's rows, to be joined by commas with that of others.
+def json_rows(array: Array) -> bytes:
+    """The text of the rows of a contiguous float64 array, to be joined by commas with that of others.
 
     Every number has the shortest form that reads back as the same double; non-finite ones are null.
 
     Example:
-        >>> bytes(json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]])))
+        >>> json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]]))
         b'[1.0,0.5],[2.0,null]'
     """
-    return memoryview(orjson.dumps(np.ascontiguousarray(array, np.float64), option=orjson.OPT_SERIALIZE_NUMPY))[1:-1]
+    return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
 def encode_json(model: str, version: str, answers: Mapping[str, Sequence[Piece]], is_single: bool) -> list[Piece]:

@@ -52,9 +52,7 @@ class Core:
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
-        self.dispatcher = Dispatcher(
-            batcher, self.metrics, devices, settings.threads, settings.start_timeout_s, settings.batch_timeout_s
-        )
+        self.dispatcher = Dispatcher(batcher, self.metrics, devices, settings)
         self.repository = Repository(settings.models, self.dispatcher.pool)
         self.metrics.read_off(self._gauges)
         self._watching: asyncio.Task[None] | None = None

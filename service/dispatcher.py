@@ -17,6 +17,7 @@ from service.batcher import Batch, Batcher, Entry, Slice
 from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, Overloaded, ServiceError, WorkerLost
 from service.metrics import Metrics
 from service.pool import Pool
+from service.settings import Settings
 from service.statistics import ModelStatistics
 from service.wire import Array, cut
 
@@ -112,23 +113,13 @@ class Dispatcher:
         batcher: Where jobs wait.
         metrics: Where it is written down.
         devices: One per worker.
-        threads: Threads that a CPU worker computes with.
-        start_timeout_s: Time for a worker to start.
-        batch_timeout_s: Time for a batch.
+        settings: The workers'.
     """
 
-    def __init__(
-        self,
-        batcher: Batcher,
-        metrics: Metrics,
-        devices: list[str],
-        threads: int,
-        start_timeout_s: float,
-        batch_timeout_s: float,
-    ) -> None:
+    def __init__(self, batcher: Batcher, metrics: Metrics, devices: list[str], settings: Settings) -> None:
         """Make the pool, which is not started yet."""
         self.batcher = batcher
-        self.pool = Pool(self, devices, threads, start_timeout_s, batch_timeout_s)
+        self.pool = Pool(self, devices, settings)
         self.given_up = asyncio.Event()
         self._metrics = metrics
         self._open: set[Job] = set()
@@ -184,10 +175,10 @@ class Dispatcher:
             self._note_queueing(batch)
             worker.run(batch, *_frame(batch))
 
-    def on_answer(self, batch: Batch, head: dict[str, Any], arrays: dict[str, Array]) -> None:
+    def on_answer(self, batch: Batch, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """Split a batch's answers among its jobs."""
         kind: Kind = batch.key
-        stretches = None if "error" in head else _stretches(batch, kind, head, arrays)
+        stretches = None if "error" in head else _stretches(batch, kind, head, fields)
         if stretches is None:
             self._try_again(batch, is_out_of_memory=head.get("error") in OUT_OF_MEMORY)
             return
@@ -253,25 +244,23 @@ class Dispatcher:
 
 
 def _stretches(
-    batch: Batch, kind: Kind, head: Mapping[str, Any], arrays: Mapping[str, Array]
+    batch: Batch, kind: Kind, head: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]] | None:
     """A worker's answers for each slice of a batch, or ``None`` if a quantity, a row or a byte of them is missing."""
-    answers = {name: arrays[name] for name in kind.quantities if name in arrays}
-    if len(answers) < len(kind.quantities):
-        return None
+    names, count = kind.quantities, len(batch.slices)
     if kind.form == "json":
-        lengths = head.get("lengths", {})
-        for name, text in answers.items():
-            if len(lengths.get(name, ())) != len(batch.slices) or sum(lengths[name]) != text.nbytes:
-                return None
-        pieces = {name: cut(text.data, lengths[name]) for name, text in answers.items()}
-    else:
-        rows, nbytes = batch.rows, sum(array.nbytes for array in answers.values())
-        fits = all(array.shape[:1] == (rows,) and array.dtype.name == kind.dtype for array in answers.values())
-        if not fits or nbytes != rows * kind.row_bytes:
+        lengths, text = head.get("lengths", ()), fields.get("text", b"")
+        if len(lengths) != count * len(names) or sum(lengths) != len(text):
             return None
-        pieces = {name: cut(array, batch.sizes) for name, array in answers.items()}
-    return [dict(zip(pieces, part, strict=True)) for part in zip(*pieces.values(), strict=True)]
+        pieces = cut(text, lengths)
+        return [dict(zip(names, pieces[i::count], strict=True)) for i in range(count)]
+    arrays = [fields[name] for name in names if name in fields]
+    rows, nbytes = batch.rows, sum(array.nbytes for array in arrays)
+    fits = all(array.shape[:1] == (rows,) and array.dtype.name == kind.dtype for array in arrays)
+    if not fits or len(arrays) < len(names) or nbytes != rows * kind.row_bytes:
+        return None
+    parts = [cut(array, batch.sizes) for array in arrays]
+    return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:
