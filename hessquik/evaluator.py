@@ -11,7 +11,7 @@ Float32 is float32: on a GPU, TensorFloat-32 is off whatever the process has cho
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -31,6 +31,8 @@ __all__ = ["Evaluator"]
 Given = Tensor | Sequence[int] | None
 
 
+#: Operations on one core after which a caller may do something else.
+OPERATIONS_BETWEEN = 2e7
 #: Plans that are kept; the oldest makes room for a new one, so that callers cannot fill the memory with them.
 MAX_PLANS = 256
 _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
@@ -111,6 +113,7 @@ class Evaluator:
         quantities: Sequence[str] = ("value",),
         weights: Tensor | None = None,
         directions: Tensor | None = None,
+        between: Callable[[], None] | None = None,
     ) -> Derivatives:
         """Compute the wanted quantities at the points.
 
@@ -119,6 +122,7 @@ class Evaluator:
             quantities: Names out of :data:`hessquik.calculus.QUANTITIES`.
             weights: λ (m,) or (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; every m axis becomes 1.
             directions: (k, d) or (n, k, d) for jvp, hvp and curvature.
+            between: Called now and then between two tiles, on a CPU every half a millisecond or so of computing.
 
         Returns:
             One named tensor per quantity, on the device of ``x``; the others ``None``.
@@ -129,7 +133,12 @@ class Evaluator:
         runner, arrays = self._prepare(x, quantities, weights, directions)
         results = self._results(quantities, runner, x.shape[0], x.device)
         arrays.update(results)
-        self._run(runner, arrays, x.shape[0])
+        n = x.shape[0]
+        rows = n if between is None or self.device.type != "cpu" else _rows_between(runner.plan, self._threads)
+        for start in range(0, n, max(rows, 1)):
+            if start > 0 and between is not None:
+                between()
+            self._run(runner, arrays, start, min(n, start + rows))
         return Derivatives(**results)
 
     def tiles(
@@ -205,13 +214,14 @@ class Evaluator:
                 self._runners[ask] = runner
         return runner
 
-    def _run(self, runner: Runner, arrays: dict[str, Tensor], n: int) -> None:
-        """Compute all rows, on several threads if there are tiles enough."""
+    def _run(self, runner: Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop``, on several threads if there are tiles enough."""
+        n = stop - start
         shares = min(self._threads, -(-n // runner.ladder[-1]))
         if self._pool is None or shares <= 1:
-            runner.run(arrays, 0, n)
+            runner.run(arrays, start, stop)
             return
-        cuts = [n * i // shares for i in range(shares + 1)]
+        cuts = [start + n * i // shares for i in range(shares + 1)]
         list(self._pool.map(lambda cut: runner.run(arrays, *cut), pairwise(cuts)))
 
     def _results(self, quantities: Sequence[str], runner: Runner, n: int, device: torch.device) -> dict[str, Tensor]:
@@ -238,3 +248,9 @@ class Evaluator:
             raise ShapeError(
                 f"expected directions of shape (k, {self.d}) or ({n}, k, {self.d}), got {tuple(directions.shape)}"
             )
+
+
+def _rows_between(plan: Plan, threads: int) -> int:
+    """Rows in whole tiles that take so many threads as long as the caller is to wait."""
+    tiles = threads * OPERATIONS_BETWEEN / (plan.operations * plan.rows)
+    return max(1, round(tiles)) * plan.rows

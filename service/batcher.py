@@ -72,6 +72,11 @@ class Batch:
         """Points."""
         return sum(self.sizes)
 
+    @property
+    def cost(self) -> float:
+        """Of all its points."""
+        return sum((stop - start) * entry.row_cost for entry, start, stop in self.slices)
+
 
 class Batcher:
     """The waiting entries.
@@ -145,15 +150,26 @@ class Batcher:
             if batch.slices:
                 return batch
         key = self._next_key()
+        return None if key is None else self._cut(key, self.batch_cost)
+
+    def take_small(self, most_cost: float) -> Batch | None:
+        """Cut the next batch at this cost; ``None`` if the entry that is next costs more, or failed before."""
+        key = None if self._again else self._next_key()
         if key is None:
             return None
+        _, entry = self._queues[key][0]
+        return self._cut(key, most_cost) if entry.rows * entry.row_cost <= most_cost else None
+
+    def _cut(self, key: Hashable, most_cost: float) -> Batch:
+        """Cut a batch from a queue whose first entry is open."""
         queue, cost, reply_bytes = self._queues[key], 0.0, 0
         slices: list[Slice] = []
-        while queue and (not slices or (cost < self.batch_cost and reply_bytes < self.batch_bytes)):
+        while queue and (not slices or (cost < most_cost and reply_bytes < self.batch_bytes)):
             _, entry = heappop(queue)
             if entry.is_closed:
                 continue
-            rows = self._fitting_rows(entry, cost, reply_bytes, is_first=not slices)
+            room = min((most_cost - cost) / entry.row_cost, (self.batch_bytes - reply_bytes) / entry.row_bytes)
+            rows = min(entry.rows - entry.taken, max(int(room), int(not slices)))
             if rows == 0:
                 self._push(entry)
                 break
@@ -166,12 +182,7 @@ class Batcher:
                 break
         if not queue:
             del self._queues[key]
-        return Batch(key, slices) if slices else self.take()
-
-    def _fitting_rows(self, entry: Entry, cost: float, reply_bytes: int, is_first: bool) -> int:
-        """How many of the entry's rows the batch still has room for; one at least in an empty batch."""
-        room = min((self.batch_cost - cost) / entry.row_cost, (self.batch_bytes - reply_bytes) / entry.row_bytes)
-        return min(entry.rows - entry.taken, max(int(room), int(is_first)))
+        return Batch(key, slices)
 
     def _charge(self, entry: Entry, rows: int) -> None:
         """Move the entry's start and the clock on by what it receives."""

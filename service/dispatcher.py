@@ -33,6 +33,8 @@ OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 CLOCK_S = 0.001
 #: Requests within one turn of the loop after which idle workers are given work at once, and not at the turn's end.
 EAGER_REQUESTS = 8
+#: Operations of a batch that a worker takes in between the tiles of another, and of one that has room for that.
+GUEST_COST, HOST_COST = 1e7, 4e7
 #: What a worker answered, per quantity: stretches of rows in their order.
 Answers = dict[str, list[Any]]
 #: What is done when a job has ended: with its answers, or with the error.
@@ -170,10 +172,19 @@ class Dispatcher:
         self.on_idle()
 
     def on_idle(self) -> None:
-        """Give idle workers what waits."""
-        while (worker := self.pool.idle_worker()) is not None and (batch := self.batcher.take()) is not None:
+        """Give idle workers what waits, and those that compute a large batch what is small."""
+        while True:
+            if (worker := self.pool.idle_worker()) is not None:
+                batch = self.batcher.take()
+            elif (worker := self.pool.host()) is not None:
+                batch = self.batcher.take_small(GUEST_COST)
+            else:
+                return
+            if batch is None:
+                return
             self._note_queueing(batch)
-            worker.run(batch, *_frame(batch))
+            # A batch that failed before may fail again, and nobody is to fail with it.
+            worker.run(batch, *_frame(batch), is_host=batch.failures == 0 and batch.cost > HOST_COST)
 
     def on_answer(self, batch: Batch, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """Split a batch's answers among its jobs."""

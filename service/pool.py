@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import count
 from typing import Any, Protocol
 
 from service import wire
@@ -67,7 +68,7 @@ class Worker:
         device: What it computes on.
 
     Attributes:
-        work: What it computes.
+        computing: What it computes, by number: a batch, and perhaps a small one between the tiles of a large one.
         arriving: What it has computed, while a large answer is on its way.
     """
 
@@ -76,13 +77,15 @@ class Worker:
         self.pool = pool
         self.device = device
         self.state = State.STARTING
-        self.work: Any = None
-        self.arriving: Any = None
+        self.computing: dict[int, Any] = {}
+        self.arriving: dict[int, Any] = {}
         self.since = pool.now()
         self.last_answer = float("-inf")
         self.memory_bytes = 0
         self.loading: list[int] = []
         self._greeted = False
+        self._numbers = count(1)
+        self._host = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._protocol: wire.FrameProtocol | None = None
 
@@ -107,10 +110,26 @@ class Worker:
         """The process's number."""
         return None if self._process is None else self._process.pid
 
-    def run(self, work: Any, head: Mapping[str, Any], fields: Mapping[str, wire.Field]) -> None:
-        """Send a batch to a ready worker, on behalf of ``work``."""
-        assert self.state is State.READY, f"expected a ready worker, got a {self.state} one"
-        self.state, self.work, self.since = State.BUSY, work, self.pool.now()
+    @property
+    def can_host(self) -> bool:
+        """Whether it computes a large batch, and nothing else."""
+        return self._host in self.computing and len(self.computing) == 1
+
+    def run(self, work: Any, head: dict[str, Any], fields: Mapping[str, wire.Field], is_host: bool = False) -> None:
+        """Send a batch, on behalf of ``work``, to a worker that is ready or can host it.
+
+        Args:
+            work: What the pool's owner is told of when it is done or lost.
+            head: What to do; gets a number.
+            fields: With what.
+            is_host: Whether small batches may be computed meanwhile.
+        """
+        assert self.state is State.READY or self.can_host, f"expected a ready worker, got a {self.state} one"
+        head["number"] = number = next(self._numbers)
+        if is_host:
+            self._host = number
+        self.computing[number] = work
+        self.state, self.since = State.BUSY, self.pool.now()
         self.write(head, fields)
 
     def write(self, head: Mapping[str, Any], fields: Mapping[str, wire.Field]) -> None:
@@ -159,11 +178,8 @@ class Worker:
             case "done":
                 self.memory_bytes = head.get("memory_bytes", self.memory_bytes)
                 self.last_answer = now
-                if self.arriving is not None:
-                    work, self.arriving = self.arriving, None
-                else:
-                    work, self.work = self.work, None
-                    self.state, self.since = State.READY, now
+                number = head.get("number", 0)
+                work = self.arriving.pop(number) if number in self.arriving else self._computed(number)
                 self.pool.on_done(self, work, head, fields)
             case _:
                 raise wire.WireError("expected an answer to what was asked")
@@ -173,10 +189,20 @@ class Worker:
 
     def _on_head(self, head: dict[str, Any]) -> None:
         """A large answer begins: while it arrives, the worker can compute the next batch."""
-        if head.get("op") == "done" and self.work is not None and self.arriving is None:
-            self.arriving, self.work = self.work, None
-            self.state, self.since = State.READY, self.pool.now()
+        if head.get("op") == "done":
+            number = head.get("number", 0)
+            self.arriving[number] = self._computed(number)
             self.pool.on_head()
+
+    def _computed(self, number: int) -> Any:
+        """It has done this, and takes more once it has done all."""
+        if number not in self.computing:
+            raise wire.WireError("expected an answer to what was asked")
+        work = self.computing.pop(number)
+        self.since = self.pool.now()
+        if not self.computing:
+            self.state = State.READY
+        return work
 
     def _on_lost(self) -> None:
         if self.state is not State.DEAD:
@@ -260,6 +286,10 @@ class Pool:
         ready = [worker for worker in self.workers if worker.state is State.READY]
         return min(ready, key=lambda worker: worker.since, default=None)
 
+    def host(self) -> Worker | None:
+        """A worker that can compute a small batch between the tiles of a large one."""
+        return next((worker for worker in self.workers if worker.can_host), None)
+
     def is_fresh(self) -> bool:
         """Whether a worker answered lately."""
         return self.now() - max((worker.last_answer for worker in self.workers), default=float("-inf")) <= FRESH_S
@@ -337,7 +367,7 @@ class Pool:
             if self._strikes[model] >= MAX_LOAD_STRIKES:
                 self._give_up(model, "expected a network that can be loaded, got one that ends its worker")
         self._spawn(self._replace(worker))
-        for work in (worker.arriving, worker.work):
+        for work in (*worker.arriving.values(), *worker.computing.values()):
             if work is not None:
                 self._owner.on_lost_work(work)
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:

@@ -22,7 +22,18 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Field", "Frame", "FrameProtocol", "FrameReader", "WireError", "cut", "encode", "receive", "send"]
+__all__ = [
+    "Array",
+    "Field",
+    "Frame",
+    "FrameProtocol",
+    "FrameReader",
+    "Receiver",
+    "WireError",
+    "cut",
+    "encode",
+    "send",
+]
 
 Array = NDArray[Any]
 Field = Array | bytes | memoryview
@@ -185,35 +196,52 @@ def send(sock: socket.socket, head: Mapping[str, Any], fields: Mapping[str, Fiel
         sock.sendall(piece)
 
 
-def receive(sock: socket.socket, spin_s: Callable[[], float] = lambda: 0.0) -> Iterator[Frame]:
-    """The frames that come over a blocking socket, until its end.
+class Receiver:
+    """Receives frames from a blocking socket.
 
-    To be woken takes longer than many a batch. So who waited for a frame no longer than ``spin_s()`` looks for the
-    next one for as long before it sleeps.
-
-    Raises:
-        WireError: what came is no frame.
+    Args:
+        sock: The socket.
     """
-    reader, waited_s = FrameReader(), math.inf
-    while True:
-        began, limit_s = time.perf_counter(), spin_s()
-        count = _look(sock, reader.space(), began + limit_s) if waited_s < limit_s else None
-        if count is None:
-            count = sock.recv_into(reader.space())
-        if not count:
-            return
-        waited_s = time.perf_counter() - began
-        yield from reader.received(count)
 
+    def __init__(self, sock: socket.socket) -> None:
+        """Wait for the first frame."""
+        self._sock = sock
+        self._reader = FrameReader()
+        self._waited_s = math.inf
 
-def _look(sock: socket.socket, space: memoryview, end: float) -> int | None:
-    """How much was received before the performance counter shows ``end``; others may run meanwhile."""
-    while time.perf_counter() < end:
+    def wait(self, spin_s: float = 0.0) -> list[Frame] | None:
+        """The frames that are next, if only in part: then there are none yet; ``None`` at the end.
+
+        To be woken takes longer than many a batch. So after a wait of at most ``spin_s``, the socket is looked at for
+        as long before sleeping.
+
+        Raises:
+            WireError: what came is no frame.
+        """
+        began, size = time.perf_counter(), None
+        while size is None and self._waited_s < spin_s and time.perf_counter() < began + spin_s:
+            size = self._receive(socket.MSG_DONTWAIT)
+            if size is None:
+                os.sched_yield()
+        if size is None:
+            size = self._receive()
+        self._waited_s = time.perf_counter() - began
+        return list(self._reader.received(size)) if size else None
+
+    def look(self) -> list[Frame]:
+        """The frames that are there.
+
+        Raises:
+            WireError: what came is no frame.
+        """
+        return list(self._reader.received(self._receive(socket.MSG_DONTWAIT) or 0))
+
+    def _receive(self, flags: int = 0) -> int | None:
+        """How many bytes came; ``None`` if there are none now."""
         try:
-            return sock.recv_into(space, 0, socket.MSG_DONTWAIT)
+            return self._sock.recv_into(self._reader.space(), 0, flags)
         except BlockingIOError:
-            os.sched_yield()
-    return None
+            return None
 
 
 class FrameProtocol(asyncio.BufferedProtocol):

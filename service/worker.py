@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 MAX_WARM_UP_BYTES = 64 << 20
 #: Room for an answer on its way to the front.
 SEND_BUFFER_BYTES = 2 << 20
+#: Numbers that are written as JSON in half a millisecond or so.
+NUMBERS_BETWEEN = 8192
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
 
@@ -99,6 +102,10 @@ class Worker:
         self.threads = threads
         self.spin_s = spin_s
         self._is_alone = False
+        self._is_between = False
+        self._sock: socket.socket | None = None
+        self._receiver: wire.Receiver | None = None
+        self._waiting: deque[wire.Frame] = deque()
         self.models: dict[int, Model] = {}
 
     def answer(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame | None:
@@ -120,10 +127,11 @@ class Worker:
                 return None
             case "evaluate":
                 self._is_alone = len(head["sizes"]) == 1
-                return _written(head, *self._evaluate(head, fields))
+                reply, answers = self._write(head, *self._evaluate(head, fields))
+                return {**reply, "number": head["number"]}, answers
             case "ping":
                 self._prove_alive()
-                return {"op": "done", "memory_bytes": self._memory_bytes()}, {}
+                return {"op": "done", "number": head["number"], "memory_bytes": self._memory_bytes()}, {}
             case other:
                 raise wire.WireError(f"expected load, unload, evaluate or ping, got {other!r}")
 
@@ -146,7 +154,9 @@ class Worker:
         evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
         given = {name: torch.from_numpy(array) for name, array in fields.items()}
         try:
-            found = evaluate(given["inputs"], head["quantities"], given.get("weights"), given.get("directions"))
+            found = evaluate(
+                given["inputs"], head["quantities"], given.get("weights"), given.get("directions"), self._between
+            )
             answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
         except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
             return {"op": "done", "error": type(error).__name__}, {}
@@ -157,26 +167,53 @@ class Worker:
         plan = evaluate.plan(head["quantities"], given.get("weights"), given.get("directions"))
         return {"op": "done", "row_cost": plan.operations}, answers
 
+    def _write(self, head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wire.Array]) -> wire.Frame:
+        """An answer in the form that is wanted."""
+        if "error" in reply or head["form"] != "json":
+            return reply, answers
+        if any(len(array) != sum(head["sizes"]) for array in answers.values()):
+            return {"op": "done", "error": "rows are missing"}, {}
+        texts = [
+            self._text(rows)
+            for array in answers.values()
+            for rows in wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"])
+        ]
+        return {**reply, "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
+
+    def _text(self, rows: wire.Array) -> bytes:
+        """The text of some rows, which takes as long as computing them, and longer."""
+        step = max(1, NUMBERS_BETWEEN * len(rows) // rows.size)
+        if len(rows) <= step:
+            return json_rows(rows)
+        texts = []
+        for start in range(0, len(rows), step):
+            self._between()
+            texts.append(json_rows(rows[start : start + step]))
+        return b",".join(texts)
+
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""
-        for frame in wire.receive(sock, lambda: self.spin_s if self._is_alone else 0.0):
-            reply = self.answer(*frame)
+        self._sock, self._receiver = sock, wire.Receiver(sock)
+        while (frames := self._receiver.wait(self.spin_s if self._is_alone else 0.0)) is not None:
+            self._waiting += frames
+            self._answer_waiting(sock)
+
+    def _answer_waiting(self, sock: socket.socket) -> None:
+        while self._waiting:
+            reply = self.answer(*self._waiting.popleft())
             if reply is not None:
                 wire.send(sock, *reply)
 
-
-def _written(head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wire.Array]) -> wire.Frame:
-    """An answer in the form that is wanted."""
-    if "error" in reply or head["form"] != "json":
-        return reply, answers
-    if any(len(array) != sum(head["sizes"]) for array in answers.values()):
-        return {"op": "done", "error": "rows are missing"}, {}
-    texts = [
-        text
-        for array in answers.values()
-        for text in map(json_rows, wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"]))
-    ]
-    return {**reply, "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
+    def _between(self) -> None:
+        """Answer, in the middle of a large batch, what came meanwhile: the front sends only what is small."""
+        if self._sock is None or self._receiver is None or self._is_between:
+            return
+        self._waiting += self._receiver.look()
+        self._is_between = True
+        try:
+            self._answer_waiting(self._sock)
+        finally:
+            self._is_between = False
 
 
 def main(arguments: list[str]) -> int:

@@ -236,3 +236,15 @@ def test_plans_of_many_kinds_do_not_fill_the_memory():
     assert len(evaluate._runners) == 256
     x = torch.randn(3, 2)
     assert torch.equal(evaluate(x, ("hessian",)).hessian, evaluate(x, ("hessian",)).hessian)
+
+
+@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_something_else_may_be_done_between_two_tiles(native, threads):
+    evaluate = Evaluator(NETWORKS["residual"](), threads=threads, native=native)
+    x, other, between = torch.randn(20_000, 4), torch.randn(3, 4), []
+    found = evaluate(x, ("value", "hessian"), between=lambda: between.append(evaluate(other, ("hessian",)).hessian))
+    assert between
+    assert torch.equal(found.hessian, evaluate(x, ("value", "hessian")).hessian)
+    alone = evaluate(other, ("hessian",)).hessian
+    assert all(torch.equal(hessian, alone) for hessian in between)

@@ -102,4 +102,4 @@ def test_lengths_are_checked_before_memory_is_taken(lengths: tuple[int, int]) ->
     with ours, theirs:
         theirs.sendall(struct.pack("<IQ", *lengths))
         with pytest.raises(wire.WireError, match="at most"):
-            next(wire.receive(ours))
+            wire.Receiver(ours).wait()

@@ -136,3 +136,34 @@ def test_counts_are_zero_when_all_is_done() -> None:
     for one in entries:
         batcher.close(one)
     assert (batcher.requests, batcher.rows, batcher.payload_bytes) == (0, 0, 0)
+
+
+def test_small_entries_are_taken_alone_and_larger_ones_are_left() -> None:
+    batcher, small, smaller, bulk = make(), entry(2), entry(1), entry(25)
+    batcher.put(small)
+    batcher.put(smaller)
+    assert cut(batcher.take_small(4.0)) == [(small, 0, 2), (smaller, 0, 1)]
+    assert batcher.take_small(4.0) is None
+    batcher.put(bulk)
+    assert batcher.take_small(4.0) is None
+    assert cut(batcher.take()) == [(bulk, 0, 10)]
+
+
+def test_what_failed_is_never_taken_as_something_small() -> None:
+    batcher, one = make(), entry(1)
+    batcher.put(one)
+    failed = batcher.take()
+    assert failed is not None
+    batcher.put_again(Batch(failed.key, failed.slices, 1))
+    batcher.put(entry(1))
+    assert batcher.take_small(4.0) is None
+    assert cut(batcher.take()) == [(one, 0, 1)]
+
+
+def test_what_a_batch_costs() -> None:
+    batcher = make()
+    batcher.put(entry(2, row_cost=1.5))
+    batcher.put(entry(1, row_cost=2.0))
+    batch = batcher.take()
+    assert batch is not None
+    assert batch.cost == 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from service import wire
 from service import worker as worker_module
 from service.pool import MAX_LOAD_STRIKES, LoadError, Pool, State, Worker
 from service.settings import Settings
 from tests.live import ROOT
+
+HEAD = {"op": "evaluate", "model": 1, "dtype": "float64", "quantities": ["hessian"]}
 
 
 class Owner:
@@ -101,15 +105,94 @@ def test_a_worker_is_well_only_when_it_can_compute(pool: Pool) -> None:
 def test_a_worker_computes_with_the_threads_it_is_given() -> None:
     """And gives the same bits with all of them."""
     file = (ROOT / "models" / "peaks.safetensors").read_bytes()
-    head = {"op": "evaluate", "model": 1, "dtype": "float64", "quantities": ["hessian"], "form": "arrays"}
     points = np.random.default_rng(0).uniform(-1, 1, (20_000, 2))
     found = []
     for threads in (1, 3):
         worker = worker_module.Worker(torch.device("cpu"), threads, spin_s=0.0)
         worker.answer({"op": "load", "model": 1}, {"file": file})
-        answer = worker.answer({**head, "sizes": [len(points)]}, {"inputs": points})
+        answer = worker.answer({**HEAD, "form": "arrays", "number": 1, "sizes": [len(points)]}, {"inputs": points})
         assert answer is not None
         found.append(answer[1]["hessian"])
         started = [thread for thread in threading.enumerate() if thread.name.startswith("evaluator")]
         assert bool(started) == (threads > 1)
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("form", ["arrays", "json"])
+def test_a_worker_answers_a_small_batch_between_the_tiles_of_a_large_one(form: str) -> None:
+    """And both have the bits that they have alone."""
+    points = np.random.default_rng(0).uniform(-1, 1, (30_000, 2))
+    load = ({"op": "load", "model": 1}, {"file": (ROOT / "models" / "peaks.safetensors").read_bytes()})
+    host = ({**HEAD, "form": form, "number": 1, "sizes": [20_000, 10_000]}, {"inputs": points})
+    guests = [
+        ({**HEAD, "form": form, "number": number, "sizes": [1]}, {"inputs": points[number : number + 1]})
+        for number in (2, 3)
+    ]
+    ours, theirs = socket.socketpair()
+    worker = worker_module.Worker(torch.device("cpu"), threads=1, spin_s=0.0)
+    serving = threading.Thread(target=worker.serve, args=(theirs,))
+    serving.start()
+    with ours, theirs:
+        for frame in (load, host, *guests):
+            wire.send(ours, *frame)
+        receiver, found = wire.Receiver(ours), []
+        while len(found) < 4:
+            found += receiver.wait() or ()
+        ours.shutdown(socket.SHUT_RDWR)
+        serving.join()
+    assert [head.get("number") for head, _ in found] == [None, 2, 3, 1]
+    alone = worker_module.Worker(torch.device("cpu"), threads=1, spin_s=0.0)
+    alone.answer(*load)
+    for (head, fields), asked in zip(found[1:], (*guests, host), strict=True):
+        expected = alone.answer(*asked)
+        assert expected is not None
+        assert head == expected[0]
+        assert {name: bytes(field) for name, field in fields.items()} == {
+            name: bytes(field) for name, field in expected[1].items()
+        }
+
+
+class Process:
+    """Takes what a worker is sent."""
+
+    class transport:
+        @staticmethod
+        def abort() -> None:
+            pass
+
+    def write(self, *_: Any) -> None:
+        pass
+
+
+def test_a_lost_worker_gives_back_all_that_it_computed(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    monkeypatch.setattr(Owner, "on_lost_work", lambda self, work: lost.append(work))
+
+    async def lose() -> None:
+        worker = Worker(pool, "cpu")
+        pool.workers = [worker]
+        worker._protocol = Process()  # type: ignore[assignment]
+        worker.state = State.READY
+        assert pool.host() is None
+        worker.run("host", {}, {}, is_host=True)
+        assert (pool.idle_worker(), pool.host()) == (None, worker)
+        worker.run("guest", {}, {})
+        assert (pool.idle_worker(), pool.host()) == (None, None)
+        worker._on_frame({"op": "done", "number": 2}, {})
+        assert (pool.idle_worker(), pool.host()) == (None, worker)
+        worker.run("other guest", {}, {})
+        worker._on_lost()
+        await asyncio.sleep(0)
+
+    asyncio.run(lose())
+    assert lost == ["host", "other guest"]
+
+
+def test_an_answer_to_nothing_ends_a_worker(pool: Pool) -> None:
+    worker = Worker(pool, "cpu")
+    worker._protocol = Process()  # type: ignore[assignment]
+    worker.state = State.READY
+    worker.run("work", {}, {})
+    for number in (2, None, "1"):
+        with pytest.raises(wire.WireError, match="answer to what was asked"):
+            worker._on_frame({"op": "done", "number": number}, {})
