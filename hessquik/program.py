@@ -38,7 +38,7 @@ class Buffer:
         size: Numbers per row; of a constant, in all.
         data: The numbers of a constant.
         is_zeroed: The padding behind its columns has to be zero, because sums run over it.
-        is_shared: An input that is the same for all rows.
+        is_shared: It is the same for all rows: an input, or what follows from such inputs and constants alone.
         offset: Where it begins in a row's share of the workspace.
     """
 
@@ -74,9 +74,14 @@ class View:
         return self.buffer.data.as_strided(self.shape[1:], self.strides[1:], self.column)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether it is the same for every row of a call."""
+        return self.buffer.data is not None or self.buffer.is_shared
+
+    @property
     def row_stride(self) -> int:
         """Step between rows."""
-        return 0 if self.buffer.data is not None or self.buffer.is_shared else self.buffer.size
+        return 0 if self.is_shared else self.buffer.size
 
     def columns(self, start: int, stop: int) -> View:
         """Columns ``start`` to ``stop``."""
@@ -134,7 +139,7 @@ class Program:
     """The steps, and what they cost.
 
     Attributes:
-        once: Steps whose results hold for all tiles.
+        once: Steps whose results hold for all tiles of a call.
         steps: Steps of a tile.
         workspace: Numbers per row that the steps use between them.
         zeroed: How many of them, from the first, have to be zero at the start.
@@ -186,11 +191,12 @@ class Writer:
     steps: list[Step] = field(default_factory=list)
     once: list[Step] = field(default_factory=list)
 
-    def new(self, inner: int, columns: int, is_zeroed: bool = False) -> View:
+    def new(self, inner: int, columns: int, is_zeroed: bool = False, is_shared: bool = False) -> View:
         """A workspace array (1, inner, columns), its columns padded to whole vectors."""
         lanes = VECTOR_BYTES // self.dtype.itemsize
         pitch = -(-columns // lanes) * lanes
-        return View(Buffer("workspace", inner * pitch, is_zeroed=is_zeroed), (1, inner, columns), (0, pitch, 1))
+        buffer = Buffer("workspace", inner * pitch, is_zeroed=is_zeroed, is_shared=is_shared)
+        return View(buffer, (1, inner, columns), (0, pitch, 1))
 
     def constant(self, matrix: Tensor) -> View:
         """The numbers (inner, columns) of a matrix, the same for all rows."""
@@ -206,8 +212,9 @@ class Writer:
     def emit(self, operation: Operation, out: View, *inputs: View | None, alpha: float = 1.0, work: int) -> View:
         """Add a step and return what it writes."""
         step = Step(operation, out, inputs, alpha, operations=work)
-        holds = out.buffer.is_zeroed and all(view is None or view.constant is not None for view in inputs)
-        (self.once if holds else self.steps).append(step)
+        # Nothing else is put where these results are, so they hold for the tiles to come.
+        stays = out.buffer.is_shared or out.buffer.is_zeroed
+        (self.once if stays and _is_shared(*inputs) else self.steps).append(step)
         return out
 
     def multiply(
@@ -226,8 +233,8 @@ class Writer:
             b = b.to(self.dtype)
             b = View(Buffer("constant", b.numel(), b), (1, b.shape[0], b.shape[1]), (0, b.stride(0), b.stride(1)))
         depth, columns = b.shape[1:]
-        out = self.new(a.shape[1], columns) if out is None else out
         shift = None if bias is None else self.constant(bias.unsqueeze(0))
+        out = self.new(a.shape[1], columns, is_shared=_is_shared(a, b, add)) if out is None else out
         return self.emit("multiply", out, a, b, shift, add, work=2 * a.shape[1] * depth * columns)
 
     def scale(
@@ -242,7 +249,7 @@ class Writer:
         if out is None and a.constant is not None and by is None and (add is None or add.constant is not None):
             scaled = alpha * a.constant
             return self.constant(scaled if add is None or add.constant is None else scaled + add.constant)
-        out = self.new(a.shape[1], a.shape[2]) if out is None else out
+        out = self.new(a.shape[1], a.shape[2], is_shared=_is_shared(a, by, add)) if out is None else out
         return self.emit("scale", out, a, by, add, alpha=alpha, work=2 * a.shape[0] * a.shape[1] * a.shape[2])
 
     def activate(self, activation: hessQuikActivationFunction, z: View, order: int) -> tuple[View, View, View]:
@@ -275,12 +282,17 @@ class Writer:
             if buffer.is_zeroed:
                 buffer.offset, size = size, size + buffer.size
         zeroed = size
+        for buffer in buffers.values():
+            if buffer.base == "workspace" and buffer.is_shared:
+                buffer.offset, size = size, size + buffer.size
         free: dict[int, list[int]] = {}
         placed: set[int] = set()
         for place, step in enumerate(self.steps):
             here = {id(view.buffer): view.buffer for view in step.views()}
             here = {
-                key: buffer for key, buffer in here.items() if buffer.base == "workspace" and not buffer.is_zeroed
+                key: buffer
+                for key, buffer in here.items()
+                if buffer.base == "workspace" and not buffer.is_zeroed and not buffer.is_shared
             }
             for key, buffer in here.items():
                 if key not in placed:
@@ -295,3 +307,8 @@ class Writer:
                     free[buffer.size].append(buffer.offset)
         widest = max((step.inputs[0].shape[2] for step in self.steps if step.inputs[0] is not None), default=0)
         return Program(tuple(self.once), tuple(self.steps), size, zeroed, 4 * (widest + VECTOR_BYTES))
+
+
+def _is_shared(*views: View | None) -> bool:
+    """Whether all of them are the same for every row of a call."""
+    return all(view is None or view.is_shared for view in views)

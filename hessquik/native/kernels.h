@@ -392,7 +392,8 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
 
 static void NAME(run)(const Call *call) {
     __builtin_memset(call->bases[WORKSPACE], 0, call->zeroed * sizeof(REAL));
-    for (I i = 0; i < call->onces; i++) NAME(step)(call, &call->once[i], call->first, call->tile_rows);
+    for (I i = 0; i < call->onces; i++) /* one row where all rows share the result */
+        NAME(step)(call, &call->once[i], call->first, call->once[i].operand[0].row ? call->tile_rows : 1);
     for (I first = call->first; first < call->stop; first += call->tile_rows) {
         const I left = call->stop - first, rows = left < call->tile_rows ? left : call->tile_rows;
         for (I i = 0; i < call->steps; i++) NAME(step)(call, &call->step[i], first, rows);
