@@ -121,7 +121,7 @@ class Machine:
         a, b, *more = (None if view is None else self._tensor(view, rows) for view in step.inputs)
         assert a is not None
         if step.operation == "scale":
-            return self._scale(out, a, b, more[0], step.alpha)
+            return self._scale(out, a, b, *more, step.alpha)
         assert b is not None
         return partial(_REDUCTIONS[step.operation], out, a, b)
 
@@ -178,8 +178,13 @@ class Machine:
         return self._tensor(view, self.rows, view.buffer.size if is_all else None)
 
     @staticmethod
-    def _scale(c: Tensor, a: Tensor, by: Tensor | None, add: Tensor | None, alpha: float) -> Callable[[], object]:
-        """C = α A ⊙ S + D."""
+    def _scale(
+        c: Tensor, a: Tensor, by: Tensor | None, add: Tensor | None, add_by: Tensor | None, alpha: float
+    ) -> Callable[[], object]:
+        """C = α A ⊙ S + D ⊙ T."""
+        if add is not None and add_by is not None:
+            assert by is not None
+            return lambda: torch.mul(a, by, out=c).mul_(alpha).addcmul_(add, add_by)
         if by is None:
             if add is not None:
                 return partial(torch.add, add, a, alpha=alpha, out=c)

@@ -321,12 +321,16 @@ class _Formulas:
             squares = w.scale(J, J, out=w.new(k, J.shape[2], is_zeroed=True))
             w.contract(squares, c, w.external("curvature", k, m))
         if "hvp" in self.wanted:
+            hvp = w.external("hvp", k, d, m)
+            nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
+            if m == 1:  # all directions at once
+                gx = self.pull(layers, nothing, extra=(J, c))
+                w.scale(gx, out=View(hvp.buffer, (1, k, d), (0, d, 1)))
+                return
             extra = w.new(k * m, J.shape[2])
             for i in range(k):
                 w.scale(c, J.inner(i, i + 1), out=extra.inner(i * m, (i + 1) * m))
-            nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
-            gx = self.pull(layers, nothing, extra=extra)
-            hvp = w.external("hvp", k, d, m)
+            gx = self.pull(layers, nothing, extra=(extra, None))
             for i in range(k):
                 w.scale(gx.inner(i * m, (i + 1) * m), out=hvp.outer(i).swap())
 
@@ -557,8 +561,21 @@ class _Formulas:
             place += len(run)
         return out
 
-    def pull(self, layers: list[_Layer], adjoints: Parts, c: View | None = None, extra: View | None = None) -> View:
-        """Write the adjoint of x; on the way c = gs ⊙ σ'' into its columns, or let ``extra`` enter at every z."""
+    def pull(
+        self,
+        layers: list[_Layer],
+        adjoints: Parts,
+        c: View | None = None,
+        extra: tuple[View, View | None] | None = None,
+    ) -> View:
+        """Write the adjoint of x; on the way c = gs ⊙ σ'' into its columns, or let more enter at every z.
+
+        Args:
+            layers: All layers, linearised.
+            adjoints: Of the features that the last one gives.
+            c: Where gs ⊙ σ'' goes.
+            extra: Two arrays over all hidden units whose product enters, or one of them alone.
+        """
         w = self.writer
         had = layers[-1].widths
         for layer in reversed(layers):
@@ -572,11 +589,13 @@ class _Formulas:
             else:
                 # A multiple of the identity goes with the scaling.
                 gs, alpha = (gy, form.out) if isinstance(form.out, float) else (self.sum(self.term(gy, _transposed(form.out))), 1.0)
-                gz = None if extra is None else extra.columns(*columns)
-                if gs is not None:
+                more, by = (None if array is None else array.columns(*columns) for array in extra or (None, None))
+                if gs is None:
+                    gz = more if more is None or by is None else w.scale(more, by)
+                else:
                     if c is not None:
                         w.scale(gs, layer.curvature, alpha, out=c.columns(*columns))
-                    gz = w.scale(gs, layer.slope, alpha, add=gz)
+                    gz = w.scale(gs, layer.slope, alpha, add=more, add_by=by)
             into = [self.term(gz, _transposed(linear)) for linear in form.into]
             skip = [self.term(gy, _transposed(linear)) for linear in form.skip]
             carried = adjoints[-1] if form.carries else None
@@ -587,10 +606,10 @@ class _Formulas:
         (gx,) = self.cut(adjoints, had, (self.d,))
         return self.zeros(self.rows_of(layers, extra), self.d) if gx is None else gx
 
-    def rows_of(self, layers: list[_Layer], extra: View | None) -> int:
+    def rows_of(self, layers: list[_Layer], extra: tuple[View, View | None] | None) -> int:
         """How many adjoints are pulled."""
         if extra is not None:
-            return extra.shape[1]
+            return extra[0].shape[1]
         return layers[-1].widths[0] if self.ask.weights is None else 1
 
     def zeros(self, inner: int, columns: int) -> View:

@@ -128,7 +128,8 @@ INLINE void NAME(jet)(I kind, REAL beta, REAL threshold, V x, V *value, V *slope
 /* ---- Steps ---- */
 
 /* A product of whole matrices, C[i, j] = sum over k of A[i, k] B[k, j] (+ bias[j]) (+ D[i, j]); B is packed in
- * panels of NV vectors of columns (b_panel apart) or lies row by row. */
+ * panels of NV vectors of columns (b_panel apart) or lies row by row. A scaling may follow while C is in registers:
+ * E = alpha C (* S) (+ D (* T)), each with rows of its own: a step of `point` after every `inner` rows of C. */
 typedef struct {
     I rows, columns, depth;
     const REAL *A;
@@ -137,9 +138,29 @@ typedef struct {
     I b_panel, b_depth;
     const REAL *bias, *D;
     I d_row;
-    REAL *C;
+    REAL *C; /* null if only the scaling reads it */
     I c_row, c_column;
+    REAL alpha;
+    I inner;
+    struct {
+        REAL *at;
+        I point, inner;
+    } then[4]; /* E, S, D, T */
 } NAME(Product);
+
+/* Where row i of E, S, D or T begins, or null if there is none. */
+INLINE REAL *NAME(row_of)(const NAME(Product) *p, I which, I i) {
+    const I point = (uint32_t)i / (uint32_t)p->inner;
+    REAL *at = p->then[which].at;
+    return at ? at + point * p->then[which].point + (i - point * p->inner) * p->then[which].inner : 0;
+}
+
+/* Where an operand begins for a row of the tile, or null if the step has none. */
+INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
+    if (o->base < 0) return 0;
+    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
+    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
+}
 
 /* Write the sums of mr rows from i and nv vectors from j where columns are missing or lie apart. */
 static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I mr, I nv, I i0, I j0, const V *sum) {
@@ -150,9 +171,16 @@ static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I
             if (p->bias) s += NAME(load_some)(p->bias + j, count);
             if (p->D) s += NAME(load_some)(p->D + i * p->d_row + j, count);
             REAL *c = p->C + i * p->c_row + j * p->c_column;
-            if (p->c_column == 1) NAME(store_some)(c, s, count);
-            else
+            if (p->C && p->c_column == 1) NAME(store_some)(c, s, count);
+            else if (p->C)
                 for (I l = 0; l < VL && l < count; l++) c[l * p->c_column] = s[l];
+            if (!p->then[0].at) continue;
+            s *= p->alpha;
+            const REAL *S = NAME(row_of)(p, 1, i), *D = NAME(row_of)(p, 2, i), *T = NAME(row_of)(p, 3, i);
+            if (S) s *= NAME(load_some)(S + j, count);
+            if (T) s += NAME(load_some)(D + j, count) * NAME(load_some)(T + j, count);
+            else if (D) s += NAME(load_some)(D + j, count);
+            NAME(store_some)(NAME(row_of)(p, 0, i) + j, s, count);
         }
 }
 
@@ -183,8 +211,34 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Product) *p, I i0
     if (p->D)
         UNROLL for (int i = 0; i < mr; i++)
             UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += NAME(load)(p->D + (i0 + i) * p->d_row + j0 + v * VL);
-    UNROLL for (int i = 0; i < mr; i++)
-        UNROLL for (int v = 0; v < nv; v++) NAME(store)(p->C + (i0 + i) * p->c_row + j0 + v * VL, sum[i * nv + v]);
+    if (p->C)
+        UNROLL for (int i = 0; i < mr; i++)
+            UNROLL for (int v = 0; v < nv; v++) NAME(store)(p->C + (i0 + i) * p->c_row + j0 + v * VL, sum[i * nv + v]);
+    if (p->then[0].at) {
+        const I inner = p->inner;
+        I place = (uint32_t)i0 % (uint32_t)inner, step[4], next[4];
+        REAL *E = NAME(row_of)(p, 0, i0) + j0;
+        const REAL *S = NAME(row_of)(p, 1, i0), *D = NAME(row_of)(p, 2, i0), *T = NAME(row_of)(p, 3, i0);
+        for (int o = 0; o < 4; o++) {
+            step[o] = p->then[o].inner;
+            next[o] = p->then[o].point - (inner - 1) * step[o];
+        }
+        UNROLL for (int i = 0; i < mr; i++) {
+            UNROLL for (int v = 0; v < nv; v++) {
+                V c = p->alpha * sum[i * nv + v];
+                if (S) c *= NAME(load)(S + j0 + v * VL);
+                if (T) c += NAME(load)(D + j0 + v * VL) * NAME(load)(T + j0 + v * VL);
+                else if (D) c += NAME(load)(D + j0 + v * VL);
+                NAME(store)(E + v * VL, c);
+            }
+            const int is_last = ++place == inner;
+            place = is_last ? 0 : place;
+            E += is_last ? next[0] : step[0];
+            if (S) S += is_last ? next[1] : step[1];
+            if (D) D += is_last ? next[2] : step[2];
+            if (T) T += is_last ? next[3] : step[3];
+        }
+    }
 }
 
 /* Each size of block is a function of its own, small enough for the compiler to keep its sums in registers. */
@@ -293,8 +347,10 @@ static void NAME(contract)(const Step *s, const REAL *A, const REAL *B, REAL *C)
         }
 }
 
-/* C = alpha A (* S) (+ D) over the outer and inner axes and the columns. */
-static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL *D, REAL *C) {
+/* C = alpha A (* S) (+ D (* T)) over the outer and inner axes and the columns. */
+static void NAME(scale)(
+    const Step *s, const REAL *A, const REAL *S, const REAL *D, const REAL *T, REAL *C
+) {
     const Operand *o = s->operand;
     const REAL alpha = (REAL)s->alpha;
     const int is_dense = o[0].column_step == 1 && o[1].column_step == 1;
@@ -303,6 +359,7 @@ static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL 
             const REAL *a = A + i * o[1].outer + j * o[1].inner;
             const REAL *t = S ? S + i * o[2].outer + j * o[2].inner : 0;
             const REAL *d = D ? D + i * o[3].outer + j * o[3].inner : 0;
+            const REAL *e = T ? T + i * o[4].outer + j * o[4].inner : 0;
             REAL *c = C + i * o[0].outer + j * o[0].inner;
             if (!is_dense) {
                 for (I w = 0; w < s->width; w++) c[w * o[0].column_step] = alpha * a[w * o[1].column_step];
@@ -312,7 +369,8 @@ static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL 
                 const I count = s->width - w;
                 V v = alpha * NAME(load_some)(a + w, count);
                 if (t) v *= NAME(load_some)(t + w, count);
-                if (d) v += NAME(load_some)(d + w, count);
+                if (e) v += NAME(load_some)(d + w, count) * NAME(load_some)(e + w, count);
+                else if (d) v += NAME(load_some)(d + w, count);
                 NAME(store_some)(c + w, v, count);
             }
         }
@@ -331,16 +389,28 @@ static void NAME(sum_products)(const Step *s, const REAL *A, const REAL *B, REAL
     }
 }
 
-static void NAME(activate)(const Step *s, const REAL *z, REAL *value, REAL *slope, REAL *curvature) {
+/* Value, slope and curvature; and the scaling of the value, if one follows. */
+static void NAME(activate)(
+    const Call *call, const Step *s, const REAL *z, REAL *value, REAL *slope, REAL *curvature, I first, I row
+) {
     V v, d, e;
+    const Operand *o = s->is_followed ? s[1].operand : 0;
+    const REAL alpha = o ? (REAL)s[1].alpha : 0;
+    REAL *E = o ? NAME(at)(call, &o[0], first, row) : 0;
+    const REAL *S = o ? NAME(at)(call, &o[2], first, row) : 0, *D = o ? NAME(at)(call, &o[3], first, row) : 0;
 #define ACTIVATION(kind) \
     case kind: \
         for (I w = 0; w < s->width; w += VL) { \
             const I count = s->width - w; \
             NAME(jet)(kind, (REAL)s->alpha, (REAL)s->beta, NAME(load_some)(z + w, count), &v, &d, &e); \
-            NAME(store_some)(value + w, v, count); \
+            if (value) NAME(store_some)(value + w, v, count); \
             if (slope) NAME(store_some)(slope + w, d, count); \
             if (curvature) NAME(store_some)(curvature + w, e, count); \
+            if (!E) continue; \
+            v *= alpha; \
+            if (S) v *= NAME(load_some)(S + w, count); \
+            if (D) v += NAME(load_some)(D + w, count); \
+            NAME(store_some)(E + w, v, count); \
         } \
         break;
     switch (s->kind) {
@@ -353,13 +423,6 @@ static void NAME(activate)(const Step *s, const REAL *z, REAL *value, REAL *slop
 #undef ACTIVATION
 }
 
-/* Where an operand begins for a row of the tile, or null if the step has none. */
-INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
-    if (o->base < 0) return 0;
-    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
-    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
-}
-
 static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
     const Operand *o = s->operand;
     if (s->op == MULTIPLY) {
@@ -367,22 +430,30 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
         const int is_even = o[1].row == s->inner * o[1].inner && o[0].row == s->inner * o[0].inner &&
                             o[2].row == 0 && (o[4].base < 0 || o[4].row == s->inner * o[4].inner);
         const I count = is_even ? 1 : rows, height = is_even ? rows * s->inner : s->inner;
-        for (I row = 0; row < count; row++)
-            NAME(product)(&(NAME(Product)){
+        const Step *then = s->is_followed ? s + 1 : 0;
+        for (I row = 0; row < count; row++) {
+            NAME(Product) p = {
                 height, s->width, s->depth,
                 NAME(at)(call, &o[1], first, row), o[1].inner, o[1].column_step,
                 NAME(at)(call, &o[2], first, row), o[2].outer, o[2].inner,
                 NAME(at)(call, &o[3], first, row), NAME(at)(call, &o[4], first, row), o[4].inner,
                 NAME(at)(call, &o[0], first, row), o[0].inner, o[0].column_step,
-            });
+                then ? (REAL)then->alpha : 0, s->inner, {{0}},
+            };
+            for (int i = 0; then && i < 4; i++) {
+                const Operand *q = &then->operand[i ? i + 1 : 0];
+                p.then[i].at = NAME(at)(call, q, first, row), p.then[i].point = q->row, p.then[i].inner = q->inner;
+            }
+            NAME(product)(&p);
+        }
         return;
     }
     for (I row = 0; row < rows; row++) {
         REAL *p[5];
         for (int i = 0; i < 5; i++) p[i] = NAME(at)(call, &o[i], first, row);
         switch (s->op) {
-        case ACTIVATE: NAME(activate)(s, p[0], p[1], p[2], p[3]); break;
-        case SCALE: NAME(scale)(s, p[1], p[2], p[3], p[0]); break;
+        case ACTIVATE: NAME(activate)(call, s, p[0], p[1], p[2], p[3], first, row); break;
+        case SCALE: NAME(scale)(s, p[1], p[2], p[3], p[4], p[0]); break;
         case SUM_PRODUCTS: NAME(sum_products)(s, p[1], p[2], p[0]); break;
         case CONTRACT: NAME(contract)(s, p[1], p[2], p[0]); break;
         case CONGRUENCE: NAME(congruence)(s, p[1], p[2], p[0], (REAL *)call->scratch); break;
@@ -396,7 +467,8 @@ static void NAME(run)(const Call *call) {
         NAME(step)(call, &call->once[i], call->first, call->once[i].operand[0].row ? call->tile_rows : 1);
     for (I first = call->first; first < call->stop; first += call->tile_rows) {
         const I left = call->stop - first, rows = left < call->tile_rows ? left : call->tile_rows;
-        for (I i = 0; i < call->steps; i++) NAME(step)(call, &call->step[i], first, rows);
+        for (I i = 0; i < call->steps; i += 1 + call->step[i].is_followed)
+            NAME(step)(call, &call->step[i], first, rows);
     }
 }
 

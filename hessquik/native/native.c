@@ -26,6 +26,7 @@ typedef struct {
 
 typedef struct {
     I op, kind, outer, inner, width, depth;
+    I is_followed; /* the next step scales this one's results, and is carried out with it */
     double alpha, beta;
     Operand operand[5];
 } Step;
@@ -112,7 +113,7 @@ typedef struct {
 #include "kernels.h"
 
 /* What steps and calls mean; __init__.py has the same number, and both change with every change of meaning. */
-I hessquik_revision(void) { return 2; }
+I hessquik_revision(void) { return 3; }
 
 /* Bytes of this machine's vectors; level, if not 0, asks for narrower ones (tests do). */
 I hessquik_vector_bytes(void) {
