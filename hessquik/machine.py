@@ -118,10 +118,12 @@ class Machine:
         if step.operation == "activate":
             return self._activate(step)
         out = self._tensor(step.out, rows)
-        a, b, *more = (None if view is None else self._tensor(view, rows) for view in step.inputs)
+        a, b, add, add_by = (
+            None if view is None else self._tensor(view, rows) for view in (*step.inputs, None, None)[:4]
+        )
         assert a is not None
         if step.operation == "scale":
-            return self._scale(out, a, b, *more, step.alpha)
+            return self._scale(out, a, b, add, add_by, step.alpha)
         assert b is not None
         return partial(_REDUCTIONS[step.operation], out, a, b)
 
@@ -184,7 +186,7 @@ class Machine:
         """C = α A ⊙ S + D ⊙ T."""
         if add is not None and add_by is not None:
             assert by is not None
-            return lambda: torch.mul(a, by, out=c).mul_(alpha).addcmul_(add, add_by)
+            return lambda: torch.addcmul(add * add_by, a, by, value=alpha, out=c)
         if by is None:
             if add is not None:
                 return partial(torch.add, add, a, alpha=alpha, out=c)

@@ -392,12 +392,11 @@ class _Formulas:
         w, k = self.writer, self.ask.k
         for name, found in (("jvp", bends.du[0]), ("curvature", bends.d2u[0])):
             if name in self.wanted:
-                out = w.external(name, k, m)
-                found = found or self.zeros(k, self.m)
+                out, along = w.external(name, k, m), found or self.zeros(k, self.m)
                 if weights is None:
-                    w.scale(found, out=out)
+                    w.scale(along, out=out)
                 else:
-                    w.contract(w.scale(found, out=w.new(k, self.m, is_zeroed=True)), weights, out)
+                    w.contract(w.scale(along, out=w.new(k, self.m, is_zeroed=True)), weights, out)
 
     def contract_jvp(self, gx: View, m: int) -> None:
         """Jv from the gradient."""
@@ -534,7 +533,7 @@ class _Formulas:
         ds = dz if layer.slope is None or dz is None else partial(w.scale, dz, layer.slope)
         dy = self.sum([*self.terms(du, form.skip), *self.term(ds, form.out)])
         d2z = self.sum(self.terms(d2u, form.into)) if needed else None
-        d2s = [d2z]
+        d2s: list[Any] = [d2z]
         if needed and dz is not None and layer.slope is not None:
             products = w.sum_products(dz, dz) if bends.sums else self.products(dz, bends.pairs)
             straight = None if d2z is None else partial(w.scale, d2z, layer.slope)
@@ -584,11 +583,12 @@ class _Formulas:
             had = form.widths
             gy = adjoints[0]
             columns = (layer.place.start, layer.place.stop)
+            # A multiple of the identity goes with the scaling by the slope.
+            alpha = form.out if layer.slope is not None and isinstance(form.out, float) else 1.0
+            gs = gy if alpha != 1.0 else self.sum(self.term(gy, _transposed(form.out)))
             if layer.slope is None:
-                gz = self.sum(self.term(gy, _transposed(form.out)))
+                gz = gs
             else:
-                # A multiple of the identity goes with the scaling.
-                gs, alpha = (gy, form.out) if isinstance(form.out, float) else (self.sum(self.term(gy, _transposed(form.out))), 1.0)
                 more, by = (None if array is None else array.columns(*columns) for array in extra or (None, None))
                 if gs is None:
                     gz = more if more is None or by is None else w.scale(more, by)

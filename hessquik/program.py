@@ -144,7 +144,7 @@ class Step:
     def __str__(self) -> str:
         """The operation with its shapes."""
         names = ", ".join(f"{view.buffer.base}{list(view.shape)}" for view in self.views())
-        return f"{self.operation}({names})"
+        return f"{'  then ' if self.follows else ''}{self.operation}({names})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +260,11 @@ class Writer:
         add_by: View | None = None,
     ) -> View:
         """Α A ⊙ S + D ⊙ T."""
-        if out is None and a.constant is not None and by is None and (add is None or add.constant is not None):
+        is_alone = by is None and add_by is None
+        if out is None and a.constant is not None and is_alone and (add is None or add.constant is not None):
             scaled = alpha * a.constant
             return self.constant(scaled if add is None or add.constant is None else scaled + add.constant)
-        out = self.new(a.shape[1], a.shape[2], is_shared=_is_shared(a, by, add)) if out is None else out
+        out = self.new(a.shape[1], a.shape[2], is_shared=_is_shared(a, by, add, add_by)) if out is None else out
         work = 2 * a.shape[0] * a.shape[1] * a.shape[2]
         return self.emit("scale", out, a, by, add, add_by, alpha=alpha, work=work)
 
@@ -339,7 +340,9 @@ class Writer:
             replace(
                 step,
                 follows=step is not group[0],
-                is_read=step is group[-1] or step.out.buffer.is_zeroed or last.get(id(step.out.buffer)) != place,
+                is_read=step.out.buffer.base != "workspace"
+                or step.out.buffer.is_zeroed
+                or last[id(step.out.buffer)] != place,
             )
             for place, group in enumerate(groups)
             for step in group

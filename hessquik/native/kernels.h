@@ -37,6 +37,31 @@ INLINE void NAME(store_some)(REAL *p, V v, I count) {
     else __builtin_memcpy(p, &v, count * sizeof(REAL));
 }
 
+/* C = alpha a (* S) (+ D (* T)) for the columns of one vector. */
+INLINE void NAME(scale_some)(REAL alpha, V a, const REAL *S, const REAL *D, const REAL *T, REAL *C, I count) {
+    a *= alpha;
+    if (S) a *= NAME(load_some)(S, count);
+    ROUND(a);
+    if (D) {
+        V d = NAME(load_some)(D, count);
+        if (T) {
+            d *= NAME(load_some)(T, count);
+            ROUND(d);
+        }
+        a += d;
+    }
+    NAME(store_some)(C, a, count);
+}
+
+INLINE const REAL *NAME(moved)(const REAL *p, I by) { return p ? p + by : 0; }
+
+/* Where an operand begins for a row of the tile, or null if the step has none. */
+INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
+    if (o->base < 0) return 0;
+    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
+    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
+}
+
 /* ---- Pointwise functions. For y <= 0, with y = k ln 2 + r: exp y = 2^k exp r, and exp r - 1 by its series. ---- */
 
 INLINE void NAME(exponential)(V y, V *exp, V *expm1) {
@@ -148,18 +173,11 @@ typedef struct {
     } then[4]; /* E, S, D, T */
 } NAME(Product);
 
-/* Where row i of E, S, D or T begins, or null if there is none. */
-INLINE REAL *NAME(row_of)(const NAME(Product) *p, I which, I i) {
-    const I point = (uint32_t)i / (uint32_t)p->inner;
+/* Where column j of row i of E, S, D or T is, or null if there is none. */
+INLINE REAL *NAME(row_of)(const NAME(Product) *p, I which, I i, I j) {
+    const I point = (uint32_t)i / (uint32_t)p->inner; /* of 32 bits, which divide several times faster */
     REAL *at = p->then[which].at;
-    return at ? at + point * p->then[which].point + (i - point * p->inner) * p->then[which].inner : 0;
-}
-
-/* Where an operand begins for a row of the tile, or null if the step has none. */
-INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
-    if (o->base < 0) return 0;
-    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
-    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
+    return at ? at + point * p->then[which].point + (i - point * p->inner) * p->then[which].inner + j : 0;
 }
 
 /* Write the sums of mr rows from i and nv vectors from j where columns are missing or lie apart. */
@@ -174,13 +192,9 @@ static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I
             if (p->C && p->c_column == 1) NAME(store_some)(c, s, count);
             else if (p->C)
                 for (I l = 0; l < VL && l < count; l++) c[l * p->c_column] = s[l];
-            if (!p->then[0].at) continue;
-            s *= p->alpha;
-            const REAL *S = NAME(row_of)(p, 1, i), *D = NAME(row_of)(p, 2, i), *T = NAME(row_of)(p, 3, i);
-            if (S) s *= NAME(load_some)(S + j, count);
-            if (T) s += NAME(load_some)(D + j, count) * NAME(load_some)(T + j, count);
-            else if (D) s += NAME(load_some)(D + j, count);
-            NAME(store_some)(NAME(row_of)(p, 0, i) + j, s, count);
+            if (p->then[0].at)
+                NAME(scale_some)(p->alpha, s, NAME(row_of)(p, 1, i, j), NAME(row_of)(p, 2, i, j),
+                                 NAME(row_of)(p, 3, i, j), NAME(row_of)(p, 0, i, j), count);
         }
 }
 
@@ -217,8 +231,8 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Product) *p, I i0
     if (p->then[0].at) {
         const I inner = p->inner;
         I place = (uint32_t)i0 % (uint32_t)inner, step[4], next[4];
-        REAL *E = NAME(row_of)(p, 0, i0) + j0;
-        const REAL *S = NAME(row_of)(p, 1, i0), *D = NAME(row_of)(p, 2, i0), *T = NAME(row_of)(p, 3, i0);
+        REAL *E = NAME(row_of)(p, 0, i0, j0);
+        const REAL *S = NAME(row_of)(p, 1, i0, j0), *D = NAME(row_of)(p, 2, i0, j0), *T = NAME(row_of)(p, 3, i0, j0);
         for (int o = 0; o < 4; o++) {
             step[o] = p->then[o].inner;
             next[o] = p->then[o].point - (inner - 1) * step[o];
@@ -226,9 +240,16 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Product) *p, I i0
         UNROLL for (int i = 0; i < mr; i++) {
             UNROLL for (int v = 0; v < nv; v++) {
                 V c = p->alpha * sum[i * nv + v];
-                if (S) c *= NAME(load)(S + j0 + v * VL);
-                if (T) c += NAME(load)(D + j0 + v * VL) * NAME(load)(T + j0 + v * VL);
-                else if (D) c += NAME(load)(D + j0 + v * VL);
+                if (S) c *= NAME(load)(S + v * VL);
+                ROUND(c);
+                if (D) {
+                    V d = NAME(load)(D + v * VL);
+                    if (T) {
+                        d *= NAME(load)(T + v * VL);
+                        ROUND(d);
+                    }
+                    c += d;
+                }
                 NAME(store)(E + v * VL, c);
             }
             const int is_last = ++place == inner;
@@ -347,10 +368,8 @@ static void NAME(contract)(const Step *s, const REAL *A, const REAL *B, REAL *C)
         }
 }
 
-/* C = alpha A (* S) (+ D (* T)) over the outer and inner axes and the columns. */
-static void NAME(scale)(
-    const Step *s, const REAL *A, const REAL *S, const REAL *D, const REAL *T, REAL *C
-) {
+/* The same over the outer and inner axes and the columns. */
+static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL *D, const REAL *T, REAL *C) {
     const Operand *o = s->operand;
     const REAL alpha = (REAL)s->alpha;
     const int is_dense = o[0].column_step == 1 && o[1].column_step == 1;
@@ -367,11 +386,8 @@ static void NAME(scale)(
             }
             for (I w = 0; w < s->width; w += VL) {
                 const I count = s->width - w;
-                V v = alpha * NAME(load_some)(a + w, count);
-                if (t) v *= NAME(load_some)(t + w, count);
-                if (e) v += NAME(load_some)(d + w, count) * NAME(load_some)(e + w, count);
-                else if (d) v += NAME(load_some)(d + w, count);
-                NAME(store_some)(c + w, v, count);
+                NAME(scale_some)(alpha, NAME(load_some)(a + w, count), NAME(moved)(t, w), NAME(moved)(d, w),
+                                 NAME(moved)(e, w), c + w, count);
             }
         }
 }
@@ -394,10 +410,8 @@ static void NAME(activate)(
     const Call *call, const Step *s, const REAL *z, REAL *value, REAL *slope, REAL *curvature, I first, I row
 ) {
     V v, d, e;
-    const Operand *o = s->is_followed ? s[1].operand : 0;
-    const REAL alpha = o ? (REAL)s[1].alpha : 0;
-    REAL *E = o ? NAME(at)(call, &o[0], first, row) : 0;
-    const REAL *S = o ? NAME(at)(call, &o[2], first, row) : 0, *D = o ? NAME(at)(call, &o[3], first, row) : 0;
+    REAL *then[5] = {0};
+    for (int i = 0; s->is_followed && i < 5; i++) then[i] = NAME(at)(call, &s[1].operand[i], first, row);
 #define ACTIVATION(kind) \
     case kind: \
         for (I w = 0; w < s->width; w += VL) { \
@@ -406,11 +420,9 @@ static void NAME(activate)(
             if (value) NAME(store_some)(value + w, v, count); \
             if (slope) NAME(store_some)(slope + w, d, count); \
             if (curvature) NAME(store_some)(curvature + w, e, count); \
-            if (!E) continue; \
-            v *= alpha; \
-            if (S) v *= NAME(load_some)(S + w, count); \
-            if (D) v += NAME(load_some)(D + w, count); \
-            NAME(store_some)(E + w, v, count); \
+            if (then[0]) \
+                NAME(scale_some)((REAL)s[1].alpha, v, NAME(moved)(then[2], w), NAME(moved)(then[3], w), \
+                                 NAME(moved)(then[4], w), then[0] + w, count); \
         } \
         break;
     switch (s->kind) {

@@ -14,6 +14,15 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
+/* A product that is rounded before it is added to: else the compiler makes one operation of both here and two there. */
+#if defined(__x86_64__)
+#define ROUND(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define ROUND(v) __asm__("" : "+w"(v))
+#else
+#define ROUND(v) __asm__("" : "+m"(v))
+#endif
+
 enum { WORKSPACE = 0 };
 enum { MULTIPLY, ACTIVATE, SCALE, SUM_PRODUCTS, CONTRACT, CONGRUENCE };
 enum { TANH, ANTI_TANH, SIGMOID, SOFTPLUS, QUADRATIC };
