@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.errors import Overloaded
 
@@ -29,14 +29,14 @@ class Entry:
     """A request that waits.
 
     Attributes:
-        key: Entries with equal keys may share a batch.
+        key: Entries with equal keys may share a batch; hashable.
         rows: Points.
         row_cost: What one of them costs to compute.
         row_bytes: What one of them brings back.
         payload_bytes: What the request holds in memory while it waits.
     """
 
-    key: Hashable
+    key: Any
     rows: int
     row_cost: float
     row_bytes: int
@@ -58,7 +58,7 @@ class Slice(NamedTuple):
 class Batch:
     """What one worker computes at once: slices of entries with one key, and how often it failed before."""
 
-    key: Hashable
+    key: Any
     slices: list[Slice]
     failures: int = 0
 

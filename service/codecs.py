@@ -7,6 +7,7 @@ what was expected and what came.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -39,8 +40,8 @@ __all__ = [
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
-DTYPES = ("float32", "float64")
-_FIELDS = ("inputs", "quantities", "weights", "directions", "dtype")
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
+_FIELDS = {"inputs": None, "quantities": None, "weights": None, "directions": None, "dtype": None}.keys()
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024
@@ -138,9 +139,8 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
     document = load_json(body)
     if not isinstance(document, dict):
         raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
-    for name in document:
-        if name not in _FIELDS:
-            raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
+    if not document.keys() <= _FIELDS:
+        raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
     # Only a body that has these words can have a boolean, which numpy would take for a number.
     has_booleans = b"true" in body or b"false" in body
     arrays = {}
@@ -175,16 +175,16 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
     return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
 
 
-def json_rows(array: Array) -> memoryview:
-    """The text of an array's rows, to be joined by commas with that of others.
+def json_rows(array: Array) -> bytes:
+    """The text of the rows of a contiguous float64 array, to be joined by commas with that of others.
 
     Every number has the shortest form that reads back as the same double; non-finite ones are null.
 
     Example:
-        >>> bytes(json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]])))
+        >>> json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]]))
         b'[1.0,0.5],[2.0,null]'
     """
-    return memoryview(orjson.dumps(np.ascontiguousarray(array, np.float64), option=orjson.OPT_SERIALIZE_NUMPY))[1:-1]
+    return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
 def encode_json(model: str, version: str, answers: Mapping[str, Sequence[Piece]], is_single: bool) -> list[Piece]:
@@ -244,7 +244,7 @@ def make_question(
     """Check that everything fits the model."""
     if dtype is None:
         dtype = shape.dtype
-    elif dtype not in DTYPES:
+    elif not isinstance(dtype, str) or dtype not in DTYPES:
         raise _invalid("dtype", "float32 or float64", "something else")
     asked = _quantities(quantities, fixed)
     inputs = arrays.get("inputs")
@@ -286,9 +286,12 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
         return (fixed,)
     if listed is None:
         return ("value",)
-    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+    if not isinstance(listed, list) or not listed:
         raise _invalid("quantities", "a list of names", "something else")
-    return _in_order(tuple(listed))
+    try:
+        return _in_order(tuple(listed))
+    except TypeError:  # some of what is listed cannot be a name
+        raise _invalid("quantities", "a list of names", "something else") from None
 
 
 @lru_cache(maxsize=1024)
@@ -364,15 +367,18 @@ def _is_number(value: Any) -> bool:
 
 def _converted(field: str, array: Array, dtype: str) -> Array:
     """The array in the dtype to compute in, refused where that is not finite."""
-    if array.dtype == dtype:
+    wanted = DTYPES[dtype]
+    if array.dtype == wanted:
         converted = np.ascontiguousarray(array)
     else:
         with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(array, dtype=dtype)
-    finite = np.isfinite(converted)
-    if not finite.all():
-        row = int(np.argwhere(~finite)[0][0])
-        raise _invalid(field, f"finite numbers in {dtype}", "one that is not", row=row)
+            converted = np.ascontiguousarray(array, dtype=wanted)
+    # No sum of squares is finite that has one that is not; the sum alone may be too large.
+    if not math.isfinite(np.vdot(converted, converted)):
+        finite = np.isfinite(converted)
+        if not finite.all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise _invalid(field, f"finite numbers in {dtype}", "one that is not", row=row)
     return converted
 
 

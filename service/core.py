@@ -13,7 +13,7 @@ import numpy as np
 
 from service.batcher import Batcher
 from service.codecs import Question
-from service.dispatcher import Answers, Dispatcher, End, Job
+from service.dispatcher import Answers, Dispatcher, End, Job, Kind
 from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
 from service.metrics import Metrics
 from service.quantities import floats_per_row
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 BATCH_COST = 1e8
 #: Bytes to bring back after which a batch is cut.
 BATCH_BYTES = 8 << 20
+#: Kinds of question that are kept for a model.
+MAX_KINDS = 1024
 
 
 class Core:
@@ -50,9 +52,7 @@ class Core:
         batcher = Batcher(
             settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
         )
-        self.dispatcher = Dispatcher(
-            batcher, self.metrics, devices, settings.threads, settings.start_timeout_s, settings.batch_timeout_s
-        )
+        self.dispatcher = Dispatcher(batcher, self.metrics, devices, settings)
         self.repository = Repository(settings.models, self.dispatcher.pool)
         self.metrics.read_off(self._gauges)
         self._watching: asyncio.Task[None] | None = None
@@ -79,8 +79,8 @@ class Core:
             self._watching.cancel()
         await self.dispatcher.pool.close()
 
-    def deadline_s(self, header: bytes) -> float:
-        """When a request has to be answered, on the loop's clock.
+    def time_ms(self, header: bytes) -> int:
+        """The time for a request, whose ``X-Deadline-Ms`` this is.
 
         Raises:
             InvalidInput: the header is not a number of milliseconds within the limit.
@@ -91,11 +91,15 @@ class Core:
             if not (header.isdigit() and len(header) < 10 and 0 < int(header) <= limit):
                 raise InvalidInput.of("X-Deadline-Ms", f"a whole number from 1 to {limit}", "something else")
             milliseconds = int(header)
-        return self.now() + milliseconds / 1000
+        return milliseconds
 
-    def now(self) -> float:
-        """The loop's clock, in seconds."""
-        return asyncio.get_running_loop().time()
+    def deadline_s(self, header: bytes) -> float:
+        """When a request has to be answered that came now, on the monotonic clock.
+
+        Raises:
+            InvalidInput: the header is not a number of milliseconds within the limit.
+        """
+        return time.monotonic() + self.time_ms(header) / 1000
 
     def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
         """Have a question answered; the model is held until it is.
@@ -105,7 +109,7 @@ class Core:
                 :meth:`Repository.holding`.
             question: What is asked.
             form: ``arrays`` or ``json``, see :class:`~service.dispatcher.Job`.
-            deadline_s: On the loop's clock.
+            deadline_s: On the monotonic clock.
             end: Called once, with the job that has ended, never before this returns.
 
         Raises:
@@ -113,24 +117,30 @@ class Core:
             Overloaded: too much is waiting.
             NotReady: workers cannot be kept alive.
         """
-        repository, statistics = self.repository, served.statistics
-
-        def ended(job: Job) -> None:
-            repository.release(served)
-            now = time.perf_counter()
-            if job.error is None:
-                statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
-            else:
-                statistics.fail.add(now - job.queued_at)
-            end(job)
-
+        inputs, _, _, _, weights, directions = question
         try:
-            job = self._job(served, question, form)
-            self.dispatcher.submit(job, deadline_s, ended)
+            kind = self._kind(served, question, form)
+            reply_bytes, most = len(inputs) * kind.row_bytes, self.settings.max_reply_bytes
+            if reply_bytes > most:
+                raise ReplyTooLarge(
+                    f"expected a reply of at most {most} bytes, got {reply_bytes}",
+                    limit_bytes=most,
+                    reply_bytes=reply_bytes,
+                )
+            payload_bytes = inputs.nbytes
+            if weights is not None:
+                payload_bytes += weights.nbytes
+            if directions is not None:
+                payload_bytes += directions.nbytes
+            job = Job(
+                kind, len(inputs), kind.row_cost, kind.row_bytes, payload_bytes,
+                inputs, weights, directions, deadline_s, end,
+            )  # fmt: skip
+            self.dispatcher.submit(job)
         except ServiceError:
-            statistics.fail.add(0.0)
+            served.statistics.fail.add(0.0)
             raise
-        repository.hold(served)
+        self.repository.hold(served)
         return job
 
     async def answer(
@@ -177,43 +187,32 @@ class Core:
             reasons.append("no model is ready")
         return reasons
 
-    def _job(self, served: Served, question: Question, form: str) -> Job:
-        """The job for a question, with its cost.
-
-        Raises:
-            ReplyTooLarge: the reply would be over its limit.
-        """
-        n = len(question.inputs)
+    def _kind(self, served: Served, question: Question, form: str) -> Kind:
+        """What a question has in common with those that may share its batch."""
         k = 0 if question.directions is None else question.directions.shape[1]
-        is_weighted = question.weights is not None
-        key = (served.id, question.dtype, question.quantities, is_weighted, k, form)
-        # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
-        row_cost = served.row_costs.get(key) or BATCH_COST / served.facts["tile_rows"]
-        floats = floats_per_row(question.quantities, served.d, served.m, k, is_weighted)
+        key = (question.dtype, question.quantities, question.weights is None, k, form)
+        kind: Kind | None = served.kinds.get(key)
+        if kind is not None:
+            return kind
+        repository, statistics = self.repository, served.statistics
+
+        def ended(job: Job) -> None:
+            repository.release(served)
+            now = time.perf_counter()
+            if job.error is None:
+                statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
+            else:
+                statistics.fail.add(now - job.queued_at)
+
+        floats = floats_per_row(question.quantities, served.d, served.m, k, question.weights is not None)
         row_bytes = floats * question.inputs.dtype.itemsize
-        if n * row_bytes > self.settings.max_reply_bytes:
-            raise ReplyTooLarge(
-                f"expected a reply of at most {self.settings.max_reply_bytes} bytes, got {n * row_bytes}",
-                limit_bytes=self.settings.max_reply_bytes,
-                reply_bytes=n * row_bytes,
-            )
-        arrays = (question.inputs, question.weights, question.directions)
-        return Job(
-            key=key,
-            rows=n,
-            row_cost=row_cost,
-            row_bytes=row_bytes,
-            payload_bytes=sum(array.nbytes for array in arrays if array is not None),
-            model=served.id,
-            dtype=question.dtype,
-            quantities=question.quantities,
-            form=form,
-            inputs=question.inputs,
-            weights=question.weights,
-            directions=question.directions,
-            statistics=served.statistics,
-            row_costs=served.row_costs,
-        )
+        # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
+        row_cost = BATCH_COST / served.facts["tile_rows"]
+        kind = Kind(served.id, question.dtype, question.quantities, form, row_bytes, row_cost, statistics, ended)
+        if len(served.kinds) >= MAX_KINDS:
+            del served.kinds[next(iter(served.kinds))]
+        served.kinds[key] = kind
+        return kind
 
     async def _watch(self) -> None:
         """Reload what changes in the folder, for ever."""

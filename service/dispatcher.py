@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -17,21 +17,20 @@ from service.batcher import Batch, Batcher, Entry, Slice
 from service.errors import DeadlineExceeded, EvaluationFailed, NotReady, Overloaded, ServiceError, WorkerLost
 from service.metrics import Metrics
 from service.pool import Pool
+from service.settings import Settings
 from service.statistics import ModelStatistics
-from service.wire import Array
+from service.wire import Array, cut
 
-__all__ = ["Answers", "Dispatcher", "End", "Job"]
+__all__ = ["Answers", "Dispatcher", "End", "Job", "Kind"]
 
 logger = logging.getLogger(__name__)
 
 #: Failures of a batch before it is cut into rows, and of a row before it is given up.
 MAX_FAILURES = 2
-#: Kinds of question whose cost is kept for a model.
-MAX_ROW_COSTS = 1024
 #: What a worker calls it when memory ran out.
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
-
-
+#: The loop's timers are this exact.
+CLOCK_S = 0.001
 #: Requests within one turn of the loop after which idle workers are given work at once, and not at the turn's end.
 EAGER_REQUESTS = 8
 #: What a worker answered, per quantity: stretches of rows in their order.
@@ -40,37 +39,53 @@ Answers = dict[str, list[Any]]
 End = Callable[["Job"], None]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Job(Entry):
-    """A request's points and what becomes of them.
+@dataclass(slots=True, eq=False)
+class Kind:
+    """What requests that may share a batch have in common.
 
     Attributes:
         model: The workers' number of the network.
         dtype: ``float32`` or ``float64``.
         quantities: What is asked.
         form: What the answers are wanted as: ``arrays``, or the text of their rows in ``json``.
-        inputs: (n, d).
-        weights: (1 or n, m) or ``None``.
-        directions: (1 or n, k, d) or ``None``.
+        row_bytes: What a row brings back, as binary.
+        row_cost: What it costs to compute.
         statistics: The model's.
-        row_costs: The model's, by key.
-        answers: Once it has ended well.
-        error: Once it has ended otherwise.
+        ended: Called with each of its jobs that has ended, before whoever waits for it.
     """
 
     model: int
     dtype: str
     quantities: tuple[str, ...]
     form: str
-    inputs: Array
+    row_bytes: int
+    row_cost: float
     statistics: ModelStatistics
-    row_costs: dict[Hashable, float]
-    weights: Array | None = None
-    directions: Array | None = None
+    ended: End
+
+
+@dataclass(slots=True, eq=False)
+class Job(Entry):
+    """A request's points and what becomes of them; its key is its :class:`Kind`.
+
+    Attributes:
+        inputs: (n, d).
+        weights: (1 or n, m) or ``None``.
+        directions: (1 or n, k, d) or ``None``.
+        deadline_s: On the monotonic clock.
+        end: Called once when it has ended.
+        answers: Once it has ended well.
+        error: Once it has ended otherwise.
+    """
+
+    key: Kind
+    inputs: Array
+    weights: Array | None
+    directions: Array | None
+    deadline_s: float
+    end: End | None
     answers: Answers = field(default_factory=dict, init=False)
     error: ServiceError | None = field(default=None, init=False)
-    end: End | None = field(default=None, init=False)
-    timer: asyncio.TimerHandle | None = field(default=None, init=False)
     queued_at: float = field(default=0.0, init=False)
     started_at: float = field(default=0.0, init=False)
     _parts: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list, init=False)
@@ -83,12 +98,11 @@ class Job(Entry):
         if self._missing_rows > 0:
             return False
         self._parts.sort(key=itemgetter(0))
-        self.answers = {name: [part[name] for _, part in self._parts] for name in self.quantities}
+        self.answers = {name: [part[name] for _, part in self._parts] for name in self.key.quantities}
         return True
 
-    def wait(self, end: End, timer: asyncio.TimerHandle) -> None:
+    def wait(self) -> None:
         """Begin to wait."""
-        self.end, self.timer = end, timer
         self._missing_rows, self.queued_at = self.rows, time.perf_counter()
 
 
@@ -99,32 +113,24 @@ class Dispatcher:
         batcher: Where jobs wait.
         metrics: Where it is written down.
         devices: One per worker.
-        threads: Threads that a CPU worker computes with.
-        start_timeout_s: Time for a worker to start.
-        batch_timeout_s: Time for a batch.
+        settings: The workers'.
     """
 
-    def __init__(
-        self,
-        batcher: Batcher,
-        metrics: Metrics,
-        devices: list[str],
-        threads: int,
-        start_timeout_s: float,
-        batch_timeout_s: float,
-    ) -> None:
+    def __init__(self, batcher: Batcher, metrics: Metrics, devices: list[str], settings: Settings) -> None:
         """Make the pool, which is not started yet."""
         self.batcher = batcher
-        self.pool = Pool(self, devices, threads, start_timeout_s, batch_timeout_s)
+        self.pool = Pool(self, devices, settings)
         self.given_up = asyncio.Event()
         self._metrics = metrics
         self._open: set[Job] = set()
         self._came = 0
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = math.inf
 
-    def submit(self, job: Job, deadline_s: float, end: End) -> None:
-        """Run a job; ``end`` is called exactly once, with its answers or its error, never before this returns.
+    def submit(self, job: Job) -> None:
+        """Run a job; its ``end`` is called exactly once, never before this returns.
 
-        It ends when it is answered, given up, or not answered before the loop's clock shows ``deadline_s``.
+        It ends when it is answered, given up, or not answered by its deadline.
 
         Raises:
             Overloaded: too much is waiting.
@@ -133,14 +139,15 @@ class Dispatcher:
         if self.given_up.is_set():
             raise NotReady("expected a worker that is alive, there is none")
         self.batcher.put(job)
-        loop = asyncio.get_running_loop()
-        job.wait(end, loop.call_at(deadline_s, self._expire, job))
+        job.wait()
         self._open.add(job)
+        if job.deadline_s < self._alarm_s:
+            self._set_alarm(job.deadline_s)
         # What came in one turn of the loop shares batches; but of many, workers begin with the first ones, so that
         # they do not wait while the rest is read.
         self._came += 1
         if self._came == 1:
-            loop.call_soon(self._end_turn)
+            asyncio.get_running_loop().call_soon(self._end_turn)
         elif self._came % EAGER_REQUESTS == 0:
             self.on_idle()
 
@@ -153,10 +160,9 @@ class Dispatcher:
     def _close(self, job: Job) -> None:
         self.batcher.close(job)
         self._open.discard(job)
-        assert job.timer is not None
-        assert job.end is not None
-        job.timer.cancel()
-        end, job.end, job.timer = job.end, None, None  # whoever waits may hold the job: no circle for the collector
+        job.key.ended(job)
+        end, job.end = job.end, None  # whoever waits may hold the job: no circle for the collector
+        assert end is not None
         end(job)
 
     def _end_turn(self) -> None:
@@ -169,18 +175,16 @@ class Dispatcher:
             self._note_queueing(batch)
             worker.run(batch, *_frame(batch))
 
-    def on_answer(self, batch: Batch, head: dict[str, Any], arrays: dict[str, Array]) -> None:
+    def on_answer(self, batch: Batch, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """Split a batch's answers among its jobs."""
-        first = batch.slices[0].entry
-        assert isinstance(first, Job)
-        stretches = None if "error" in head else _stretches(batch, first, head, arrays)
+        kind: Kind = batch.key
+        stretches = None if "error" in head else _stretches(batch, kind, head, fields)
         if stretches is None:
             self._try_again(batch, is_out_of_memory=head.get("error") in OUT_OF_MEMORY)
             return
-        self._metrics.computed(first.quantities, batch.rows, len(batch.slices))
-        first.statistics.batches += 1
-        if len(first.row_costs) < MAX_ROW_COSTS:
-            first.row_costs[batch.key] = head["row_cost"]
+        self._metrics.computed(kind.quantities, batch.rows, len(batch.slices))
+        kind.statistics.batches += 1
+        kind.row_cost = head["row_cost"]
         for (job, start, stop), part in zip(batch.slices, stretches, strict=True):
             assert isinstance(job, Job)
             if not job.is_closed and job.receive(start, stop - start, part):
@@ -205,7 +209,7 @@ class Dispatcher:
             if is_out_of_memory:
                 self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
             else:
-                logger.error("row %d of a request for model %d fails wherever it is computed", row, job.model)
+                logger.error("row %d of a request for model %d fails wherever it is computed", row, job.key.model)
                 self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
         self.on_idle()
 
@@ -215,8 +219,20 @@ class Dispatcher:
         for job in list(self._open):
             self.abandon(job, WorkerLost("expected a worker to take over, none can be kept alive"))
 
-    def _expire(self, job: Job) -> None:
-        self.abandon(job, DeadlineExceeded("expected an answer before the deadline, there was none"))
+    def _set_alarm(self, deadline_s: float) -> None:
+        """Look at the open jobs when the earliest of their deadlines is over: one timer for all of them."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = deadline_s
+        self._alarm = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        now = time.monotonic() + CLOCK_S
+        for job in [job for job in self._open if job.deadline_s <= now]:
+            self.abandon(job, DeadlineExceeded("expected an answer before the deadline, there was none"))
+        self._alarm, self._alarm_s = None, math.inf
+        if self._open:
+            self._set_alarm(min(job.deadline_s for job in self._open))
 
     def _note_queueing(self, batch: Batch) -> None:
         now = time.perf_counter()
@@ -228,43 +244,34 @@ class Dispatcher:
 
 
 def _stretches(
-    batch: Batch, job: Job, head: Mapping[str, Any], arrays: Mapping[str, Array]
+    batch: Batch, kind: Kind, head: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]] | None:
     """A worker's answers for each slice of a batch, or ``None`` if a quantity, a row or a byte of them is missing."""
-    answers = {name: arrays[name] for name in job.quantities if name in arrays}
-    if len(answers) < len(job.quantities):
-        return None
-    if job.form == "json":
-        lengths = head.get("lengths", {})
-        for name, text in answers.items():
-            if len(lengths.get(name, ())) != len(batch.slices) or sum(lengths[name]) != text.nbytes:
-                return None
-        pieces = {name: _cut(text.data, lengths[name]) for name, text in answers.items()}
-    else:
-        rows, nbytes = batch.rows, sum(array.nbytes for array in answers.values())
-        fits = all(array.shape[:1] == (rows,) and array.dtype == job.inputs.dtype for array in answers.values())
-        if not fits or nbytes != rows * job.row_bytes:
+    names, count = kind.quantities, len(batch.slices)
+    if kind.form == "json":
+        lengths, text = head.get("lengths", ()), fields.get("text", b"")
+        if len(lengths) != count * len(names) or sum(lengths) != len(text):
             return None
-        pieces = {name: _cut(array, batch.sizes) for name, array in answers.items()}
-    return [dict(zip(pieces, part, strict=True)) for part in zip(*pieces.values(), strict=True)]
-
-
-def _cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
-    """Consecutive stretches of something."""
-    ends = list(accumulate(sizes))
-    return [whole[start:end] for start, end in pairwise([0, *ends])]
+        pieces = cut(text, lengths)
+        return [dict(zip(names, pieces[i::count], strict=True)) for i in range(count)]
+    arrays = [fields[name] for name in names if name in fields]
+    rows, nbytes = batch.rows, sum(array.nbytes for array in arrays)
+    fits = all(array.shape[:1] == (rows,) and array.dtype.name == kind.dtype for array in arrays)
+    if not fits or len(arrays) < len(names) or nbytes != rows * kind.row_bytes:
+        return None
+    parts = [cut(array, batch.sizes) for array in arrays]
+    return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
 def _frame(batch: Batch) -> tuple[dict[str, Any], dict[str, Array]]:
     """What a worker is sent for a batch."""
-    first = batch.slices[0].entry
-    assert isinstance(first, Job)
+    kind: Kind = batch.key
     head = {
         "op": "evaluate",
-        "model": first.model,
-        "dtype": first.dtype,
-        "quantities": first.quantities,
-        "form": first.form,
+        "model": kind.model,
+        "dtype": kind.dtype,
+        "quantities": kind.quantities,
+        "form": kind.form,
         "sizes": batch.sizes,
     }
     arrays = {}

@@ -27,7 +27,18 @@ from service.errors import (
 from service.metrics import Metrics
 from service.settings import Settings
 
-__all__ = ["JOINED_BYTES", "NO_STATUS", "Dialect", "Door", "Reply", "header", "read_body", "send_reply"]
+__all__ = [
+    "JOINED_BYTES",
+    "NO_STATUS",
+    "Dialect",
+    "Door",
+    "Reply",
+    "header",
+    "read_body",
+    "read_headers",
+    "request_id",
+    "send_reply",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -119,15 +130,15 @@ class Door:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        self.register(scope)
-        request_id = scope["hessquik.request_id"]
+        read_headers(scope)
+        id_ = scope["hessquik.request_id"] = request_id(scope)
         status = NO_STATUS
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id_)]
             await send(message)
 
         try:
@@ -148,12 +159,6 @@ class Door:
         finally:
             self.count(scope, status, began)
 
-    def register(self, scope: Scope) -> dict[bytes, bytes]:
-        """Give a request its id, and its headers by name, of a name's values the first; return these."""
-        scope["hessquik.headers"] = headers = dict(reversed(scope["headers"]))
-        scope["hessquik.request_id"] = _request_id(headers.get(b"x-request-id"))
-        return headers
-
     def count(self, scope: Scope, status: int, began: float) -> None:
         """Count how a request ended that began when the performance counter showed this."""
         self._metrics.answered(scope.get("hessquik.route", "unmatched"), status, time.perf_counter() - began)
@@ -173,17 +178,17 @@ class Door:
 
     def refusal(self, scope: Scope, error: Exception) -> Reply:
         """An error as a reply in the path's dialect; what is nobody's fault but ours goes to the log."""
-        request_id = scope["hessquik.request_id"].decode()
+        id_ = scope["hessquik.request_id"].decode()
         if not isinstance(error, ServiceError):
-            logger.error("request %s failed", request_id, exc_info=error)
+            logger.error("request %s failed", id_, exc_info=error)
             error = ServiceError("something went wrong; the log has it under this request id")
         elif error.status >= 500 and error.retry_after_s is None:
-            logger.error("%s %s: %s", request_id, error.code, error.detail)
+            logger.error("%s %s: %s", id_, error.code, error.detail)
         dialect = next(dialect for dialect in self._dialects if dialect.owns(scope["path"]))
         headers = error.headers()
         if isinstance(error, BodyTooLarge | UnsupportedMediaType):
             headers.append((b"connection", b"close"))  # large bodies that were not read are not waited for
-        status, body = dialect.write(error, request_id)
+        status, body = dialect.write(error, id_)
         return Reply(status, dialect.media_type, [body], headers)
 
 
@@ -199,8 +204,15 @@ def _is_among(given: bytes, keys: list[bytes]) -> bool:
     return any([hmac.compare_digest(given, key) for key in keys])
 
 
-def _request_id(given: bytes | None) -> bytes:
+def read_headers(scope: Scope) -> dict[bytes, bytes]:
+    """Give a request its headers by name, of a name's values the first, and return them."""
+    scope["hessquik.headers"] = headers = dict(reversed(scope["headers"]))
+    return headers
+
+
+def request_id(scope: Scope) -> bytes:
     """The client's, if it is a decent one, or a new one."""
+    given = scope["hessquik.headers"].get(b"x-request-id")
     is_decent = given is not None and _REQUEST_ID.fullmatch(given)
     return given if given and is_decent else b"%s-%x" % (_PROCESS, next(_numbers))
 

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-__all__ = ["Distribution", "Metrics"]
+__all__ = ["Distribution", "Metrics", "Tally"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _POWERS = tuple(float(1 << power) for power in range(13))
@@ -39,6 +39,38 @@ class _ReadOff(Collector):
                 yield CounterMetricFamily(name.removesuffix("_total"), name, value=value)
             else:
                 yield GaugeMetricFamily(name, name, value=value)
+
+
+class Tally(Collector):
+    """A counter of what takes place thousands of times a second.
+
+    Args:
+        name: As Prometheus shows it.
+        text: What it is.
+        labels: Names of the labels.
+
+    Example:
+        >>> requests = Tally("requests", "Requests.", ("route", "status"))
+        >>> requests.add("/livez", 200)
+        >>> [(sample.name, sample.labels, sample.value) for family in requests.collect() for sample in family.samples]
+        [('requests_total', {'route': '/livez', 'status': '200'}, 1)]
+    """
+
+    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+        """Start with no series."""
+        self._name, self._text, self._labels = name, text, labels
+        self._counts: dict[tuple[object, ...], int] = {}
+
+    def add(self, *labels: object) -> None:
+        """It took place once more."""
+        self._counts[labels] = self._counts.get(labels, 0) + 1
+
+    def collect(self) -> Iterable[Metric]:
+        """The counter now."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, total in self._counts.items():
+            family.add_metric(list(map(str, labels)), total)
+        yield family
 
 
 class Distribution(Collector):
@@ -91,16 +123,14 @@ class Metrics:
     def __init__(self) -> None:
         """Start at zero."""
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "hessquik_requests", "Requests answered.", ["route", "status"], registry=self._registry
-        )
-        self._children: dict[tuple[str, int], Counter] = {}
+        self._requests = Tally("hessquik_requests", "Requests answered.", ("route", "status"))
         self._seconds = Distribution("hessquik_request_seconds", "Time from head to reply.", _SECONDS, "route")
         self._queue_seconds = Distribution("hessquik_queue_seconds", "Time in the queue.", _SECONDS)
         self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
         self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
-        for distribution in (self._seconds, self._queue_seconds, self._batch_rows, self._batch_requests):
-            self._registry.register(distribution)
+        of_our_own = (self._requests, self._seconds, self._queue_seconds, self._batch_rows, self._batch_requests)
+        for collector in of_our_own:
+            self._registry.register(collector)
         self._rows = Counter("hessquik_rows", "Points computed.", registry=self._registry)
 
     def read_off(self, gauges: Gauges) -> None:
@@ -109,15 +139,12 @@ class Metrics:
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request was answered."""
-        requests = self._children.get((route, status))
-        if requests is None:
-            requests = self._children[route, status] = self._requests.labels(route, str(status))
-        requests.inc()
+        self._requests.add(route, status)
         self._seconds.observe(route, seconds)
 
     def refused(self, status: int) -> None:
         """Something was refused before it was a request."""
-        self._requests.labels("refused", str(status)).inc()
+        self._requests.add("refused", status)
 
     def queued(self, seconds: float) -> None:
         """A request left the queue."""

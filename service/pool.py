@@ -16,14 +16,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Protocol
 
-import numpy as np
-
 from service import wire
 from service.errors import StartUpError
+from service.settings import Settings
 
 __all__ = ["LoadError", "Owner", "Pool", "State", "Worker"]
 
@@ -90,7 +90,9 @@ class Worker:
         """Start the process; the worker becomes ready when it has loaded the pool's models."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        command = [sys.executable, "-m", WORKER_MODULE, str(theirs.fileno()), self.device, str(self.pool.threads)]
+        settings = self.pool.settings
+        arguments = [str(theirs.fileno()), self.device, str(settings.threads), str(settings.spin_us)]
+        command = [sys.executable, "-m", WORKER_MODULE, *arguments]
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
@@ -105,21 +107,21 @@ class Worker:
         """The process's number."""
         return None if self._process is None else self._process.pid
 
-    def run(self, work: Any, head: Mapping[str, Any], arrays: Mapping[str, wire.Array]) -> None:
+    def run(self, work: Any, head: Mapping[str, Any], fields: Mapping[str, wire.Field]) -> None:
         """Send a batch to a ready worker, on behalf of ``work``."""
         assert self.state is State.READY, f"expected a ready worker, got a {self.state} one"
         self.state, self.work, self.since = State.BUSY, work, self.pool.now()
-        self.write(head, arrays)
+        self.write(head, fields)
 
-    def write(self, head: Mapping[str, Any], arrays: Mapping[str, wire.Array]) -> None:
+    def write(self, head: Mapping[str, Any], fields: Mapping[str, wire.Field]) -> None:
         """Send a frame."""
         if self._protocol is not None and self.state is not State.DEAD:
-            self._protocol.write(head, arrays)
+            self._protocol.write(head, fields)
 
     def load(self, model: int, data: bytes) -> None:
         """Send a model's file."""
         self.loading.append(model)
-        self.write({"op": "load", "model": model}, {"file": np.frombuffer(data, np.uint8)})
+        self.write({"op": "load", "model": model}, {"file": data})
 
     def kill(self, why: str) -> None:
         """End the process at once."""
@@ -145,7 +147,7 @@ class Worker:
             self._process.kill()
             return self._process.wait()
 
-    def _on_frame(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+    def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
         now = self.pool.now()
         match head.get("op"):
             case "ready":
@@ -162,7 +164,7 @@ class Worker:
                 else:
                     work, self.work = self.work, None
                     self.state, self.since = State.READY, now
-                self.pool.on_done(self, work, head, arrays)
+                self.pool.on_done(self, work, head, fields)
             case _:
                 raise wire.WireError("expected an answer to what was asked")
         if self.state is State.STARTING and self._greeted and not self.loading:
@@ -189,7 +191,7 @@ class Owner(Protocol):
     def on_idle(self) -> None:
         """A worker can take a batch."""
 
-    def on_answer(self, work: Any, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+    def on_answer(self, work: Any, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """A worker answered."""
 
     def on_lost_work(self, work: Any) -> None:
@@ -205,18 +207,12 @@ class Pool:
     Args:
         owner: Who gives work and gets answers.
         devices: One per worker.
-        threads: Threads that a CPU worker computes with.
-        start_timeout_s: Time for a worker to start.
-        batch_timeout_s: Time for a batch.
+        settings: Threads and times.
     """
 
-    def __init__(
-        self, owner: Owner, devices: list[str], threads: int, start_timeout_s: float, batch_timeout_s: float
-    ) -> None:
+    def __init__(self, owner: Owner, devices: list[str], settings: Settings) -> None:
         """Describe a pool that is not started yet."""
-        self.threads = threads
-        self.start_timeout_s = start_timeout_s
-        self.batch_timeout_s = batch_timeout_s
+        self.settings = settings
         self.restarts = 0
         self.workers: list[Worker] = []
         self._devices = devices
@@ -231,8 +227,8 @@ class Pool:
 
     @staticmethod
     def now() -> float:
-        """The event loop's clock."""
-        return asyncio.get_running_loop().time()
+        """The monotonic clock, which is the event loop's too."""
+        return time.monotonic()
 
     async def start(self) -> None:
         """Start a worker per device and wait until the first is ready.
@@ -245,9 +241,9 @@ class Pool:
         await asyncio.gather(*(worker.start() for worker in self.workers))
         self._spawn(self._watch())
         try:
-            await asyncio.wait_for(asyncio.shield(self._started), self.start_timeout_s)
+            await asyncio.wait_for(asyncio.shield(self._started), self.settings.start_timeout_s)
         except TimeoutError:
-            raise StartUpError(f"no worker was ready within {self.start_timeout_s:g} s") from None
+            raise StartUpError(f"no worker was ready within {self.settings.start_timeout_s:g} s") from None
 
     async def close(self) -> None:
         """End all workers."""
@@ -318,11 +314,11 @@ class Pool:
             if future is not None and not future.done():
                 future.set_result(facts)
 
-    def on_done(self, worker: Worker, work: Any, head: dict[str, Any], arrays: dict[str, wire.Array]) -> None:
+    def on_done(self, worker: Worker, work: Any, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """A worker answered."""
         self._deaths_in_a_row = 0
         if work is not None:
-            self._owner.on_answer(work, head, arrays)
+            self._owner.on_answer(work, head, fields)
         self._owner.on_idle()
 
     def on_head(self) -> None:
@@ -377,10 +373,10 @@ class Pool:
             now = self.now()
             for worker in self.workers:
                 waited_s = now - worker.since
-                if worker.state is State.BUSY and waited_s > self.batch_timeout_s:
-                    worker.kill(f"its batch took more than {self.batch_timeout_s:g} s")
-                elif worker.state is State.STARTING and waited_s > self.start_timeout_s:
-                    worker.kill(f"it was not ready within {self.start_timeout_s:g} s")
+                if worker.state is State.BUSY and waited_s > self.settings.batch_timeout_s:
+                    worker.kill(f"its batch took more than {self.settings.batch_timeout_s:g} s")
+                elif worker.state is State.STARTING and waited_s > self.settings.start_timeout_s:
+                    worker.kill(f"it was not ready within {self.settings.start_timeout_s:g} s")
                 elif worker.state is State.READY and now - worker.last_answer > PROBE_S:
                     worker.run(None, {"op": "ping"}, {})
 

@@ -90,7 +90,7 @@ class Served:
         id: What the workers know it by; each loading gets a new one.
         stamp: The file's when it was read.
         digest: Of its bytes; a file that did not change is not loaded again.
-        row_costs: Operations per row of each kind of question, from the workers' plans.
+        kinds: Of the questions that were asked, for whoever asks them.
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
@@ -101,7 +101,7 @@ class Served:
     id: int
     stamp: tuple[int, int] = (0, 0)
     digest: bytes = b""
-    row_costs: dict[Hashable, float] = field(default_factory=dict)
+    kinds: dict[Hashable, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     users: int = 0

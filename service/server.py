@@ -19,7 +19,7 @@ from service.app import Application
 from service.core import Core
 from service.door import Scope
 from service.errors import ClientGone, MalformedBody, NotReady, Overloaded, ServiceError, StartUpError
-from service.exchange import Exchange, ShortWay
+from service.exchange import Exchange, ShortHead, ShortWay
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -33,6 +33,8 @@ EXIT_START_UP = 3
 EXIT_GIVEN_UP = 70
 #: Most chunks of a chunked body: a body in more of them costs more to take apart than to compute.
 MAX_CHUNKS = 1 << 16
+#: The loop's timers are this exact.
+CLOCK_S = 0.001
 #: Descriptors that are needed for anything but connections.
 OTHER_DESCRIPTORS = 256
 #: Fields that announce a body.
@@ -59,6 +61,9 @@ def bounded_protocol(  # noqa: C901 - a class
         _chunks = 0
         _is_in_head = False
         _is_receiving = False
+        _is_between = True
+        _arrived = b""
+        _idle_since_s = 0.0
         _receive_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
 
@@ -74,17 +79,26 @@ def bounded_protocol(  # noqa: C901 - a class
             for timer in (self._receive_timer, self._send_timer):
                 if timer is not None:
                     timer.cancel()
-            scope = self.cycle.scope if self.cycle is not None and not self.cycle.response_complete else None
+            cycle: object = self.cycle if self.cycle is not None and not self.cycle.response_complete else None
             super().connection_lost(exc)
-            if scope is not None:
-                cast("Scope", scope).get("hessquik.abandon", _nothing)(ClientGone("the client is gone"))
+            self._unset_keepalive_if_required()
+            gone = ClientGone("the client is gone")
+            if isinstance(cycle, Exchange):
+                cycle.abandon(gone)
+            elif isinstance(cycle, RequestResponseCycle):
+                cast("Scope", cycle.scope).get("hessquik.abandon", _nothing)(gone)
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
             if self.cycle is None or self.cycle.response_complete:
+                if self._is_between and (known := short_way.recall(data)) and not self.flow.write_paused:
+                    self._take_whole(*known)
+                    return
                 self._is_receiving = True  # whatever comes now has to become a request in time
+            self._arrived = data if self._is_between else b""
             super().data_received(data)
+            self._arrived = b""
             if self._is_in_head:
                 # The parser hands a field over when it is whole; until then it keeps it, however long.
                 self._unparsed_bytes += len(data)
@@ -94,6 +108,7 @@ def bounded_protocol(  # noqa: C901 - a class
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self._is_between = False
             self._head_bytes = self._unparsed_bytes = self._chunks = 0
             self._is_receiving = self._is_in_head = True
 
@@ -129,7 +144,7 @@ def bounded_protocol(  # noqa: C901 - a class
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self._is_receiving = False
+            self._is_receiving, self._is_between = False, True
             cycle: object = self.cycle
             if isinstance(cycle, Exchange):
                 cycle.begin()
@@ -137,8 +152,23 @@ def bounded_protocol(  # noqa: C901 - a class
         def _unsupported_upgrade_warning(self) -> None:
             """Say nothing: offers of other protocols are ignored, as they may be."""
 
+        def on_response_complete(self) -> None:
+            self._idle_since_s = self.loop.time()
+            if self.pipeline or self.timeout_keep_alive_task is None or self.transport.is_closing():
+                super().on_response_complete()
+            else:  # the timer is left running: it looks at the time when it is over, so that a request needs none
+                self.server_state.total_requests += 1
+                self.flow.resume_reading()
+
         def timeout_keep_alive_handler(self) -> None:
-            self.transport.abort()  # a close would wait, for ever, for a client that takes nothing of its reply
+            self.timeout_keep_alive_task = None
+            if self.cycle is not None and not self.cycle.response_complete:
+                return
+            rest_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+            if rest_s > CLOCK_S:
+                self.timeout_keep_alive_task = self.loop.call_later(rest_s, self.timeout_keep_alive_handler)
+            else:
+                self.transport.abort()  # a close would wait, for ever, for a client that takes nothing of its reply
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -158,11 +188,21 @@ def bounded_protocol(  # noqa: C901 - a class
             parser = self.parser
             if parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
                 return False
-            exchange = short_way.take(self, cast("Scope", self.scope), self.url, parser.should_keep_alive())
-            if exchange is None:
+            head = short_way.read(self.url, self.headers, parser.should_keep_alive())
+            if head is None:
                 return False
-            self.cycle = cast("RequestResponseCycle", exchange)
+            short_way.remember(self._arrived, head, self.url)
+            self.cycle = cast("RequestResponseCycle", Exchange(short_way, self, head))
             return True
+
+        def _take_whole(self, head: ShortHead, body: bytes) -> None:
+            """Answer a request that came in one piece and whose head was read before."""
+            self._is_receiving = False
+            self._watch_receiving()
+            exchange = Exchange(short_way, self, head)
+            self.cycle = cast("RequestResponseCycle", exchange)
+            exchange.body, exchange.more_body = body, False
+            exchange.begin()
 
         def send_400_response(self, msg: str) -> None:
             """Refuse what is no HTTP, or too much of it, as problem details."""

@@ -31,6 +31,12 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
     workers: int = Field(1, ge=1, le=64, description="Worker processes per device.")
     threads: int = Field(1, ge=1, le=256, description="Threads that a CPU worker computes with.")
+    spin_us: int = Field(
+        500,
+        ge=0,
+        le=10_000,
+        description="Microseconds that a worker looks for a request before it sleeps, while they come one by one.",
+    )
     watch_s: float = Field(0.0, ge=0, description="How often the folder is looked at for changes; 0 is never.")
 
     api_keys: Keys = Field((), description="Keys, separated by commas, that may use the service; none: anybody.")

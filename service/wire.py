@@ -1,28 +1,32 @@
-"""Frames between the front and its workers: lengths, a JSON head, raw arrays. Nothing is pickled.
+"""Frames between the front and its workers: lengths, a JSON head, raw arrays and texts. Nothing is pickled.
 
 4 bytes   length of the head         little-endian
 8 bytes   length of the body
-head      JSON object, filled up with blanks; "arrays" has [name, dtype, shape] of each array in the body
-body      the arrays one after the other, C order, native byte order
+head      JSON object, filled up with blanks; "fields" has [name, dtype, shape] of each field in the body
+body      the fields one after the other: arrays in C order and native byte order, or, with dtype uint8, plain bytes
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["Array", "FrameProtocol", "FrameReader", "WireError", "encode", "receive", "send"]
+__all__ = ["Array", "Field", "Frame", "FrameProtocol", "FrameReader", "WireError", "cut", "encode", "receive", "send"]
 
 Array = NDArray[Any]
-Frame = tuple[dict[str, Any], dict[str, Array]]
+Field = Array | bytes | memoryview
+Frame = tuple[dict[str, Any], dict[str, Any]]
 
 _LENGTHS = struct.Struct("<IQ")
 MAX_HEAD_BYTES = 4 << 20
@@ -32,22 +36,35 @@ SMALL_BYTES = 64 << 10
 #: Heads are filled up to multiples of this many bytes, so that the numbers behind them lie as processors like them.
 ALIGNMENT = 64
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "uint8": np.dtype("u1")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PLAIN = _DTYPES["uint8"]
 
 
 class WireError(Exception):
     """The other side sent something that is no frame."""
 
 
-def encode(head: Mapping[str, Any], arrays: Mapping[str, Array]) -> list[bytes | memoryview]:
-    """The pieces of a frame, to be sent one after the other; large arrays are not copied if they are contiguous."""
-    flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    table = [[name, array.dtype.name, array.shape] for name, array in flat.items()]
-    text = orjson.dumps({**head, "arrays": table})
+def encode(head: Mapping[str, Any], fields: Mapping[str, Field]) -> list[bytes | memoryview]:
+    """The pieces of a frame, to be sent one after the other; large fields are not copied if they are contiguous."""
+    table: list[tuple[str, str, Sequence[int]]] = []
+    data: list[bytes | memoryview] = []
+    for name, field in fields.items():
+        if isinstance(field, np.ndarray):
+            table.append((name, _NAMES[field.dtype], field.shape))
+            if field.nbytes <= SMALL_BYTES:
+                data.append(field.tobytes())
+            else:
+                data.append(np.ascontiguousarray(field).reshape(-1).view(np.uint8).data)
+        else:
+            table.append((name, "uint8", (len(field),)))
+            data.append(field)
+    text = orjson.dumps({**head, "fields": table})
     text += b" " * (-len(text) % ALIGNMENT)
-    body_bytes = sum(array.nbytes for array in flat.values())
-    pieces: list[bytes | memoryview] = [_LENGTHS.pack(len(text), body_bytes) + text]
-    pieces += [array.reshape(-1).view(np.uint8).data for array in flat.values() if array.nbytes]
-    return [b"".join(pieces)] if len(text) + body_bytes <= SMALL_BYTES else pieces
+    body_bytes = sum(map(len, data))
+    prefix = _LENGTHS.pack(len(text), body_bytes)
+    if len(text) + body_bytes <= SMALL_BYTES:
+        return [b"".join((prefix, text, *data))]
+    return [prefix + text, *filter(len, data)]
 
 
 def _lengths(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
@@ -69,28 +86,40 @@ def _decode_head(text: memoryview) -> dict[str, Any]:
     return head
 
 
-def _decode(text: memoryview, body: Array) -> Frame:
-    """Head and arrays, which are views into ``body``."""
-    head = _decode_head(text)
+def _decode(frame: Array, head_bytes: int) -> Frame:
+    """Head and fields, which are views into the frame."""
+    text = frame.data
+    head = _decode_head(text[:head_bytes])
     try:
-        table = [(str(name), _DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in head.pop("arrays")]
+        table = [(str(name), _DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in head.pop("fields")]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WireError(f"expected a JSON head with a table of arrays ({type(error).__name__})") from None
-    arrays, start = {}, 0
+        raise WireError(f"expected a JSON head with a table of fields ({type(error).__name__})") from None
+    fields: dict[str, Any] = {}
+    start = head_bytes
     for name, dtype, shape in table:
         if min(shape, default=0) < 0:
             raise WireError("expected no negative lengths")
         stop = start + math.prod(shape) * dtype.itemsize
-        if stop > body.size:
-            raise WireError(f"expected arrays within {body.size} bytes, got {stop}")
+        if stop > frame.size:
+            raise WireError(f"expected fields within {frame.size - head_bytes} bytes, got {stop - head_bytes}")
         try:
-            arrays[name] = body[start:stop].view(dtype).reshape(shape)
+            fields[name] = text[start:stop] if dtype is _PLAIN else np.ndarray(shape, dtype, frame, start)
         except ValueError:  # such as 0 × 2⁶³
             raise WireError("expected a shape that an array can have") from None
         start = stop
-    if start != body.size:
-        raise WireError(f"expected {body.size} bytes of arrays, got {start}")
-    return head, arrays
+    if start != frame.size:
+        raise WireError(f"expected {frame.size - head_bytes} bytes of fields, got {start - head_bytes}")
+    return head, fields
+
+
+def cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
+    """Consecutive stretches of something, of the given sizes.
+
+    Example:
+        >>> cut("abcdef", [1, 3, 2])
+        ['a', 'bcd', 'ef']
+    """
+    return [whole[start:end] for start, end in pairwise([0, *accumulate(sizes)])]
 
 
 class FrameReader:
@@ -126,7 +155,7 @@ class FrameReader:
         while self._next():
             assert self._frame is not None
             frame, self._frame = self._frame, None
-            yield _decode(frame[: self._head_bytes].data, frame[self._head_bytes :])
+            yield _decode(frame, self._head_bytes)
 
     def head(self) -> dict[str, Any] | None:
         """The head of the frame that is arriving, once all of it is there."""
@@ -150,35 +179,55 @@ class FrameReader:
         return self._filled == self._frame.size
 
 
-def send(sock: socket.socket, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+def send(sock: socket.socket, head: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
     """Send a frame over a blocking socket."""
-    for piece in encode(head, arrays):
+    for piece in encode(head, fields):
         sock.sendall(piece)
 
 
-def receive(sock: socket.socket) -> Iterator[Frame]:
+def receive(sock: socket.socket, spin_s: Callable[[], float] = lambda: 0.0) -> Iterator[Frame]:
     """The frames that come over a blocking socket, until its end.
+
+    To be woken takes longer than many a batch. So who waited for a frame no longer than ``spin_s()`` looks for the
+    next one for as long before it sleeps.
 
     Raises:
         WireError: what came is no frame.
     """
-    reader = FrameReader()
-    while count := sock.recv_into(reader.space()):
+    reader, waited_s = FrameReader(), math.inf
+    while True:
+        began, limit_s = time.perf_counter(), spin_s()
+        count = _look(sock, reader.space(), began + limit_s) if waited_s < limit_s else None
+        if count is None:
+            count = sock.recv_into(reader.space())
+        if not count:
+            return
+        waited_s = time.perf_counter() - began
         yield from reader.received(count)
+
+
+def _look(sock: socket.socket, space: memoryview, end: float) -> int | None:
+    """How much was received before the performance counter shows ``end``; others may run meanwhile."""
+    while time.perf_counter() < end:
+        try:
+            return sock.recv_into(space, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            os.sched_yield()
+    return None
 
 
 class FrameProtocol(asyncio.BufferedProtocol):
     """Receives frames on an event loop.
 
     Args:
-        on_frame: Called with head and arrays.
+        on_frame: Called with head and fields.
         on_lost: Called once when the other side is gone or no longer makes sense.
-        on_head: Called once with the head of a frame whose arrays take several receptions, before ``on_frame``.
+        on_head: Called once with the head of a frame whose fields take several receptions, before ``on_frame``.
     """
 
     def __init__(
         self,
-        on_frame: Callable[[dict[str, Any], dict[str, Array]], None],
+        on_frame: Callable[[dict[str, Any], dict[str, Any]], None],
         on_lost: Callable[[], None],
         on_head: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -197,9 +246,9 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Tell the owner."""
         self._on_lost()
 
-    def write(self, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    def write(self, head: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
         """Send a frame."""
-        self.transport.writelines(encode(head, arrays))
+        self.transport.writelines(encode(head, fields))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
@@ -208,9 +257,9 @@ class FrameProtocol(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Take what is complete."""
         try:
-            for head, arrays in self._reader.received(nbytes):
+            for head, fields in self._reader.received(nbytes):
                 self._is_announced = False
-                self._on_frame(head, arrays)
+                self._on_frame(head, fields)
             if self._on_head is not None and not self._is_announced and (begun := self._reader.head()) is not None:
                 self._is_announced = True
                 self._on_head(begun)

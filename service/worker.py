@@ -3,12 +3,12 @@
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
     evaluate  {"op", "model", "dtype", "quantities", "form", "sizes"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done", "row_cost"} + one array per quantity, if the
-                                                     form is "json" the text of its rows and "lengths" of that of
-                                                     each request, whose rows "sizes" tells; or {…, "error"}
+                                                   → {"op": "done", "row_cost"} + one array per quantity; if the
+                                                     form is "json", "lengths" + "text": for each quantity that of
+                                                     each request's rows, whose "sizes" are given; or {…, "error"}
     ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
 
-Run as ``python -m service.worker FD DEVICE THREADS``; FD is one end of a socket pair inherited from the front.
+Run as ``python -m service.worker FD DEVICE THREADS SPIN_US``; FD is our end of a socket pair with the front.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import resource
 import signal
 import socket
 import sys
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -45,19 +44,20 @@ SPOILED = 71
 class Model:
     """A network on the worker's device, with an evaluator for each dtype that was asked for."""
 
-    def __init__(self, saved: storage.SavedNetwork, device: torch.device) -> None:
+    def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
         """Prove the network's derivatives and keep it."""
         bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
         prove_quickly(saved.network, *bounds)
         self.saved = saved
         self.device = device
+        self.threads = threads
         self.dtype = next(saved.network.parameters()).dtype
         self._evaluators: dict[torch.dtype, Evaluator] = {}
 
     def evaluator(self, dtype: torch.dtype) -> Evaluator:
         """The evaluator in a dtype, made when it is first asked for."""
         if dtype not in self._evaluators:
-            self._evaluators[dtype] = Evaluator(self.saved.network, self.device, dtype)
+            self._evaluators[dtype] = Evaluator(self.saved.network, self.device, dtype, self.threads)
         return self._evaluators[dtype]
 
     def warm_up(self) -> None:
@@ -85,14 +85,23 @@ class Model:
 
 
 class Worker:
-    """Answers frames on one device."""
+    """Answers frames on one device.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: The device.
+        threads: Threads to compute with, on a CPU.
+        spin_s: Time to look for the next frame before sleeping, while requests come one by one.
+    """
+
+    def __init__(self, device: torch.device, threads: int, spin_s: float) -> None:
         """Hold no model yet."""
         self.device = device
+        self.threads = threads
+        self.spin_s = spin_s
+        self._is_alone = False
         self.models: dict[int, Model] = {}
 
-    def answer(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame | None:
+    def answer(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame | None:
         """Do what a frame asks and return the frame to send back, if any.
 
         Errors that say something about the request come back as ``{"error"}``; any other ends the process.
@@ -100,7 +109,7 @@ class Worker:
         match head["op"]:
             case "load":
                 try:
-                    model = Model(storage.parse(arrays["file"].tobytes()), self.device)
+                    model = Model(storage.parse(bytes(fields["file"])), self.device, self.threads)
                     model.warm_up()
                 except HessQuikError as error:
                     return {"op": "loaded", "model": head["model"], "error": str(error)}, {}
@@ -110,7 +119,8 @@ class Worker:
                 self.models.pop(head["model"], None)
                 return None
             case "evaluate":
-                return _written(head, *self._evaluate(head, arrays))
+                self._is_alone = len(head["sizes"]) == 1
+                return _written(head, *self._evaluate(head, fields))
             case "ping":
                 self._prove_alive()
                 return {"op": "done", "memory_bytes": self._memory_bytes()}, {}
@@ -130,11 +140,11 @@ class Worker:
             return torch.cuda.memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
         evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
-        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        given = {name: torch.from_numpy(array) for name, array in fields.items()}
         try:
             found = evaluate(given["inputs"], head["quantities"], given.get("weights"), given.get("directions"))
             answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
@@ -149,7 +159,7 @@ class Worker:
 
     def serve(self, sock: socket.socket) -> None:
         """Answer frames until the front closes its end."""
-        for frame in wire.receive(sock):
+        for frame in wire.receive(sock, lambda: self.spin_s if self._is_alone else 0.0):
             reply = self.answer(*frame)
             if reply is not None:
                 wire.send(sock, *reply)
@@ -161,19 +171,18 @@ def _written(head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wir
         return reply, answers
     if any(len(array) != sum(head["sizes"]) for array in answers.values()):
         return {"op": "done", "error": "rows are missing"}, {}
-    ends = list(accumulate(head["sizes"]))
-    cuts = list(pairwise([0, *ends]))
-    texts = {name: [json_rows(array[slice(*cut)]) for cut in cuts] for name, array in answers.items()}
-    lengths = {name: list(map(len, rows)) for name, rows in texts.items()}
-    return {**reply, "lengths": lengths}, {
-        name: np.frombuffer(b"".join(rows), np.uint8) for name, rows in texts.items()
-    }
+    texts = [
+        text
+        for array in answers.values()
+        for text in map(json_rows, wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"]))
+    ]
+    return {**reply, "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
 
 
 def main(arguments: list[str]) -> int:
     """Run a worker until its front is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
-    descriptor, device, threads = int(arguments[0]), torch.device(arguments[1]), int(arguments[2])
+    descriptor, device, threads, spin_us = int(arguments[0]), torch.device(arguments[1]), *map(int, arguments[2:])
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     with socket.socket(fileno=descriptor) as sock:
@@ -182,7 +191,7 @@ def main(arguments: list[str]) -> int:
         torch.zeros(1, device=device)
         wire.send(sock, {"op": "ready", "pid": os.getpid(), "torch": torch.__version__}, {})
         try:
-            Worker(device).serve(sock)
+            Worker(device, threads, spin_us / 1e6).serve(sock)
         except (ConnectionError, KeyboardInterrupt):
             return 0
         except torch.AcceleratorError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,15 @@ def exchange(port: int, data: bytes, timeout_s: float = 30.0) -> bytes:
         with contextlib.suppress(OSError):  # refused before all was sent; the answer may be there nevertheless
             connection.sendall(data)
         return receive_all(connection)
+
+
+def send_over(
+    connection: http.client.HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, bytes | str]
+) -> Reply:
+    """Ask over a connection that stays open."""
+    connection.request(method, path, body, dict(headers))
+    response = connection.getresponse()
+    return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
 def receive_all(connection: socket.socket) -> bytes:

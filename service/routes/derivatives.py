@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import time
 from typing import ClassVar, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -12,33 +11,33 @@ from service.codecs import JSON, Piece, Question, Shape
 from service.core import Core
 from service.dispatcher import Answers, End, Job
 from service.door import Receive, Reply, Scope, Send, read_body, send_reply
-from service.errors import InvalidInput, MethodNotAllowed
+from service.errors import InvalidInput, MethodNotAllowed, ServiceError
 from service.repository import Served
 
-__all__ = ["Derivatives"]
+__all__ = ["Asked", "Derivatives", "Head"]
 
 #: Most parameters of a query.
 MAX_PARAMETERS = 16
 
 
 class Head(NamedTuple):
-    """What is known of a request before its body is read.
+    """What a request's head asks for: its bytes decide on all of it, so that it may be remembered.
 
     Attributes:
-        served: The model.
+        model: From the path.
         fixed: The quantity that the path names, ``None`` if the body may name several.
         query: Parameters.
         media_type: Of the body.
         reply_type: Of the reply.
-        deadline_s: On the loop's clock.
+        time_s: For the whole request.
     """
 
-    served: Served
+    model: str
     fixed: str | None
     query: dict[str, str]
     media_type: str
     reply_type: str
-    deadline_s: float
+    time_s: float
 
     @property
     def form(self) -> str:
@@ -70,12 +69,14 @@ class Derivatives:
         Raises:
             ServiceError: any that a client may see.
         """
-        head = self._read_head(model, action, scope)
-        with self._core.repository.holding(head.served):
+        head = self.read_head(model, action, scope)
+        deadline_s = time.monotonic() + head.time_s
+        served = self._ready(head)
+        with self._core.repository.holding(served):
             body = await read_body(scope, receive, self._core.settings.max_body_bytes)
-            question = self._read_body(head, body)
-            answers = await self._core.answer(head.served, question, head.deadline_s, scope, head.form)
-        await send_reply(send, _reply(head, question, answers))
+            question = self._read_body(head, served, body)
+            answers = await self._core.answer(served, question, deadline_s, scope, head.form)
+        await send_reply(send, _reply(head, served, question, answers))
 
     @classmethod
     def target(cls, path: str) -> tuple[str, str] | None:
@@ -85,59 +86,78 @@ class Derivatives:
             return parts[2], parts[3]
         return None
 
-    def ask(self, model: str, action: str, scope: Scope, body: bytes, end: End) -> Callable[[Job], Reply]:
+    def ask(self, head: Head, body: bytes, end: End) -> Asked:
         """The same without waiting, for a body that was read.
 
         Args:
-            model: From the path.
-            action: From the path.
-            scope: The request's head.
+            head: What is asked for.
             body: All of it.
             end: Called with the job when it has ended.
-
-        Returns:
-            What makes the reply of that job, or raises the error that it has ended with.
 
         Raises:
             ServiceError: any that a client may see.
         """
-        head = self._read_head(model, action, scope)
-        question = self._read_body(head, body)
-        job = self._core.ask(head.served, question, head.form, head.deadline_s, end)
-        scope["hessquik.abandon"] = partial(self._core.dispatcher.abandon, job)
+        deadline_s = time.monotonic() + head.time_s
+        served = self._ready(head)
+        question = self._read_body(head, served, body)
+        return Asked(head, served, question, self._core.ask(served, question, head.form, deadline_s, end))
 
-        def finish(job: Job) -> Reply:
-            if job.error is not None:
-                raise job.error
-            return _reply(head, question, job.answers)
+    def reply(self, asked: Asked) -> Reply:
+        """The reply to what was asked, once its job has ended.
 
-        return finish
+        Raises:
+            ServiceError: the job has ended with it.
+        """
+        head, served, question, job = asked
+        if job.error is not None:
+            raise job.error
+        return _reply(head, served, question, job.answers)
 
-    def _read_head(self, model: str, action: str, scope: Scope) -> Head:
+    def abandon(self, asked: Asked, error: ServiceError) -> None:
+        """End what was asked with an error, unless it has ended."""
+        self._core.dispatcher.abandon(asked.job, error)
+
+    def read_head(self, model: str, action: str, scope: Scope) -> Head:
+        """What a request asks for.
+
+        Raises:
+            ServiceError: any that a client may see.
+        """
         scope["hessquik.route"] = self.ACTIONS[action]
         if scope["method"] != "POST":
             raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
-        self._core.dispatcher.batcher.expect_room()
         given = scope["hessquik.headers"].get
-        deadline_s = self._core.deadline_s(given(b"x-deadline-ms", b""))
+        time_s = self._core.time_ms(given(b"x-deadline-ms", b"")) / 1000
         media_type = codecs.content_type(given(b"content-type", b""))
         reply_type = codecs.accepted_type(given(b"accept", b""))
-        query = parse_query(scope)
-        served = self._core.repository.ready(model, query.get("version"))
-        return Head(served, None if action == "evaluate" else action, query, media_type, reply_type, deadline_s)
+        fixed = None if action == "evaluate" else action
+        return Head(model, fixed, parse_query(scope), media_type, reply_type, time_s)
 
-    def _read_body(self, head: Head, body: bytes) -> Question:
-        facts = head.served.facts
+    def _ready(self, head: Head) -> Served:
+        """The model, if there is room for a request."""
+        self._core.dispatcher.batcher.expect_room()
+        return self._core.repository.ready(head.model, head.query.get("version"))
+
+    def _read_body(self, head: Head, served: Served, body: bytes) -> Question:
+        facts = served.facts
         shape = Shape(facts["d"], facts["m"], facts["dtype"], self._max_rows)
         if head.media_type == JSON:
             return codecs.parse_json(body, head.fixed, shape)
         return codecs.parse_safetensors(body, head.fixed, head.query, shape)
 
 
-def _reply(head: Head, question: Question, answers: Answers) -> Reply:
+class Asked(NamedTuple):
+    """A question that was asked, and its job."""
+
+    head: Head
+    served: Served
+    question: Question
+    job: Job
+
+
+def _reply(head: Head, served: Served, question: Question, answers: Answers) -> Reply:
     encode = codecs.encode_json if head.reply_type == JSON else codecs.encode_safetensors
-    file = head.served.file
-    pieces: list[Piece] = encode(file.name, str(file.version), answers, question.is_single)
+    pieces: list[Piece] = encode(served.file.name, str(served.file.version), answers, question.is_single)
     return Reply(200, head.reply_type.encode(), pieces)
 
 

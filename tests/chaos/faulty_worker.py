@@ -28,21 +28,21 @@ class RandomlyFaultyWorker(FaultyWorker):
     batches = 0
     is_spoiled = False
 
-    def _evaluate(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
         self.batches += 1
         if self.fault == "oom" and self.batches % 10 == 0:
-            return self._out_of_memory(head, arrays)
+            return self._out_of_memory(head, fields)
         if self.fault == "spoiled" and self.batches % 20 == 0:
             self.is_spoiled = True
             raise torch.AcceleratorError("an illegal memory access was encountered")
-        reply, answers = super()._evaluate(head, arrays)
+        reply, answers = super()._evaluate(head, fields)
         if self.is_spoiled:
             answers = {name: array + 1 for name, array in answers.items()}
         if self.fault == "mixed" and random.random() < 0.1:
             answers = {name: array[::-1] for name, array in answers.items()}
         return reply, answers
 
-    def _out_of_memory(self, head: dict[str, Any], arrays: dict[str, wire.Array]) -> wire.Frame:
+    def _out_of_memory(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
         """Go the way of the real error: raised by the evaluator."""
         sys.stderr.write("out of memory\n")
         model = self.models[head["model"]]
@@ -53,7 +53,7 @@ class RandomlyFaultyWorker(FaultyWorker):
 
         model.evaluator = lambda _: out_of_memory  # type: ignore[method-assign, assignment, return-value]
         try:
-            return super()._evaluate(head, arrays)
+            return super()._evaluate(head, fields)
         finally:
             del model.evaluator
             model._evaluators = evaluators

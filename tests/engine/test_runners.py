@@ -12,7 +12,7 @@ from hessquik.layers import resnetLayer, singleLayer
 from hessquik.machine import Machine, full_precision
 from hessquik.networks import NN
 from hessquik.runners import Lane
-from tests.engine.test_evaluator import DTYPES, NETWORKS, TOLERANCE, agree, expected
+from tests.engine.test_evaluator import DTYPES, NETWORKS, TOLERANCE, agree, assert_threads_agree, expected
 
 ACT = tanhActivation()
 CPU = torch.device("cpu")
@@ -260,19 +260,4 @@ def test_on_a_full_gpu_tiles_are_halved():
 
 @on_gpu
 def test_on_a_gpu_threads_may_share_it():
-    evaluate = Evaluator(network(), "cuda")
-    points = [torch.randn(500, 4) for _ in range(4)]
-    alone = [evaluate(x, ("hessian",)).hessian for x in points]
-    wrong = []
-
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(evaluate(points[i], ("hessian",)).hessian, alone[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert_threads_agree(Evaluator(network(), "cuda"), 500)

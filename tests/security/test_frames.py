@@ -47,9 +47,9 @@ def test_a_frame_arrives_as_it_was_sent(pieces: int) -> None:
     frames, aborted = feed(data * 3, pieces)
     assert not aborted
     assert len(frames) == 3
-    for head, arrays in frames:
+    for head, fields in frames:
         assert head == {"op": "evaluate"}
-        assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+        assert all(np.array_equal(fields[name], ARRAYS[name]) for name in ARRAYS)
 
 
 def test_mutated_frames_raise_nothing_else(note: Note) -> None:

@@ -25,7 +25,7 @@ from service.quantities import QUANTITIES
 from service.settings import Settings
 from tests.live import LiveServer
 from tests.oracle import derivatives
-from tests.raw import LEAKS, Reply
+from tests.raw import LEAKS, Reply, send_over
 from tests.security.generate import JSON, KEYS, SAFETENSORS, Document, Model, Request, other_requests, questions
 from tests.whole import Note, choose
 
@@ -119,9 +119,7 @@ def connection(locked: LiveServer) -> Iterator[http.client.HTTPConnection]:
 
 
 def send(connection: http.client.HTTPConnection, request: Request) -> Reply:
-    connection.request(request.method, request.path, request.body, dict(request.headers))
-    response = connection.getresponse()
-    return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    return send_over(connection, request.method, request.path, request.body, dict(request.headers))
 
 
 def strict(data: bytes) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.live import LiveServer
-from tests.raw import Reply, check_error
+from tests.raw import Reply, check_error, send_over
 from tests.security.vectors import VECTORS, Vector
 from tests.whole import Note
 
@@ -23,9 +23,9 @@ def connection(server: LiveServer) -> Iterator[http.client.HTTPConnection]:
 
 def send(connection: http.client.HTTPConnection, vector: Vector) -> Reply:
     headers = {"Content-Type": "application/json", **vector.headers}
-    connection.request("POST", vector.path, vector.body, {name: text.encode() for name, text in headers.items()})
-    response = connection.getresponse()
-    return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    return send_over(
+        connection, "POST", vector.path, vector.body, {name: text.encode() for name, text in headers.items()}
+    )
 
 
 def check(vector: Vector, reply: Reply) -> None:

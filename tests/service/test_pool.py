@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from service import worker as worker_module
 from service.pool import MAX_LOAD_STRIKES, LoadError, Pool, State, Worker
+from service.settings import Settings
+from tests.live import ROOT
 
 
 class Owner:
@@ -34,7 +40,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
         pass
 
     monkeypatch.setattr(Pool, "_replace", replace)
-    return Pool(Owner(), ["cpu"], threads=1, start_timeout_s=1, batch_timeout_s=1)
+    return Pool(Owner(), ["cpu"], Settings(start_timeout_s=1, batch_timeout_s=1))
 
 
 def die_while_loading(pool: Pool, model: int, times: int) -> None:
@@ -90,3 +96,20 @@ def test_a_worker_is_well_only_when_it_can_compute(pool: Pool) -> None:
         return seen
 
     assert asyncio.run(work()) == [False, True]
+
+
+def test_a_worker_computes_with_the_threads_it_is_given() -> None:
+    """And gives the same bits with all of them."""
+    file = (ROOT / "models" / "peaks.safetensors").read_bytes()
+    head = {"op": "evaluate", "model": 1, "dtype": "float64", "quantities": ["hessian"], "form": "arrays"}
+    points = np.random.default_rng(0).uniform(-1, 1, (20_000, 2))
+    found = []
+    for threads in (1, 3):
+        worker = worker_module.Worker(torch.device("cpu"), threads, spin_s=0.0)
+        worker.answer({"op": "load", "model": 1}, {"file": file})
+        answer = worker.answer({**head, "sizes": [len(points)]}, {"inputs": points})
+        assert answer is not None
+        found.append(answer[1]["hessian"])
+        started = [thread for thread in threading.enumerate() if thread.name.startswith("evaluator")]
+        assert bool(started) == (threads > 1)
+    assert np.array_equal(*found)

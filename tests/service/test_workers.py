@@ -32,6 +32,17 @@ atexit.register(HTTP.close)
 FAULTY = ("-m", "tests.service.faulty_serve")
 
 
+@pytest.mark.parametrize("spin_us", [0, 10_000])
+def test_a_worker_that_looks_for_work_answers_all_of_it(folder: Path, network: NN, spin_us: int) -> None:
+    points = [[number / 10, 1.0] for number in range(20)]
+    with LiveServer(folder, settings={"spin_us": spin_us, "threads": 2}) as live:
+        live.wait_until_ready()
+        for pause_s in (0.0, 0.005, 0.02):
+            for point in points:
+                time.sleep(pause_s)
+                assert ask(live, point).json()["value"] == pytest.approx([expected(network, point)], abs=1e-12)
+
+
 @pytest.fixture(scope="module")
 def network() -> NN:
     torch.manual_seed(3)
