@@ -292,8 +292,8 @@ class Writer:
     def finish(self) -> Program:
         """Lay the workspace out: arrays whose lives do not overlap share memory, unless their padding is zero.
 
-        Steps whose results nobody reads are left out.
-        What a step and the one that follows it need lives at the same time.
+        Steps whose results nobody reads are left out. What a step and the one that follows it need lives at the same
+        time.
         """
         read: set[int] = set()
         self.steps = list(_needed(self.steps, read))[::-1]
