@@ -313,16 +313,18 @@ INLINE V NAME(across)(V *sums) {
     return sums[0];
 }
 
-/* All BLOCK x BLOCK dot products of rows of A with rows of B over a padded width. */
-INLINE void NAME(dots)(I width, const REAL *const *a, const REAL *const *b, REAL *out) {
+/* The dot products of the first rows of A with the first columns, rows of B, over a padded width, of BLOCK x BLOCK. */
+INLINE void NAME(dots)(
+    const int rows, const int columns, I width, const REAL *const *a, const REAL *const *b, REAL *out
+) {
     V sum[BLOCK * BLOCK];
     for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
     for (I w = 0; w < width; w += VL) {
         V right[BLOCK];
-        for (int j = 0; j < BLOCK; j++) right[j] = NAME(load)(b[j] + w);
-        for (int i = 0; i < BLOCK; i++) {
+        for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
+        for (int i = 0; i < rows; i++) {
             V left = NAME(load)(a[i] + w);
-            for (int j = 0; j < BLOCK; j++) sum[i * BLOCK + j] += left * right[j];
+            for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
         }
     }
     for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
@@ -342,7 +344,7 @@ static void NAME(congruence)(const Step *s, const REAL *J, const REAL *c, REAL *
                                 NAME(load)(J + (a + i) * j_->inner + w) * NAME(load)(c + k * c_->inner + w));
             for (I b = a; b < d; b += BLOCK) {
                 for (int j = 0; j < BLOCK; j++) right[j] = J + (b + j < d ? b + j : d - 1) * j_->inner;
-                NAME(dots)(width, left, right, dot);
+                NAME(dots)(BLOCK, BLOCK, width, left, right, dot);
                 for (int i = 0; i < BLOCK && a + i < d; i++)
                     for (int j = b == a ? i : 0; j < BLOCK && b + j < d; j++)
                         H[(a + i) * h_->outer + (b + j) * h_->inner + k * h_->column_step] =
@@ -361,7 +363,9 @@ static void NAME(contract)(const Step *s, const REAL *A, const REAL *B, REAL *C)
                 left[i] = A + (i0 + i < rows ? i0 + i : rows - 1) * s->operand[1].inner;
                 right[i] = B + (j0 + i < columns ? j0 + i : columns - 1) * s->operand[2].inner;
             }
-            NAME(dots)(s->depth, left, right, dot);
+            if (columns > 1) NAME(dots)(BLOCK, BLOCK, s->depth, left, right, dot);
+            else if (rows > 1) NAME(dots)(BLOCK, 1, s->depth, left, right, dot);
+            else NAME(dots)(1, 1, s->depth, left, right, dot);
             for (int i = 0; i < BLOCK && i0 + i < rows; i++)
                 for (int j = 0; j < BLOCK && j0 + j < columns; j++)
                     C[(i0 + i) * s->operand[0].inner + (j0 + j) * s->operand[0].column_step] = dot[i * BLOCK + j];
