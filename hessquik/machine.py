@@ -59,9 +59,14 @@ class Machine:
         self.device = device
         self.arrays: dict[str, Tensor] = {}
         self._workspace = torch.zeros(rows * program.workspace + VECTOR_BYTES, dtype=dtype, device=device)
+        self._calls: list[Callable[[], object]] = []
         for step in program.once:
-            self._bind(step)()
-        self._calls = [self._bind(step) for step in program.steps]
+            call = self._bind(step)
+            if all(view is None or view.constant is not None for view in step.inputs):
+                call()
+            else:  # it follows from inputs, which come with a tile
+                self._calls.append(call)
+        self._calls += [self._bind(step) for step in program.steps]
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._capture()
@@ -91,10 +96,10 @@ class Machine:
                 self.run()
             self._graph = graph
 
-    def _tensor(self, view: View, width: int | None = None) -> Tensor:
+    def _tensor(self, view: View, rows: int, width: int | None = None) -> Tensor:
         """A view as (rows, outer, inner, columns)."""
         buffer = view.buffer
-        shape = (self.rows, *view.shape[:2], width or view.shape[2])
+        shape = (rows, *view.shape[:2], width or view.shape[2])
         strides = (view.row_stride, *view.strides)
         if buffer.data is not None:
             return buffer.data.as_strided(shape, strides, buffer.data.storage_offset() + view.column)
@@ -107,19 +112,22 @@ class Machine:
 
     def _bind(self, step: Step) -> Callable[[], object]:
         """A step as a call without arguments."""
+        rows = 1 if step.out.is_shared else self.rows
         if step.operation == "multiply":
-            return self._multiply(step)
+            return self._multiply(step, rows)
         if step.operation == "activate":
             return self._activate(step)
-        out = self._tensor(step.out)
-        a, b, *more = (None if view is None else self._tensor(view) for view in step.inputs)
+        out = self._tensor(step.out, rows)
+        a, b, add, add_by = (
+            None if view is None else self._tensor(view, rows) for view in (*step.inputs, None, None)[:4]
+        )
         assert a is not None
         if step.operation == "scale":
-            return self._scale(out, a, b, more[0], step.alpha)
+            return self._scale(out, a, b, add, add_by, step.alpha)
         assert b is not None
         return partial(_REDUCTIONS[step.operation], out, a, b)
 
-    def _multiply(self, step: Step) -> Callable[[], object]:
+    def _multiply(self, step: Step, rows: int) -> Callable[[], object]:
         """C = A B + b + D as one product of matrices where B is the same for all rows."""
         a, b, bias, add = step.inputs
         assert a is not None
@@ -128,19 +136,19 @@ class Machine:
         inner = a.shape[1]
         flat = [view for view in (a, step.out, add) if view is not None]
         if matrix is None or any(view.row_stride != inner * view.strides[1] for view in flat):
-            out = self._tensor(step.out)[:, 0]
-            left, right = self._tensor(a)[:, 0], self._tensor(b)[:, 0]
-            terms = [self._tensor(view)[:, 0] for view in (bias, add) if view is not None]
+            out = self._tensor(step.out, rows)[:, 0]
+            left, right = self._tensor(a, rows)[:, 0], self._tensor(b, rows)[:, 0]
+            terms = [self._tensor(view, rows)[:, 0] for view in (bias, add) if view is not None]
             return partial(_multiply_rows, out, left, right, terms)
         # Whole vectors only: a kernel's last few columns may be added up in another order.
         lanes = VECTOR_BYTES // self.dtype.itemsize
         columns = step.out.shape[2]
         width = -(-columns // lanes) * lanes if step.out.buffer.base == "workspace" else columns
         width = width if step.out.strides[2] == 1 else columns
-        out = self._tensor(step.out, width).reshape(-1, width)
-        if out.data_ptr() != self._tensor(step.out).data_ptr():
+        out = self._tensor(step.out, rows, width).reshape(-1, width)
+        if out.data_ptr() != self._tensor(step.out, rows).data_ptr():
             raise AssertionError("a product's rows lie evenly")
-        left = self._tensor(a).reshape(-1, a.shape[2])
+        left = self._tensor(a, rows).reshape(-1, a.shape[2])
         right = _widened(matrix, width)
         if add is not None and add.buffer is step.out.buffer:
             assert bias is None
@@ -153,7 +161,7 @@ class Machine:
             call = partial(torch.mm, left, right, out=out)
         if add is None:
             return call
-        total, term = self._tensor(step.out), self._tensor(add)
+        total, term = self._tensor(step.out, rows), self._tensor(add, rows)
         return lambda: (call(), total.add_(term))
 
     def _activate(self, step: Step) -> Callable[[], object]:
@@ -169,11 +177,16 @@ class Machine:
     def _whole(self, view: View) -> Tensor:
         """A view with its padding, if it is all of a workspace array."""
         is_all = view.buffer.base == "workspace" and view.buffer.size == view.strides[1] and not view.column
-        return self._tensor(view, view.buffer.size if is_all else None)
+        return self._tensor(view, self.rows, view.buffer.size if is_all else None)
 
     @staticmethod
-    def _scale(c: Tensor, a: Tensor, by: Tensor | None, add: Tensor | None, alpha: float) -> Callable[[], object]:
-        """C = α A ⊙ S + D."""
+    def _scale(
+        c: Tensor, a: Tensor, by: Tensor | None, add: Tensor | None, add_by: Tensor | None, alpha: float
+    ) -> Callable[[], object]:
+        """C = α A ⊙ S + D ⊙ T."""
+        if add is not None and add_by is not None:
+            assert by is not None
+            return lambda: torch.addcmul(add * add_by, a, by, value=alpha, out=c)
         if by is None:
             if add is not None:
                 return partial(torch.add, add, a, alpha=alpha, out=c)

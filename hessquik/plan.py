@@ -5,7 +5,7 @@ and is by counting:
 
     start      tangents begin with the d unit vectors of x or, if x enters by fewer than d columns [K₁ K₂ …] = QR,
                with the orthonormal rows of Qᵀ: f(x) = g(xQ), so ∇²f = Q ∇²g Qᵀ and Δf = Δg
-    order      backward: adjoints give the weights c of a sum of congruences;
+    order      backward: adjoints give the weights c of a sum of congruences, and Jv from the gradient;
                forward: second derivatives travel along with the tangents, which pays when there are many outputs
 """
 
@@ -67,7 +67,7 @@ class Plan:
     Attributes:
         ask: What it answers.
         start: Where tangents begin: ``x`` or ``reduced``; ``None`` if there are none.
-        order: ``backward`` or ``forward``.
+        order: ``backward`` or ``forward``: by adjoints, or by tangents alone.
         rows: Rows of a tile.
         operations: Floating-point operations per row.
         bytes: Bytes per row that steps read and write.
@@ -211,9 +211,12 @@ class _Formulas:
     def is_possible(self) -> bool:
         """Whether this way answers what is asked and differs from the others."""
         second = self.wanted & {"hessian", "laplacian", "hessian_diagonal"}
+        if self.is_forward and self.wanted & DIRECTIONAL:
+            # Along the given directions alone, of which as many are carried as there are.
+            return self.basis is None and self.wanted <= {"value", "jvp", "curvature"}
         if self.is_forward:
             tangents = second or self.wanted & {"gradient"}
-            if not tangents or self.ask.weights is not None or self.wanted & DIRECTIONAL:
+            if not tangents or self.ask.weights is not None:
                 return False
             # Pairs of tangents in place of adjoints: with many more of them than outputs it cannot be cheaper.
             D = self.d if self.basis is None else self.basis.shape[1]
@@ -228,14 +231,13 @@ class _Formulas:
         first = self.wanted & {"gradient", "jvp"}
         m_out = self.m if self.ask.weights is None else 1
         x = w.external("x", self.d)
-        pushes_jvp = self.wanted & first == {"jvp"} and not second
-        entering, directed, bends = self.entering(), self.directed(pushes_jvp), self.bends()
+        entering, directed, bends = self.entering(), self.directed(), self.bends()
         layers: list[_Layer] = []
         for layer in self.linearize(x, 2 if second else int(bool(first))):
             layers.append(layer)
             for tangents in (entering, directed):
                 if tangents is not None and not tangents.is_over:
-                    self.push(tangents, layer, to_the_end=pushes_jvp)
+                    self.push(tangents, layer)
             if bends is not None:
                 self.push_second(bends, layer)
         weights, y = self.weights(), layers[-1].value
@@ -245,10 +247,10 @@ class _Formulas:
                 w.scale(y, out=out)
             else:
                 w.contract(w.scale(y, out=w.new(1, self.m, is_zeroed=True)), weights, out)
-        if bends is not None:
+        if bends is not None and self.wanted & DIRECTIONAL:
+            self.read_along(bends, weights, m_out)
+        elif bends is not None:
             self.read_bends(bends)
-        elif pushes_jvp and directed is not None:
-            self.read_jvp(directed, weights, m_out)
         elif second or first:
             self.pull_all(layers, weights, entering, directed, m_out)
 
@@ -268,11 +270,9 @@ class _Formulas:
             return _Tangents((start,), (self.d,), J=self.writer.new(start.shape[1], hidden, is_zeroed=True))
         return _Tangents((start,), (self.d,), norms=self.writer.new(1, hidden, is_zeroed=True))
 
-    def directed(self, pushes_jvp: bool) -> _Tangents | None:
+    def directed(self) -> _Tangents | None:
         """The given directions as tangents."""
-        if pushes_jvp:
-            return _Tangents((self.directions(),), (self.d,))
-        if not self.wanted & {"hvp", "curvature"}:
+        if self.is_forward or not self.wanted & {"hvp", "curvature"}:
             return None
         J = self.writer.new(self.ask.k, sum(self.hidden), is_zeroed=True)
         return _Tangents((self.directions(),), (self.d,), J=J)
@@ -321,12 +321,16 @@ class _Formulas:
             squares = w.scale(J, J, out=w.new(k, J.shape[2], is_zeroed=True))
             w.contract(squares, c, w.external("curvature", k, m))
         if "hvp" in self.wanted:
+            hvp = w.external("hvp", k, d, m)
+            nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
+            if m == 1:  # all directions at once
+                gx = self.pull(layers, nothing, extra=(J, c))
+                w.scale(gx, out=View(hvp.buffer, (1, k, d), (0, d, 1)))
+                return
             extra = w.new(k * m, J.shape[2])
             for i in range(k):
                 w.scale(c, J.inner(i, i + 1), out=extra.inner(i * m, (i + 1) * m))
-            nothing: Parts = tuple(None for _ in range(1 + layers[-1].form.carries))
-            gx = self.pull(layers, nothing, extra=extra)
-            hvp = w.external("hvp", k, d, m)
+            gx = self.pull(layers, nothing, extra=(extra, None))
             for i in range(k):
                 w.scale(gx.inner(i * m, (i + 1) * m), out=hvp.outer(i).swap())
 
@@ -383,15 +387,16 @@ class _Formulas:
                 half = w.multiply(View(M.buffer, (1, s, s), (0, outer, 1), k * step), self.basis.T)
                 w.sum_products(half, rows, out=View(diagonal.buffer, (1, 1, d), (0, 0, m), k))
 
-    def read_jvp(self, tangents: _Tangents, weights: View | None, m: int) -> None:
-        """Jv by tangents alone."""
+    def read_along(self, bends: _Bends, weights: View | None, m: int) -> None:
+        """Jv and vᵀHv from what came through all layers."""
         w, k = self.writer, self.ask.k
-        out = w.external("jvp", k, m)
-        dy = tangents.parts[0] or self.zeros(k, self.m)
-        if weights is None:
-            w.scale(dy, out=out)
-        else:
-            w.contract(w.scale(dy, out=w.new(k, dy.shape[2], is_zeroed=True)), weights, out)
+        for name, found in (("jvp", bends.du[0]), ("curvature", bends.d2u[0])):
+            if name in self.wanted:
+                out, along = w.external(name, k, m), found or self.zeros(k, self.m)
+                if weights is None:
+                    w.scale(along, out=out)
+                else:
+                    w.contract(w.scale(along, out=w.new(k, self.m, is_zeroed=True)), weights, out)
 
     def contract_jvp(self, gx: View, m: int) -> None:
         """Jv from the gradient."""
@@ -400,9 +405,12 @@ class _Formulas:
         w.contract(directions, w.scale(gx, out=w.new(m, self.d, is_zeroed=True)), w.external("jvp", k, m))
 
     def bends(self) -> _Bends | None:
-        """The second derivatives that are carried forward, for all pairs of tangents or their sums."""
+        """The second derivatives that are carried forward, for pairs of tangents or for the sum of their squares."""
         if not self.is_forward:
             return None
+        if self.wanted & DIRECTIONAL:
+            squares = range(self.ask.k) if "curvature" in self.wanted else ()
+            return _Bends((self.directions(),), (None,), (self.d,), [(a, a) for a in squares], 0)
         start = self.start()
         D = start.shape[1]
         pairs: list[tuple[int, int]] = []
@@ -502,20 +510,19 @@ class _Formulas:
             yield _Layer(form, y, had, slope, curvature, slice(place, place + _width(form)), is_last)
             place += hidden
 
-    def push(self, tangents: _Tangents, layer: _Layer, to_the_end: bool) -> None:
+    def push(self, tangents: _Tangents, layer: _Layer) -> None:
         """Write dz of a layer into its columns of 𝒥 or of the norms, and dy if a later layer needs it."""
         form, columns = layer.form, (layer.place.start, layer.place.stop)
         parts = self.cut(tangents.parts, tangents.had, form.widths)
         slot = None if tangents.J is None or layer.slope is None else tangents.J.columns(*columns)
         dz = self.sum(self.terms(parts, form.into), out=slot)
+        tangents.is_over = layer.is_last_bend
+        if not tangents.is_over:
+            ds = dz if layer.slope is None or dz is None else partial(self.writer.scale, dz, layer.slope)
+            dy = self.sum([*self.terms(parts, form.skip), *self.term(ds, form.out)])
+            tangents.parts, tangents.had = (dy, *(parts[-1:] if form.carries else ())), layer.widths
         if tangents.norms is not None and layer.slope is not None and dz is not None:
             self.writer.sum_products(dz, dz, out=tangents.norms.columns(*columns))
-        if layer.is_last_bend and not to_the_end:
-            tangents.is_over = True
-            return
-        ds = dz if layer.slope is None or dz is None else partial(self.writer.scale, dz, layer.slope)
-        dy = self.sum([*self.terms(parts, form.skip), *self.term(ds, form.out)])
-        tangents.parts, tangents.had = (dy, *(parts[-1:] if form.carries else ())), layer.widths
 
     def push_second(self, bends: _Bends, layer: _Layer) -> None:
         """Write dy and the second derivatives of y."""
@@ -523,18 +530,19 @@ class _Formulas:
         needed = len(bends.pairs) + bends.sums
         du, d2u = self.cut(bends.du, bends.had, form.widths), self.cut(bends.d2u, bends.had, form.widths)
         dz = self.sum(self.terms(du, form.into))
-        d2z = self.sum(self.terms(d2u, form.into)) if needed else None
-        ds, d2s = dz, d2z
-        if dz is not None and layer.slope is not None:
-            assert layer.curvature is not None
-            ds = w.scale(dz, layer.slope)
-            if needed:
-                products = w.sum_products(dz, dz) if bends.sums else self.products(dz, bends.pairs)
-                straight = None if d2z is None else w.scale(d2z, layer.slope)
-                d2s = w.scale(products, layer.curvature, add=straight, out=straight)
-        carried = range(form.carries)
+        ds = dz if layer.slope is None or dz is None else partial(w.scale, dz, layer.slope)
         dy = self.sum([*self.terms(du, form.skip), *self.term(ds, form.out)])
-        d2y = self.sum([*self.terms(d2u, form.skip), *self.term(d2s, form.out)])
+        d2z = self.sum(self.terms(d2u, form.into)) if needed else None
+        d2s: list[Any] = [d2z]
+        if needed and dz is not None and layer.slope is not None:
+            products = w.sum_products(dz, dz) if bends.sums else self.products(dz, bends.pairs)
+            straight = None if d2z is None else partial(w.scale, d2z, layer.slope)
+            d2s = [straight, partial(w.scale, products, layer.curvature)]
+            if isinstance(form.out, Tensor):  # one product for both
+                d2s = [self.sum([term for term in d2s if term is not None])]
+        ways = [term for part in d2s for term in self.term(part, form.out)]
+        d2y = self.sum([*self.terms(d2u, form.skip), *ways])
+        carried = range(form.carries)
         bends.du = (dy, *(du[-1] for _ in carried))
         bends.d2u = (d2y, *(d2u[-1] for _ in carried))
         bends.had = layer.widths
@@ -542,6 +550,8 @@ class _Formulas:
     def products(self, dz: View, pairs: list[tuple[int, int]]) -> View:
         """Dz_a ⊙ dz_b for the pairs, which come in runs of one a with neighbouring b."""
         w = self.writer
+        if pairs == [(a, a) for a in range(dz.shape[1])]:
+            return w.scale(dz, dz)
         out = w.new(len(pairs), dz.shape[2])
         place = 0
         for a in sorted({a for a, _ in pairs}):
@@ -550,8 +560,21 @@ class _Formulas:
             place += len(run)
         return out
 
-    def pull(self, layers: list[_Layer], adjoints: Parts, c: View | None = None, extra: View | None = None) -> View:
-        """Write the adjoint of x; on the way c = gs ⊙ σ'' into its columns, or let ``extra`` enter at every z."""
+    def pull(
+        self,
+        layers: list[_Layer],
+        adjoints: Parts,
+        c: View | None = None,
+        extra: tuple[View, View | None] | None = None,
+    ) -> View:
+        """Write the adjoint of x; on the way c = gs ⊙ σ'' into its columns, or let more enter at every z.
+
+        Args:
+            layers: All layers, linearised.
+            adjoints: Of the features that the last one gives.
+            c: Where gs ⊙ σ'' goes.
+            extra: Two arrays over all hidden units whose product enters, or one of them alone.
+        """
         w = self.writer
         had = layers[-1].widths
         for layer in reversed(layers):
@@ -559,14 +582,20 @@ class _Formulas:
             adjoints = self.cut(adjoints, had, layer.widths)
             had = form.widths
             gy = adjoints[0]
-            gs = self.sum(self.term(gy, _transposed(form.out)))
             columns = (layer.place.start, layer.place.stop)
-            gz = gs
-            if layer.slope is not None:
-                if c is not None and gs is not None:
-                    w.scale(gs, layer.curvature, out=c.columns(*columns))
-                entering = None if extra is None else extra.columns(*columns)
-                gz = entering if gs is None else w.scale(gs, layer.slope, add=entering)
+            # A multiple of the identity goes with the scaling by the slope.
+            alpha = form.out if layer.slope is not None and isinstance(form.out, float) else 1.0
+            gs = gy if alpha != 1.0 else self.sum(self.term(gy, _transposed(form.out)))
+            if layer.slope is None:
+                gz = gs
+            else:
+                more, by = (None if array is None else array.columns(*columns) for array in extra or (None, None))
+                if gs is None:
+                    gz = more if more is None or by is None else w.scale(more, by)
+                else:
+                    if c is not None:
+                        w.scale(gs, layer.curvature, alpha, out=c.columns(*columns))
+                    gz = w.scale(gs, layer.slope, alpha, add=more, add_by=by)
             into = [self.term(gz, _transposed(linear)) for linear in form.into]
             skip = [self.term(gy, _transposed(linear)) for linear in form.skip]
             carried = adjoints[-1] if form.carries else None
@@ -577,10 +606,10 @@ class _Formulas:
         (gx,) = self.cut(adjoints, had, (self.d,))
         return self.zeros(self.rows_of(layers, extra), self.d) if gx is None else gx
 
-    def rows_of(self, layers: list[_Layer], extra: View | None) -> int:
+    def rows_of(self, layers: list[_Layer], extra: tuple[View, View | None] | None) -> int:
         """How many adjoints are pulled."""
         if extra is not None:
-            return extra.shape[1]
+            return extra[0].shape[1]
         return layers[-1].widths[0] if self.ask.weights is None else 1
 
     def zeros(self, inner: int, columns: int) -> View:
@@ -599,9 +628,8 @@ class _Formulas:
             return []
         if isinstance(linear, Tensor):
             u = part() if callable(part) else part
-            return [
-                partial(self.writer.multiply, u, linear) if u.constant is None else self.writer.multiply(u, linear)
-            ]
+            # What all rows share is computed once, in a place of its own.
+            return [self.writer.multiply(u, linear) if u.is_shared else partial(self.writer.multiply, u, linear)]
         if linear == 1.0:
             return [part]
         if callable(part):
@@ -614,7 +642,7 @@ class _Formulas:
         steps = [term for term in terms if not isinstance(term, View)]
         total: View | None = None
         is_own = False
-        for array in arrays:
+        for array in sorted(arrays, key=lambda array: not array.is_shared):
             if total is None:
                 total = array
             else:
@@ -625,10 +653,8 @@ class _Formulas:
             keywords: dict[str, Any] = {}
             if bias is not None and step.func == self.writer.multiply:
                 keywords["bias"], bias = bias, None
-            target = (
-                out if out is not None else total if is_own and total is not None and total.constant is None else None
-            )
-            total, is_own = step(add=total, out=target, **keywords), True
+            target = total if is_own and total is not None and not total.is_shared else None
+            total, is_own = step(add=total, out=target if out is None else out, **keywords), True
         if bias is not None:
             assert total is not None
             shift = self.writer.constant(bias.unsqueeze(0))

@@ -6,14 +6,18 @@ axes (rows, outer, inner, columns); most have one outer and several inner entrie
 
     multiply      C = A B + b + D        B: a matrix of the network, or one per row
     activate      σ(z), σ'(z), σ''(z)
-    scale         C = α A ⊙ S + D        S may have one inner entry for all of A's
+    scale         C = α A ⊙ S + D ⊙ T    S and T may have one inner entry for all of A's
     sum_products  C = Σ_inner A ⊙ B
     contract      C[k, m] = Σ_w A[k, w] B[m, w]
     congruence    C[a, b, m] = Σ_w A[a, w] B[m, w] A[b, w]
+
+A scaling of what a product or an activation has just computed follows it: a machine may do both at once, while the
+numbers are in its registers. One that does one after the other computes the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -38,7 +42,7 @@ class Buffer:
         size: Numbers per row; of a constant, in all.
         data: The numbers of a constant.
         is_zeroed: The padding behind its columns has to be zero, because sums run over it.
-        is_shared: An input that is the same for all rows.
+        is_shared: It is the same for all rows: an input, or what follows from such inputs and constants alone.
         offset: Where it begins in a row's share of the workspace.
     """
 
@@ -74,9 +78,14 @@ class View:
         return self.buffer.data.as_strided(self.shape[1:], self.strides[1:], self.column)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether it is the same for every row of a call."""
+        return self.buffer.data is not None or self.buffer.is_shared
+
+    @property
     def row_stride(self) -> int:
         """Step between rows."""
-        return 0 if self.buffer.data is not None or self.buffer.is_shared else self.buffer.size
+        return 0 if self.is_shared else self.buffer.size
 
     def columns(self, start: int, stop: int) -> View:
         """Columns ``start`` to ``stop``."""
@@ -105,11 +114,13 @@ class Step:
     Attributes:
         operation: Which one, see the module's table.
         out: C; for ``activate`` the value.
-        inputs: A, B or S, b, D, in the table's order, ``None`` where there is none; for ``activate`` z and then
+        inputs: A, B or S, b, D, T, in the table's order, ``None`` where there is none; for ``activate`` z and then
             where σ' and σ'' go.
         alpha: α.
         activation: σ.
         operations: Floating-point operations per row.
+        follows: It scales the results of the step before it, number by number.
+        is_read: Any step but the one that follows it reads C, or it is a result.
     """
 
     operation: Operation
@@ -118,6 +129,13 @@ class Step:
     alpha: float = 1.0
     activation: hessQuikActivationFunction | None = None
     operations: int = 0
+    follows: bool = False
+    is_read: bool = True
+
+    def moved(self) -> tuple[View, ...]:
+        """What goes to and from memory if a step that follows is taken along."""
+        read = self.inputs[1:] if self.follows else self.inputs
+        return (*(view for view in read if view is not None), *((self.out,) if self.is_read else ()))
 
     def views(self) -> tuple[View, ...]:
         """Everything it reads or writes."""
@@ -126,7 +144,7 @@ class Step:
     def __str__(self) -> str:
         """The operation with its shapes."""
         names = ", ".join(f"{view.buffer.base}{list(view.shape)}" for view in self.views())
-        return f"{self.operation}({names})"
+        return f"{'  then ' if self.follows else ''}{self.operation}({names})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +152,7 @@ class Program:
     """The steps, and what they cost.
 
     Attributes:
-        once: Steps whose results hold for all tiles.
+        once: Steps whose results hold for all tiles of a call.
         steps: Steps of a tile.
         workspace: Numbers per row that the steps use between them.
         zeroed: How many of them, from the first, have to be zero at the start.
@@ -158,7 +176,7 @@ class Program:
         return sum(
             view.shape[0] * view.shape[1] * view.shape[2]
             for step in self.steps
-            for view in step.views()
+            for view in step.moved()
             if view.buffer.data is None
         )
 
@@ -186,11 +204,12 @@ class Writer:
     steps: list[Step] = field(default_factory=list)
     once: list[Step] = field(default_factory=list)
 
-    def new(self, inner: int, columns: int, is_zeroed: bool = False) -> View:
+    def new(self, inner: int, columns: int, is_zeroed: bool = False, is_shared: bool = False) -> View:
         """A workspace array (1, inner, columns), its columns padded to whole vectors."""
         lanes = VECTOR_BYTES // self.dtype.itemsize
         pitch = -(-columns // lanes) * lanes
-        return View(Buffer("workspace", inner * pitch, is_zeroed=is_zeroed), (1, inner, columns), (0, pitch, 1))
+        buffer = Buffer("workspace", inner * pitch, is_zeroed=is_zeroed, is_shared=is_shared)
+        return View(buffer, (1, inner, columns), (0, pitch, 1))
 
     def constant(self, matrix: Tensor) -> View:
         """The numbers (inner, columns) of a matrix, the same for all rows."""
@@ -206,8 +225,9 @@ class Writer:
     def emit(self, operation: Operation, out: View, *inputs: View | None, alpha: float = 1.0, work: int) -> View:
         """Add a step and return what it writes."""
         step = Step(operation, out, inputs, alpha, operations=work)
-        holds = out.buffer.is_zeroed and all(view is None or view.constant is not None for view in inputs)
-        (self.once if holds else self.steps).append(step)
+        # Nothing else is put where these results are, so they hold for the tiles to come.
+        stays = out.buffer.is_shared or out.buffer.is_zeroed
+        (self.once if stays and _is_shared(*inputs) else self.steps).append(step)
         return out
 
     def multiply(
@@ -226,8 +246,8 @@ class Writer:
             b = b.to(self.dtype)
             b = View(Buffer("constant", b.numel(), b), (1, b.shape[0], b.shape[1]), (0, b.stride(0), b.stride(1)))
         depth, columns = b.shape[1:]
-        out = self.new(a.shape[1], columns) if out is None else out
         shift = None if bias is None else self.constant(bias.unsqueeze(0))
+        out = self.new(a.shape[1], columns, is_shared=_is_shared(a, b, add)) if out is None else out
         return self.emit("multiply", out, a, b, shift, add, work=2 * a.shape[1] * depth * columns)
 
     def scale(
@@ -237,13 +257,16 @@ class Writer:
         alpha: float = 1.0,
         add: View | None = None,
         out: View | None = None,
+        add_by: View | None = None,
     ) -> View:
-        """Α A ⊙ S + D."""
-        if out is None and a.constant is not None and by is None and (add is None or add.constant is not None):
+        """Α A ⊙ S + D ⊙ T."""
+        is_alone = by is None and add_by is None
+        if out is None and a.constant is not None and is_alone and (add is None or add.constant is not None):
             scaled = alpha * a.constant
             return self.constant(scaled if add is None or add.constant is None else scaled + add.constant)
-        out = self.new(a.shape[1], a.shape[2]) if out is None else out
-        return self.emit("scale", out, a, by, add, alpha=alpha, work=2 * a.shape[0] * a.shape[1] * a.shape[2])
+        out = self.new(a.shape[1], a.shape[2], is_shared=_is_shared(a, by, add, add_by)) if out is None else out
+        work = 2 * a.shape[0] * a.shape[1] * a.shape[2]
+        return self.emit("scale", out, a, by, add, add_by, alpha=alpha, work=work)
 
     def activate(self, activation: hessQuikActivationFunction, z: View, order: int) -> tuple[View, View, View]:
         """σ(z), σ'(z) and σ''(z); what lies above ``order`` is not computed."""
@@ -267,20 +290,40 @@ class Writer:
         return self.emit("congruence", out, a, c, work=(d * (d + 1) + d) * m * a.shape[2])
 
     def finish(self) -> Program:
-        """Lay the workspace out: arrays whose lives do not overlap share memory, unless their padding is zero."""
-        last = {id(view.buffer): place for place, step in enumerate(self.steps) for view in step.views()}
+        """Lay the workspace out: arrays whose lives do not overlap share memory, unless their padding is zero.
+
+        Steps whose results nobody reads are left out. What a step and the one that follows it need lives at the same
+        time.
+        """
+        read: set[int] = set()
+        self.steps = list(_needed(self.steps, read))[::-1]
+        self.once = list(_needed(self.once, read))[::-1]
+        groups: list[list[Step]] = []
+        for step in self.steps:
+            if groups and _follows(step, *groups[-1]):
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+        last = {
+            id(view.buffer): place for place, group in enumerate(groups) for step in group for view in step.views()
+        }
         buffers = {id(view.buffer): view.buffer for step in (*self.once, *self.steps) for view in step.views()}
         size = 0
         for buffer in buffers.values():
             if buffer.is_zeroed:
                 buffer.offset, size = size, size + buffer.size
         zeroed = size
+        for buffer in buffers.values():
+            if buffer.base == "workspace" and buffer.is_shared:
+                buffer.offset, size = size, size + buffer.size
         free: dict[int, list[int]] = {}
         placed: set[int] = set()
-        for place, step in enumerate(self.steps):
-            here = {id(view.buffer): view.buffer for view in step.views()}
+        for place, group in enumerate(groups):
+            here = {id(view.buffer): view.buffer for step in group for view in step.views()}
             here = {
-                key: buffer for key, buffer in here.items() if buffer.base == "workspace" and not buffer.is_zeroed
+                key: buffer
+                for key, buffer in here.items()
+                if buffer.base == "workspace" and not buffer.is_zeroed and not buffer.is_shared
             }
             for key, buffer in here.items():
                 if key not in placed:
@@ -293,5 +336,50 @@ class Writer:
             for key, buffer in here.items():
                 if last[key] == place:
                     free[buffer.size].append(buffer.offset)
-        widest = max((step.inputs[0].shape[2] for step in self.steps if step.inputs[0] is not None), default=0)
-        return Program(tuple(self.once), tuple(self.steps), size, zeroed, 4 * (widest + VECTOR_BYTES))
+        steps = [
+            replace(
+                step,
+                follows=step is not group[0],
+                is_read=step.out.buffer.base != "workspace"
+                or step.out.buffer.is_zeroed
+                or last[id(step.out.buffer)] != place,
+            )
+            for place, group in enumerate(groups)
+            for step in group
+        ]
+        widest = max((step.inputs[0].shape[2] for step in steps if step.inputs[0] is not None), default=0)
+        return Program(tuple(self.once), tuple(steps), size, zeroed, 4 * (widest + VECTOR_BYTES))
+
+
+def _needed(steps: list[Step], read: set[int]) -> Iterator[Step]:
+    """The steps from the last to the first that write what a later one reads, or a result; ``read`` grows."""
+    for step in reversed(steps):
+        if any(id(view.buffer) in read or view.buffer.base != "workspace" for view in _written(step)):
+            read.update(id(view.buffer) for view in step.views())
+            yield step
+
+
+def _written(step: Step) -> tuple[View, ...]:
+    """What a step writes."""
+    also = step.inputs[1:] if step.operation == "activate" else ()
+    return (step.out, *(view for view in also if view is not None))
+
+
+def _follows(step: Step, head: Step, *others: Step) -> bool:
+    """Whether a step scales, number by number, what the one before it computes."""
+    if others or step.operation != "scale" or head.operation not in {"multiply", "activate"}:
+        return False
+    if step.inputs[0] != head.out or step.out.shape != head.out.shape:
+        return False
+    arrays = (head.out, *step.views())
+    if any(view.strides[2] != 1 or view.shape[0] != 1 or view.shape[2] != head.out.shape[2] for view in arrays):
+        return False
+    # It writes nothing that other numbers of the first need, and reads nothing that is made of other numbers.
+    needed = {id(view.buffer) for view in head.views()}
+    read = {id(view.buffer) for view in step.inputs[1:] if view is not None}
+    return id(step.out.buffer) not in needed and id(head.out.buffer) not in read
+
+
+def _is_shared(*views: View | None) -> bool:
+    """Whether all of them are the same for every row of a call."""
+    return all(view is None or view.is_shared for view in views)

@@ -34,7 +34,7 @@ _OPERATIONS = ("multiply", "activate", "scale", "sum_products", "contract", "con
 _ACTIVATIONS = (tanhActivation, antiTanhActivation, sigmoidActivation, softplusActivation, quadraticActivation)
 _WORKSPACE, _CONSTANT = 0, 1
 #: What steps and calls mean, as in native.c: a kernel built from other sources would compute other numbers.
-_REVISION = 2
+_REVISION = 3
 #: Vectors per panel of a packed matrix, as in native.c.
 _PANEL_VECTORS = 2
 
@@ -45,7 +45,7 @@ class _Operand(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("op", "kind", "outer", "inner", "width", "depth")),
+        *((name, c_int64) for name in ("op", "kind", "outer", "inner", "width", "depth", "is_followed")),
         ("alpha", c_double),
         ("beta", c_double),
         ("operand", _Operand * 5),
@@ -154,6 +154,9 @@ class Native:
         self._arrays: list[str] = []
         self._once = (_Step * len(program.once))(*map(self._step, program.once))
         self._steps = (_Step * len(program.steps))(*map(self._step, program.steps))
+        for place, step in enumerate(program.steps):
+            if step.follows:
+                self._steps[place - 1].is_followed = 1
         self._places = c_void_p * (2 + len(self._arrays))
         self._kind = c_int64(dtype == torch.float64), c_int64(self.vector_bytes)
 
@@ -205,6 +208,8 @@ class Native:
             view = views[place] if place < len(views) else None
             is_matrix = name == "multiply" and place == 2
             coded.operand[place] = self._operand(view, is_matrix, out.shape[1])
+        if not step.is_read:
+            coded.operand[views.index(out)].base = -1
         return coded
 
     def _padded(self, columns: int) -> int:

@@ -37,6 +37,31 @@ INLINE void NAME(store_some)(REAL *p, V v, I count) {
     else __builtin_memcpy(p, &v, count * sizeof(REAL));
 }
 
+/* C = alpha a (* S) (+ D (* T)) for the columns of one vector. */
+INLINE void NAME(scale_some)(REAL alpha, V a, const REAL *S, const REAL *D, const REAL *T, REAL *C, I count) {
+    a *= alpha;
+    if (S) a *= NAME(load_some)(S, count);
+    ROUND(a);
+    if (D) {
+        V d = NAME(load_some)(D, count);
+        if (T) {
+            d *= NAME(load_some)(T, count);
+            ROUND(d);
+        }
+        a += d;
+    }
+    NAME(store_some)(C, a, count);
+}
+
+INLINE const REAL *NAME(moved)(const REAL *p, I by) { return p ? p + by : 0; }
+
+/* Where an operand begins for a row of the tile, or null if the step has none. */
+INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
+    if (o->base < 0) return 0;
+    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
+    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
+}
+
 /* ---- Pointwise functions. For y <= 0, with y = k ln 2 + r: exp y = 2^k exp r, and exp r - 1 by its series. ---- */
 
 INLINE void NAME(exponential)(V y, V *exp, V *expm1) {
@@ -128,7 +153,8 @@ INLINE void NAME(jet)(I kind, REAL beta, REAL threshold, V x, V *value, V *slope
 /* ---- Steps ---- */
 
 /* A product of whole matrices, C[i, j] = sum over k of A[i, k] B[k, j] (+ bias[j]) (+ D[i, j]); B is packed in
- * panels of NV vectors of columns (b_panel apart) or lies row by row. */
+ * panels of NV vectors of columns (b_panel apart) or lies row by row. A scaling may follow while C is in registers:
+ * E = alpha C (* S) (+ D (* T)), each with rows of its own: a step of `point` after every `inner` rows of C. */
 typedef struct {
     I rows, columns, depth;
     const REAL *A;
@@ -137,9 +163,22 @@ typedef struct {
     I b_panel, b_depth;
     const REAL *bias, *D;
     I d_row;
-    REAL *C;
+    REAL *C; /* null if only the scaling reads it */
     I c_row, c_column;
+    REAL alpha;
+    I inner;
+    struct {
+        REAL *at;
+        I point, inner;
+    } then[4]; /* E, S, D, T */
 } NAME(Product);
+
+/* Where column j of row i of E, S, D or T is, or null if there is none. */
+INLINE REAL *NAME(row_of)(const NAME(Product) *p, I which, I i, I j) {
+    const I point = (uint32_t)i / (uint32_t)p->inner; /* of 32 bits, which divide several times faster */
+    REAL *at = p->then[which].at;
+    return at ? at + point * p->then[which].point + (i - point * p->inner) * p->then[which].inner + j : 0;
+}
 
 /* Write the sums of mr rows from i and nv vectors from j where columns are missing or lie apart. */
 static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I mr, I nv, I i0, I j0, const V *sum) {
@@ -150,9 +189,12 @@ static __attribute__((noinline)) void NAME(write_some)(const NAME(Product) *p, I
             if (p->bias) s += NAME(load_some)(p->bias + j, count);
             if (p->D) s += NAME(load_some)(p->D + i * p->d_row + j, count);
             REAL *c = p->C + i * p->c_row + j * p->c_column;
-            if (p->c_column == 1) NAME(store_some)(c, s, count);
-            else
+            if (p->C && p->c_column == 1) NAME(store_some)(c, s, count);
+            else if (p->C)
                 for (I l = 0; l < VL && l < count; l++) c[l * p->c_column] = s[l];
+            if (p->then[0].at)
+                NAME(scale_some)(p->alpha, s, NAME(row_of)(p, 1, i, j), NAME(row_of)(p, 2, i, j),
+                                 NAME(row_of)(p, 3, i, j), NAME(row_of)(p, 0, i, j), count);
         }
 }
 
@@ -183,8 +225,41 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Product) *p, I i0
     if (p->D)
         UNROLL for (int i = 0; i < mr; i++)
             UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += NAME(load)(p->D + (i0 + i) * p->d_row + j0 + v * VL);
-    UNROLL for (int i = 0; i < mr; i++)
-        UNROLL for (int v = 0; v < nv; v++) NAME(store)(p->C + (i0 + i) * p->c_row + j0 + v * VL, sum[i * nv + v]);
+    if (p->C)
+        UNROLL for (int i = 0; i < mr; i++)
+            UNROLL for (int v = 0; v < nv; v++) NAME(store)(p->C + (i0 + i) * p->c_row + j0 + v * VL, sum[i * nv + v]);
+    if (p->then[0].at) {
+        const I inner = p->inner;
+        I place = (uint32_t)i0 % (uint32_t)inner, step[4], next[4];
+        REAL *E = NAME(row_of)(p, 0, i0, j0);
+        const REAL *S = NAME(row_of)(p, 1, i0, j0), *D = NAME(row_of)(p, 2, i0, j0), *T = NAME(row_of)(p, 3, i0, j0);
+        for (int o = 0; o < 4; o++) {
+            step[o] = p->then[o].inner;
+            next[o] = p->then[o].point - (inner - 1) * step[o];
+        }
+        UNROLL for (int i = 0; i < mr; i++) {
+            UNROLL for (int v = 0; v < nv; v++) {
+                V c = p->alpha * sum[i * nv + v];
+                if (S) c *= NAME(load)(S + v * VL);
+                ROUND(c);
+                if (D) {
+                    V d = NAME(load)(D + v * VL);
+                    if (T) {
+                        d *= NAME(load)(T + v * VL);
+                        ROUND(d);
+                    }
+                    c += d;
+                }
+                NAME(store)(E + v * VL, c);
+            }
+            const int is_last = ++place == inner;
+            place = is_last ? 0 : place;
+            E += is_last ? next[0] : step[0];
+            if (S) S += is_last ? next[1] : step[1];
+            if (D) D += is_last ? next[2] : step[2];
+            if (T) T += is_last ? next[3] : step[3];
+        }
+    }
 }
 
 /* Each size of block is a function of its own, small enough for the compiler to keep its sums in registers. */
@@ -238,16 +313,18 @@ INLINE V NAME(across)(V *sums) {
     return sums[0];
 }
 
-/* All BLOCK x BLOCK dot products of rows of A with rows of B over a padded width. */
-INLINE void NAME(dots)(I width, const REAL *const *a, const REAL *const *b, REAL *out) {
+/* The dot products of the first rows of A with the first columns, rows of B, over a padded width, of BLOCK x BLOCK. */
+INLINE void NAME(dots)(
+    const int rows, const int columns, I width, const REAL *const *a, const REAL *const *b, REAL *out
+) {
     V sum[BLOCK * BLOCK];
     for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
     for (I w = 0; w < width; w += VL) {
         V right[BLOCK];
-        for (int j = 0; j < BLOCK; j++) right[j] = NAME(load)(b[j] + w);
-        for (int i = 0; i < BLOCK; i++) {
+        for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
+        for (int i = 0; i < rows; i++) {
             V left = NAME(load)(a[i] + w);
-            for (int j = 0; j < BLOCK; j++) sum[i * BLOCK + j] += left * right[j];
+            for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
         }
     }
     for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
@@ -267,7 +344,7 @@ static void NAME(congruence)(const Step *s, const REAL *J, const REAL *c, REAL *
                                 NAME(load)(J + (a + i) * j_->inner + w) * NAME(load)(c + k * c_->inner + w));
             for (I b = a; b < d; b += BLOCK) {
                 for (int j = 0; j < BLOCK; j++) right[j] = J + (b + j < d ? b + j : d - 1) * j_->inner;
-                NAME(dots)(width, left, right, dot);
+                NAME(dots)(BLOCK, BLOCK, width, left, right, dot);
                 for (int i = 0; i < BLOCK && a + i < d; i++)
                     for (int j = b == a ? i : 0; j < BLOCK && b + j < d; j++)
                         H[(a + i) * h_->outer + (b + j) * h_->inner + k * h_->column_step] =
@@ -286,15 +363,17 @@ static void NAME(contract)(const Step *s, const REAL *A, const REAL *B, REAL *C)
                 left[i] = A + (i0 + i < rows ? i0 + i : rows - 1) * s->operand[1].inner;
                 right[i] = B + (j0 + i < columns ? j0 + i : columns - 1) * s->operand[2].inner;
             }
-            NAME(dots)(s->depth, left, right, dot);
+            if (columns > 1) NAME(dots)(BLOCK, BLOCK, s->depth, left, right, dot);
+            else if (rows > 1) NAME(dots)(BLOCK, 1, s->depth, left, right, dot);
+            else NAME(dots)(1, 1, s->depth, left, right, dot);
             for (int i = 0; i < BLOCK && i0 + i < rows; i++)
                 for (int j = 0; j < BLOCK && j0 + j < columns; j++)
                     C[(i0 + i) * s->operand[0].inner + (j0 + j) * s->operand[0].column_step] = dot[i * BLOCK + j];
         }
 }
 
-/* C = alpha A (* S) (+ D) over the outer and inner axes and the columns. */
-static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL *D, REAL *C) {
+/* The same over the outer and inner axes and the columns. */
+static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL *D, const REAL *T, REAL *C) {
     const Operand *o = s->operand;
     const REAL alpha = (REAL)s->alpha;
     const int is_dense = o[0].column_step == 1 && o[1].column_step == 1;
@@ -303,6 +382,7 @@ static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL 
             const REAL *a = A + i * o[1].outer + j * o[1].inner;
             const REAL *t = S ? S + i * o[2].outer + j * o[2].inner : 0;
             const REAL *d = D ? D + i * o[3].outer + j * o[3].inner : 0;
+            const REAL *e = T ? T + i * o[4].outer + j * o[4].inner : 0;
             REAL *c = C + i * o[0].outer + j * o[0].inner;
             if (!is_dense) {
                 for (I w = 0; w < s->width; w++) c[w * o[0].column_step] = alpha * a[w * o[1].column_step];
@@ -310,10 +390,8 @@ static void NAME(scale)(const Step *s, const REAL *A, const REAL *S, const REAL 
             }
             for (I w = 0; w < s->width; w += VL) {
                 const I count = s->width - w;
-                V v = alpha * NAME(load_some)(a + w, count);
-                if (t) v *= NAME(load_some)(t + w, count);
-                if (d) v += NAME(load_some)(d + w, count);
-                NAME(store_some)(c + w, v, count);
+                NAME(scale_some)(alpha, NAME(load_some)(a + w, count), NAME(moved)(t, w), NAME(moved)(d, w),
+                                 NAME(moved)(e, w), c + w, count);
             }
         }
 }
@@ -331,16 +409,24 @@ static void NAME(sum_products)(const Step *s, const REAL *A, const REAL *B, REAL
     }
 }
 
-static void NAME(activate)(const Step *s, const REAL *z, REAL *value, REAL *slope, REAL *curvature) {
+/* Value, slope and curvature; and the scaling of the value, if one follows. */
+static void NAME(activate)(
+    const Call *call, const Step *s, const REAL *z, REAL *value, REAL *slope, REAL *curvature, I first, I row
+) {
     V v, d, e;
+    REAL *then[5] = {0};
+    for (int i = 0; s->is_followed && i < 5; i++) then[i] = NAME(at)(call, &s[1].operand[i], first, row);
 #define ACTIVATION(kind) \
     case kind: \
         for (I w = 0; w < s->width; w += VL) { \
             const I count = s->width - w; \
             NAME(jet)(kind, (REAL)s->alpha, (REAL)s->beta, NAME(load_some)(z + w, count), &v, &d, &e); \
-            NAME(store_some)(value + w, v, count); \
+            if (value) NAME(store_some)(value + w, v, count); \
             if (slope) NAME(store_some)(slope + w, d, count); \
             if (curvature) NAME(store_some)(curvature + w, e, count); \
+            if (then[0]) \
+                NAME(scale_some)((REAL)s[1].alpha, v, NAME(moved)(then[2], w), NAME(moved)(then[3], w), \
+                                 NAME(moved)(then[4], w), then[0] + w, count); \
         } \
         break;
     switch (s->kind) {
@@ -353,13 +439,6 @@ static void NAME(activate)(const Step *s, const REAL *z, REAL *value, REAL *slop
 #undef ACTIVATION
 }
 
-/* Where an operand begins for a row of the tile, or null if the step has none. */
-INLINE REAL *NAME(at)(const Call *call, const Operand *o, I first, I row) {
-    if (o->base < 0) return 0;
-    const I offset = o->base == WORKSPACE ? o->offset * call->tile_rows : o->offset;
-    return (REAL *)call->bases[o->base] + offset + o->column + (o->base == WORKSPACE ? row : first + row) * o->row;
-}
-
 static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
     const Operand *o = s->operand;
     if (s->op == MULTIPLY) {
@@ -367,22 +446,30 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
         const int is_even = o[1].row == s->inner * o[1].inner && o[0].row == s->inner * o[0].inner &&
                             o[2].row == 0 && (o[4].base < 0 || o[4].row == s->inner * o[4].inner);
         const I count = is_even ? 1 : rows, height = is_even ? rows * s->inner : s->inner;
-        for (I row = 0; row < count; row++)
-            NAME(product)(&(NAME(Product)){
+        const Step *then = s->is_followed ? s + 1 : 0;
+        for (I row = 0; row < count; row++) {
+            NAME(Product) p = {
                 height, s->width, s->depth,
                 NAME(at)(call, &o[1], first, row), o[1].inner, o[1].column_step,
                 NAME(at)(call, &o[2], first, row), o[2].outer, o[2].inner,
                 NAME(at)(call, &o[3], first, row), NAME(at)(call, &o[4], first, row), o[4].inner,
                 NAME(at)(call, &o[0], first, row), o[0].inner, o[0].column_step,
-            });
+                then ? (REAL)then->alpha : 0, s->inner, {{0}},
+            };
+            for (int i = 0; then && i < 4; i++) {
+                const Operand *q = &then->operand[i ? i + 1 : 0];
+                p.then[i].at = NAME(at)(call, q, first, row), p.then[i].point = q->row, p.then[i].inner = q->inner;
+            }
+            NAME(product)(&p);
+        }
         return;
     }
     for (I row = 0; row < rows; row++) {
         REAL *p[5];
         for (int i = 0; i < 5; i++) p[i] = NAME(at)(call, &o[i], first, row);
         switch (s->op) {
-        case ACTIVATE: NAME(activate)(s, p[0], p[1], p[2], p[3]); break;
-        case SCALE: NAME(scale)(s, p[1], p[2], p[3], p[0]); break;
+        case ACTIVATE: NAME(activate)(call, s, p[0], p[1], p[2], p[3], first, row); break;
+        case SCALE: NAME(scale)(s, p[1], p[2], p[3], p[4], p[0]); break;
         case SUM_PRODUCTS: NAME(sum_products)(s, p[1], p[2], p[0]); break;
         case CONTRACT: NAME(contract)(s, p[1], p[2], p[0]); break;
         case CONGRUENCE: NAME(congruence)(s, p[1], p[2], p[0], (REAL *)call->scratch); break;
@@ -392,10 +479,12 @@ static void NAME(step)(const Call *call, const Step *s, I first, I rows) {
 
 static void NAME(run)(const Call *call) {
     __builtin_memset(call->bases[WORKSPACE], 0, call->zeroed * sizeof(REAL));
-    for (I i = 0; i < call->onces; i++) NAME(step)(call, &call->once[i], call->first, call->tile_rows);
+    for (I i = 0; i < call->onces; i++) /* one row where all rows share the result */
+        NAME(step)(call, &call->once[i], call->first, call->once[i].operand[0].row ? call->tile_rows : 1);
     for (I first = call->first; first < call->stop; first += call->tile_rows) {
         const I left = call->stop - first, rows = left < call->tile_rows ? left : call->tile_rows;
-        for (I i = 0; i < call->steps; i++) NAME(step)(call, &call->step[i], first, rows);
+        for (I i = 0; i < call->steps; i += 1 + call->step[i].is_followed)
+            NAME(step)(call, &call->step[i], first, rows);
     }
 }
 

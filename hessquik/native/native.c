@@ -14,6 +14,15 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
+/* A product that is rounded before it is added to: else the compiler makes one operation of both here and two there. */
+#if defined(__x86_64__)
+#define ROUND(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define ROUND(v) __asm__("" : "+w"(v))
+#else
+#define ROUND(v) __asm__("" : "+m"(v))
+#endif
+
 enum { WORKSPACE = 0 };
 enum { MULTIPLY, ACTIVATE, SCALE, SUM_PRODUCTS, CONTRACT, CONGRUENCE };
 enum { TANH, ANTI_TANH, SIGMOID, SOFTPLUS, QUADRATIC };
@@ -26,6 +35,7 @@ typedef struct {
 
 typedef struct {
     I op, kind, outer, inner, width, depth;
+    I is_followed; /* the next step scales this one's results, and is carried out with it */
     double alpha, beta;
     Operand operand[5];
 } Step;
@@ -112,7 +122,7 @@ typedef struct {
 #include "kernels.h"
 
 /* What steps and calls mean; __init__.py has the same number, and both change with every change of meaning. */
-I hessquik_revision(void) { return 2; }
+I hessquik_revision(void) { return 3; }
 
 /* Bytes of this machine's vectors; level, if not 0, asks for narrower ones (tests do). */
 I hessquik_vector_bytes(void) {

@@ -1,5 +1,7 @@
 """A row's bits do not depend on the other rows, on its place, or on how many there are."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -44,6 +46,23 @@ def test_a_row_alone_and_among_others_has_the_same_bits(widths, dtype, native):
             assert same(bits(evaluate(x[row : row + 1], QUANTITIES, None, v)), bits(whole, slice(row, row + 1))), (
                 width
             )
+
+
+@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("quantity", ["jvp", "hvp", "curvature", "laplacian"])
+def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, native):
+    """It has a plan of its own, and directions of all rows or of each."""
+    for width, m in itertools.product((8, 19, 32, 45, 64), (1, 9)):
+        evaluate = Evaluator(network(width, 5, m, dtype), native=native)
+        n = 2 * evaluate.ladder[-1] + 3
+        x, each = torch.randn(n, 5, dtype=dtype), torch.randn(n, k, 5, dtype=dtype)
+        for v in (each[0], each):
+            whole = getattr(evaluate(x, (quantity,), None, v), quantity)
+            for pick in (slice(0, 1), slice(n - 1, n), slice(2, 5), slice(n - 9, n)):
+                some = getattr(evaluate(x[pick], (quantity,), None, v if v.ndim == 2 else v[pick]), quantity)
+                assert torch.equal(some, whole[pick]), (width, m, pick)
 
 
 @pytest.mark.parametrize("native", MACHINES)

@@ -1,5 +1,7 @@
 """The CPU kernel on every kind of vector, and how it treats the smallest numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,29 @@ def test_narrower_vectors_give_the_same_numbers(name, dtype, vector_bytes):
     for quantity, got in results.items():
         expected = getattr(widest, quantity)
         assert float((got - expected).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("vector_bytes", [16, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_done_at_once_gives_the_bits_of_one_after_the_other(name, dtype, vector_bytes):
+    if vector_bytes > native.vector_bytes():
+        pytest.skip("this processor has no such vectors")
+    torch.manual_seed(0)
+    evaluate = Evaluator(NETWORKS[name](), dtype=dtype)
+    d, n = evaluate.d, 11
+    inputs = {"x": torch.randn(n, d, dtype=dtype), "directions": torch.randn(3, d, dtype=dtype)}
+    for quantities in (("value", "gradient", "hessian"), ("laplacian",), ("jvp",), ("hvp", "curvature")):
+        plan = evaluate.plan(quantities, None, inputs["directions"])
+        apart = [replace(step, follows=False, is_read=True) for step in plan.program.steps]
+        found = []
+        for program in (plan.program, replace(plan.program, steps=tuple(apart))):
+            results = {name: torch.full((n, *plan.shapes[name]), float("nan"), dtype=dtype) for name in quantities}
+            Native(program, dtype, 4, Packed(), vector_bytes).run({**inputs, **results}, n)
+            found.append(results)
+        for quantity, got in found[0].items():
+            assert torch.equal(got, found[1][quantity]), quantity
+            assert got.isfinite().all()
 
 
 def test_rows_beside_the_wanted_ones_are_left_alone():
@@ -61,5 +86,5 @@ def test_a_kernel_of_other_sources_is_not_used(monkeypatch):
     """It would compute other numbers without a word."""
     assert native._library() is not None
     monkeypatch.setattr(native, "_REVISION", 0)
-    with pytest.warns(RuntimeWarning, match="expected a CPU kernel of revision 0, got 2"):
+    with pytest.warns(RuntimeWarning, match="expected a CPU kernel of revision 0, got 3"):
         assert native._library() is None

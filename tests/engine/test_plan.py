@@ -1,10 +1,13 @@
 """The planner's choices, which follow from counting, and what a plan says about itself."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from hessquik import Evaluator
 from hessquik.activations import tanhActivation
+from hessquik.calculus import QUANTITIES
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
 
@@ -54,6 +57,79 @@ def test_nothing_is_computed_that_was_not_asked():
     assert value.operations < laplacian.operations < hessian.operations
     _, weighted = steps(("hessian",), weights=(3,))
     assert weighted.operations < hessian.operations
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "quantity", "order"),
+    [
+        pytest.param(1, 4, "jvp", "backward", id="Jv, one output"),
+        pytest.param(32, 1, "jvp", "forward", id="Jv, many outputs"),
+        pytest.param(1, 4, "curvature", "backward", id="curvature, one output"),
+        pytest.param(32, 1, "curvature", "forward", id="curvature, many outputs"),
+        pytest.param(32, 1, "hvp", "backward", id="Hv"),
+    ],
+)
+def test_directions_are_carried_forward_where_that_is_less_than_the_adjoints(m, k, quantity, order):
+    assert Evaluator(network(10, 64, m)).plan((quantity,), directions=(k, 10)).order == order
+
+
+def test_jv_of_one_output_hardly_costs_more_in_more_directions():
+    one, many = (Evaluator(network(10, 64, 1)).plan(("jvp",), directions=(k, 10)).operations for k in (2, 8))
+    assert many < 1.02 * one
+
+
+@pytest.mark.parametrize("quantity", ["jvp", "hvp", "curvature"])
+def test_what_all_rows_share_is_computed_once(quantity):
+    evaluate = Evaluator(network(10, 32, 40))  # so many outputs that Jv is carried forward
+    shared = evaluate.plan((quantity,), directions=(3, 10)).program
+    own = evaluate.plan((quantity,), directions=(7, 3, 10)).program
+    assert [step.operation for step in shared.once if step.inputs[0].buffer.base == "directions"] == ["multiply"]
+    assert not [step for step in own.once if step.inputs[0].buffer.base == "directions"]
+    assert own.operations >= shared.operations + 2 * 3 * 10 * 32
+
+
+@pytest.mark.parametrize("quantity", [*QUANTITIES, ("value", "hvp")])
+def test_every_step_is_for_something(quantity):
+    quantities = (quantity,) if isinstance(quantity, str) else quantity
+    for net in (network(10, 32, 3), NN(ICNN(6, [None, 8, 8]), quadraticICNNLayer(6, 8, 4))):
+        evaluate = Evaluator(net)
+        program = evaluate.plan(quantities, directions=(2, evaluate.d)).program
+        read = {id(view.buffer) for step in program.steps for view in step.inputs if view is not None}
+        for step in program.steps:
+            written = (step.out, *step.inputs[1:]) if step.operation == "activate" else (step.out,)
+            buffers = [view.buffer for view in written if view is not None]
+            assert any(buffer.base in quantities or id(buffer) in read for buffer in buffers), str(step)
+
+
+def test_adjoints_of_x_and_the_last_value_are_not_computed_for_a_laplacian():
+    evaluate = Evaluator(network(10, 32, 1))
+    shapes = [step.out.shape for step in evaluate.plan(("laplacian",)).program.steps if step.operation == "multiply"]
+    assert (1, 1, 10) not in shapes
+    assert (1, 1, 1) not in shapes
+
+
+def test_scalings_follow_what_they_scale():
+    """All but those of a first layer, whose tangents are constant, and of what two of them scale."""
+    program = Evaluator(network(10, 32, 1)).plan(("hvp",), directions=(2, 10)).program
+    for before, step in pairwise(program.steps):
+        if step.follows:
+            assert step.operation == "scale"
+            assert before.operation in {"multiply", "activate"}
+            assert not before.follows
+            assert step.inputs[0] == before.out
+            assert id(step.out.buffer) not in {id(view.buffer) for view in before.views()}
+    wide = [step for step in program.steps if step.operation == "scale" and step.out.shape[1] == 2]
+    assert [step.follows for step in wide].count(False) == 2
+
+
+def test_what_only_a_following_step_reads_is_not_moved():
+    program = Evaluator(network(10, 32, 1)).plan(("value",)).program
+    passing = [step for step in program.steps if not step.is_read]
+    assert {step.operation for step in passing} == {"multiply", "activate"}
+    for step in passing:
+        assert step.out not in step.moved()
+    follower = next(step for step in program.steps if step.follows)
+    assert follower.inputs[0] not in follower.moved()
 
 
 def test_a_laplacians_cost_hardly_grows_with_the_inputs():
