@@ -235,7 +235,7 @@ class Dispatcher:
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm_s = deadline_s
-        self._alarm = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+        self._alarm = asyncio.get_running_loop().call_later(max(0.0, deadline_s - time.monotonic()), self._expire)
 
     def _expire(self) -> None:
         now = time.monotonic() + CLOCK_S

@@ -253,7 +253,7 @@ class Pool:
 
     @staticmethod
     def now() -> float:
-        """The monotonic clock, which is the event loop's too."""
+        """The monotonic clock."""
         return time.monotonic()
 
     async def start(self) -> None:

@@ -65,6 +65,7 @@ def as_they_come(
     quantities: Sequence[str],
     weights: torch.Tensor | None = None,
     directions: torch.Tensor | None = None,
+    between: object = None,
 ) -> calculus.Derivatives:
     """All rows at once, by whatever kernels torch takes for that many."""
     return calculus.evaluate(self._forms, x, quantities, weights, directions)
