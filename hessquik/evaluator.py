@@ -122,8 +122,8 @@ class Evaluator:
             quantities: Names out of :data:`hessquik.calculus.QUANTITIES`.
             weights: λ (m,) or (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; every m axis becomes 1.
             directions: (k, d) or (n, k, d) for jvp, hvp and curvature.
-            between: Called now and then between two tiles, by the thread that called: on a CPU every half a millisecond
-                or so of computing, on a GPU never.
+            between: Called now and then between two tiles: on a CPU every half a millisecond or so of computing, on a
+                GPU never.
 
         Returns:
             One named tensor per quantity, on the device of ``x``; the others ``None``.

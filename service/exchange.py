@@ -93,13 +93,10 @@ class ShortWay:
         """
         if head.head is None or b"x-request-id" in head.scope["hessquik.headers"]:
             return
-        lines = [b"POST ", url, b" HTTP/1.1\r\n"]
-        for name, value in head.scope["headers"]:
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"\r\n")
-        written = b"".join(lines)
-        size = len(written)
-        if size <= MAX_HEAD_BYTES and data[:size].lower() == written.lower():
+        size = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
+        first, *lines = data[: max(0, size - 4)].split(b"\r\n")
+        written = [(name.lower(), value) for name, _, value in (line.partition(b": ") for line in lines)]
+        if first == b"POST %b HTTP/1.1" % url and written == head.scope["headers"]:
             if len(self._heads) >= MAX_HEADS:
                 del self._heads[next(iter(self._heads))]
             self._heads[data[:size]] = head

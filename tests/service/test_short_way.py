@@ -232,6 +232,20 @@ def test_which_heads_are_remembered(request_: bytes, is_remembered: bool) -> Non
     assert asyncio.run(send()) == (False, is_remembered)
 
 
+def test_a_request_cannot_have_a_head_remembered_as_what_follows_it() -> None:
+    """Heads may differ in nothing but the case of a model's name or of a key."""
+    first, second = (post(path, BODY, **KEEP) for path in ("/v1/models/PEAKS/evaluate", EVALUATE))
+
+    async def send() -> list[tuple[str, str] | None]:
+        app, connection, _ = _connect()
+        connection.data_received(first + second)
+        await asyncio.sleep(0)
+        found = [app.short_way.recall(request) for request in (first, second)]
+        return [None if recalled is None else recalled[0].target for recalled in found]
+
+    assert asyncio.run(send()) == [("PEAKS", "evaluate"), None]
+
+
 def test_a_connection_is_closed_when_it_was_idle_for_long_enough_and_not_before() -> None:
     async def send() -> float:
         _, connection, transport = _connect()
