@@ -67,7 +67,8 @@ def best(row: dict[str, Any]) -> dict[str, list[float]]:
 def figures(rows: list[dict[str, Any]]) -> list[str]:
     """The least and the geometric mean of the median ratios, beside what was to be reached."""
     hessian = [row for row in rows if row["what"] == "hessian"]
-    scalar = [row for row in hessian if row["title"].startswith("paper") and "m =" not in row["title"]]
+    paper = [row for row in hessian if row["title"].startswith("paper") and row["dtype"] == "float32"]
+    scalar = [row for row in paper if "m =" not in row["title"]]
     laplacian = [row for row in rows if row["what"] == "laplacian"]
     narrow = [row for row in laplacian if row["title"].startswith("paper") and row["d"] >= 256]
     wide = [row for row in hessian if "×" in row["title"] and "convex" not in row["title"] and row["n"] >= 256]
@@ -132,7 +133,7 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
     """Peak memory."""
     lines = ["| value, gradient, Hessian | inputs and results | beyond them |", "|---|---|---|"]
     for row in rows:
-        sizes = (row["result_bytes"], row["beyond_bytes"])
+        sizes = (row["result_bytes"], max(0, row["beyond_bytes"]))
         lines.append(f"| {row['title']} | {' | '.join(f'{size / 2**20:.0f} MiB' for size in sizes)} |")
     return lines
 
