@@ -34,10 +34,10 @@ def start(shipped_models: Path) -> Iterator[Start]:
     """Start servers, also of the faulty kind, which are stopped at the end."""
     started: list[LiveServer] = []
 
-    def start(fault: str = "", workers: int = 1, **settings: object) -> LiveServer:
+    def start(fault: str = "", workers: int = 1, folder: Path = shipped_models, **settings: object) -> LiveServer:
         command = ("-m", "tests.chaos.faulty_serve", fault) if fault else ("-m", "service")
         settings = {"batch_timeout_s": BATCH_TIMEOUT_S, **settings}
-        live = LiveServer(shipped_models, workers=workers, settings=settings, command=command)
+        live = LiveServer(folder, workers=workers, settings=settings, command=command)
         started.append(live)
         return live.wait_until_ready()
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
+import hessquik
+from hessquik.activations import tanhActivation
+from hessquik.layers import singleLayer
+from hessquik.networks import NN, resnetNN
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Connection, Ledger, Traffic, flood, questions, run
 from tests.whole import Note, choose
@@ -26,10 +31,20 @@ MEMORY_BYTES = 64 << 20
 LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def test_overload_is_refused_not_suffered(start: Start, shipped_models: Path, note: Note) -> None:
-    server = start(max_queue_requests=64)
-    # So heavy that the driver, at three times the capacity, leaves the service its share of the processors.
-    heavy = questions(shipped_models, 24, seed=8, rows=(300,))
+def save_wide_network(folder: Path) -> None:
+    """One whose derivatives take long to compute and not long to write."""
+    torch.manual_seed(0)
+    act, double = tanhActivation(), torch.float64
+    first, last = singleLayer(10, 256, act, dtype=double), singleLayer(256, 1, dtype=double)
+    network = NN(first, resnetNN(256, 6, 0.5, act, dtype=double), last)
+    hessquik.save(network, folder / "wide.safetensors", lower_bounds=[-1.0] * 10, upper_bounds=[1.0] * 10)
+
+
+def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: Note) -> None:
+    save_wide_network(tmp_path)
+    server = start(folder=tmp_path, max_queue_requests=64)
+    # So heavy to compute that the driver, at three times the capacity, leaves the service its share of the cores.
+    heavy = questions(tmp_path, 24, seed=8, rows=(16,))
     seconds = choose(4.0, 30.0)
     front = psutil.Process(server.process.pid)
 
