@@ -1,0 +1,399 @@
+"""Programs: the steps of a plan on arrays that are laid out in memory, ready for a backend.
+
+A program is data. All arrays have the axes (rows, outer, inner, columns); most have one outer entry, and k tangents or
+m adjoints as inner entries. A step treats every row alike:
+
+    Product      C[o, i, j] = Σ_k A[o, i, k] B[o, k, j] + D[o, i, j], then E = α C ⊙ S + F ⊙ T
+    Map          pointwise instructions on arrays of one shape
+    SumProducts  C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]
+    Contract     C[k, m] = Σ_w A[k, w] B[m, w]
+    Congruence   C[a, b, m] = Σ_w A[a, w] B[m, w] A[b, w]
+
+Rows are computed in tiles. Memory has five spaces: constants of the network; inputs and outputs of a call; memory of a
+tile, which is used again for the next one; and memory that all tiles of a call share.
+
+Invariants that layout establishes and backends keep:
+
+* A view has the full shape of its step; where one entry serves several, the stride is 0.
+* Arrays in TILE and SHARED memory have unit column stride unless a product or a map scatters into them; their inner
+  stride is a multiple of the device's vector, and the numbers between the last column and the next multiple of the
+  vector are zero. ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of their inputs.
+* A step never writes what it reads, except that a map may write an output onto one of its inputs, entry by entry, and
+  that a product may add D in place (C is D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import prod
+
+from torch import Tensor
+
+__all__ = [
+    "Buffer",
+    "Congruence",
+    "Contract",
+    "Instruction",
+    "Map",
+    "Product",
+    "Program",
+    "Scaling",
+    "Space",
+    "Step",
+    "SumProducts",
+    "View",
+]
+
+
+class Space(Enum):
+    """A kind of memory."""
+
+    CONSTANT = "constant"
+    INPUT = "input"
+    OUTPUT = "output"
+    TILE = "tile"
+    SHARED = "shared"
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """An array's memory.
+
+    Attributes:
+        space: Where it is.
+        size: Numbers per row; in all if all rows share it.
+        name: Of an input (``x``, ``weights``, ``directions``) or an output (a quantity).
+        data: The numbers of a constant, float64, contiguous.
+        is_shared: All rows share it: constants, SHARED memory and inputs that are given once for all rows.
+        offset: In TILE and SHARED memory, where it begins: numbers per row of the tile, or numbers.
+    """
+
+    space: Space
+    size: int
+    name: str = ""
+    data: Tensor | None = None
+    is_shared: bool = False
+    offset: int = 0
+
+    @property
+    def row_stride(self) -> int:
+        """Numbers between neighbouring rows.
+
+        In TILE memory the rows of one buffer are neighbours: row r of a tile of R rows begins at
+        ``offset * R + r * size``. Row r of an input or output begins at ``r * size``.
+        """
+        return 0 if self.is_shared else self.size
+
+    def __str__(self) -> str:
+        """The name of an input or output, else the space and the offset."""
+        if self.name:
+            return self.name
+        return self.space.value if self.data is not None else f"{self.space.value}[{self.offset}]"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A row's array (outer, inner, columns) in a buffer.
+
+    Attributes:
+        buffer: The memory.
+        shape: Entries of outer, inner and columns.
+        strides: Numbers between neighbours along each of them; 0 repeats an entry.
+        offset: Numbers from the beginning of the row to the first entry.
+    """
+
+    buffer: Buffer
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of distinct entries."""
+        return prod(extent for extent, stride in zip(self.shape, self.strides, strict=True) if stride)
+
+    @property
+    def matrix(self) -> Tensor:
+        """A constant as a tensor (outer, inner, columns), float64."""
+        assert self.buffer.data is not None
+        return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
+
+    def part(self, axis: int, start: int, stop: int) -> View:
+        """Entries ``start`` to ``stop`` along an axis."""
+        shape = tuple(stop - start if i == axis else extent for i, extent in enumerate(self.shape))
+        return replace(self, shape=shape, offset=self.offset + start * self.strides[axis])
+
+    def permuted(self, *axes: int) -> View:
+        """The axes in another order."""
+        return replace(
+            self, shape=tuple(self.shape[i] for i in axes), strides=tuple(self.strides[i] for i in axes)
+        )
+
+    def repeated(self, *shape: int) -> View:
+        """Single entries along an axis serve all entries of ``shape``."""
+        strides = tuple(
+            0 if extent == 1 < wanted else stride
+            for extent, wanted, stride in zip(self.shape, shape, self.strides, strict=True)
+        )
+        return replace(self, shape=shape, strides=strides)
+
+    def __str__(self) -> str:
+        """The buffer with the shape, and the strides where they are not those of dense rows."""
+        return f"{self.buffer}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """E = α C ⊙ S + F ⊙ T of a product C.
+
+    Attributes:
+        out: E.
+        alpha: α.
+        by: S, or ``None`` for 1.
+        add: F, or ``None`` for 0.
+        add_by: T, or ``None`` for 1; only with F.
+    """
+
+    out: View
+    alpha: float = 1.0
+    by: View | None = None
+    add: View | None = None
+    add_by: View | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """C[o, i, j] = Σ_k A[o, i, k] B[o, k, j] + D[o, i, j].
+
+    Attributes:
+        a: A (outer, inner, depth).
+        b: B (outer, depth, columns): a constant, which all outer entries share (outer stride 0), or an array of the row.
+        add: D, or ``None`` for 0; a constant bias has inner stride 0.
+        out: C, or ``None`` if only the scaling reads it.
+        scaling: E, or ``None``.
+    """
+
+    a: View
+    b: View
+    add: View | None
+    out: View | None
+    scaling: Scaling | None = None
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        outer, inner, depth = self.a.shape
+        return 2 * outer * inner * depth * self.b.shape[2]
+
+    def reads(self) -> Iterator[View]:
+        """Return the arrays that are read."""
+        scaling = self.scaling
+        more = () if scaling is None else (scaling.by, scaling.add, scaling.add_by)
+        return (view for view in (self.a, self.b, self.add, *more) if view is not None)
+
+    def writes(self) -> Iterator[View]:
+        """Return the arrays that are written."""
+        return (view for view in (self.out, self.scaling and self.scaling.out) if view is not None)
+
+    def __str__(self) -> str:
+        """The formula with its arrays."""
+        text = f"{self.a} @ {self.b}" + (f" + {self.add}" if self.add else "")
+        text = f"{self.out} = {text}" if self.out else text
+        if self.scaling:
+            s = self.scaling
+            factors = [f"{s.alpha:g}" if s.alpha != 1 else "", "·", f"* {s.by}" if s.by else ""]
+            added = f" + {s.add}" + (f" * {s.add_by}" if s.add_by else "") if s.add else ""
+            text += f"; {s.out} = {' '.join(filter(None, factors))}{added}"
+        return f"product      {text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One pointwise operation on registers.
+
+    Attributes:
+        op: A name out of :data:`hessquik.pointwise.PRIMITIVES`.
+        inputs: Registers that it reads, or numbers (``float``) that are the same everywhere.
+
+    Registers are numbered: first the map's inputs, in order, then the results of its instructions, in order.
+    """
+
+    op: str
+    inputs: tuple[int | float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """Pointwise instructions on arrays of one shape.
+
+    Attributes:
+        inputs: Arrays that are read, the first registers.
+        instructions: What is computed, one register each.
+        outputs: Registers that are kept, and where.
+    """
+
+    inputs: tuple[View, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[tuple[int, View], ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Entries of outer, inner and columns."""
+        return self.outputs[0][1].shape
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        from hessquik.pointwise import PRIMITIVES
+
+        return prod(self.shape) * sum(PRIMITIVES[step.op].operations for step in self.instructions)
+
+    def reads(self) -> Iterator[View]:
+        """Return the arrays that are read."""
+        return iter(self.inputs)
+
+    def writes(self) -> Iterator[View]:
+        """Return the arrays that are written."""
+        return (view for _, view in self.outputs)
+
+    def __str__(self) -> str:
+        """The instructions with their arrays."""
+        names: list[str] = [str(view) for view in self.inputs]
+        short = [f"r{i}" for i in range(len(self.inputs) + len(self.instructions))]
+        lines = [f"{short[i]} = {name}" for i, name in enumerate(names)]
+        for i, step in enumerate(self.instructions, len(names)):
+            arguments = ", ".join(short[x] if isinstance(x, int) else f"{x:g}" for x in step.inputs)
+            lines.append(f"{short[i]} = {step.op}({arguments})")
+        lines += [f"{view} = {short[register]}" for register, view in self.outputs]
+        return f"map          {'; '.join(lines)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SumProducts:
+    """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w], or Σ_i A[o, i, w] where B is ``None``."""
+
+    a: View
+    b: View | None
+    out: View
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        return 2 * prod(self.a.shape)
+
+    def reads(self) -> Iterator[View]:
+        """Return the arrays that are read."""
+        return (view for view in (self.a, self.b) if view is not None)
+
+    def writes(self) -> Iterator[View]:
+        """Return the array that is written."""
+        return iter((self.out,))
+
+    def __str__(self) -> str:
+        """The formula with its arrays."""
+        return f"sum products {self.out} = Σ {self.a}" + (f" * {self.b}" if self.b else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """C[0, k, m] = Σ_w A[0, k, w] B[0, m, w]."""
+
+    a: View
+    b: View
+    out: View
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        return 2 * self.a.shape[1] * self.b.shape[1] * self.a.shape[2]
+
+    def reads(self) -> Iterator[View]:
+        """Return the arrays that are read."""
+        return iter((self.a, self.b))
+
+    def writes(self) -> Iterator[View]:
+        """Return the array that is written."""
+        return iter((self.out,))
+
+    def __str__(self) -> str:
+        """The formula with its arrays."""
+        return f"contract     {self.out} = {self.a} · {self.b}"
+
+
+@dataclass(frozen=True, slots=True)
+class Congruence:
+    """C[a, b, m] = Σ_w A[0, a, w] B[0, m, w] A[0, b, w], symmetric in a and b."""
+
+    a: View
+    b: View
+    out: View
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row; of the symmetric halves one is computed."""
+        d, m = self.a.shape[1], self.b.shape[1]
+        return (d * (d + 1) + d) * m * self.a.shape[2]
+
+    def reads(self) -> Iterator[View]:
+        """Return the arrays that are read."""
+        return iter((self.a, self.b))
+
+    def writes(self) -> Iterator[View]:
+        """Return the array that is written."""
+        return iter((self.out,))
+
+    def __str__(self) -> str:
+        """The formula with its arrays."""
+        return f"congruence   {self.out} = {self.a} diag {self.b} {self.a}ᵀ"
+
+
+Step = Product | Map | SumProducts | Contract | Congruence
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The steps, and the memory that they need.
+
+    Attributes:
+        once: Steps whose results hold for all tiles of a call: run at its beginning. Those that write SHARED memory run
+            for one row; those that write TILE memory run for every row of the tile, and no other step writes there.
+        steps: Steps of a tile, in order.
+        tile_size: Numbers of TILE memory per row of a tile.
+        shared_size: Numbers of SHARED memory.
+    """
+
+    once: tuple[Step, ...]
+    steps: tuple[Step, ...]
+    tile_size: int
+    shared_size: int
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        return sum(step.operations for step in self.steps)
+
+    @property
+    def moved(self) -> int:
+        """Numbers per row that steps read and write, constants excluded, each counted once per step."""
+        return sum(
+            view.size
+            for step in self.steps
+            for view in (*step.reads(), *step.writes())
+            if view.buffer.space is not Space.CONSTANT
+        )
+
+    @property
+    def matrix_size(self) -> int:
+        """Numbers of the constant matrices that products read; a matrix and its transpose are two."""
+        matrices = {
+            (step.b.buffer.data.data_ptr(), step.b.strides): step.b.size
+            for step in self.steps
+            if isinstance(step, Product) and step.b.buffer.data is not None
+        }
+        return sum(matrices.values())
+
+    def __str__(self) -> str:
+        """One line per step."""
+        return "\n".join([*(f"once {step}" for step in self.once), *map(str, self.steps)])
