@@ -39,7 +39,8 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def codes() -> str:
     """The table of errors."""
     kinds = [getattr(errors, name) for name in errors.__all__]
-    kinds = [kind for kind in kinds if issubclass(kind, ServiceError)]
+    kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ServiceError)]
+    kinds.remove(ServiceError)
     rows = ["| status | code | when | tried again by the client |", "|---|---|---|---|"]
     for kind in sorted(kinds, key=lambda kind: (kind.status, kind.code)):
         when = (kind.__doc__ or "").strip().splitlines()[0]

@@ -18,6 +18,7 @@ from service.errors import (
     BodyTooLarge,
     ClientGone,
     Forbidden,
+    InternalError,
     MalformedBody,
     NotReady,
     ServiceError,
@@ -181,7 +182,7 @@ class Door:
         id_ = scope["hessquik.request_id"].decode()
         if not isinstance(error, ServiceError):
             logger.error("request %s failed", id_, exc_info=error)
-            error = ServiceError("something went wrong; the log has it under this request id")
+            error = InternalError("something went wrong; the log has it under this request id")
         elif error.status >= 500 and error.retry_after_s is None:
             logger.error("%s %s: %s", id_, error.code, error.detail)
         dialect = next(dialect for dialect in self._dialects if dialect.owns(scope["path"]))

@@ -1,21 +1,28 @@
-"""What the service can answer instead of numbers: every error's name, status and title, once.
+"""Every error of the service, once: code, status, title and meaning, for the server and for the Python client.
 
 Each class is one code of the HTTP interface. Its message says what was expected and what came; it never holds a
-traceback, a path, an address or the input itself. Dialects turn these into bodies of their own, in one place each.
+traceback, a path, an address or the input itself. The server answers with these, in each dialect's own form; the
+client raises the same classes. Only the standard library is imported here.
+
+    ClientError                base of everything that a call of the client raises
+    └── ServiceError           an error with a code, one class each
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-import orjson
+import json
+from typing import Any, NamedTuple, Self
 
 __all__ = [
+    "BY_CODE",
     "BodyTooLarge",
+    "ClientError",
     "ClientGone",
     "DeadlineExceeded",
     "EvaluationFailed",
+    "Failure",
     "Forbidden",
+    "InternalError",
     "InvalidInput",
     "InvalidOutput",
     "MalformedBody",
@@ -39,38 +46,95 @@ class StartUpError(Exception):
     """The service cannot start; the message is the one line that says why."""
 
 
-class ServiceError(Exception):
-    """Base of every error that a client sees."""
+class ClientError(Exception):
+    """Base of everything that a call of the client raises."""
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
-    title: ClassVar[str] = "Internal error"
-    #: Seconds after which trying again makes sense, where it does.
-    retry_after_s: ClassVar[int | None] = None
 
-    def __init__(self, detail: str, **extra: Any) -> None:
-        """Keep the sentence for the client and further members of the body."""
+class ServiceError(ClientError):
+    """Base of the errors that have a code.
+
+    Args:
+        detail: One sentence: what was expected and what came.
+        status: The HTTP status that came, where it is not the code's own; 0 if no reply came.
+        request_id: The id under which the service's log has it, as far as it is known.
+        retry_after_s: Seconds after which the service asks to be tried again, where that is not the code's own.
+        extra: Further members of the body, such as ``field``, ``row``, ``expected``, ``got``.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+    title: str = "Internal error"
+    retry_after_s: float | None = None
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        status: int | None = None,
+        request_id: str = "",
+        retry_after_s: float | None = None,
+        **extra: Any,
+    ) -> None:
+        """Keep the parts; the message is the sentence."""
         super().__init__(detail)
         self.detail = detail
+        self.request_id = request_id
         self.extra = extra
+        if status is not None:
+            self.status = status
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+    @property
+    def failure(self) -> Failure:
+        """This error as a value, to be stored where the exception would keep its traceback alive."""
+        return Failure(type(self), self.detail, self.extra)
 
     def problem(self, request_id: str) -> bytes:
-        """The body, as RFC 9457 has it."""
-        return orjson.dumps(
-            {
-                "type": f"urn:hessquik:error:{self.code}",
-                "title": self.title,
-                "status": self.status,
-                "detail": self.detail,
-                "code": self.code,
-                "request_id": request_id,
-                **self.extra,
-            }
-        )
+        """Return the body, as RFC 9457 has it."""
+        members = {
+            "type": f"urn:hessquik:error:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "request_id": request_id,
+            **self.extra,
+        }
+        return json.dumps(members, separators=(",", ":")).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers that belong to this error."""
+        """Return the headers that belong to this error."""
         return [] if self.retry_after_s is None else [(b"retry-after", b"%d" % self.retry_after_s)]
+
+
+class Failure(NamedTuple):
+    """An error as a value: no exception, so no traceback and no frame that it would keep alive.
+
+    Attributes:
+        kind: The class.
+        detail: Its sentence.
+        extra: Further members of its body.
+
+    Example:
+        >>> failure = Overloaded("expected at most 1024 requests waiting").failure
+        >>> failure.error() is failure.error()
+        False
+        >>> failure.error()
+        Overloaded('expected at most 1024 requests waiting')
+    """
+
+    kind: type[ServiceError]
+    detail: str
+    extra: dict[str, Any]
+
+    def error(self) -> ServiceError:
+        """Return a new exception to raise."""
+        return self.kind(self.detail, **self.extra)
+
+
+class InternalError(ServiceError):
+    """Something went wrong in the service; its log has it under the request id."""
 
 
 class MalformedBody(ServiceError):
@@ -85,7 +149,7 @@ class Unauthorized(ServiceError):
     status, code, title = 401, "unauthorized", "Unauthorized"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """How to authenticate."""
+        """Return the header that says how to authenticate."""
         return [(b"www-authenticate", b"Bearer")]
 
 
@@ -149,9 +213,10 @@ class InvalidInput(ServiceError):
     status, code, title = 422, "invalid_input", "Invalid input"
 
     @classmethod
-    def of(cls, field: str, expected: str, got: str, row: int | None = None) -> InvalidInput:
-        """The error for a field, or its first row, that does not fit."""
-        where, extra = (field, {}) if row is None else (f"{field}, row {row}", {"row": row})
+    def of(cls, field: str, expected: str, got: str, row: int | None = None) -> Self:
+        """Return the error for a field, or its first row, that does not fit."""
+        where = field if row is None else f"{field}, row {row}"
+        extra: dict[str, Any] = {} if row is None else {"row": row}
         return cls(f"{where}: expected {expected}, got {got}", field=field, expected=expected, got=got, **extra)
 
 
@@ -195,3 +260,10 @@ class ClientGone(ServiceError):
     """The client closed its connection; nobody will read this."""
 
     status, code, title = 499, "client_gone", "Client gone"
+
+
+#: The class of every code that the native interface answers with: nobody reads client_gone, invalid_output is
+#: UM-Bridge's.
+BY_CODE: dict[str, type[ServiceError]] = {
+    kind.code: kind for kind in ServiceError.__subclasses__() if kind not in {ClientGone, InvalidOutput}
+}

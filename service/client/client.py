@@ -377,7 +377,7 @@ def _translate(error: httpx.RequestError, step: Send) -> ClientError:
 
 
 def _too_late(step: Send) -> DeadlineExceeded:
-    return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none")
+    return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none", status=0)
 
 
 @contextmanager

@@ -248,7 +248,9 @@ def error_in(reply: Reply) -> ServiceError | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return _unexpected(reply)
     extra = {name: value for name, value in problem.items() if name not in {"type", "title", "status"}}
-    return kind(detail, reply.status, request_id, _retry_after_s(reply), extra)
+    error = kind(detail, status=reply.status, request_id=request_id, retry_after_s=_retry_after_s(reply))
+    error.extra = extra
+    return error
 
 
 def split(question: Question, rows: int) -> list[Question]:
@@ -289,7 +291,8 @@ def _encode(query: Mapping[str, str | None]) -> str:
 def _unexpected(reply: Reply) -> UnexpectedReply:
     kind = reply.headers.get("content-type", "no type")
     detail = f"expected a reply of the service, got status {reply.status} and {len(reply.body)} bytes of {kind}"
-    return UnexpectedReply(detail, reply.status, reply.headers.get("x-request-id", ""), _retry_after_s(reply))
+    request_id = reply.headers.get("x-request-id", "")
+    return UnexpectedReply(detail, status=reply.status, request_id=request_id, retry_after_s=_retry_after_s(reply))
 
 
 def _retry_after_s(reply: Reply) -> float | None:
