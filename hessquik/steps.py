@@ -1,7 +1,7 @@
 """Programs: the steps of a plan on arrays that are laid out in memory, ready for a backend.
 
-A program is data. All arrays have the axes (rows, outer, inner, columns); most have one outer entry, and k tangents or
-m adjoints as inner entries. A step treats every row alike:
+A program is data. All arrays have the axes (rows, outer, inner, columns); most have one outer entry, and k tangents
+or m adjoints as inner entries. A step treats every row alike:
 
     Product      C[o, i, j] = Σ_k A[o, i, k] B[o, k, j] + D[o, i, j], then E = α C ⊙ S + F ⊙ T
     Map          pointwise instructions on arrays of one shape
@@ -9,15 +9,17 @@ m adjoints as inner entries. A step treats every row alike:
     Contract     C[k, m] = Σ_w A[k, w] B[m, w]
     Congruence   C[a, b, m] = Σ_w A[a, w] B[m, w] A[b, w]
 
-Rows are computed in tiles. Memory has five spaces: constants of the network; inputs and outputs of a call; memory of a
-tile, which is used again for the next one; and memory that all tiles of a call share.
+Rows are computed in tiles. Memory has five spaces: constants of the network; inputs and outputs of a call; memory of
+a tile, which is used again for the next one; and memory that all tiles of a call share.
 
 Invariants that layout establishes and backends keep:
 
 * A view has the full shape of its step; where one entry serves several, the stride is 0.
-* Arrays in TILE and SHARED memory have unit column stride unless a product or a map scatters into them; their inner
-  stride is a multiple of the device's vector, and the numbers between the last column and the next multiple of the
-  vector are zero. ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of their inputs.
+* Arrays in TILE and SHARED memory have unit column stride unless a product or a map scatters into them. Their
+  offsets, sizes and outer and inner strides are multiples of the program's vector, and the numbers between the last
+  column and the next multiple of the vector are zero: whoever writes the columns writes these zeros too
+  (:meth:`Program.padding`). ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of
+  their inputs, which are TILE, SHARED or CONSTANT arrays of unit column stride.
 * A step never writes what it reads, except that a map may write an output onto one of its inputs, entry by entry, and
   that a product may add D in place (C is D).
 """
@@ -127,9 +129,7 @@ class View:
 
     def permuted(self, *axes: int) -> View:
         """The axes in another order."""
-        return replace(
-            self, shape=tuple(self.shape[i] for i in axes), strides=tuple(self.strides[i] for i in axes)
-        )
+        return replace(self, shape=tuple(self.shape[i] for i in axes), strides=tuple(self.strides[i] for i in axes))
 
     def repeated(self, *shape: int) -> View:
         """Single entries along an axis serve all entries of ``shape``."""
@@ -169,7 +169,7 @@ class Product:
 
     Attributes:
         a: A (outer, inner, depth).
-        b: B (outer, depth, columns): a constant, which all outer entries share (outer stride 0), or an array of the row.
+        b: B (outer, depth, columns): a constant that all outer entries share (outer stride 0), or an array of the row.
         add: D, or ``None`` for 0; a constant bias has inner stride 0.
         out: C, or ``None`` if only the scaling reads it.
         scaling: E, or ``None``.
@@ -357,17 +357,43 @@ class Program:
     """The steps, and the memory that they need.
 
     Attributes:
-        once: Steps whose results hold for all tiles of a call: run at its beginning. Those that write SHARED memory run
-            for one row; those that write TILE memory run for every row of the tile, and no other step writes there.
+        once: Steps whose results hold for all tiles of a call: run at its beginning. Those that write SHARED memory
+            run for one row; those that write TILE memory run for every row of the tile, and no other step writes there.
         steps: Steps of a tile, in order.
         tile_size: Numbers of TILE memory per row of a tile.
         shared_size: Numbers of SHARED memory.
+        vector: Numbers up to whose next multiple the columns of TILE and SHARED arrays are padded with zeros.
     """
 
     once: tuple[Step, ...]
     steps: tuple[Step, ...]
     tile_size: int
     shared_size: int
+    vector: int = 16
+
+    def padding(self, view: View) -> int:
+        """Numbers behind the columns of a written array that its step sets to zero.
+
+        They go up to the next multiple of the vector in TILE and SHARED memory. None are set where the columns are
+        scattered, or where some step writes other columns of the buffer behind these (an array written in pieces).
+        """
+        written = [
+            other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer
+        ]
+        if view.buffer.space not in {Space.TILE, Space.SHARED} or any(other.strides[2] != 1 for other in written):
+            return 0
+        pitches = [
+            stride
+            for other in written
+            for extent, stride in zip(other.shape[:2], other.strides[:2], strict=True)
+            if extent > 1
+        ]
+        pitch = min(pitches, default=view.buffer.size)
+        count = -(view.offset + view.shape[2]) % self.vector
+        begins = [((other.offset - view.offset) % pitch, other.shape[2]) for other in written]
+        stop = view.shape[2]
+        is_free = all(begin >= stop + count or begin + columns <= stop for begin, columns in begins)
+        return count if is_free else 0
 
     @property
     def operations(self) -> int:
