@@ -1,17 +1,26 @@
-"""Values and derivatives of a chain of layers: pure functions on values.
+"""Values and derivatives of a chain of layers: the formulas, each once.
 
-Linearise every layer at the points, carry tangents forward and adjoints back, and every quantity is a sum over
-the layers' hidden units. With dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z):
+Linearise every layer where the one before it leaves the features, carry tangents along, pull adjoints back. With
+dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z), every quantity is a sum over hidden units:
 
     gradient           the adjoint of x
-    Hessian            Σ dzᵀ diag(c) dz                      a sum of congruences, one batched GEMM
+    Hessian            Σ dzᵀ diag(c) dz                      a sum of congruences
     Laplacian          Σ c · ‖dz‖²                           column norms, no Hessian
     Hessian diagonal   Σ c · dz²
-    Jv                 the tangent of y
+    Jv                 v · gradient
     Hv                 the adjoint of x, with c ⊙ (dz v) entering at every z
     vᵀHv               Σ c · (dz v)²
 
-Letters: n samples, d inputs, m outputs (1 if weighted), k directions, w hidden units.
+:class:`Backward` computes them so. :class:`Forward` carries second derivatives of pairs of tangents along instead, which
+takes fewer operations when there are many outputs and few inputs. Where x enters the network through fewer than d columns,
+[K₁ K₂ …] = QR, tangents may start from the rows of Qᵀ instead of the unit vectors: f(x) = g(xQ), so ∇²f = Q ∇²g Qᵀ and
+Δf = Δg.
+
+Both run on tensors, where they are the reference, and on the traced arrays of :mod:`hessquik.trace`, where they leave the
+graph of a plan.
+
+Letters: n samples, d inputs, m outputs (1 if weighted), k directions, w hidden units. Shapes: (n, k, w); a leading axis
+of 1 stands for all samples.
 
 Sources: E. Newman and L. Ruthotto, hessQuik (2022), doi:10.21105/joss.04171, for the layers' derivatives;
 R. M. Gower and M. P. Mello, arXiv:1309.5479, for Hessians as sums over nonlinear sites.
@@ -19,23 +28,293 @@ R. M. Gower and M. P. Mello, arXiv:1309.5479, for Hessians as sums over nonlinea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hessquik.algebra import congruence, pairs, unpack
 from hessquik.errors import ShapeError
-from hessquik.layers.form import Form, Linearization, Parts, congruence, join
+from hessquik.layers.form import Form, Linearization, Parts, join
+from hessquik.quantities import DIRECTIONAL, QUANTITIES, highest_order
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "Derivatives", "evaluate", "linearize", "pull", "push"]
+__all__ = ["DIRECTIONAL", "QUANTITIES", "Backward", "Derivatives", "Forward", "Unavailable", "compute", "evaluate"]
 
-#: Everything that can be asked for.
-QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")
-#: What needs directions.
-DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})
-#: What needs σ''.
-_SECOND_ORDER = frozenset({"hessian", "laplacian", "hessian_diagonal", "hvp", "curvature"})
+
+class Unavailable(Exception):
+    """A mode that does not offer a quantity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked at a batch of points.
+
+    Attributes:
+        x: Points (n, 1, d).
+        quantities: Names.
+        weights: λ (n or 1, 1, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; m becomes 1.
+        directions: (n or 1, k, d).
+        basis: Q (d, r), if tangents start from the rows of Qᵀ.
+    """
+
+    x: Tensor
+    quantities: Collection[str]
+    weights: Tensor | None = None
+    directions: Tensor | None = None
+    basis: Tensor | None = None
+
+    @property
+    def order(self) -> int:
+        """Order of the highest derivative."""
+        return highest_order(self.quantities)
+
+    def needs(self, *, directional: bool) -> bool:
+        """Return whether second derivatives along the given directions, or along all axes, are asked for."""
+        asked = (QUANTITIES[name] for name in self.quantities)
+        return any(quantity.order == 2 and quantity.is_directional == directional for quantity in asked)
+
+    def start(self) -> Tensor:
+        """Return the tangents that all axes are spanned by: (1, d, d), or (1, r, d) with a basis."""
+        return _unit(self.x, self.x.shape[-1]) if self.basis is None else self.basis.mT.unsqueeze(0)
+
+    def along(self) -> Tensor:
+        """Return the directions."""
+        if self.directions is None:
+            raise ShapeError(f"{', '.join(sorted(DIRECTIONAL))} need directions of shape (k, d) or (n, k, d)")
+        return self.directions
+
+
+class Backward:
+    """Quantities by adjoints.
+
+    Args:
+        forms: The layers.
+        question: What is asked.
+    """
+
+    def __init__(self, forms: Sequence[Form], question: Question) -> None:
+        """Linearise the layers and carry along the tangents that second derivatives need."""
+        self._question = question
+        self._chain: list[Linearization] = []
+        self._units: list[Tensor] = []
+        self._along: list[Tensor] = []
+        units = (question.start(),) if question.needs(directional=False) else None
+        along = (question.along(),) if question.needs(directional=True) else None
+        features: Parts = (question.x,)
+        for form in forms:
+            here = form.linearize(features, question.order)
+            features = here.value
+            self._chain.append(here)
+            if units is not None:
+                dz, units = here.push(units)
+                self._units.append(dz)
+            if along is not None:
+                dz, along = here.push(along)
+                self._along.append(dz)
+        self._y, self._carried = features[0], features[1:]
+
+    @property
+    def value(self) -> Tensor:
+        """F (n, 1, m)."""
+        weights = self._question.weights
+        return self._y if weights is None else self._y @ weights.mT
+
+    @property
+    def gradient(self) -> Tensor:
+        """∂f/∂x (n, d, m)."""
+        return self._adjoints[1].mT
+
+    @property
+    def jvp(self) -> Tensor:
+        """J v (n, k, m)."""
+        return self._question.along() @ self.gradient
+
+    @property
+    def hessian(self) -> Tensor:
+        """∂²f/∂x² (n, d, d, m): Σ dzᵀ diag(c) dz."""
+        basis, middle = self._question.basis, self._middle
+        if basis is None:
+            return middle
+        half = basis @ middle  # Σ_t Q[b, t] M[s, t, m], (n, r, d, m)
+        return (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+
+    @property
+    def laplacian(self) -> Tensor:
+        """Δf (n, 1, m): Σ c · ‖dz‖²."""
+        return _total((dz * dz).sum(-2, keepdim=True) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
+
+    @property
+    def hessian_diagonal(self) -> Tensor:
+        """∂²f/∂x_a² (n, d, m): Σ c · dz²."""
+        basis = self._question.basis
+        if basis is None:
+            return _total((dz * dz) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
+        half = basis @ self._middle
+        sums = (half * basis.mT.unsqueeze(-1)).flatten(-2).sum(-2, keepdim=True)
+        return sums.unflatten(-1, tuple(half.shape[-2:])).flatten(-3, -2)
+
+    @property
+    def curvature(self) -> Tensor:
+        """Second derivatives vᵀHv (n, k, m): Σ c · (dz v)²."""
+        return _total((dz * dz) @ c.mT for dz, c in zip(self._along, self._c, strict=True))
+
+    @property
+    def hvp(self) -> Tensor:
+        """Products Hv (n, k, d, m): adjoints of x that begin with c ⊙ (dz v) at every z."""
+        k, m = self._question.along().shape[-2], self._unit.shape[-2]
+        extra = [
+            (dz.unsqueeze(-2) * c.unsqueeze(-3)).flatten(-3, -2)
+            for dz, c in zip(self._along, self._c, strict=True)
+        ]
+        _, gx = self._pull(self._y.new_zeros(1, k * m, self._y.shape[-1]), extra)
+        return gx.unflatten(-2, (k, m)).mT
+
+    @property
+    def _unit(self) -> Tensor:
+        """The adjoints of y that everything is pulled back from."""
+        return _unit(self._y, self._y.shape[-1]) if self._question.weights is None else self._question.weights
+
+    @cached_property
+    def _adjoints(self) -> tuple[list[Tensor], Tensor]:
+        """The adjoints gs of every σ(z), and that of x."""
+        return self._pull(self._unit, [None] * len(self._chain))
+
+    @cached_property
+    def _c(self) -> list[Tensor]:
+        """The weights c = gs ⊙ σ''(z) of every layer's hidden units (n, m, w)."""
+        return [gs * here.d2sigma for gs, here in zip(self._adjoints[0], self._chain, strict=True)]
+
+    @cached_property
+    def _middle(self) -> Tensor:
+        """The Hessian with respect to what the tangents start from."""
+        return _total(congruence(dz, c) for dz, c in zip(self._units, self._c, strict=True))
+
+    def _pull(self, gy: Tensor, extra: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
+        """Pull adjoints of y back; ``extra`` has those that enter at every z."""
+        adjoints: Parts = (gy, *(part.new_zeros(1, gy.shape[-2], part.shape[-1]) for part in self._carried))
+        gs: list[Tensor] = []
+        for here, entering in zip(reversed(self._chain), reversed(extra), strict=True):
+            at_sigma, adjoints = here.pull(adjoints, entering)
+            gs.append(at_sigma)
+        return gs[::-1], join(adjoints)
+
+
+class Forward:
+    """Quantities by tangents and second derivatives that are carried along.
+
+    Args:
+        forms: The layers.
+        question: What is asked.
+
+    Raises:
+        Unavailable: weights come with quantities that run along all axes, or the quantities need both all axes and
+            the given directions as tangents.
+    """
+
+    def __init__(self, forms: Sequence[Form], question: Question) -> None:
+        """Carry everything through all layers."""
+        self._question = question
+        asked = [QUANTITIES[name] for name in question.quantities if QUANTITIES[name].order]
+        self._is_along = bool(asked) and all(quantity.is_directional for quantity in asked)
+        if not self._is_along and (question.weights is not None or any(q.is_directional for q in asked)):
+            raise Unavailable("all axes and given directions, or weights, at once")
+        du: Parts = (question.along() if self._is_along else question.start(),)
+        self._products = self._choose_products()
+        first = self._products(du[0])
+        d2u: Parts = (first.new_zeros(1, first.shape[-2], question.x.shape[-1]),)
+        features: Parts = (question.x,)
+        for form in forms:
+            here = form.linearize(features, question.order)
+            features = here.value
+            if question.order == 2:
+                dz, du_out = here.push(du)
+                d2u = here.push_second(d2u, self._products(dz))
+                du = du_out
+            elif question.order == 1:
+                _, du = here.push(du)
+        self._y, self._dy, self._d2y = features[0], du[0], d2u[0]
+
+    def _choose_products(self) -> Any:
+        """Return which pairs of tangents have second derivatives: all, each with itself, or the sum of those."""
+        asked = set(self._question.quantities)
+        whole = {name for name in asked if QUANTITIES[name].order == 2 and "dd" in QUANTITIES[name].axes}
+        if whole or (self._question.basis is not None and "hessian_diagonal" in asked):
+            return pairs
+        if asked & {"hessian_diagonal", "curvature"}:
+            return lambda dz: dz * dz
+        return lambda dz: (dz * dz).sum(-2, keepdim=True)
+
+    @property
+    def value(self) -> Tensor:
+        """F (n, 1, m)."""
+        return self._weighted(self._y)
+
+    @property
+    def gradient(self) -> Tensor:
+        """∂f/∂x (n, d, m)."""
+        if self._is_along:
+            raise Unavailable("the gradient from tangents along given directions")
+        basis = self._question.basis
+        return self._dy if basis is None else basis @ self._dy
+
+    @property
+    def jvp(self) -> Tensor:
+        """J v (n, k, m)."""
+        return self._weighted(self._dy)
+
+    @property
+    def hessian(self) -> Tensor:
+        """∂²f/∂x² (n, d, d, m)."""
+        basis, middle = self._question.basis, unpack(self._d2y)
+        if basis is None:
+            return middle
+        half = basis @ middle
+        return (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+
+    @property
+    def laplacian(self) -> Tensor:
+        """Δf (n, 1, m)."""
+        if self._products is pairs:
+            return torch.diagonal(unpack(self._d2y), dim1=-3, dim2=-2).mT.sum(-2, keepdim=True)
+        return self._d2y.sum(-2, keepdim=True)
+
+    @property
+    def hessian_diagonal(self) -> Tensor:
+        """∂²f/∂x_a² (n, d, m)."""
+        if self._question.basis is not None or self._products is pairs:
+            return torch.diagonal(self.hessian, dim1=-3, dim2=-2).mT
+        return self._d2y
+
+    @property
+    def curvature(self) -> Tensor:
+        """Second derivatives vᵀHv (n, k, m)."""
+        return self._weighted(self._d2y)
+
+    @property
+    def hvp(self) -> Tensor:
+        """Not in this mode."""
+        raise Unavailable("hvp by tangents alone")
+
+    def _weighted(self, y: Tensor) -> Tensor:
+        """The weighted sums of what has m columns."""
+        weights = self._question.weights
+        return y if weights is None else y @ weights.mT
+
+
+def compute(
+    mode: type[Backward] | type[Forward], forms: Sequence[Form], question: Question
+) -> dict[str, Tensor]:
+    """Compute the quantities that a question asks for; value-like ones have an axis of 1 in the samples' place.
+
+    Raises:
+        Unavailable: the mode does not offer one of them.
+    """
+    at = mode(forms, question)
+    return {name: QUANTITIES[name].formula(at) for name in question.quantities}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,142 +342,52 @@ class Derivatives:
     curvature: Tensor | None = None
 
 
-def linearize(forms: Sequence[Form], features: Parts, order: int) -> list[Linearization]:
-    """Linearise each layer of a chain where the one before it leaves the features."""
-    chain: list[Linearization] = []
-    for form in forms:
-        chain.append(form.linearize(features, order))
-        features = chain[-1].value
-    return chain
-
-
-def push(chain: Sequence[Linearization], tangents: Parts) -> tuple[list[Tensor], Parts]:
-    """Carry tangents (n, k, d) of x to every dz (n, k, w) and to y (n, k, m)."""
-    dz = []
-    for layer in chain:
-        at_hidden, tangents = layer.push(tangents)
-        dz.append(at_hidden)
-    return dz, tangents
-
-
-def pull(
-    chain: Sequence[Linearization], adjoints: Parts, extra: Sequence[Tensor | None]
-) -> tuple[list[Tensor], Tensor]:
-    """Carry adjoints (n, m, q) of y back to every gs (n, m, w) and to x (n, m, d).
-
-    ``extra`` has, for every layer, the adjoints that enter at its z, or ``None``.
-    """
-    gs = []
-    for layer, at_hidden in zip(reversed(chain), reversed(extra), strict=True):
-        at_sigma, adjoints = layer.pull(adjoints, at_hidden)
-        gs.append(at_sigma)
-    return gs[::-1], join(adjoints)
-
-
 def evaluate(
     forms: Sequence[Form],
     x: Tensor,
     quantities: Collection[str],
     weights: Tensor | None = None,
     directions: Tensor | None = None,
+    mode: type[Backward] | type[Forward] = Backward,
 ) -> Derivatives:
-    """Compute the wanted quantities at ``x`` in one pass that shares what they have in common.
+    """Compute the wanted quantities at ``x`` with tensors, in one pass: the reference for every backend.
 
     Args:
         forms: The layers.
         x: Points (n, d).
         quantities: Names out of :data:`QUANTITIES`.
-        weights: λ (n or 1, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; the m axis becomes 1.
-        directions: (n or 1, k, d), for :data:`DIRECTIONAL`.
+        weights: λ (m,) or (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; the m axis becomes 1.
+        directions: (k, d) or (n, k, d), for :data:`DIRECTIONAL`.
+        mode: Whether adjoints or tangents are carried.
 
     Returns:
         The named quantities.
 
     Cost: with F operations for the value, (1 + m)F + dF for everything and 2d²mΣw more for a Hessian.
     """
-    wanted = set(quantities)
-    order = 2 if wanted & _SECOND_ORDER else int(bool(wanted & {"gradient", "jvp"}))
-    chain = linearize(forms, (x,), order)
-    y, *carried = chain[-1].value
-    n, m = y.shape
-    found: dict[str, Tensor] = {}
-    if "value" in wanted:
-        found["value"] = y if weights is None else (y * weights).sum(-1, keepdim=True)
-    if order == 0:
-        return Derivatives(**found)
-
-    unit = _unit(m, x) if weights is None else weights.unsqueeze(1)
-    gs, gx = pull(chain, _start(unit, carried), [None] * len(chain))
-    gradient = gx.mT.expand(n, -1, -1)
-    if "gradient" in wanted:
-        found["gradient"] = gradient
-    if "jvp" in wanted:
-        found["jvp"] = _given(directions) @ gradient
-    if order == 1:
-        return Derivatives(**found)
-
-    c = [_times_curvature(adjoint, layer) for adjoint, layer in zip(gs, chain, strict=True)]
-    weight = _side_by_side(c, c, x.new_empty(n, unit.shape[1], 0))
-    if wanted & {"hessian", "laplacian", "hessian_diagonal"}:
-        dz, _ = push(chain, (_unit(x.shape[1], x),))
-        tangents = _side_by_side(dz, c, x.new_empty(n, x.shape[1], 0))
-        if "hessian" in wanted:
-            found["hessian"] = congruence(tangents, weight)
-        if wanted & {"laplacian", "hessian_diagonal"}:
-            squares = tangents * tangents
-            if "laplacian" in wanted:
-                found["laplacian"] = (squares.sum(1, keepdim=True) @ weight.mT).squeeze(1)
-            if "hessian_diagonal" in wanted:
-                found["hessian_diagonal"] = squares @ weight.mT
-    if wanted & {"hvp", "curvature"}:
-        directions = _given(directions)
-        dz, _ = push(chain, (directions,))
-        if "curvature" in wanted:
-            tangents = _side_by_side(dz, c, x.new_empty(n, directions.shape[1], 0))
-            found["curvature"] = (tangents * tangents) @ weight.mT
-        if "hvp" in wanted:
-            found["hvp"] = _hessian_vector(chain, dz, c, unit.shape[1])
-    return Derivatives(**found)
+    question = Question(
+        x.unsqueeze(-2),
+        quantities,
+        None if weights is None else (weights.unsqueeze(0) if weights.ndim == 1 else weights).unsqueeze(-2),
+        None if directions is None else (directions.unsqueeze(0) if directions.ndim == 2 else directions),
+    )
+    n, (d, m) = x.shape[0], (x.shape[1], 1)
+    found = compute(mode, forms, question)
+    k = 0 if directions is None else directions.shape[-2]
+    results: dict[str, Tensor] = {}
+    for name, array in found.items():
+        m = array.shape[-1]
+        results[name] = array.expand(n, *array.shape[1:]).reshape(n, *QUANTITIES[name].shape(d, m, k))
+    return Derivatives(**results)
 
 
-def _unit(width: int, like: Tensor) -> Tensor:
-    """The unit tangents or adjoints of ``width`` features, the same for every sample."""
-    return torch.eye(width, dtype=like.dtype, device=like.device).unsqueeze(0)
+def _unit(like: Tensor, width: int) -> Tensor:
+    """Return the unit tangents or adjoints of ``width`` features, the same for every sample."""
+    if isinstance(like, Tensor):
+        return torch.eye(width, dtype=like.dtype, device=like.device).unsqueeze(0)
+    return torch.eye(width, dtype=torch.float64).unsqueeze(0)
 
 
-def _start(unit: Tensor, carried: Sequence[Tensor]) -> Parts:
-    """Adjoints of the last layer's features: those of y, and zero for what is only carried along."""
-    return (unit, *(part.new_zeros(1, unit.shape[1], part.shape[-1]) for part in carried))
-
-
-def _given(directions: Tensor | None) -> Tensor:
-    """The directions, which the caller has to give for what needs them."""
-    if directions is None:
-        raise ShapeError(f"{', '.join(sorted(DIRECTIONAL))} expect directions of shape (k, d) or (n, k, d), got none")
-    return directions
-
-
-def _times_curvature(gs: Tensor, layer: Linearization) -> Tensor | None:
-    """The weights c = gs ⊙ σ''(z) of a layer's hidden units (n, m, w), ``None`` where σ'' = 0."""
-    return None if layer.curvature is None else gs * layer.curvature.unsqueeze(1)
-
-
-def _side_by_side(tensors: Sequence[Tensor | None], c: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """The tangents or weights (n, k, w) of the hidden units that have curvature, as one (n, k, Σw)."""
-    kept = [here for here, weight in zip(tensors, c, strict=True) if weight is not None]
-    return torch.cat([like, *(here.expand(like.shape[0], -1, -1) for here in kept if here is not None)], dim=-1)
-
-
-def _hessian_vector(
-    chain: Sequence[Linearization], dz: Sequence[Tensor], c: Sequence[Tensor | None], m: int
-) -> Tensor:
-    """Hv (n, k, d, m): pull c ⊙ dz v back from every z."""
-    y, *carried = chain[-1].value
-    extra = [
-        None if weight is None else (here.unsqueeze(2) * weight.unsqueeze(1)).flatten(1, 2)
-        for here, weight in zip(dz, c, strict=True)
-    ]
-    k = dz[0].shape[1]
-    _, gx = pull(chain, _start(y.new_zeros(1, k * m, y.shape[-1]), carried), extra)
-    product: Tensor = gx.expand(y.shape[0], -1, -1).unflatten(1, (k, m))
-    return product.mT
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of at least one term."""
+    return reduce(add, terms)

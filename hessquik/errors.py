@@ -5,6 +5,7 @@
     ├── CompositionError   two neighbouring layers do not fit together        (also a ValueError)
     ├── ArchitectureError  a description of a network is not one              (also a ValueError)
     ├── FormatError        a file is not a saved network                      (also a ValueError)
+    ├── TraceError         a function cannot be traced into a graph           (also a TypeError)
     ├── DerivativeError    a network's derivatives disagree with a reference  (also a ValueError)
     └── OrderError         backward() without the forward() it belongs to     (also a RuntimeError)
 
@@ -19,6 +20,7 @@ __all__ = [
     "HessQuikError",
     "OrderError",
     "ShapeError",
+    "TraceError",
 ]
 
 
@@ -40,6 +42,10 @@ class ArchitectureError(HessQuikError, ValueError):
 
 class FormatError(HessQuikError, ValueError):
     """A file is not a saved network."""
+
+
+class TraceError(HessQuikError, TypeError):
+    """A function cannot be traced into a graph."""
 
 
 class DerivativeError(HessQuikError, ValueError):

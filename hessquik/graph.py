@@ -1,0 +1,236 @@
+"""Graphs: the operations of one plan as a value that can be printed, compared and rewritten.
+
+A node computes one array of a row. Shapes leave the rows out: most arrays are (k, w), k tangents or m adjoints of w
+features; Hessians are (d, d, m). A node that depends on constants and on inputs that all rows share is shared itself.
+
+    input        an input of the call
+    constant     numbers of the network, float64
+    matmul       a b over the last two axes; one of the operands may lack leading axes
+    contract     Σ_l a_l b_lᵀ                                  inputs a_1 … a_L, b_1 … b_L
+    congruence   Σ_l a_l diag(b_l[m]) a_lᵀ, outputs m last     likewise
+    sum          over the last axis but one, which stays with extent 1
+    pairs        a[i] ⊙ a[j] for j ≤ i, row by row of the lower triangle
+    unpack       such pairs (k(k+1)/2, m) → both triangles (k, k, m)
+    cat, slice   along the last axis
+    permute, reshape, diagonal
+    …            and the pointwise primitives of :mod:`hessquik.pointwise`, which broadcast
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.pointwise import PRIMITIVES
+
+__all__ = ["VIEWS", "Builder", "Graph", "Node", "rewrite"]
+
+#: Operations that name entries of their input and compute nothing.
+VIEWS = frozenset({"permute", "reshape", "slice", "diagonal"})
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One operation.
+
+    Attributes:
+        op: Its name.
+        inputs: Indices of the nodes that it reads.
+        shape: Of a row's array.
+        is_shared: All rows have the same.
+        arguments: Of the operation: a name, axes, a range.
+        data: The numbers of a constant, float64.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    shape: Shape
+    is_shared: bool
+    arguments: tuple[Any, ...] = ()
+    data: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is a constant of zeros."""
+        return self.data is not None and not self.data.any()
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a primitive of :mod:`hessquik.pointwise`."""
+        return self.op in PRIMITIVES
+
+    @property
+    def number(self) -> float | None:
+        """The number of a constant that has one entry."""
+        return float(self.data) if self.data is not None and self.data.numel() == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in an order in which they can be computed, and which of them are the results.
+
+    Attributes:
+        nodes: Each reads only nodes before it.
+        outputs: The index of every result by its name.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: Mapping[str, int]
+
+    def uses(self) -> list[list[int]]:
+        """Return for every node the nodes that read it, each as often as it does; outputs are not among them."""
+        uses: list[list[int]] = [[] for _ in self.nodes]
+        for i, node in enumerate(self.nodes):
+            for j in node.inputs:
+                uses[j].append(i)
+        return uses
+
+    def __str__(self) -> str:
+        """One line per node, and one with the results."""
+        lines = []
+        for i, node in enumerate(self.nodes):
+            arguments = [f"%{j}" for j in node.inputs] + [str(argument) for argument in node.arguments]
+            mark = " shared" if node.is_shared and node.op != "constant" else ""
+            value = f" = {node.number:g}" if node.number is not None else ""
+            lines.append(f"%{i}{list(node.shape)}{mark} = {node.op}({', '.join(arguments)}){value}")
+        lines.append("return " + ", ".join(f"{name}=%{i}" for name, i in self.outputs.items()))
+        return "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other has the same operations on equal constants."""
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return str(self) == str(other) and all(
+            a.data is None or (b.data is not None and torch.equal(a.data, b.data))
+            for a, b in zip(self.nodes, other.nodes, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class Builder:
+    """Builds a graph node by node.
+
+    Attributes:
+        nodes: The nodes so far.
+        is_merging: Whether a node equal to one that is there is that one.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    is_merging: bool = False
+    _known: dict[Any, int] = field(default_factory=dict)
+
+    def add(self, op: str, *inputs: int, arguments: tuple[Any, ...] = (), data: Tensor | None = None) -> int:
+        """Add an operation and return its index."""
+        shapes = [self.nodes[i].shape for i in inputs]
+        shape = _SHAPES[op](shapes, *arguments) if op in _SHAPES else _broadcast(shapes)
+        return self.append(Node(op, inputs, shape, all(self.nodes[i].is_shared for i in inputs), arguments, data))
+
+    def constant(self, data: Tensor) -> int:
+        """Add a constant, converted to float64, of at least two axes."""
+        data = data.detach().to("cpu", torch.float64)
+        while data.ndim < 2:
+            data = data.unsqueeze(0)
+        return self.append(Node("constant", (), tuple(data.shape), True, (), data))
+
+    def input(self, name: str, shape: Shape, is_shared: bool = False) -> int:
+        """Add an input of the call."""
+        return self.append(Node("input", (), shape, is_shared, (name,)))
+
+    def append(self, node: Node) -> int:
+        """Add a node as it is, or find it, and return its index."""
+        if self.is_merging:
+            data = node.data
+            key = (
+                node.op, node.inputs, node.arguments,
+                None if data is None else (data.data_ptr(), data.stride(), tuple(data.shape), node.number),
+            )  # fmt: skip
+            if node.number is not None:
+                key = ("number", node.number, node.shape)
+            if key in self._known:
+                return self._known[key]
+            self._known[key] = len(self.nodes)
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def finish(self, outputs: Mapping[str, int]) -> Graph:
+        """Return the graph."""
+        return Graph(tuple(self.nodes), dict(outputs))
+
+
+#: What a rewriting does with a node: its inputs are indices in the new graph, and so is what it returns; ``None``
+#: leaves the node as it is.
+Rule = Callable[[Builder, Node], int | None]
+
+
+def rewrite(graph: Graph, rule: Rule, is_merging: bool = False) -> Graph:
+    """Build a graph anew, node by node, each as the rule says."""
+    builder = Builder(is_merging=is_merging)
+    place: list[int] = []
+    for node in graph.nodes:
+        moved = Node(
+            node.op, tuple(place[i] for i in node.inputs), node.shape, node.is_shared, node.arguments, node.data
+        )
+        found = rule(builder, moved)
+        place.append(builder.append(moved) if found is None else found)
+    return builder.finish({name: place[i] for name, i in graph.outputs.items()})
+
+
+def needed(graph: Graph) -> Iterator[int]:
+    """Yield the indices of the nodes that results depend on, last first."""
+    wanted = set(graph.outputs.values())
+    for i in reversed(range(len(graph.nodes))):
+        if i in wanted:
+            wanted.update(graph.nodes[i].inputs)
+            yield i
+
+
+def _broadcast(shapes: list[Shape]) -> Shape:
+    return tuple(torch.broadcast_shapes(*shapes))
+
+
+def _matmul(shapes: list[Shape]) -> Shape:
+    (*left, k, p), (*right, r, q) = shapes
+    if p != r:
+        raise ValueError(f"expected matrices that can be multiplied, got {shapes[0]} and {shapes[1]}")
+    return (*torch.broadcast_shapes(tuple(left), tuple(right)), k, q)
+
+
+def _diagonal(shapes: list[Shape]) -> Shape:
+    (k, _, m) = shapes[0]
+    return k, m
+
+
+_SHAPES: dict[str, Callable[..., Shape]] = {
+    "matmul": _matmul,
+    "contract": lambda shapes: (shapes[0][-2], shapes[len(shapes) // 2][-2]),
+    "congruence": lambda shapes: (shapes[0][-2], shapes[0][-2], shapes[len(shapes) // 2][-2]),
+    "sum": lambda shapes: (*shapes[0][:-2], 1, shapes[0][-1]),
+    "pairs": lambda shapes: (shapes[0][0] * (shapes[0][0] + 1) // 2, shapes[0][1]),
+    "unpack": lambda shapes: (_side(shapes[0][0]), _side(shapes[0][0]), shapes[0][1]),
+    "cat": lambda shapes: (*_broadcast([shape[:-1] for shape in shapes]), sum(shape[-1] for shape in shapes)),
+    "slice": lambda shapes, start, stop: (*shapes[0][:-1], stop - start),
+    "permute": lambda shapes, *axes: tuple(shapes[0][axis] for axis in axes),
+    "reshape": lambda shapes, *shape: shape,
+    "diagonal": _diagonal,
+}
+
+
+def _side(pairs: int) -> int:
+    """Return k of k(k+1)/2 pairs."""
+    k = int((2 * pairs) ** 0.5)
+    assert k * (k + 1) // 2 == pairs
+    return k
+
+
+def count_entries(node: Node) -> int:
+    """Return the number of entries of a row's array."""
+    return prod(node.shape)

@@ -1,0 +1,602 @@
+"""From a graph to a program: which operations make one step, and where their arrays lie.
+
+Three decisions are made here, each in functions of its own:
+
+* **Fusion.** A sum that follows a product is added in it; a scaling α C ⊙ S + F ⊙ T that follows a product is its
+  epilogue; pointwise operations of one shape are one map; a product of arrays that is summed over its tangents is one step.
+* **Placement.** A result is written where it is wanted: into the output, even transposed; side by side with others that a
+  contraction runs over. What depends on no row is computed once per call.
+* **Memory.** Arrays whose lives do not overlap share memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+
+from hessquik.graph import VIEWS, Graph, Node
+from hessquik.steps import (
+    Buffer,
+    Congruence,
+    Contract,
+    Instruction,
+    Map,
+    Product,
+    Program,
+    Scaling,
+    Space,
+    Step,
+    SumProducts,
+)
+from hessquik.strided import Strided, collapsed
+
+__all__ = ["lay_out"]
+
+#: Instructions of a map at most: an interpreter keeps that many vectors in its cache.
+MAX_INSTRUCTIONS = 24
+
+
+@dataclass(slots=True)
+class _Fusion:
+    """A product and the nodes that are computed with it.
+
+    Attributes:
+        raw: The node that is C = A B + D.
+        add: The node D.
+        first: The node of the scaling that reads C.
+        scaled: The node that is E, if there is one.
+        alpha, by, scale_add, scale_add_by: α and the nodes S, F, T.
+    """
+
+    raw: int
+    add: int | None = None
+    first: int | None = None
+    scaled: int | None = None
+    alpha: float = 1.0
+    by: int | None = None
+    scale_add: int | None = None
+    scale_add_by: int | None = None
+
+
+@dataclass(slots=True)
+class _MapDraft:
+    """A map to which operations are still being added."""
+
+    shape: tuple[int, ...]
+    members: list[int] = field(default_factory=list)
+
+
+def lay_out(graph: Graph, lanes: int) -> Program:
+    """Return the program of a graph for vectors of ``lanes`` numbers."""
+    return _Layout(graph, lanes).finish()
+
+
+class _Layout:
+    def __init__(self, graph: Graph, lanes: int) -> None:
+        self.graph, self.nodes, self.lanes = graph, graph.nodes, lanes
+        self.uses = graph.uses()
+        self.results = set(graph.outputs.values())
+        self.fusions: dict[int, _Fusion] = {}
+        self.absorbed: set[int] = set()
+        self.owner: dict[int, int] = {}
+        self.destination: dict[int, Strided] = {}
+        self.homes: dict[int, Strided] = {}
+        self.position: dict[int, int] = {}
+        self.map_of: dict[int, _MapDraft] = {}
+        self.steps: list[Step | _MapDraft] = []
+        self.once: list[Step | _MapDraft] = []
+        self.persistent: set[int] = set()
+        self.externals: dict[str, Buffer] = {}
+        self.padded_copies: dict[int, Strided] = {}
+
+    def finish(self) -> Program:
+        """Run the decisions in order."""
+        for i, node in enumerate(self.nodes):
+            if node.op == "matmul":
+                self.fuse_product(i)
+            elif node.op == "sum":
+                self.fuse_sum(node)
+        self.place_outputs()
+        joined = {i: self.place_terms(i) for i, node in enumerate(self.nodes) if self.is_sum_of_products(node)}
+        for i, node in enumerate(self.nodes):
+            if i in self.absorbed or node.op in VIEWS or node.op in {"constant", "input"}:
+                continue
+            if self.is_sum_of_products(node):
+                self.emit_sum_of_products(i, joined[i])
+            elif node.is_pointwise:
+                self.emit_pointwise(i)
+            else:
+                getattr(self, f"emit_{node.op}")(i)
+        self.copy_outputs()
+        once = [step for draft in self.once for step in self.finished(draft)]
+        steps = [step for draft in self.steps for step in self.finished(draft)]
+        tile_size, shared_size = self.assign_memory(once, steps)
+        return Program(tuple(once), tuple(steps), tile_size, shared_size)
+
+    # ---- Fusion ----
+
+    def fuse_product(self, i: int) -> None:
+        """Find what is computed with the product ``i``."""
+        fusion = _Fusion(raw=i)
+        self.fusions[i] = fusion
+        step = self.only_use(i)
+        if step is not None and self.nodes[step].op == "add" and self.has_shape_of(step, i):
+            other = self.other(step, i)
+            if self.is_before(other, i) and self.is_row_like(other, i):
+                fusion.raw, fusion.add = step, other
+                self.absorb(step, i)
+        self.fuse_scaling(i, fusion)
+
+    def fuse_scaling(self, i: int, fusion: _Fusion) -> None:
+        """Find the longest chain α C ⊙ S + F ⊙ T that follows C and reads only what is there before it."""
+        current, allowed = fusion.raw, self.uses[fusion.raw]
+        while True:
+            for step in allowed:
+                if self.extends_scaling(i, fusion, current, step):
+                    break
+            else:
+                break
+            current = fusion.scaled = step
+            fusion.first = step if fusion.first is None else fusion.first
+            self.absorb(step, i)
+            only = self.only_use(current)
+            allowed = [] if only is None else [only]
+            if fusion.scale_add is not None:
+                break
+
+    def extends_scaling(self, i: int, fusion: _Fusion, current: int, step: int) -> bool:
+        """Add one operation to a scaling, if it fits, and return whether it did."""
+        node = self.nodes[step]
+        if node.op not in {"mul", "add"} or not self.has_shape_of(step, current) or step in self.absorbed:
+            return False
+        other = self.other(step, current)
+        if other == current or not self.is_before(other, i):
+            return False
+        number = self.nodes[other].number
+        if node.op == "mul" and number is not None:
+            fusion.alpha *= number
+            return True
+        if not self.is_row_like(other, i):
+            return False
+        if node.op == "mul":
+            if fusion.by is not None:
+                return False
+            fusion.by = other
+            return True
+        if current == fusion.raw and len(self.uses[current]) > 1:
+            return False
+        fusion.scale_add = other
+        inner = self.nodes[other]
+        if inner.op == "mul" and self.only_use(other) == step and self.is_emitted_alone(other):
+            left, right = sorted(inner.inputs, key=lambda j: self.nodes[j].shape != inner.shape)
+            if all(self.is_before(j, i) and self.is_row_like(j, i) for j in (left, right)):
+                fusion.scale_add, fusion.scale_add_by = left, right
+                self.absorbed.add(other)
+        return True
+
+    def fuse_sum(self, node: Node) -> None:
+        """Find the product of arrays that a sum over tangents runs over."""
+        (j,) = node.inputs
+        inner = self.nodes[j]
+        if inner.op == "mul" and self.only_use(j) is not None and j not in self.absorbed:
+            if all(self.nodes[k].shape == inner.shape for k in inner.inputs):
+                self.absorbed.add(j)
+
+    def only_use(self, i: int) -> int | None:
+        """Return the one node that reads ``i``, unless ``i`` is a result."""
+        uses = set(self.uses[i])
+        return next(iter(uses)) if len(uses) == 1 and i not in self.results else None
+
+    def other(self, step: int, i: int) -> int:
+        """Return the operand of ``step`` beside ``i``."""
+        left, right = self.nodes[step].inputs
+        return right if left == i else left
+
+    def has_shape_of(self, step: int, i: int) -> bool:
+        """Return whether two nodes have one shape and are both shared or both not."""
+        a, b = self.nodes[step], self.nodes[i]
+        return a.shape == b.shape and len(a.shape) == 2 and a.is_shared == b.is_shared
+
+    def absorb(self, step: int, product: int) -> None:
+        """Let a node be computed with a product."""
+        self.absorbed.add(step)
+        self.owner[step] = product
+
+    def is_before(self, i: int, product: int) -> bool:
+        """Return whether a node is computed before a product."""
+        while self.nodes[i].op in VIEWS:
+            (i,) = self.nodes[i].inputs
+        return self.owner.get(i, i) < product
+
+    def is_row_like(self, i: int, product: int) -> bool:
+        """Return whether a node has the columns of a product, side by side in memory."""
+        if self.nodes[i].shape[-1] != self.nodes[product].shape[-1] or self.nodes[i].number is not None:
+            return False
+        while self.nodes[i].op in VIEWS:
+            if self.nodes[i].op in {"permute", "diagonal"}:
+                return False
+            (i,) = self.nodes[i].inputs
+        return True
+
+    def is_emitted_alone(self, i: int) -> bool:
+        """Return whether a pointwise node is not part of a product or a sum."""
+        return i not in self.absorbed and i not in self.results
+
+    # ---- Placement ----
+
+    def new(self, shape: tuple[int, ...], space: Space) -> Strided:
+        """Return a new array whose rows of columns are padded to whole vectors, those of the last two axes if three."""
+        *outer, columns = shape
+        inner = outer.pop() if len(shape) > 2 else 1
+        pitch = -(-inner * columns // self.lanes) * self.lanes
+        strides = [pitch]
+        for extent in reversed(outer[1:]):
+            strides.insert(0, strides[0] * extent)
+        buffer = Buffer(space, prod(outer) * pitch, is_shared=space is Space.SHARED)
+        return Strided(buffer, shape, (*strides, *((columns,) if len(shape) > 2 else ()), 1))
+
+    def space_of(self, node: Node) -> Space:
+        """Return where a computed node lies."""
+        return Space.SHARED if node.is_shared else Space.TILE
+
+    def external(self, space: Space, name: str, shape: tuple[int, ...], is_shared: bool = False) -> Strided:
+        """Return an input or output: dense rows."""
+        if name not in self.externals:
+            self.externals[name] = Buffer(space, prod(shape), name, is_shared=is_shared)
+        strides = list(accumulate(reversed(shape[1:]), int.__mul__, initial=1))
+        return Strided(self.externals[name], shape, tuple(reversed(strides)))
+
+    def place_outputs(self) -> None:
+        """Let the node behind an output be written there, through the views between them."""
+        for name, i in self.graph.outputs.items():
+            place: Strided | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
+            while place is not None and self.nodes[i].op in {"permute", "reshape"}:
+                (source,) = self.nodes[i].inputs
+                place = self.undone(i, place)
+                i = source
+            node = self.nodes[i]
+            is_computed = node.op not in VIEWS and node.op not in {"constant", "input"} and not node.is_shared
+            if place is not None and is_computed and i not in self.destination:
+                self.destination[i] = place
+
+    def undone(self, view: int, place: Strided) -> Strided | None:
+        """Return where the input of a permutation or reshape lies, if its result lies at ``place``."""
+        node = self.nodes[view]
+        if node.op == "reshape":
+            return place.reshaped(self.nodes[node.inputs[0]].shape)
+        return place.permuted(tuple(node.arguments.index(axis) for axis in range(len(node.arguments))))
+
+    def is_sum_of_products(self, node: Node) -> bool:
+        """Return whether a node is a contraction or a congruence."""
+        return node.op in {"contract", "congruence"}
+
+    def place_terms(self, i: int) -> list[Strided | None]:
+        """Let the terms on either side of a sum of products be written side by side, where there are several."""
+        inputs = self.nodes[i].inputs
+        count = len(inputs) // 2
+        return [self.place_side(inputs[:count]), self.place_side(inputs[count:])] if count > 1 else [None, None]
+
+    def place_side(self, terms: tuple[int, ...]) -> Strided:
+        """Return an array with room for all terms, each padded to whole vectors, and place those that can be."""
+        widths = [-(-self.nodes[j].shape[-1] // self.lanes) * self.lanes for j in terms]
+        inner = max(self.nodes[j].shape[-2] for j in terms)
+        is_shared = all(self.nodes[j].is_shared for j in terms)
+        joint = self.new((inner, sum(widths)), Space.SHARED if is_shared else Space.TILE)
+        for j, start in zip(terms, accumulate(widths, initial=0), strict=False):
+            node = self.nodes[j]
+            is_computed = node.op not in VIEWS and node.op not in {"constant", "input"}
+            if is_computed and node.is_shared == is_shared and node.shape[-2] == inner and j not in self.destination:
+                self.destination[j] = joint.part(-1, start, start + node.shape[-1])
+        return joint
+
+    def home(self, i: int) -> Strided:
+        """Return where a computed node lies, deciding it when it is first asked for."""
+        if i not in self.homes:
+            self.homes[i] = self.destination.get(i) or self.chosen(i)
+        return self.homes[i]
+
+    def chosen(self, i: int) -> Strided:
+        """Return a new array for a node, laid out as the views that alone read it want it."""
+        chain, last = [], i
+        while (step := self.only_use(last)) is not None and self.nodes[step].op in {"permute", "reshape"}:
+            chain.append(step)
+            last = step
+        space = self.space_of(self.nodes[i])
+        place: Strided | None = self.new(self.nodes[last].shape, space)
+        for view in reversed(chain):
+            place = place and self.undone(view, place)
+        return place or self.new(self.nodes[i].shape, space)
+
+    def read(self, i: int) -> Strided:
+        """Return where a node's array can be read."""
+        node = self.nodes[i]
+        if i in self.homes:
+            return self.homes[i]
+        if node.data is not None:
+            data = node.data
+            buffer = Buffer(Space.CONSTANT, data.numel(), data=data, is_shared=True)
+            self.homes[i] = Strided(buffer, node.shape, data.stride())
+        elif node.op == "input":
+            self.homes[i] = self.external(Space.INPUT, node.arguments[0], node.shape, node.is_shared)
+        elif node.op in VIEWS:
+            self.homes[i] = self.seen(i)
+        else:
+            return self.home(i)
+        return self.homes[i]
+
+    def seen(self, i: int) -> Strided:
+        """Return a view of the array that it shows, of a copy where a reshape needs one."""
+        node = self.nodes[i]
+        source = self.read(node.inputs[0])
+        if node.op == "permute":
+            return source.permuted(node.arguments)
+        if node.op == "slice":
+            return source.part(-1, *node.arguments)
+        if node.op == "diagonal":
+            return source.diagonal()
+        found = source.reshaped(node.shape)
+        if found is not None:
+            return found
+        copy = self.new(node.shape, self.space_of(node))
+        place = copy.reshaped(source.shape)
+        assert place is not None, "a new array can be reshaped"
+        self.copy(source, [place], node.is_shared)
+        return copy
+
+    def padded(self, i: int) -> Strided:
+        """Return a node's array with zeros up to the next whole vector, copied if it has none."""
+        array = self.read(i)
+        is_even = all(not stride % self.lanes for stride in (array.offset, *array.strides[:-1]))
+        if array.buffer.space in {Space.TILE, Space.SHARED} and array.strides[-1] == 1 and is_even:
+            if not self.is_unpadded(i):
+                return array
+        if i not in self.padded_copies:
+            node = self.nodes[i]
+            self.padded_copies[i] = self.new(node.shape, self.space_of(node))
+            self.copy(array, [self.padded_copies[i]], node.is_shared)
+        return self.padded_copies[i]
+
+    def is_unpadded(self, i: int) -> bool:
+        """Return whether the last vector may hold other numbers than zeros behind the last column."""
+        while self.nodes[i].op in {"permute", "reshape"}:
+            (i,) = self.nodes[i].inputs
+        return self.nodes[i].op in {"cat", "slice", "diagonal"}
+
+    # ---- Steps ----
+
+    def append(self, step: Step | _MapDraft, is_shared: bool) -> int:
+        """Add a step and return its position; -1 for what is computed once per call."""
+        if is_shared:
+            self.once.append(step)
+            return -1
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def position_of(self, i: int) -> int:
+        """Return the position of the step that computes what a node shows."""
+        while self.nodes[i].op in VIEWS:
+            (i,) = self.nodes[i].inputs
+        return self.position.get(i, -1)
+
+    def copy(self, source: Strided, places: list[Strided], is_shared: bool) -> None:
+        """Add a step that copies an array."""
+        arrays = collapsed([source.repeated(places[0].shape), *places])
+        step = Map((arrays[0].view(),), (), tuple((0, array.view()) for array in arrays[1:]))
+        if prod(step.shape):
+            if is_shared and places[0].buffer.space is Space.TILE:
+                self.persistent.update(id(place.buffer) for place in places)
+            self.append(step, is_shared)
+
+    def copy_outputs(self) -> None:
+        """Copy outputs that lie elsewhere."""
+        for name, i in self.graph.outputs.items():
+            place = self.external(Space.OUTPUT, name, self.nodes[i].shape)
+            if self.read(i).buffer is not place.buffer:
+                self.copy(self.read(i), [place], is_shared=False)
+
+    def emit_matmul(self, i: int) -> None:
+        """Add a product."""
+        node, fusion = self.nodes[i], self.fusions[i]
+        is_kept = fusion.first is None or self.only_use(fusion.raw) != fusion.first
+        full = node.shape
+        a = self.read(node.inputs[0])
+        b = self.operand_b(node.inputs[1])
+        out = self.home(fusion.raw) if is_kept else None
+        a = a.repeated((*full[:-2], *a.shape[-2:]))
+        b = b.repeated((*full[:-2], *b.shape[-2:]))
+        add = None if fusion.add is None else self.read(fusion.add).repeated(full)
+        is_narrow = full[-1] * 2 < self.lanes and full[-2] > full[-1]
+        if a.buffer.space is Space.CONSTANT and b.buffer.space is not Space.CONSTANT and is_narrow:
+            swap = (*range(len(full) - 2), len(full) - 1, len(full) - 2)
+            a, b = b.permuted(swap), a.permuted(swap)
+            out = out and out.permuted(swap)
+            add = add and add.permuted(swap)
+            assert fusion.scaled is None, "a product from the left is not scaled"
+        scaling = None
+        if fusion.scaled is not None:
+            by, more, more_by = (
+                None if j is None else self.read(j).repeated(full).view()
+                for j in (fusion.by, fusion.scale_add, fusion.scale_add_by)
+            )
+            scaling = Scaling(self.home(fusion.scaled).view(), fusion.alpha, by, more, more_by)
+        place = self.append(self.merged(a, b, add, out, scaling), node.is_shared)
+        for j in (i, fusion.raw, fusion.scaled):
+            if j is not None:
+                self.position[j] = place
+
+    def operand_b(self, i: int) -> Strided:
+        """Return the right factor of a product: a constant, or an array whose rows can be read in whole vectors."""
+        array = self.read(i)
+        if array.buffer.space in {Space.INPUT, Space.OUTPUT}:
+            return self.padded(i)
+        return array
+
+    def merged(
+        self, a: Strided, b: Strided, add: Strided | None, out: Strided | None, scaling: Scaling | None
+    ) -> Product:
+        """Return a product whose outer entries are inner ones where all of them share B and lie evenly."""
+        if len(a.shape) == 3 and b.strides[0] == 0 and scaling is None:
+            arrays = [array for array in (a, add, out) if array is not None]
+            flat = [array.reshaped((array.shape[0] * array.shape[1], array.shape[2])) for array in arrays]
+            if all(array is not None for array in flat):
+                rest = iter(flat)
+                a = next(rest) or a
+                add = add and next(rest)
+                out = out and next(rest)
+                b = b.part(0, 0, 1).reshaped(b.shape[1:]) or b
+        return Product(a.view(), b.view(), add and add.view(), out and out.view(), scaling)
+
+    def emit_pointwise(self, i: int) -> None:
+        """Add an operation to a map that can take it, or to a new one."""
+        node = self.nodes[i]
+        steps = self.once if node.is_shared else self.steps
+        before = max((self.place_in(steps, j, node) for j in node.inputs), default=-1)
+        candidates = [before, len(steps) - 1] if steps else []
+        for place in candidates:
+            draft = steps[place] if place >= 0 else None
+            if isinstance(draft, _MapDraft) and draft.shape == node.shape and place >= before:
+                if len(draft.members) < MAX_INSTRUCTIONS:
+                    break
+        else:
+            draft, place = _MapDraft(node.shape), len(steps)
+            steps.append(draft)
+        assert isinstance(draft, _MapDraft)
+        draft.members.append(i)
+        self.map_of[i] = draft
+        self.position[i] = -1 if node.is_shared else place
+        for j in node.inputs:
+            if self.map_of.get(j) is not draft and self.nodes[j].number is None:
+                self.read(j)
+
+    def place_in(self, steps: list[Step | _MapDraft], i: int, reader: Node) -> int:
+        """Return the position of the step that computes ``i`` in the list that its reader is in."""
+        if reader.is_shared:
+            while self.nodes[i].op in VIEWS:
+                (i,) = self.nodes[i].inputs
+            draft = self.map_of.get(i)
+            return next((place for place, step in enumerate(steps) if step is draft), len(steps) - 1)
+        return self.position_of(i)
+
+    def emit_sum(self, i: int) -> None:
+        """Add a sum over the last axis but one."""
+        node = self.nodes[i]
+        (j,) = node.inputs
+        inner = self.nodes[j]
+        left, right = (inner.inputs[0], inner.inputs[1]) if j in self.absorbed else (j, None)
+        a, b = self.padded(left), None if right is None else self.padded(right)
+        step = SumProducts(a.view(), b and b.view(), self.home(i).view())
+        self.position[i] = self.append(step, node.is_shared)
+
+    def emit_sum_of_products(self, i: int, joined: list[Strided | None]) -> None:
+        """Add a contraction or a congruence, behind copies of the terms that lie elsewhere."""
+        node = self.nodes[i]
+        count = len(node.inputs) // 2
+        sides = []
+        for terms, joint in zip((node.inputs[:count], node.inputs[count:]), joined, strict=True):
+            if joint is None:
+                sides.append(self.padded(terms[0]))
+                continue
+            widths = [-(-self.nodes[j].shape[-1] // self.lanes) * self.lanes for j in terms]
+            for j, start in zip(terms, accumulate(widths, initial=0), strict=False):
+                place = joint.part(-1, start, start + self.nodes[j].shape[-1])
+                if self.read(j) != place:
+                    self.copy(self.read(j), [place], self.nodes[j].is_shared)
+            sides.append(joint)
+        kind = Contract if node.op == "contract" else Congruence
+        if prod(node.shape):
+            step = kind(sides[0].view(), sides[1].view(), self.home(i).view())
+            self.position[i] = self.append(step, node.is_shared)
+
+    def emit_pairs(self, i: int) -> None:
+        """Add the products of every tangent with those before it and itself."""
+        node = self.nodes[i]
+        source, out = self.read(node.inputs[0]), self.home(i)
+        for a in range(self.nodes[node.inputs[0]].shape[0]):
+            start = a * (a + 1) // 2
+            place = out.part(0, start, start + a + 1)
+            arrays = (source.part(0, 0, a + 1), source.part(0, a, a + 1).repeated(place.shape))
+            step = Map(tuple(x.view() for x in arrays), (Instruction("mul", (0, 1)),), ((2, place.view()),))
+            self.position[i] = self.append(step, node.is_shared)
+
+    def emit_unpack(self, i: int) -> None:
+        """Add copies of every packed row into both triangles."""
+        node = self.nodes[i]
+        source, out = self.read(node.inputs[0]), self.home(i)
+        for a in range(node.shape[0]):
+            row = source.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
+            below = out.part(0, a, a + 1).part(1, 0, a + 1).reshaped(row.shape)
+            beside = out.part(1, a, a + 1).part(0, 0, a + 1).permuted((1, 0, 2)).reshaped(row.shape)
+            assert below is not None
+            assert beside is not None
+            step = Map((row.view(),), (), ((0, below.view()), (0, beside.view())))
+            self.position[i] = self.append(step, node.is_shared)
+
+    def emit_cat(self, i: int) -> None:
+        """Add copies of the parts, from left to right, so that no padding is left between them."""
+        node, out = self.nodes[i], self.home(i)
+        widths = [self.nodes[j].shape[-1] for j in node.inputs]
+        for j, start in zip(node.inputs, accumulate(widths, initial=0), strict=False):
+            place = out.part(-1, start, start + self.nodes[j].shape[-1])
+            if prod(place.shape):
+                step = Map((self.read(j).repeated(place.shape).view(),), (), ((0, place.view()),))
+                self.position[i] = self.append(step, node.is_shared)
+
+    def finished(self, draft: Step | _MapDraft) -> list[Step]:
+        """Return a step, or the step that a draft has become."""
+        if not isinstance(draft, _MapDraft):
+            return [draft] if all(prod(view.shape) for view in draft.writes()) else []
+        if not prod(draft.shape):
+            return []
+        members = set(draft.members)
+        outside: dict[int, int] = {}
+        for i in draft.members:
+            for j in self.nodes[i].inputs:
+                if j not in members and self.nodes[j].number is None:
+                    outside.setdefault(j, len(outside))
+        register = {**outside, **{i: len(outside) + place for place, i in enumerate(draft.members)}}
+        instructions = []
+        for i in draft.members:
+            operands = [self.nodes[j].number if j not in register else register[j] for j in self.nodes[i].inputs]
+            instructions.append(Instruction(self.nodes[i].op, tuple(x for x in operands if x is not None)))
+        kept = [i for i in draft.members if i in self.homes or i in self.results]
+        arrays = [self.read(j).repeated(draft.shape) for j in outside] + [self.home(i) for i in kept]
+        views = [array.view() for array in collapsed(arrays)]
+        outputs = tuple(zip((register[i] for i in kept), views[len(outside) :], strict=True))
+        return [Map(tuple(views[: len(outside)]), tuple(instructions), outputs)]
+
+    # ---- Memory ----
+
+    def assign_memory(self, once: list[Step], steps: list[Step]) -> tuple[int, int]:
+        """Give every array its offset and return the sizes of TILE and SHARED memory."""
+        shared, first, last = 0, {}, {}
+        buffers: dict[int, Buffer] = {}
+        for place, step in [*((-1, step) for step in once), *enumerate(steps)]:
+            for view in (*step.reads(), *step.writes()):
+                buffer = view.buffer
+                if buffer.space is Space.SHARED and id(buffer) not in buffers:
+                    buffer.offset, shared = shared, shared + buffer.size
+                buffers[id(buffer)] = buffer
+                first.setdefault(id(buffer), place)
+                last[id(buffer)] = len(steps) if place < 0 or id(buffer) in self.persistent else place
+        tile = [buffer for buffer in buffers.values() if buffer.space is Space.TILE]
+        lives = [(first[id(buffer)], last[id(buffer)], buffer) for buffer in tile]
+        return _first_fit(lives), shared
+
+
+def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:
+    """Place arrays, each with the first and last step of its life, so that no two living ones overlap."""
+    placed: list[tuple[int, int, Buffer]] = []
+    total = 0
+    for start, stop, buffer in sorted(lives, key=lambda life: life[0]):
+        offset = 0
+        others = [other for begin, end, other in placed if begin <= stop and start <= end]
+        for other in sorted(others, key=lambda other: other.offset):
+            if offset + buffer.size <= other.offset:
+                break
+            offset = max(offset, other.offset + other.size)
+        buffer.offset = offset
+        total = max(total, offset + buffer.size)
+        placed.append((start, stop, buffer))
+    return total
+
