@@ -42,7 +42,7 @@ from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, join
 from hessquik.quantities import DIRECTIONAL, QUANTITIES, highest_order
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "Backward", "Derivatives", "Forward", "Unavailable", "compute", "evaluate"]
+__all__ = ["DIRECTIONAL", "QUANTITIES", "Backward", "Derivatives", "Forward", "Unavailable", "compute", "evaluate", "linearize"]
 
 
 class Unavailable(Exception):
@@ -180,13 +180,13 @@ class Backward:
 
     @cached_property
     def _adjoints(self) -> tuple[list[Tensor], Tensor]:
-        """The adjoints gs of every σ(z), and that of x."""
+        """The weights c of every layer's hidden units, and the adjoint of x."""
         return self._pull(self._unit, [None] * len(self._chain))
 
-    @cached_property
+    @property
     def _c(self) -> list[Tensor]:
         """The weights c = gs ⊙ σ''(z) of every layer's hidden units (n, m, w)."""
-        return [gs * here.d2sigma for gs, here in zip(self._adjoints[0], self._chain, strict=True)]
+        return self._adjoints[0]
 
     @cached_property
     def _middle(self) -> Tensor:
@@ -194,13 +194,22 @@ class Backward:
         return _total(congruence(dz, c) for dz, c in zip(self._units, self._c, strict=True))
 
     def _pull(self, gy: Tensor, extra: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        """Pull adjoints of y back; ``extra`` has those that enter at every z."""
+        """Pull adjoints of y back to x.
+
+        Args:
+            gy: Adjoints of y.
+            extra: Those that enter at every z.
+
+        Returns:
+            c = gs ⊙ σ''(z) of every layer, if second derivatives are asked for, and the adjoints of x.
+        """
         adjoints: Parts = (gy, *(part.new_zeros(1, gy.shape[-2], part.shape[-1]) for part in self._carried))
-        gs: list[Tensor] = []
+        c: list[Tensor] = []
         for here, entering in zip(reversed(self._chain), reversed(extra), strict=True):
-            at_sigma, adjoints = here.pull(adjoints, entering)
-            gs.append(at_sigma)
-        return gs[::-1], join(adjoints)
+            gs, adjoints = here.pull(adjoints, entering)
+            if here.d2sigma is not None and entering is None:
+                c.insert(0, gs * here.d2sigma)
+        return c, join(adjoints)
 
 
 class Forward:
@@ -305,6 +314,15 @@ class Forward:
         return y if weights is None else y @ weights.mT
 
 
+def linearize(forms: Sequence[Form], features: Parts, order: int) -> list[Linearization]:
+    """Linearise each layer of a chain where the one before it leaves the features."""
+    chain: list[Linearization] = []
+    for form in forms:
+        chain.append(form.linearize(features, order))
+        features = chain[-1].value
+    return chain
+
+
 def compute(
     mode: type[Backward] | type[Forward], forms: Sequence[Form], question: Question
 ) -> dict[str, Tensor]:
@@ -317,29 +335,33 @@ def compute(
     return {name: QUANTITIES[name].formula(at) for name in question.quantities}
 
 
-@dataclass(frozen=True, slots=True)
 class Derivatives:
-    """The quantities that were asked for; a field is ``None`` exactly when it was not.
+    """The quantities that were asked for, by name; a quantity that was not asked for is ``None``.
 
-    Attributes:
-        value: (n, m).
-        gradient: (n, d, m).
-        hessian: (n, d, d, m).
-        laplacian: (n, m).
-        hessian_diagonal: (n, d, m).
-        jvp: Jv (n, k, m).
-        hvp: Hv (n, k, d, m).
-        curvature: vᵀHv (n, k, m).
+    Shapes: value (n, m), gradient (n, d, m), hessian (n, d, d, m), laplacian (n, m), hessian_diagonal (n, d, m), jvp
+    (n, k, m), hvp (n, k, d, m), curvature (n, k, m), and those of :data:`hessquik.quantities.QUANTITIES`.
+
+    Example:
+        >>> found = Derivatives(value=torch.zeros(5, 1))
+        >>> found.value.shape, found.hessian
+        (torch.Size([5, 1]), None)
     """
 
-    value: Tensor | None = None
-    gradient: Tensor | None = None
-    hessian: Tensor | None = None
-    laplacian: Tensor | None = None
-    hessian_diagonal: Tensor | None = None
-    jvp: Tensor | None = None
-    hvp: Tensor | None = None
-    curvature: Tensor | None = None
+    __slots__ = ("_found",)
+
+    def __init__(self, **found: Tensor) -> None:
+        """Take the quantities."""
+        self._found = found
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        """A quantity, or ``None``."""
+        if name not in QUANTITIES:
+            raise AttributeError(f"there is no quantity {name!r}; expected one of {', '.join(QUANTITIES)}")
+        return self._found.get(name)
+
+    def __repr__(self) -> str:
+        """The names and shapes."""
+        return f"Derivatives({', '.join(f'{name}={list(array.shape)}' for name, array in self._found.items())})"
 
 
 def evaluate(

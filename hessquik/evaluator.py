@@ -1,11 +1,8 @@
 """A frozen network that evaluates any number of points, tile by tile.
 
-A tile is a number of rows that stays in cache. However many points come, the memory beside inputs and results is
-one tile's, and a row's numbers are the same to the last bit whoever it is computed with: the CPU kernel computes
-every row alike, and where torch does the work (on a GPU, or without a compiled kernel) tiles have one of a few
-fixed row counts, the last one padded. What else is asked may change the plan and with it a result's last bits.
-
-Float32 is float32: on a GPU, TensorFloat-32 is off whatever the process has chosen.
+A tile is a number of rows whose memory stays in a cache. However many points come, the memory beside inputs and results is
+one tile's, and a row's numbers are the same to the last bit whatever it is computed with. What else is asked may change the
+plan, and with it a result's last bits.
 """
 
 from __future__ import annotations
@@ -13,27 +10,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessquik import memory
-from hessquik.calculus import DIRECTIONAL, QUANTITIES, Derivatives
+from hessquik import backends, memory
+from hessquik.calculus import Derivatives
 from hessquik.errors import ShapeError
-from hessquik.native import Packed, is_available
 from hessquik.networks import NN
 from hessquik.plan import Ask, Plan, choose
-from hessquik.runners import NativeRunner, Runner, TorchRunner
+from hessquik.quantities import DIRECTIONAL, QUANTITIES
 
 __all__ = ["Evaluator"]
 
 Given = Tensor | Sequence[int] | None
 
-
+#: What is computed in.
+DTYPES = (torch.float32, torch.float64)
 #: Operations on one core after which a caller may do something else.
 OPERATIONS_BETWEEN = 2e7
-#: Plans that are kept; the oldest makes room for a new one, so that callers cannot fill the memory with them.
+#: Plans that are kept, and what their constants and buffers may take; the oldest make room for new ones.
 MAX_PLANS = 256
 _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 
@@ -47,12 +46,17 @@ class Evaluator:
         network: The network.
         device: Where to compute.
         dtype: ``torch.float32`` or ``torch.float64``; the network's own if not given.
-        threads: How many threads of its own share the rows of a large call, on a CPU; with 1 the caller's does all.
-        native: Whether the compiled CPU kernel may be used.
+        threads: How many threads share the rows of a large call, the caller's among them, on a CPU.
+        backend: A name out of :func:`hessquik.backends.names`; the best that the device has if not given.
 
     Attributes:
         d: Number of inputs.
         m: Number of outputs.
+        backend: What runs the programs.
+
+    Raises:
+        ShapeError: the dtype is neither float32 nor float64.
+        ValueError: the device does not have the backend.
 
     Example:
         >>> import torch
@@ -69,21 +73,27 @@ class Evaluator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         threads: int = 1,
-        native: bool = True,
+        backend: str | None = None,
     ) -> None:
         """Freeze the network."""
-        weights = next(network.parameters())
-        self.device = torch.device(device)
-        self.dtype = weights.dtype if dtype is None else dtype
+        own = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())
+        self.device = backends.resolved(device)
+        self.dtype = own if dtype is None else dtype
+        for what, found in (("network", own), ("evaluator", self.dtype)):
+            if found not in DTYPES:
+                raise ShapeError(f"the dtype of the {what} must be torch.float32 or torch.float64, got {found}")
         self.d = network.dim_input()
         self.m = network.dim_output()
-        self._forms = [form.to(self.device, self.dtype) for form in network.forms()]
-        self._native = native and self.device.type == "cpu"
+        self.backend = backends.chosen(self.device, backend)
+        # In float64, so that what forms compute of weights (L⁺ = softplus(L)) is exact for either dtype.
+        copy = deepcopy(network).to("cpu", torch.float64).requires_grad_(False)
+        self._forms = copy.forms()
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "evaluator") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()
-        self._runners: dict[Ask, Runner] = {}
-        self._packed = Packed()
+        self._runners: dict[Ask, backends.Runner] = {}
+        self._known: dict[Any, backends.Runner] = {}
+        self._store = backends.store(self.backend)
         self._runner(_SECOND_ORDER)
 
     @property
@@ -92,10 +102,10 @@ class Evaluator:
         return self._runner(_SECOND_ORDER).ladder
 
     def plan(self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None) -> Plan:
-        """How the quantities are computed and what a row costs; printable.
+        """Return how the quantities are computed and what a row costs; printable.
 
         Args:
-            quantities: Names out of :data:`hessquik.calculus.QUANTITIES`.
+            quantities: Names out of :data:`hessquik.quantities.QUANTITIES`.
             weights: λ or its shape, as for a call.
             directions: Likewise.
 
@@ -119,7 +129,7 @@ class Evaluator:
 
         Args:
             x: Points (n, d), any n.
-            quantities: Names out of :data:`hessquik.calculus.QUANTITIES`.
+            quantities: Names out of :data:`hessquik.quantities.QUANTITIES`.
             weights: λ (m,) or (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; every m axis becomes 1.
             directions: (k, d) or (n, k, d) for jvp, hvp and curvature.
             between: Called now and then between two tiles: on a CPU every half a millisecond or so of computing, on a
@@ -132,14 +142,17 @@ class Evaluator:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
         runner, arrays = self._prepare(x, quantities, weights, directions)
-        results = self._results(quantities, runner, x.shape[0], x.device)
-        arrays.update(results)
         n = x.shape[0]
-        rows = n if between is None or self.device.type != "cpu" else _rows_between(runner.plan, self._threads)
-        for start in range(0, n, max(rows, 1)):
-            if start > 0 and between is not None:
-                between()
-            self._run(runner, arrays, start, min(n, start + rows))
+        results = self._results(quantities, runner, n, x.device)
+        arrays.update(results)
+        if between is None or self.device.type != "cpu":
+            self._run(runner, arrays, 0, n)
+        else:
+            rows = _rows_between(runner.plan, self._threads)
+            for start in range(0, n, rows):
+                if start:
+                    between()
+                self._run(runner, arrays, start, min(n, start + rows))
         return Derivatives(**results)
 
     def tiles(
@@ -151,8 +164,8 @@ class Evaluator:
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
         runner, arrays = self._prepare(x, quantities, weights, directions)
-        n = x.shape[0]
-        for start in range(0, max(n, 1), runner.ladder[-1]):
+        n, start = x.shape[0], 0
+        while start < max(n, 1):
             rows = min(runner.ladder[-1], n - start)
             results = self._results(quantities, runner, rows, x.device)
             inputs = {
@@ -161,31 +174,44 @@ class Evaluator:
             }
             runner.run({**inputs, **results}, 0, rows)
             yield Derivatives(**results)
+            start += max(rows, 1)
 
     def _prepare(
         self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None
-    ) -> tuple[Runner, dict[str, Tensor]]:
-        """Check everything and find the inputs' arrays and what runs on them."""
-        self._check(x, quantities, weights, directions)
-        if DIRECTIONAL.isdisjoint(quantities):
-            directions = None
+    ) -> tuple[backends.Runner, dict[str, Tensor]]:
+        """Check everything and return what computes, with the arrays of the inputs."""
+        key = (
+            tuple(quantities),
+            None if weights is None else weights.ndim,
+            None if directions is None else (directions.ndim, directions.shape[-2:]),
+        )
+        runner = self._known.get(key)
+        if runner is None or x.ndim != 2 or x.shape[1] != self.d or weights is not None or directions is not None:
+            self._check(x, quantities, weights, directions)
+        if runner is None:
+            directed = None if DIRECTIONAL.isdisjoint(quantities) else directions
+            runner = self._runner(self._ask(quantities, weights, directed))
+            with self._lock:
+                if len(self._known) >= 4 * MAX_PLANS:
+                    self._known.clear()
+                self._known[key] = runner
         arrays = {"x": self._placed(x)}
         if weights is not None:
             arrays["weights"] = self._placed(weights)
-        if directions is not None:
+        if directions is not None and runner.plan.ask.directions is not None:
             arrays["directions"] = self._placed(directions)
-        return self._runner(self._ask(quantities, weights, directions)), arrays
+        return runner, arrays
 
     def _placed(self, array: Tensor) -> Tensor:
-        """An input as it is computed with, itself if it is so already; a GPU takes what is here tile by tile."""
+        """Return an input as it is computed with: itself if it is so already; a GPU takes a host's array in tiles."""
         device = self.device if array.device.type != "cpu" else array.device
-        if array.dtype is not self.dtype or array.device != device or not array.is_contiguous():
-            array = array.detach().to(device, self.dtype).contiguous()
+        if array.dtype is not self.dtype or array.device != device or not array.is_contiguous() or array.is_neg():
+            array = array.detach().resolve_neg().to(device, self.dtype).contiguous()
         return array
 
     @staticmethod
     def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
-        """What is asked, as the key of a plan."""
+        """Return what is asked as the key of a plan."""
 
         def rows(given: Given, shared_axes: int) -> tuple[str | None, tuple[int, ...]]:
             if given is None:
@@ -197,40 +223,45 @@ class Evaluator:
         k = shape[-2] if shape else 0
         return Ask(frozenset(quantities), rows(weights, 1)[0], how_directions, k)
 
-    def _runner(self, ask: Ask) -> Runner:
-        """The runner of a plan, made when it is first asked for."""
+    def _runner(self, ask: Ask) -> backends.Runner:
+        """Return the runner of a plan, made when it is first asked for."""
         runner = self._runners.get(ask)
         if runner is not None:
             return runner
         with self._lock:
             runner = self._runners.get(ask)  # another thread may have made it meanwhile
             if runner is None:
-                plan = choose(self._forms, ask, self.dtype, self.m)
-                if self._native and is_available(plan.program):
-                    runner = NativeRunner(plan, self.dtype, self._packed)
-                else:
-                    runner = TorchRunner(plan, self.dtype, self.device)
+                device = backends.device_value(self.device)
+                plan = choose(self._forms, ask, self.dtype, self.m, device)
+                runner = backends.make_runner(self.backend, plan, self.dtype, self.device, self._store)
                 if len(self._runners) >= MAX_PLANS:
                     self._runners.pop(next(iter(self._runners)))
+                    self._known.clear()
                 self._runners[ask] = runner
         return runner
 
-    def _run(self, runner: Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
+    def _run(self, runner: backends.Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``, on several threads if there are tiles enough."""
         n = stop - start
-        shares = min(self._threads, -(-n // runner.ladder[-1]))
-        if self._pool is None or shares <= 1:
+        if self._pool is None or n <= runner.ladder[-1]:
             runner.run(arrays, start, stop)
             return
+        shares = min(self._threads, -(-n // runner.ladder[-1]))
         cuts = [start + n * i // shares for i in range(shares + 1)]
-        list(self._pool.map(lambda cut: runner.run(arrays, *cut), pairwise(cuts)))
+        *others, own = pairwise(cuts)
+        waiting = [self._pool.submit(runner.run, arrays, *cut) for cut in others]
+        runner.run(arrays, *own)
+        for future in waiting:
+            future.result()
 
-    def _results(self, quantities: Sequence[str], runner: Runner, n: int, device: torch.device) -> dict[str, Tensor]:
-        """Arrays for the results."""
+    def _results(
+        self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return arrays for the results."""
         return {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
-        """Refuse what does not fit."""
+        """Raise :class:`ShapeError` for what does not fit."""
         if x.ndim != 2 or x.shape[1] != self.d:
             raise ShapeError(f"expected points of shape (n, {self.d}), got {tuple(x.shape)}")
         n = x.shape[0]
@@ -252,6 +283,6 @@ class Evaluator:
 
 
 def _rows_between(plan: Plan, threads: int) -> int:
-    """Rows in whole tiles that take so many threads as long as the caller is to wait."""
+    """Return rows in whole tiles that take so many threads as long as the caller is to wait."""
     tiles = threads * OPERATIONS_BETWEEN / (plan.operations * plan.rows)
     return max(1, round(tiles)) * plan.rows

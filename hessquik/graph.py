@@ -194,14 +194,23 @@ def needed(graph: Graph) -> Iterator[int]:
 
 
 def _broadcast(shapes: list[Shape]) -> Shape:
-    return tuple(torch.broadcast_shapes(*shapes))
+    """Return the shape that arrays of these shapes have together."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return first
+    rank = max(map(len, shapes))
+    columns = zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)
+    extents = [set(column) - {1} for column in columns]
+    if any(len(found) > 1 for found in extents):
+        raise ValueError(f"expected arrays whose shapes broadcast, got {shapes}")
+    return tuple(next(iter(found), 1) for found in extents)
 
 
 def _matmul(shapes: list[Shape]) -> Shape:
     (*left, k, p), (*right, r, q) = shapes
     if p != r:
         raise ValueError(f"expected matrices that can be multiplied, got {shapes[0]} and {shapes[1]}")
-    return (*torch.broadcast_shapes(tuple(left), tuple(right)), k, q)
+    return (*_broadcast([tuple(left), tuple(right)]), k, q)
 
 
 def _diagonal(shapes: list[Shape]) -> Shape:

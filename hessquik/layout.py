@@ -79,6 +79,7 @@ class _Layout:
         self.results = set(graph.outputs.values())
         self.fusions: dict[int, _Fusion] = {}
         self.absorbed: set[int] = set()
+        self.summed: set[int] = set()
         self.owner: dict[int, int] = {}
         self.destination: dict[int, Strided] = {}
         self.homes: dict[int, Strided] = {}
@@ -87,6 +88,7 @@ class _Layout:
         self.steps: list[Step | _MapDraft] = []
         self.once: list[Step | _MapDraft] = []
         self.persistent: set[int] = set()
+        self.scattered: set[int] = set()
         self.externals: dict[str, Buffer] = {}
         self.padded_copies: dict[int, Strided] = {}
 
@@ -112,7 +114,7 @@ class _Layout:
         once = [step for draft in self.once for step in self.finished(draft)]
         steps = [step for draft in self.steps for step in self.finished(draft)]
         tile_size, shared_size = self.assign_memory(once, steps)
-        return Program(tuple(once), tuple(steps), tile_size, shared_size)
+        return Program(tuple(once), tuple(steps), tile_size, shared_size, self.lanes)
 
     # ---- Fusion ----
 
@@ -123,7 +125,7 @@ class _Layout:
         step = self.only_use(i)
         if step is not None and self.nodes[step].op == "add" and self.has_shape_of(step, i):
             other = self.other(step, i)
-            if self.is_before(other, i) and self.is_row_like(other, i):
+            if self.is_ready(other, i):
                 fusion.raw, fusion.add = step, other
                 self.absorb(step, i)
         self.fuse_scaling(i, fusion)
@@ -151,29 +153,32 @@ class _Layout:
         if node.op not in {"mul", "add"} or not self.has_shape_of(step, current) or step in self.absorbed:
             return False
         other = self.other(step, current)
-        if other == current or not self.is_before(other, i):
+        if other == current:
             return False
         number = self.nodes[other].number
         if node.op == "mul" and number is not None:
             fusion.alpha *= number
             return True
-        if not self.is_row_like(other, i):
-            return False
         if node.op == "mul":
-            if fusion.by is not None:
+            if fusion.by is not None or not self.is_ready(other, i):
                 return False
             fusion.by = other
             return True
-        if current == fusion.raw and len(self.uses[current]) > 1:
+        if current == fusion.raw and self.only_use(current) is None:
             return False
-        fusion.scale_add = other
         inner = self.nodes[other]
-        if inner.op == "mul" and self.only_use(other) == step and self.is_emitted_alone(other):
+        if inner.op == "mul" and self.only_use(other) == step and other not in self.absorbed:
             left, right = sorted(inner.inputs, key=lambda j: self.nodes[j].shape != inner.shape)
-            if all(self.is_before(j, i) and self.is_row_like(j, i) for j in (left, right)):
+            if self.is_ready(left, i) and self.is_ready(right, i):
                 fusion.scale_add, fusion.scale_add_by = left, right
                 self.absorbed.add(other)
-        return True
+                return True
+        fusion.scale_add = other if self.is_ready(other, i) else None
+        return fusion.scale_add is not None
+
+    def is_ready(self, i: int, product: int) -> bool:
+        """Return whether a node is computed before a product and has its columns side by side in memory."""
+        return self.is_before(i, product) and self.is_row_like(i, product)
 
     def fuse_sum(self, node: Node) -> None:
         """Find the product of arrays that a sum over tangents runs over."""
@@ -182,6 +187,7 @@ class _Layout:
         if inner.op == "mul" and self.only_use(j) is not None and j not in self.absorbed:
             if all(self.nodes[k].shape == inner.shape for k in inner.inputs):
                 self.absorbed.add(j)
+                self.summed.add(j)
 
     def only_use(self, i: int) -> int | None:
         """Return the one node that reads ``i``, unless ``i`` is a result."""
@@ -207,7 +213,7 @@ class _Layout:
         """Return whether a node is computed before a product."""
         while self.nodes[i].op in VIEWS:
             (i,) = self.nodes[i].inputs
-        return self.owner.get(i, i) < product
+        return self.nodes[i].op in {"constant", "input"} or self.owner.get(i, i) < product
 
     def is_row_like(self, i: int, product: int) -> bool:
         """Return whether a node has the columns of a product, side by side in memory."""
@@ -218,10 +224,6 @@ class _Layout:
                 return False
             (i,) = self.nodes[i].inputs
         return True
-
-    def is_emitted_alone(self, i: int) -> bool:
-        """Return whether a pointwise node is not part of a product or a sum."""
-        return i not in self.absorbed and i not in self.results
 
     # ---- Placement ----
 
@@ -300,6 +302,8 @@ class _Layout:
         """Return a new array for a node, laid out as the views that alone read it want it."""
         chain, last = [], i
         while (step := self.only_use(last)) is not None and self.nodes[step].op in {"permute", "reshape"}:
+            if len(self.nodes[step].shape) > len(self.nodes[last].shape):
+                break
             chain.append(step)
             last = step
         space = self.space_of(self.nodes[i])
@@ -347,6 +351,8 @@ class _Layout:
     def padded(self, i: int) -> Strided:
         """Return a node's array with zeros up to the next whole vector, copied if it has none."""
         array = self.read(i)
+        if array.buffer.space is Space.CONSTANT and array.strides[-1] == 1:
+            return array
         is_even = all(not stride % self.lanes for stride in (array.offset, *array.strides[:-1]))
         if array.buffer.space in {Space.TILE, Space.SHARED} and array.strides[-1] == 1 and is_even:
             if not self.is_unpadded(i):
@@ -357,11 +363,18 @@ class _Layout:
             self.copy(array, [self.padded_copies[i]], node.is_shared)
         return self.padded_copies[i]
 
+    def has_padding(self, places: list[Strided]) -> bool:
+        """Return whether zeros have to follow the single columns of an array."""
+        return any(
+            place.buffer.space in {Space.TILE, Space.SHARED} and place.shape[-1] == 1 and prod(place.shape) > 1
+            for place in places
+        )
+
     def is_unpadded(self, i: int) -> bool:
         """Return whether the last vector may hold other numbers than zeros behind the last column."""
         while self.nodes[i].op in {"permute", "reshape"}:
             (i,) = self.nodes[i].inputs
-        return self.nodes[i].op in {"cat", "slice", "diagonal"}
+        return self.nodes[i].op in {"cat", "slice", "diagonal"} or i in self.scattered
 
     # ---- Steps ----
 
@@ -381,7 +394,7 @@ class _Layout:
 
     def copy(self, source: Strided, places: list[Strided], is_shared: bool) -> None:
         """Add a step that copies an array."""
-        arrays = collapsed([source.repeated(places[0].shape), *places])
+        arrays = collapsed([source.repeated(places[0].shape), *places], self.has_padding(places))
         step = Map((arrays[0].view(),), (), tuple((0, array.view()) for array in arrays[1:]))
         if prod(step.shape):
             if is_shared and places[0].buffer.space is Space.TILE:
@@ -413,6 +426,7 @@ class _Layout:
             out = out and out.permuted(swap)
             add = add and add.permuted(swap)
             assert fusion.scaled is None, "a product from the left is not scaled"
+            self.scattered.add(fusion.raw)
         scaling = None
         if fusion.scaled is not None:
             by, more, more_by = (
@@ -483,7 +497,7 @@ class _Layout:
         node = self.nodes[i]
         (j,) = node.inputs
         inner = self.nodes[j]
-        left, right = (inner.inputs[0], inner.inputs[1]) if j in self.absorbed else (j, None)
+        left, right = (inner.inputs[0], inner.inputs[1]) if j in self.summed else (j, None)
         a, b = self.padded(left), None if right is None else self.padded(right)
         step = SumProducts(a.view(), b and b.view(), self.home(i).view())
         self.position[i] = self.append(step, node.is_shared)
@@ -560,8 +574,9 @@ class _Layout:
             operands = [self.nodes[j].number if j not in register else register[j] for j in self.nodes[i].inputs]
             instructions.append(Instruction(self.nodes[i].op, tuple(x for x in operands if x is not None)))
         kept = [i for i in draft.members if i in self.homes or i in self.results]
-        arrays = [self.read(j).repeated(draft.shape) for j in outside] + [self.home(i) for i in kept]
-        views = [array.view() for array in collapsed(arrays)]
+        places = [self.home(i) for i in kept]
+        arrays = [self.read(j).repeated(draft.shape) for j in outside] + places
+        views = [array.view() for array in collapsed(arrays, self.has_padding(places))]
         outputs = tuple(zip((register[i] for i in kept), views[len(outside) :], strict=True))
         return [Map(tuple(views[: len(outside)]), tuple(instructions), outputs)]
 

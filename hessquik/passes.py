@@ -108,7 +108,12 @@ def merge_scalars(builder: Builder, node: Node) -> int | None:
 
 
 def compose_views(builder: Builder, node: Node) -> int | None:
-    """Join permutations with permutations and reshapes with reshapes; leave out those that change nothing."""
+    """Join permutations with permutations and reshapes with reshapes; leave out those that change nothing.
+
+    A sum over one entry changes nothing either.
+    """
+    if node.op == "sum" and builder.nodes[node.inputs[0]].shape[-2] == 1:
+        return node.inputs[0]
     if node.op not in {"permute", "reshape"}:
         return None
     (i,) = node.inputs
@@ -168,7 +173,8 @@ def remove_dead(graph: Graph) -> Graph:
     nodes = []
     for i in kept:
         node = graph.nodes[i]
-        nodes.append(replace(node, inputs=tuple(place[j] for j in node.inputs)))
+        inputs = tuple(place[j] for j in node.inputs)
+        nodes.append(Node(node.op, inputs, node.shape, node.is_shared, node.arguments, node.data))
     return Graph(tuple(nodes), {name: place[i] for name, i in graph.outputs.items()})
 
 

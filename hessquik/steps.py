@@ -375,12 +375,16 @@ class Program:
         """Numbers behind the columns of a written array that its step sets to zero.
 
         They go up to the next multiple of the vector in TILE and SHARED memory. None are set where the columns are
-        scattered, or where some step writes other columns of the buffer behind these (an array written in pieces).
+        scattered, where rows of columns lie without padding, or where some step writes other columns of the buffer behind these (an array written in pieces).
         """
         written = [
             other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer
         ]
         if view.buffer.space not in {Space.TILE, Space.SHARED} or any(other.strides[2] != 1 for other in written):
+            return 0
+        if any(
+            stride % self.vector for extent, stride in zip(view.shape[:2], view.strides[:2], strict=True) if extent > 1
+        ):
             return 0
         pitches = [
             stride

@@ -76,12 +76,17 @@ class Strided:
         return View(self.buffer, shape, strides, self.offset)  # type: ignore[arg-type]
 
 
-def collapsed(arrays: list[Strided]) -> list[Strided]:
-    """Return arrays of one shape with the fewest axes: neighbours are joined where they lie evenly in all arrays."""
+def collapsed(arrays: list[Strided], keeps_columns: bool) -> list[Strided]:
+    """Return arrays of one shape with the fewest axes: neighbours are joined where they lie evenly in all arrays.
+
+    Args:
+        arrays: The arrays.
+        keeps_columns: Whether the last axis stays the last one even if it has one entry.
+    """
     shape = arrays[0].shape
     kept: list[list[int]] = []
     for axis, extent in enumerate(shape):
-        if extent == 1:
+        if extent == 1 and not (keeps_columns and axis == len(shape) - 1):
             continue
         if kept and all(array.strides[kept[-1][-1]] == array.strides[axis] * extent for array in arrays):
             kept[-1].append(axis)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hessquik.errors import OrderError, ShapeError
-from hessquik.layers.form import Form, Linearization, congruence, join
+from hessquik.algebra import congruence
+from hessquik.layers.form import Form, Linearization, join
 
 __all__ = ["Triple", "check_directions", "hessQuikLayer", "pull_back", "uniform_"]
 
@@ -103,8 +104,8 @@ class hessQuikLayer(nn.Module):
             forward_mode = True
         wants_second = do_Hessian or do_Laplacian
         order = 2 if wants_second or forward_mode is None else int(do_gradient)
-        here = self.form().linearize((u,), order)
-        y, n = join(here.value), u.shape[0]
+        here = self.form().linearize((u.unsqueeze(1),), order)
+        y, n = join(here.value).squeeze(1), u.shape[0]
         if forward_mode is None:
             self._here = here
         if forward_mode is None or order == 0:
@@ -169,8 +170,9 @@ class hessQuikLayer(nn.Module):
 
 def _second(here: Linearization, products: Tensor, d2u: Tensor | None) -> Tensor:
     """Second derivatives of y (n, k, q) for the wanted products of tangents and the same ones of u."""
-    bent = join(here.bend(products))
-    return bent if d2u is None else bent + join(here.push((d2u,))[1])
+    if d2u is None:
+        d2u = products.new_zeros(1, products.shape[1], sum(here.form.widths))
+    return join(here.push_second((d2u,), products))
 
 
 def check_directions(v: Tensor | None, n: int, width: int, axis: int) -> None:
@@ -190,6 +192,7 @@ def pull_back(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient and Hessian that :meth:`hessQuikLayer.backward` describes."""
     y = join(here.value)
+    assert here.d2sigma is not None or not do_Hessian
     n = y.shape[0]
     gy = _unit(y, y.shape[-1]) if dgdf is None else dgdf.mT
     check_directions(v, n, width=gy.shape[1], axis=-2)
@@ -199,11 +202,7 @@ def pull_back(
     if not do_Hessian:
         return gradient, None
     dz, dy = here.push((_unit(y, sum(here.form.widths)),))
-    if here.curvature is None:
-        p, k = gradient.shape[1:]
-        hessian = gradient.new_zeros(n, p, p, k)
-    else:
-        hessian = congruence(_per_sample(dz, n), gs * here.curvature.unsqueeze(1))
+    hessian = congruence(_per_sample(dz, n), _per_sample(gs * here.d2sigma, n))
     if d2gd2f is not None:
         d2g = d2gd2f if v is None else d2gd2f @ v.unsqueeze(-3)
         jacobian = _per_sample(join(dy), n)

@@ -151,8 +151,8 @@ class NN(nn.Sequential):
         if before:
             raise ShapeError(f"dudx and d2ud2x expect forward_mode=True, got forward_mode={forward_mode}")
         order = 2 if do_Hessian or forward_mode is None else int(do_gradient)
-        chain = calculus.linearize(self.forms(), (x,), order)
-        y = chain[-1].value[0]
+        chain = calculus.linearize(self.forms(), (x.unsqueeze(1),), order)
+        y = chain[-1].value[0].squeeze(1)
         if forward_mode is None:
             self._chain = chain
         if forward_mode is None or order == 0:
