@@ -574,6 +574,8 @@ class _Layout:
             operands = [self.nodes[j].number if j not in register else register[j] for j in self.nodes[i].inputs]
             instructions.append(Instruction(self.nodes[i].op, tuple(x for x in operands if x is not None)))
         kept = [i for i in draft.members if i in self.homes or i in self.results]
+        if not kept:
+            return []
         places = [self.home(i) for i in kept]
         arrays = [self.read(j).repeated(draft.shape) for j in outside] + places
         views = [array.view() for array in collapsed(arrays, self.has_padding(places))]
