@@ -24,6 +24,7 @@ __all__ = [
     "optimise",
     "recognise_contractions",
     "remove_dead",
+    "sink_reshapes",
 ]
 
 
@@ -132,6 +133,29 @@ def compose_views(builder: Builder, node: Node) -> int | None:
     return builder.append(joined) if found is None else found
 
 
+def sink_reshapes(builder: Builder, node: Node) -> int | None:
+    """Write a reshape that leaves out axes of one entry, applied to what is pointwise, as the same on smaller operands."""
+    if node.op != "reshape" or not builder.nodes[node.inputs[0]].is_pointwise:
+        return None
+    source = builder.nodes[node.inputs[0]]
+    if len(node.shape) >= len(source.shape):
+        return None
+    kept = [axis for axis, extent in enumerate(source.shape) if extent != 1]
+    while len(kept) < len(node.shape):  # axes of one entry that stay: the last ones
+        free = [axis for axis in range(len(source.shape)) if axis not in kept]
+        kept = sorted([*kept, free[-1]])
+    if len(kept) != len(node.shape) or tuple(source.shape[axis] for axis in kept) != node.shape:
+        return None
+    operands = []
+    for i in source.inputs:
+        shape = (1,) * (len(source.shape) - len(builder.nodes[i].shape)) + builder.nodes[i].shape
+        wanted = tuple(shape[axis] for axis in kept)
+        operand = Node("reshape", (i,), wanted, builder.nodes[i].is_shared, wanted)
+        found = compose_views(builder, operand)
+        operands.append(builder.append(operand) if found is None else found)
+    return builder.add(source.op, *operands)
+
+
 def recognise_contractions(builder: Builder, node: Node) -> int | None:
     """Write a bᵀ as a contraction where b is an array of the row."""
     if node.op != "matmul":
@@ -161,6 +185,7 @@ RULES: tuple[Rule, ...] = (
     drop_ones,
     merge_scalars,
     compose_views,
+    sink_reshapes,
     recognise_contractions,
     join_sums,
 )

@@ -28,13 +28,14 @@ class Strided:
 
     def permuted(self, axes: tuple[int, ...]) -> Strided:
         """The axes in another order."""
-        return replace(self, shape=tuple(self.shape[i] for i in axes), strides=tuple(self.strides[i] for i in axes))
+        shape, strides = tuple(self.shape[i] for i in axes), tuple(self.strides[i] for i in axes)
+        return Strided(self.buffer, shape, strides, self.offset)
 
     def part(self, axis: int, start: int, stop: int) -> Strided:
         """Entries ``start`` to ``stop`` along an axis."""
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return replace(self, shape=shape, offset=self.offset + start * self.strides[axis])
+        return Strided(self.buffer, shape, self.strides, self.offset + start * self.strides[axis])
 
     def diagonal(self) -> Strided:
         """The entries (i, i, …) of the first two axes."""
@@ -67,7 +68,7 @@ class Strided:
         missing = len(shape) - len(self.shape)
         extents, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
         kept = tuple(0 if old < new else stride for old, new, stride in zip(extents, shape, strides, strict=True))
-        return replace(self, shape=shape, strides=kept)
+        return Strided(self.buffer, shape, kept, self.offset)
 
     def view(self) -> View:
         """The array with the three axes of a step."""
