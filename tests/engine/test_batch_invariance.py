@@ -10,7 +10,7 @@ from hessquik.activations import softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
-from tests.engine.test_evaluator import DTYPES, MACHINES
+from tests.engine.test_evaluator import DTYPES, BACKENDS
 
 HOSTILE = {"zero": 0.0, "huge": 1e30, "denormal": 1e-40, "infinite": float("inf"), "not a number": float("nan")}
 COMPANIONS = [pytest.param(value, id=name) for name, value in HOSTILE.items()]
@@ -33,12 +33,12 @@ def network(width, d=3, m=2, dtype=torch.float32):
     return NN(singleLayer(d, width, act), resnetLayer(width, 0.5, act), singleLayer(width, m)).to(dtype)
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [range(first, first + 26) for first in range(1, 131, 26)], ids=str)
-def test_a_row_alone_and_among_others_has_the_same_bits(widths, dtype, native):
-    for width in widths if native else widths[::5]:  # torch's kernels differ by the width's remainder alone
-        evaluate = Evaluator(network(width, dtype=dtype), native=native)
+def test_a_row_alone_and_among_others_has_the_same_bits(widths, dtype, backend):
+    for width in widths if backend == "cpu" else widths[::5]:  # torch's kernels differ by the width's remainder alone
+        evaluate = Evaluator(network(width, dtype=dtype), backend=backend)
         x = torch.randn(19, 3, dtype=dtype)
         v = torch.randn(2, 3, dtype=dtype)
         whole = evaluate(x, QUANTITIES, None, v)
@@ -48,14 +48,14 @@ def test_a_row_alone_and_among_others_has_the_same_bits(widths, dtype, native):
             )
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("quantity", ["jvp", "hvp", "curvature", "laplacian"])
-def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, native):
+def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, backend):
     """It has a plan of its own, and directions of all rows or of each."""
     for width, m in itertools.product((8, 19, 32, 45, 64), (1, 9)):
-        evaluate = Evaluator(network(width, 5, m, dtype), native=native)
+        evaluate = Evaluator(network(width, 5, m, dtype), backend=backend)
         n = 2 * evaluate.ladder[-1] + 3
         x, each = torch.randn(n, 5, dtype=dtype), torch.randn(n, k, 5, dtype=dtype)
         for v in (each[0], each):
@@ -65,11 +65,11 @@ def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, native):
                 assert torch.equal(some, whole[pick]), (width, m, pick)
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 10, 33, 100])
-def test_counts_and_places_do_not_matter(d, dtype, native):
-    evaluate = Evaluator(network(37, d, 3, dtype), native=native)
+def test_counts_and_places_do_not_matter(d, dtype, backend):
+    evaluate = Evaluator(network(37, d, 3, dtype), backend=backend)
     tile = evaluate.ladder[-1]
     x = torch.randn(2 * tile + 3, d, dtype=dtype)
     v = torch.randn(2, d, dtype=dtype)
@@ -82,7 +82,7 @@ def test_counts_and_places_do_not_matter(d, dtype, native):
     assert same(bits(again), [part[turned] for part in bits(whole)])
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("companion", COMPANIONS)
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_counts_and_places_do_not_matter(d, dtype, native):
     ],
     ids=["odd width", "many inputs", "convex"],
 )
-def test_hostile_companions_leave_a_row_as_it_is(kind, companion, dtype, native):
+def test_hostile_companions_leave_a_row_as_it_is(kind, companion, dtype, backend):
     net = kind(dtype)
-    evaluate = Evaluator(net, native=native)
+    evaluate = Evaluator(net, backend=backend)
     d, rows = net.dim_input(), 2 * evaluate.ladder[-1]
     row, v = torch.randn(1, d, dtype=dtype), torch.randn(2, d, dtype=dtype)
     alone = bits(evaluate(row, QUANTITIES, None, v))
@@ -109,9 +109,9 @@ def test_hostile_companions_leave_a_row_as_it_is(kind, companion, dtype, native)
         assert same(bits(again), alone)
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_a_row_of_nan_or_infinity_shows(native):
-    evaluate = Evaluator(network(16), native=native)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_nan_or_infinity_shows(backend):
+    evaluate = Evaluator(network(16), backend=backend)
     x = torch.zeros(3, 3)
     x[1, 2] = float("nan")
     out = evaluate(x, ("value", "gradient", "hessian"))
@@ -120,9 +120,9 @@ def test_a_row_of_nan_or_infinity_shows(native):
     assert out.hessian[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_weights_and_directions_of_each_row_are_its_own(native):
-    evaluate = Evaluator(network(24), native=native)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_directions_of_each_row_are_its_own(backend):
+    evaluate = Evaluator(network(24), backend=backend)
     n = 70
     x, weights, v = torch.randn(n, 3), torch.randn(n, 2), torch.randn(n, 4, 3)
     whole = evaluate(x, QUANTITIES, weights, v)

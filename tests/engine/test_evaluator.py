@@ -6,11 +6,10 @@ import threading
 import pytest
 import torch
 
-from hessquik import Evaluator, ShapeError
+from hessquik import backends, Evaluator, ShapeError
 from hessquik.activations import ACTIVATIONS, softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer
-from hessquik.native import is_available
 from hessquik.networks import ICNN, NN, fullyConnectedNN
 from tests import oracle
 from tests.engine import random_networks as draws
@@ -18,10 +17,7 @@ from tests.engine import random_networks as draws
 #: Rounding alone; relative to the largest entry, see oracle.difference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
-MACHINES = [
-    pytest.param(True, id="native", marks=pytest.mark.skipif(not is_available(), reason="no kernel was built")),
-    pytest.param(False, id="torch"),
-]
+BACKENDS = backends.names()
 TANH = tanhActivation()
 NETWORKS = {
     "residual": lambda: NN(singleLayer(4, 8, TANH), resnetLayer(8, 0.5, softplusActivation()), singleLayer(8, 3)),
@@ -72,14 +68,14 @@ def agree(out, found, quantities):
             assert got is None, name
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_quantity_with_weights_and_directions_is_that_of_torch_func(name, dtype, native):
+def test_every_quantity_with_weights_and_directions_is_that_of_torch_func(name, dtype, backend):
     torch.manual_seed(0)
     network = NETWORKS[name]().to(dtype)
     d, m, n = network.dim_input(), network.dim_output(), 11
-    evaluate = Evaluator(network, native=native)
+    evaluate = Evaluator(network, backend=backend)
     x = torch.randn(n, d, dtype=dtype)
     for weights in (None, torch.randn(m, dtype=dtype), torch.randn(n, m, dtype=dtype)):
         for directions in (torch.randn(3, d, dtype=dtype), torch.randn(n, 2, d, dtype=dtype)):
@@ -89,8 +85,8 @@ def test_every_quantity_with_weights_and_directions_is_that_of_torch_func(name, 
                 agree(evaluate(x, quantities, weights, directions), found, quantities)
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_random_networks_of_every_kind_agree_with_torch_func(native):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_networks_of_every_kind_agree_with_torch_func(backend):
     for seed in range(80):
         draw = random.Random(seed)
         d, m = draws.shapes()[seed % 16]
@@ -98,20 +94,20 @@ def test_random_networks_of_every_kind_agree_with_torch_func(native):
         draws.tame(network.requires_grad_(False), seed, 0.3)
         x = torch.randn(3, d, dtype=torch.float64)
         v = torch.randn(2, d, dtype=torch.float64)
-        agree(Evaluator(network, native=native)(x, QUANTITIES, None, v), expected(network, x, None, v), QUANTITIES)
+        agree(Evaluator(network, backend=backend)(x, QUANTITIES, None, v), expected(network, x, None, v), QUANTITIES)
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_is_right_far_out_too(name, dtype, native):
+def test_every_activation_is_right_far_out_too(name, dtype, backend):
     network = NN(singleLayer(1, 1, ACTIVATIONS[name](), dtype=dtype))
     with torch.no_grad():
         network[0].K.fill_(1.0)
         network[0].b.zero_()
     top = 80.0 if name == "expActivation" else 1e4
     x = torch.cat([torch.linspace(-12, 12, 4001, dtype=dtype), torch.tensor([-top, -30.0, 30.0, top], dtype=dtype)])
-    out = Evaluator(network, native=native)(x.unsqueeze(1), ("value", "gradient", "hessian"))
+    out = Evaluator(network, backend=backend)(x.unsqueeze(1), ("value", "gradient", "hessian"))
     sigma, slope, curvature = network[0].act.double().jet(x.double(), 2)
     resolution = 8 * torch.finfo(dtype).eps
     for got, exact in ((out.value, sigma), (out.gradient, slope), (out.hessian, curvature)):
@@ -119,9 +115,9 @@ def test_every_activation_is_right_far_out_too(name, dtype, native):
         assert float((error / exact.abs().clamp(min=1.0)).max()) <= resolution
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_no_rows_and_one_row_keep_their_shapes(native):
-    evaluate = Evaluator(NETWORKS["residual"](), native=native)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_and_one_row_keep_their_shapes(backend):
+    evaluate = Evaluator(NETWORKS["residual"](), backend=backend)
     for n in (0, 1):
         out = evaluate(torch.zeros(n, 4), QUANTITIES, None, torch.zeros(2, 4))
         assert {name: tuple(getattr(out, name).shape) for name in QUANTITIES} == {
@@ -136,10 +132,10 @@ def test_no_rows_and_one_row_keep_their_shapes(native):
         }
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [0, 1, 9, 1000])
-def test_tiles_are_the_rows_of_the_whole(n, native):
-    evaluate = Evaluator(NETWORKS["residual"](), native=native)
+def test_tiles_are_the_rows_of_the_whole(n, backend):
+    evaluate = Evaluator(NETWORKS["residual"](), backend=backend)
     x, weights, directions = torch.randn(n, 4), torch.randn(n, 3), torch.randn(5, 4)
     whole = evaluate(x, QUANTITIES, weights, directions)
     tiles = list(evaluate.tiles(x, QUANTITIES, weights, directions))
@@ -168,9 +164,9 @@ def test_later_changes_of_the_network_do_not_reach_it():
     assert torch.equal(evaluate(x, ("value", "hessian")).value, before)
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_results_stay_what_they_were_when_more_is_computed(native):
-    evaluate = Evaluator(NETWORKS["many inputs"](), native=native)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_stay_what_they_were_when_more_is_computed(backend):
+    evaluate = Evaluator(NETWORKS["many inputs"](), backend=backend)
     first = evaluate(torch.randn(300, 40), ("value", "hessian"))
     kept = first.hessian.clone()
     for _ in range(3):
@@ -197,17 +193,17 @@ def assert_threads_agree(evaluate, rows):
     assert not wrong
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_threads_may_share_it(native):
-    assert_threads_agree(Evaluator(NETWORKS["residual"](), native=native), 40)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_may_share_it(backend):
+    assert_threads_agree(Evaluator(NETWORKS["residual"](), backend=backend), 40)
 
 
-@pytest.mark.parametrize("native", MACHINES)
-def test_threads_of_its_own_give_the_same_bits(native):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_of_its_own_give_the_same_bits(backend):
     network = NETWORKS["many inputs"]()
     x = torch.randn(700, 40)
-    alone = Evaluator(network, native=native)(x, ("value", "hessian"))
-    together = Evaluator(network, threads=3, native=native)(x, ("value", "hessian"))
+    alone = Evaluator(network, backend=backend)(x, ("value", "hessian"))
+    together = Evaluator(network, threads=3, backend=backend)(x, ("value", "hessian"))
     assert torch.equal(alone.hessian, together.hessian)
 
 
@@ -238,10 +234,10 @@ def test_plans_of_many_kinds_do_not_fill_the_memory():
     assert torch.equal(evaluate(x, ("hessian",)).hessian, evaluate(x, ("hessian",)).hessian)
 
 
-@pytest.mark.parametrize("native", MACHINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_something_else_may_be_done_between_two_tiles(native, threads):
-    evaluate = Evaluator(NETWORKS["residual"](), threads=threads, native=native)
+def test_something_else_may_be_done_between_two_tiles(backend, threads):
+    evaluate = Evaluator(NETWORKS["residual"](), threads=threads, backend=backend)
     x, other, between = torch.randn(20_000, 4), torch.randn(3, 4), []
     found = evaluate(x, ("value", "hessian"), between=lambda: between.append(evaluate(other, ("hessian",)).hessian))
     assert between

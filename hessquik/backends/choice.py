@@ -1,0 +1,125 @@
+"""Which backends a device has, and plans made ready to run on one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hessquik.device import CPU, Device
+from hessquik.plan import Ask, Plan
+
+__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved", "store"]
+
+
+class Runner(Protocol):
+    """A plan that is ready to run.
+
+    Attributes:
+        plan: The plan.
+        ladder: Row counts of the tiles, ascending.
+        shared: Names of the inputs that all rows share.
+    """
+
+    plan: Plan
+    shared: frozenset[str]
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """Row counts of the tiles, ascending."""
+        ...
+
+    def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop`` of the results; inputs and results are in ``arrays`` by name."""
+        ...
+
+
+def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Return the backends that a device has on this machine, the best first.
+
+    Example:
+        >>> "torch" in names("cpu")
+        True
+    """
+    try:
+        from hessquik.backends import cpu
+    except ImportError:
+        return ("torch",)
+
+    if torch.device(device).type == "cpu":
+        return ("cpu", "torch") if cpu.is_available() else ("torch",)
+    return ("torch",)
+
+
+def resolved(device: torch.device | str) -> torch.device:
+    """Return a device with its index, as the calling thread sees it now."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def chosen(device: torch.device, backend: str | None) -> str:
+    """Return the backend to use.
+
+    Raises:
+        ValueError: the device does not have the one that is asked for.
+    """
+    available = names(device)
+    if backend is not None and backend not in available:
+        raise ValueError(f"backend must be one of {', '.join(available)} on {device}, got {backend!r}")
+    return available[0] if backend is None else backend
+
+
+def device_value(device: torch.device) -> Device:
+    """Return the numbers that planning needs of a device."""
+    return CPU
+
+
+def store(backend: str) -> Any:
+    """Return what the programs of one network share."""
+    if backend != "cpu":
+        return None
+    from hessquik.backends import cpu
+
+    return cpu.Packed()
+
+
+def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device, shared_store: Any) -> Runner:
+    """Return a plan ready to run."""
+    if backend == "cpu":
+        return _CpuRunner(plan, dtype, shared_store)
+    return _TorchRunner(plan, dtype, device)
+
+
+class _CpuRunner:
+    def __init__(self, plan: Plan, dtype: torch.dtype, packed: Any) -> None:
+        from hessquik.backends.cpu import CpuProgram
+
+        self.plan = plan
+        self.shared = _shared(plan.ask)
+        self.ladder = tuple(sorted({1, plan.rows}))
+        self._program = CpuProgram(plan.program, dtype, plan.rows, packed=packed)
+        self.run = self._program.run
+
+
+class _TorchRunner:
+    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        from hessquik.backends.torch import TorchProgram
+
+        self.plan = plan
+        self.shared = _shared(plan.ask)
+        self._program = TorchProgram(plan.graph, dtype, device, plan.rows)
+        self.run = self._program.run
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        return self._program.tile_rows
+
+
+def _shared(ask: Ask) -> frozenset[str]:
+    """Return the inputs that are the same for all rows."""
+    given = {"weights": ask.weights, "directions": ask.directions}
+    return frozenset(name for name, how in given.items() if how == "shared")
