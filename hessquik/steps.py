@@ -380,7 +380,8 @@ class Program:
         written = [
             other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer
         ]
-        if view.buffer.space not in {Space.TILE, Space.SHARED} or any(other.strides[2] != 1 for other in written):
+        scattered = any(other.strides[2] != 1 and other.shape[2] > 1 for other in written)
+        if view.buffer.space not in {Space.TILE, Space.SHARED} or scattered:
             return 0
         if any(
             stride % self.vector for extent, stride in zip(view.shape[:2], view.strides[:2], strict=True) if extent > 1

@@ -63,8 +63,10 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], n: int, tile_rows:
                 memory, offset = buffer.data, buffer.data.storage_offset()
             elif buffer.space in {Space.INPUT, Space.OUTPUT}:
                 memory, offset = arrays[buffer.name], first * buffer.row_stride
-            shape = (rows, *view.shape[:2], view.shape[2] + more)
-            return memory.as_strided(shape, (buffer.row_stride, *view.strides), offset + view.offset)
+            strides = (buffer.row_stride, *view.strides[:2], 1 if view.shape[2] == 1 else view.strides[2])
+            return memory.as_strided(
+                (rows, *view.shape[:2], view.shape[2] + more), strides, offset + view.offset
+            )
 
         _RULES[type(step)](step, find)
         for view in step.writes():

@@ -1,0 +1,67 @@
+"""The CPU backend: a compiled kernel that runs a program in one call, for any number of rows.
+
+It is built when the package is installed, where there is a C compiler (GCC or clang). A row's arithmetic is the same
+wherever it stands and whatever stands beside it, so its bits are, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hessquik.backends.cpu.structures import KERNEL
+from hessquik.backends.cpu.translate import Translation
+from hessquik.steps import Program
+
+__all__ = ["CpuProgram", "is_available", "vector_bytes"]
+
+
+def is_available() -> bool:
+    """Return whether the kernel was built from the present sources."""
+    return KERNEL is not None
+
+
+def vector_bytes() -> int:
+    """Return the bytes of this machine's vectors."""
+    assert KERNEL is not None
+    return int(KERNEL.vector_bytes())
+
+
+class CpuProgram:
+    """A program that the kernel runs; threads may share it.
+
+    Args:
+        program: The program.
+        dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
+        tile_rows: Rows of a tile.
+        vector_bytes: Bytes of the vectors, 16, 32 or 64; the machine's widest if not given.
+
+    Attributes:
+        packed_bytes: Bytes of its constants, which other programs of the same network share.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int | None = None
+    ) -> None:
+        """Translate the program."""
+        assert KERNEL is not None, "the CPU kernel was not built"
+        widest = int(KERNEL.vector_bytes())
+        if vector_bytes is not None and (vector_bytes not in {16, 32, 64} or vector_bytes > widest):
+            raise ValueError(f"vector_bytes must be 16, 32 or 64 and at most {widest} here, got {vector_bytes}")
+        self._translation = Translation(program, dtype, tile_rows, vector_bytes or widest)
+        self._arrays = tuple(self._translation.arrays)
+        self._address = self._translation.address
+        self._run = KERNEL.run
+        self.packed_bytes = self._translation.packed_bytes
+
+    def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop``; other rows are left alone.
+
+        Args:
+            arrays: Contiguous inputs and outputs by name, of the program's dtype.
+            start: The first row.
+            stop: The row after the last one.
+        """
+        self._run(self._address, start, stop, *[arrays[name].data_ptr() for name in self._arrays])

@@ -1,0 +1,243 @@
+/* Runs a program on a CPU: one call for any number of rows, tile by tile.
+ *
+ * Plain C with the vectors of GCC and clang; no Python, no torch. The processor's widest vectors are chosen when the
+ * kernel is used, so that one build serves every x86-64 machine.
+ */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "program.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll_count(16)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* A product that is rounded before it is added to: else the compiler makes one operation of both here and two there. */
+#if defined(__x86_64__)
+#define ROUND(v) __asm__("" : "+x"(v))
+#elif defined(__aarch64__)
+#define ROUND(v) __asm__("" : "+w"(v))
+#else
+#define ROUND(v) __asm__("" : "+m"(v))
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (VI){__VA_ARGS__})
+#endif
+/* The first and the second halves of two vectors, interleaved. */
+#define LOW_2 0, 2
+#define HIGH_2 1, 3
+#define LOW_4 0, 4, 1, 5
+#define HIGH_4 2, 6, 3, 7
+#define LOW_8 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_8 4, 12, 5, 13, 6, 14, 7, 15
+#define LOW_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define JOINED_(a, b) a##b
+#define JOINED(a, b) JOINED_(a, b)
+
+enum { MOST_NV = 4 * NV, MOST_SUMS = 16, BLOCK = 4 };
+
+/* What a program runs with: memory, the call's arrays and the tile. */
+typedef struct {
+    void *tile, *shared, *scratch;
+    void *const *arrays;
+    I tile_rows, first, rows;
+} Call;
+
+#define FOR_EACH_ROW_COUNT_4(do, nv) do(1, nv) do(2, nv) do(3, nv) do(4, nv)
+#define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)
+#define FOR_EACH_ROW_COUNT_8(do, nv) FOR_EACH_ROW_COUNT_6(do, nv) do(7, nv) do(8, nv)
+
+#define GENERIC_BYTES 16
+#if defined(__x86_64__)
+/* ---- Vectors of 64 bytes ---- */
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2")
+#endif
+#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_8
+#define VECTOR_BYTES 64
+#define MR 8
+#define REAL float
+#define INT int32_t
+#define LANES 16
+#define NAME(x) x##_float_64
+#define MASKED_LOAD(p, count) (V) _mm512_maskz_loadu_ps((__mmask16)((1u << (count)) - 1), p)
+#define MASKED_STORE(p, v, count) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (count)) - 1), (__m512)(v))
+#include "steps.h"
+#define REAL double
+#define INT int64_t
+#define LANES 8
+#define NAME(x) x##_double_64
+#define MASKED_LOAD(p, count) (V) _mm512_maskz_loadu_pd((__mmask8)((1u << (count)) - 1), p)
+#define MASKED_STORE(p, v, count) _mm512_mask_storeu_pd(p, (__mmask8)((1u << (count)) - 1), (__m512d)(v))
+#include "steps.h"
+#undef VECTOR_BYTES
+#undef MR
+#undef FOR_EACH_ROW_COUNT
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+/* ---- Vectors of 32 bytes ---- */
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2")
+#endif
+#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
+#define VECTOR_BYTES 32
+#define MR 6
+#define REAL float
+#define INT int32_t
+#define LANES 8
+#define NAME(x) x##_float_32
+#define MASKED_LOAD(p, count) (V) _mm256_maskload_ps(p, (__m256i)NAME(lanes)(count))
+#define MASKED_STORE(p, v, count) _mm256_maskstore_ps(p, (__m256i)NAME(lanes)(count), (__m256)(v))
+#include "steps.h"
+#define REAL double
+#define INT int64_t
+#define LANES 4
+#define NAME(x) x##_double_32
+#define MASKED_LOAD(p, count) (V) _mm256_maskload_pd(p, (__m256i)NAME(lanes)(count))
+#define MASKED_STORE(p, v, count) _mm256_maskstore_pd(p, (__m256i)NAME(lanes)(count), (__m256d)(v))
+#include "steps.h"
+#undef VECTOR_BYTES
+#undef MR
+#undef FOR_EACH_ROW_COUNT
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+/* ---- Vectors of 16 bytes, which every processor has ---- */
+#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
+#define VECTOR_BYTES GENERIC_BYTES
+#define MR 6
+#define REAL float
+#define INT int32_t
+#define LANES 4
+#define NAME(x) x##_float_16
+#include "steps.h"
+#define REAL double
+#define INT int64_t
+#define LANES 2
+#define NAME(x) x##_double_16
+#include "steps.h"
+
+I hessquik_vector_bytes(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512cd");
+    if (has_avx2) return has_avx512 ? 64 : 32;
+#endif
+    return GENERIC_BYTES;
+}
+
+/* ---- Memory of a call: blocks that are kept for the next one, whichever thread makes it ---- */
+
+enum { KEPT_BLOCKS = 16 };
+static const size_t KEPT_BYTES = (size_t)64 << 20;
+typedef struct {
+    size_t size;
+} Block_;
+static Block_ *kept[KEPT_BLOCKS];
+static size_t kept_bytes;
+
+static Block_ *take(size_t size) {
+    for (int i = 0; i < KEPT_BLOCKS; i++) {
+        if (!__atomic_load_n(&kept[i], __ATOMIC_RELAXED)) continue;
+        Block_ *block = __atomic_exchange_n(&kept[i], NULL, __ATOMIC_ACQ_REL);
+        if (!block) continue;
+        __atomic_fetch_sub(&kept_bytes, block->size, __ATOMIC_RELAXED);
+        if (block->size >= size) return block;
+        free(block); /* a larger one is kept in its place */
+    }
+    Block_ *block = NULL;
+    if (posix_memalign((void **)&block, 64, size)) return NULL;
+    block->size = size;
+    return block;
+}
+
+static void give(Block_ *block) {
+    const size_t size = block->size;
+    if (__atomic_add_fetch(&kept_bytes, size, __ATOMIC_RELAXED) <= KEPT_BYTES)
+        for (int i = 0; i < KEPT_BLOCKS; i++) {
+            Block_ *empty = NULL;
+            if (__atomic_compare_exchange_n(&kept[i], &empty, block, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+        }
+    __atomic_fetch_sub(&kept_bytes, size, __ATOMIC_RELAXED);
+    free(block);
+}
+
+/* Numbers below the smallest normal one count as zero, whatever the calling thread's setting, which is returned. */
+static uint64_t flush_denormals(void) {
+#if defined(__x86_64__)
+    const uint64_t mode = _mm_getcsr();
+    _mm_setcsr((unsigned)mode | 0x8040);
+    return mode;
+#elif defined(__aarch64__)
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode | (UINT64_C(1) << 24)));
+    return mode;
+#else
+    return 0;
+#endif
+}
+
+static void restore(uint64_t mode) {
+#if defined(__x86_64__)
+    _mm_setcsr((unsigned)mode);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+#else
+    (void)mode;
+#endif
+}
+
+int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
+    if (start >= stop) return 0;
+    const I most = p->tile_rows < stop - start ? p->tile_rows : stop - start;
+    const size_t real = p->is_double ? 8 : 4, head = 64;
+    /* The last array may be read some vectors beyond its end. */
+    const size_t shared = ((size_t)p->shared_size * real + 63) & ~(size_t)63;
+    const size_t tile = (((size_t)p->tile_size * (size_t)most + 64) * real + 63) & ~(size_t)63;
+    Block_ *block = take(head + shared + tile + (size_t)p->scratch);
+    if (!block) return -1;
+    char *memory = (char *)block + head;
+    Call call = {memory + shared, memory, memory + shared + tile, arrays, most, start, most};
+    const uint64_t mode = flush_denormals();
+    void (*run)(const Program *, Call *, I) = p->is_double ? run_double_16 : run_float_16;
+#if defined(__x86_64__)
+    if (p->vector_bytes == 64) run = p->is_double ? run_double_64 : run_float_64;
+    if (p->vector_bytes == 32) run = p->is_double ? run_double_32 : run_float_32;
+#endif
+    run(p, &call, stop);
+    restore(mode);
+    give(block);
+    return 0;
+}

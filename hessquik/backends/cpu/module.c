@@ -1,0 +1,96 @@
+/* The kernel as a module of Python: what a call costs beside the steps is a fraction of a microsecond. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "program.h"
+
+enum { MOST_ARRAYS = 32 };
+
+static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    void *arrays[MOST_ARRAYS];
+    if (count < 3 || count - 3 > MOST_ARRAYS) {
+        PyErr_SetString(PyExc_TypeError, "expected program, start, stop and addresses of up to 32 arrays");
+        return NULL;
+    }
+    const Program *program = PyLong_AsVoidPtr(arguments[0]);
+    const I start = PyLong_AsLongLong(arguments[1]), stop = PyLong_AsLongLong(arguments[2]);
+    for (Py_ssize_t i = 3; i < count; i++) arrays[i - 3] = PyLong_AsVoidPtr(arguments[i]);
+    if (PyErr_Occurred()) return NULL;
+    if (!program || program->arrays != count - 3) {
+        PyErr_SetString(PyExc_ValueError, "expected as many arrays as the program has");
+        return NULL;
+    }
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = hessquik_run(program, arrays, start, stop);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *vector_bytes(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyLong_FromLongLong(hessquik_vector_bytes());
+}
+
+/* {structure: (bytes, ((field, type, offset), …))}, {constant: number} */
+static PyObject *interface(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *structures = PyDict_New(), *constants = PyDict_New();
+    if (!structures || !constants) goto failed;
+#define ROW(type, name) {#name, #type, offsetof(S, name)},
+#define STRUCTURE(structure, fields) { \
+        typedef structure S; \
+        static const struct { const char *name, *type; size_t offset; } rows[] = {fields(ROW)}; \
+        const Py_ssize_t size = sizeof rows / sizeof rows[0]; \
+        PyObject *list = PyTuple_New(size); \
+        for (Py_ssize_t i = 0; list && i < size; i++) \
+            PyTuple_SetItem(list, i, Py_BuildValue("(ssn)", rows[i].name, rows[i].type, (Py_ssize_t)rows[i].offset)); \
+        PyObject *entry = Py_BuildValue("(nN)", (Py_ssize_t)sizeof(S), list); \
+        if (!entry || PyDict_SetItemString(structures, #structure, entry)) goto failed; \
+        Py_DECREF(entry); \
+    }
+    STRUCTURES(STRUCTURE)
+#define NUMBER(key, value) { \
+        PyObject *number = PyLong_FromLong(value); \
+        if (!number || PyDict_SetItemString(constants, key, number)) goto failed; \
+        Py_DECREF(number); \
+    }
+#define CONSTANT_ROW(name) NUMBER(#name, name)
+#define PRIMITIVE_ROW(name) NUMBER(#name, OP_##name)
+    SPACES(CONSTANT_ROW)
+    KINDS(CONSTANT_ROW)
+    PRIMITIVES(PRIMITIVE_ROW)
+    CONSTANT_ROW(CHUNK)
+    CONSTANT_ROW(NV)
+    CONSTANT_ROW(PAIRS)
+    return Py_BuildValue("(NN)", structures, constants);
+failed:
+    Py_XDECREF(structures);
+    Py_XDECREF(constants);
+    return NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
+     "run(program, start, stop, *arrays)\n--\n\nCompute rows start to stop; all but the rows are addresses."},
+    {"vector_bytes", vector_bytes, METH_NOARGS,
+     "vector_bytes()\n--\n\nReturn the bytes of this machine's vectors."},
+    {"interface", interface, METH_NOARGS,
+     "interface()\n--\n\nReturn the structures and the constants by name."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernel", "The CPU kernel.", -1, methods,
+                                        NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernel(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddStringConstant(module, "sources", HESSQUIK_SOURCES)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,526 @@
+/* The steps of a program for one kind of number and one kind of processor.
+ *
+ * Included by kernel.c once per pair, with
+ *   REAL, INT       the numbers, and integers of the same size
+ *   NAME(x)         x with a suffix of its own
+ *   VECTOR_BYTES    size of a vector register, and LANES numbers that it holds
+ *   MR              rows of the matrix product's block, as many as its accumulators fit the registers
+ *   MASKED_LOAD, MASKED_STORE   of the first `count` lanes, where the processor has them
+ *
+ * Every number of a row is computed by the same operations in the same order wherever the row stands: products
+ * add up over their inner index from its start to its end, never over rows, and no loop over rows has another
+ * kernel for its last few. That is why the rows computed beside it cannot change a row's bits.
+ */
+
+#include "coefficients.h"
+
+#define V NAME(vector)
+#define VI NAME(integers)
+#define VL ((I)LANES)
+#define IS_DOUBLE (LANES * 8 == VECTOR_BYTES)
+#define DOUBLE IS_DOUBLE
+#if IS_DOUBLE
+#define COEFFICIENTS(name) name##_double
+#define SQUARE_ROOT(x) __builtin_sqrt(x)
+#define LARGEST_ANGLE 5e5
+#else
+#define COEFFICIENTS(name) name##_float
+#define SQUARE_ROOT(x) __builtin_sqrtf(x)
+#define LARGEST_ANGLE 1600.0
+#endif
+#define ERFCX_LARGEST COEFFICIENTS(ERFCX_LARGEST)
+
+typedef REAL V __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef INT VI __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef V NAME(unaligned) __attribute__((aligned(sizeof(REAL))));
+typedef VI NAME(unaligned_integers) __attribute__((aligned(sizeof(REAL))));
+
+INLINE V NAME(load)(const REAL *p) { return *(const NAME(unaligned) *)p; }
+INLINE void NAME(store)(REAL *p, V v) { *(NAME(unaligned) *)p = v; }
+INLINE V NAME(splat)(REAL a) { return a - (V){0}; } /* a + 0 would not be a for a = -0 */
+INLINE V NAME(select)(VI mask, V a, V b) { return (V)((mask & (VI)a) | (~mask & (VI)b)); }
+
+/* All bits in the first `count` lanes, at most all. */
+INLINE VI NAME(lanes)(I count) {
+    static const INT bits[2 * LANES] = {
+        -1, -1,
+#if LANES > 2
+        -1, -1,
+#endif
+#if LANES > 4
+        -1, -1, -1, -1,
+#endif
+#if LANES > 8
+        -1, -1, -1, -1, -1, -1, -1, -1,
+#endif
+    };
+    return *(const NAME(unaligned_integers) *)(bits + LANES - (count < VL ? count : VL));
+}
+
+/* The first `count` numbers of a vector, at least one, and zeros. */
+INLINE V NAME(load_some)(const REAL *p, I count) {
+    if (count >= VL) return NAME(load)(p);
+#ifdef MASKED_LOAD
+    return MASKED_LOAD(p, count);
+#else
+    V v = {0};
+    for (I l = 0; l < count; l++) v[l] = p[l];
+    return v;
+#endif
+}
+
+INLINE void NAME(store_some)(REAL *p, V v, I count) {
+    if (count >= VL) {
+        NAME(store)(p, v);
+        return;
+    }
+#ifdef MASKED_STORE
+    MASKED_STORE(p, v, count);
+#else
+    for (I l = 0; l < count; l++) p[l] = v[l];
+#endif
+}
+
+/* Store the numbers and, where the whole vector may be written, zeros behind them. */
+INLINE void NAME(store_last)(REAL *p, V v, I count, I is_whole) {
+    if (is_whole) NAME(store)(p, (V)((VI)v & NAME(lanes)(count)));
+    else NAME(store_some)(p, v, count);
+}
+
+/* Where an array begins for the first row of the tile, or null if there is none. */
+INLINE REAL *NAME(at)(const Call *call, const Array *a) {
+    switch (a->space) {
+    case CONSTANT: return (REAL *)a->address + a->start;
+    case EXTERNAL: return (REAL *)call->arrays[a->external] + a->start + call->first * a->row;
+    case TILE: return (REAL *)call->tile + a->base * call->tile_rows + a->start;
+    case SHARED: return (REAL *)call->shared + a->base + a->start;
+    default: return 0;
+    }
+}
+
+#include "pointwise.h"
+
+/* ---- Products ---- */
+
+/* An array that a product reads or writes beside its matrices: its row `i` belongs to row i / period of the tile. */
+typedef struct {
+    REAL *at;
+    I row, inner, column;
+} NAME(Beside);
+
+/* C = A B (+ D), whole matrices; B is in panels of NV vectors of columns. Then, while C is in registers,
+ * E = alpha C (* S) (+ F (* T)). */
+typedef struct {
+    I rows, columns, depth;
+    const REAL *A;
+    I a_row, a_depth;
+    const REAL *B;
+    I b_panel, b_depth;
+    REAL *C; /* null if only the scaling reads it */
+    I c_row, c_column, c_is_whole;
+    REAL alpha;
+    I period, is_plain, e_is_whole;
+    NAME(Beside) D, E, S, F, T;
+} NAME(Matrices);
+
+INLINE REAL *NAME(beside)(const NAME(Beside) *b, I period, I i, I j) {
+    const I row = (uint32_t)i / (uint32_t)period; /* of 32 bits, which divide several times faster */
+    return b->at ? b->at + row * b->row + (i - row * period) * b->inner + j * b->column : 0;
+}
+
+/* Write the sums of mr rows from i and nv vectors from j where columns lie apart. */
+static __attribute__((noinline)) void NAME(write_apart)(
+    const NAME(Matrices) *p, I mr, I nv, I i0, I j0, const V *sum
+) {
+    for (I i = i0; i < i0 + mr; i++)
+        for (I v = 0; v < nv; v++, sum++)
+            for (I l = 0, j = j0 + v * VL; l < VL && j < p->columns; l++, j++) {
+                REAL c = (*sum)[l];
+                if (p->D.at) c += *NAME(beside)(&p->D, p->period, i, j);
+                if (p->C) p->C[i * p->c_row + j * p->c_column] = c;
+                if (!p->E.at) continue;
+                REAL e = p->alpha * c;
+                if (p->S.at) e *= *NAME(beside)(&p->S, p->period, i, j);
+                ROUND(e);
+                if (p->F.at) {
+                    REAL f = *NAME(beside)(&p->F, p->period, i, j);
+                    if (p->T.at) f *= *NAME(beside)(&p->T, p->period, i, j);
+                    ROUND(f);
+                    e += f;
+                }
+                *NAME(beside)(&p->E, p->period, i, j) = e;
+            }
+}
+
+/* Write the sums of a block; of the last vector, if columns are missing, only those that there are. */
+INLINE void NAME(write)(
+    const int mr, const int nv, const int is_partial, const NAME(Matrices) *p, I i0, I j0, V *sum
+) {
+    const I count = p->columns - j0 - (nv - 1) * VL, period = p->period;
+#define LOAD(p, v) (is_partial && (v) == nv - 1 ? NAME(load_some)((p) + (v) * VL, count) : NAME(load)((p) + (v) * VL))
+#define STORE(p, v, x, is_whole) \
+    if (is_partial && (v) == nv - 1) NAME(store_last)((p) + (v) * VL, x, count, is_whole); \
+    else NAME(store)((p) + (v) * VL, x)
+    const I begin = (uint32_t)i0 % (uint32_t)period;
+    if (p->D.at) {
+        const REAL *D = NAME(beside)(&p->D, period, i0, j0);
+        const I step = p->D.inner, jump = p->D.row - (period - 1) * step;
+        I place = begin;
+        UNROLL for (int i = 0; i < mr; i++) {
+            UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += LOAD(D, v);
+            const int is_last = ++place == period;
+            place = is_last ? 0 : place;
+            D += is_last ? jump : step;
+        }
+    }
+    if (p->C)
+        UNROLL for (int i = 0; i < mr; i++)
+            UNROLL for (int v = 0; v < nv; v++) {
+                STORE(p->C + (i0 + i) * p->c_row + j0, v, sum[i * nv + v], p->c_is_whole);
+            }
+    if (!p->E.at) return;
+    const NAME(Beside) *const beside[4] = {&p->E, &p->S, &p->F, &p->T};
+    REAL *at[4];
+    I step[4], jump[4], place = begin;
+    UNROLL for (int o = 0; o < 4; o++) {
+        at[o] = NAME(beside)(beside[o], period, i0, j0);
+        step[o] = beside[o]->inner;
+        jump[o] = beside[o]->row - (period - 1) * step[o];
+    }
+    UNROLL for (int i = 0; i < mr; i++) {
+        UNROLL for (int v = 0; v < nv; v++) {
+            V e = p->alpha * sum[i * nv + v];
+            if (at[1]) e *= LOAD(at[1], v);
+            ROUND(e);
+            if (at[2]) {
+                V f = LOAD(at[2], v);
+                if (at[3]) {
+                    f *= LOAD(at[3], v);
+                    ROUND(f);
+                }
+                e += f;
+            }
+            STORE(at[0], v, e, p->e_is_whole);
+        }
+        const int is_last = ++place == period;
+        place = is_last ? 0 : place;
+        UNROLL for (int o = 0; o < 4; o++) if (at[o]) at[o] += is_last ? jump[o] : step[o];
+    }
+#undef LOAD
+#undef STORE
+}
+
+/* The part of C with mr rows from i and nv vectors of columns from j. */
+INLINE void NAME(block)(const int mr, const int nv, const NAME(Matrices) *p, I i0, I j0) {
+    const REAL *A = p->A + i0 * p->a_row, *B = p->B + j0 / (NV * VL) * p->b_panel;
+    const I a_row = p->a_row, a_depth = p->a_depth, b_panel = p->b_panel, b_depth = p->b_depth;
+    V sum[MOST_SUMS];
+    UNROLL for (int i = 0; i < mr * nv; i++) sum[i] = (V){0};
+    for (I k = p->depth; k > 0; k--, A += a_depth, B += b_depth) {
+        V b[MOST_NV];
+        UNROLL for (int v = 0; v < nv; v++) b[v] = NAME(load)(B + v / NV * b_panel + v % NV * VL);
+        UNROLL for (int i = 0; i < mr; i++) {
+            V a = NAME(splat)(A[i * a_row]);
+            UNROLL for (int v = 0; v < nv; v++) sum[i * nv + v] += a * b[v];
+        }
+    }
+    if (!p->is_plain) {
+        V copy[MOST_SUMS];
+        UNROLL for (int i = 0; i < mr * nv; i++) copy[i] = sum[i];
+        NAME(write_apart)(p, mr, nv, i0, j0, copy);
+    } else if (p->columns - j0 < nv * VL) NAME(write)(mr, nv, 1, p, i0, j0, sum);
+    else NAME(write)(mr, nv, 0, p, i0, j0, sum); /* unrolled and without calls, the sums stay in registers */
+}
+
+/* Each size of block is a function of its own, small enough for the compiler to keep its sums in registers. */
+#define BLOCK_FUNCTION(mr, nv) \
+    static void NAME(block_##mr##_##nv)(const NAME(Matrices) *p, I i, I j) { NAME(block)(mr, nv, p, i, j); }
+#define BLOCK_ENTRY(mr, nv) NAME(block_##mr##_##nv),
+FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 1)
+FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 2)
+FOR_EACH_ROW_COUNT_4(BLOCK_FUNCTION, 4)
+BLOCK_FUNCTION(1, 8)
+
+/* Few rows take several panels at a time, so that there are sums enough to keep the multipliers busy. */
+static void NAME(multiply)(const NAME(Matrices) *p) {
+    static void (*const functions[4][MR])(const NAME(Matrices) *, I, I) = {
+        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 1)},
+        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 2)},
+        {FOR_EACH_ROW_COUNT_4(BLOCK_ENTRY, 4)},
+        {BLOCK_ENTRY(1, 8)},
+    };
+    /* Blocks of about the same height: 5 and 5 rows are faster than 8 and 2. */
+    const I blocks = (p->rows + MR - 1) / MR, most = p->rows == 1 ? 3 : p->rows <= 4 ? 2 : 1;
+    for (I j = 0; j < p->columns;) {
+        const I left = p->columns - j;
+        I size = most;
+        while (size > 1 && left < VL << size) size--;
+        if (left <= VL) size = 0;
+        for (I n = 0, i = 0; n < blocks; n++) {
+            const I next = p->rows * (n + 1) / blocks;
+            functions[size][next - i - 1](p, i, j);
+            i = next;
+        }
+        j += VL << size;
+    }
+}
+#undef BLOCK_FUNCTION
+#undef BLOCK_ENTRY
+
+/* Copy a matrix, whose numbers may lie anyhow, into panels. */
+static void NAME(pack)(const REAL *B, I b_depth, I b_column, I depth, I columns, REAL *restrict packed) {
+    const I panel = NV * VL;
+    for (I j = 0; j < columns; j += panel)
+        for (I k = 0; k < depth; k++, packed += panel)
+            for (I l = 0; l < panel; l++) packed[l] = j + l < columns ? B[k * b_depth + (j + l) * b_column] : 0;
+}
+
+static NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I outer) {
+    REAL *at = NAME(at)(call, a);
+    return (NAME(Beside)){at ? at + row * a->row + outer * a->outer : 0, a->row, a->inner, a->column};
+}
+
+static void NAME(product)(const Call *call, const Product *s) {
+    const I count = s->is_merged ? 1 : call->rows;
+    for (I row = 0; row < count; row++)
+        for (I o = 0; o < s->outer; o++) {
+            const REAL *B = NAME(placed)(call, &s->b, row, o).at;
+            I b_depth = s->b.inner;
+            if (s->packs) {
+                REAL *packed = call->scratch;
+                const int is_known = o ? !s->b.outer : row && !s->b.row && !s->b.outer;
+                if (!is_known) NAME(pack)(B, s->b.inner, s->b.column, s->depth, s->columns, packed);
+                B = packed, b_depth = NV * VL;
+            }
+            const NAME(Beside) a = NAME(placed)(call, &s->a, row, o), c = NAME(placed)(call, &s->out, row, o);
+            const NAME(Matrices) p = {
+                s->is_merged ? call->rows * s->inner : s->inner, s->columns, s->depth,
+                a.at, a.inner, a.column, B, s->panel, b_depth, c.at, c.inner, c.column, s->out.is_whole,
+                (REAL)s->alpha, s->period, s->is_plain, s->scaled.is_whole,
+                NAME(placed)(call, &s->add, row, o), NAME(placed)(call, &s->scaled, row, o),
+                NAME(placed)(call, &s->by, row, o), NAME(placed)(call, &s->term, row, o),
+                NAME(placed)(call, &s->term_by, row, o),
+            };
+            NAME(multiply)(&p);
+        }
+}
+
+/* ---- Sums over columns ---- */
+
+/* The sums over w of rows of A times rows of B, as many as a vector has lanes, in order. */
+INLINE V NAME(across)(V *sums) {
+    /* Each round adds the two halves of every vector and leaves half as many vectors, interleaved. */
+    for (I count = VL; count > 1; count /= 2)
+        for (I i = 0; i < count / 2; i++) {
+            V a = sums[i], b = sums[i + count / 2];
+            sums[i] = (V)SHUFFLE(a, b, JOINED(LOW_, LANES)) + (V)SHUFFLE(a, b, JOINED(HIGH_, LANES));
+        }
+    return sums[0];
+}
+
+/* The dot products of the first rows of A with the first columns, rows of B, over a padded width, of BLOCK x BLOCK. */
+INLINE void NAME(dots)(
+    const int rows, const int columns, I width, const REAL *const *a, const REAL *const *b, REAL *out
+) {
+    V sum[BLOCK * BLOCK];
+    for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
+    for (I w = 0; w < width; w += VL) {
+        V right[BLOCK];
+        for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
+        for (int i = 0; i < rows; i++) {
+            V left = NAME(load)(a[i] + w);
+            for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
+}
+
+/* One output after the other: the weighted rows J_a c_m times the rows J_b. */
+static void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *weighted) {
+    const I d = s->tangents, width = s->columns;
+    REAL dot[BLOCK * BLOCK];
+    const REAL *left[BLOCK], *right[BLOCK];
+    for (int i = 0; i < BLOCK; i++) left[i] = weighted + i * width;
+    for (I a = 0; a < d; a += BLOCK)
+        for (I k = 0; k < s->outputs; k++) {
+            for (int i = 0; i < BLOCK; i++)
+                for (I w = 0; w < width; w += VL)
+                    NAME(store)(weighted + i * width + w,
+                                NAME(load)(J + (a + i < d ? a + i : d - 1) * s->a.inner + w) *
+                                    NAME(load)(c + k * s->b.inner + w));
+            for (I b = a; b < d; b += BLOCK) {
+                for (int j = 0; j < BLOCK; j++) right[j] = J + (b + j < d ? b + j : d - 1) * s->a.inner;
+                NAME(dots)(BLOCK, BLOCK, width, left, right, dot);
+                for (int i = 0; i < BLOCK && a + i < d; i++)
+                    for (int j = b == a ? i : 0; j < BLOCK && b + j < d; j++)
+                        H[(a + i) * s->out.outer + (b + j) * s->out.inner + k * s->out.column] =
+                            H[(b + j) * s->out.outer + (a + i) * s->out.inner + k * s->out.column] =
+                                dot[i * BLOCK + j];
+            }
+        }
+}
+
+/* All outputs at once: the products J_a J_b, entry by entry, times the matrix of the c, written to both halves. */
+static void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *scratch) {
+    const I d = s->tangents, width = s->columns;
+    REAL *pairs = scratch, *packed = scratch + PAIRS * width;
+    NAME(pack)(c, 1, s->b.inner, width, s->outputs, packed);
+    NAME(Matrices) p = {
+        0, s->outputs, width, pairs, width, 1, packed, NV * VL * width, NV * VL, 0, s->out.inner, 1, s->out.is_whole,
+        1, INT32_MAX, 1, s->out.is_whole, {0}, {0, 0, s->out.outer, 1}, {0}, {0}, {0},
+    };
+    for (I a = 0; a < d; a++)
+        for (I b = a; b < d; b += p.rows) {
+            p.rows = d - b < PAIRS ? d - b : PAIRS;
+            for (I i = 0; i < p.rows; i++)
+                for (I w = 0; w < width; w += VL)
+                    NAME(store)(pairs + i * width + w,
+                                NAME(load)(J + a * s->a.inner + w) * NAME(load)(J + (b + i) * s->a.inner + w));
+            p.C = H + a * s->out.outer + b * s->out.inner;
+            p.E.at = H + b * s->out.outer + a * s->out.inner;
+            NAME(multiply)(&p);
+        }
+}
+
+static void NAME(congruence)(const Call *call, const Congruence *s) {
+    const REAL *J = NAME(at)(call, &s->a), *c = NAME(at)(call, &s->b);
+    REAL *H = NAME(at)(call, &s->out);
+    for (I row = 0; row < call->rows; row++, J += s->a.row, c += s->b.row, H += s->out.row)
+        (s->by_pairs ? NAME(congruence_by_pairs) : NAME(congruence_by_outputs))(s, J, c, H, call->scratch);
+}
+
+static void NAME(contract)(const Call *call, const Contract *s) {
+    const I rows = s->left, columns = s->right;
+    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *left[BLOCK], *right[BLOCK];
+    REAL *C = NAME(at)(call, &s->out), dot[BLOCK * BLOCK];
+    for (I row = 0; row < call->rows; row++, A += s->a.row, B += s->b.row, C += s->out.row)
+        for (I i0 = 0; i0 < rows; i0 += BLOCK)
+            for (I j0 = 0; j0 < columns; j0 += BLOCK) {
+                for (int i = 0; i < BLOCK; i++) {
+                    left[i] = A + (i0 + i < rows ? i0 + i : rows - 1) * s->a.inner;
+                    right[i] = B + (j0 + i < columns ? j0 + i : columns - 1) * s->b.inner;
+                }
+                if (columns > 1) NAME(dots)(BLOCK, BLOCK, s->columns, left, right, dot);
+                else if (rows > 1) NAME(dots)(BLOCK, 1, s->columns, left, right, dot);
+                else NAME(dots)(1, 1, s->columns, left, right, dot);
+                for (int i = 0; i < BLOCK && i0 + i < rows; i++)
+                    for (int j = 0; j < BLOCK && j0 + j < columns; j++)
+                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = dot[i * BLOCK + j];
+            }
+}
+
+/* C[w] = sum over the inner axis of A[j, w] (* B[j, w]). */
+static void NAME(sum_products)(const Call *call, const SumProducts *s) {
+    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b);
+    REAL *C = NAME(at)(call, &s->out);
+    for (I row = 0; row < call->rows; row++)
+        for (I o = 0; o < s->outer; o++) {
+            const REAL *a = A + row * s->a.row + o * s->a.outer, *b = B ? B + row * s->b.row + o * s->b.outer : 0;
+            REAL *c = C + row * s->out.row + o * s->out.outer;
+            for (I w = 0; w < s->columns; w += VL) {
+                V sum = {0};
+                for (I j = 0; j < s->inner; j++) {
+                    V v = NAME(load)(a + j * s->a.inner + w);
+                    if (b) v *= NAME(load)(b + j * s->b.inner + w);
+                    sum += v;
+                }
+                if (s->out.column == 1) NAME(store_last)(c + w, sum, s->columns - w, s->out.is_whole);
+                else
+                    for (I l = 0; l < VL && w + l < s->columns; l++) c[(w + l) * s->out.column] = sum[l];
+            }
+        }
+}
+
+/* ---- Programs ---- */
+
+/* Zeros behind the columns of an array that was written. */
+static void NAME(clear)(const Call *call, const Array *a, I outer, I inner) {
+    if (!a->zeros) return;
+    REAL *at = NAME(at)(call, a);
+    for (I row = 0; row < call->rows; row++)
+        for (I o = 0; o < outer; o++)
+            for (I i = 0; i < inner; i++)
+                memset(at + row * a->row + o * a->outer + i * a->inner + a->zeros_at, 0, a->zeros * sizeof(REAL));
+}
+
+static void NAME(step)(const Call *call, const I *kind) {
+    switch (*kind) {
+    case PRODUCT: {
+        const Product *s = (const Product *)kind;
+        NAME(product)(call, s);
+        NAME(clear)(call, &s->out, s->outer, s->inner);
+        NAME(clear)(call, &s->scaled, s->outer, s->inner);
+        break;
+    }
+    case MAP: {
+        const Map *s = (const Map *)kind;
+        NAME(map)(call, s);
+        for (I i = 0; i < s->outputs; i++) NAME(clear)(call, &((const Output *)s->output)[i].array, s->outer, s->inner);
+        break;
+    }
+    case SUM_PRODUCTS: {
+        const SumProducts *s = (const SumProducts *)kind;
+        NAME(sum_products)(call, s);
+        NAME(clear)(call, &s->out, s->outer, 1);
+        break;
+    }
+    case CONTRACT: {
+        const Contract *s = (const Contract *)kind;
+        NAME(contract)(call, s);
+        NAME(clear)(call, &s->out, 1, s->left);
+        break;
+    }
+    case CONGRUENCE: {
+        const Congruence *s = (const Congruence *)kind;
+        NAME(congruence)(call, s);
+        NAME(clear)(call, &s->out, s->tangents, s->tangents);
+        break;
+    }
+    }
+}
+
+/* What a step writes: that it is shared decides for how many rows it runs. */
+INLINE I NAME(is_of_rows)(const I *kind) {
+    switch (*kind) {
+    case PRODUCT: {
+        const Product *s = (const Product *)kind;
+        return (s->out.space == ABSENT ? s->scaled : s->out).space != SHARED;
+    }
+    case MAP: return ((const Output *)((const Map *)kind)->output)->array.space != SHARED;
+    case SUM_PRODUCTS: return ((const SumProducts *)kind)->out.space != SHARED;
+    case CONTRACT: return ((const Contract *)kind)->out.space != SHARED;
+    default: return ((const Congruence *)kind)->out.space != SHARED;
+    }
+}
+
+static void NAME(run)(const Program *p, Call *call, I stop) {
+    const I *const *once = (const I *const *)p->once, *const *step = (const I *const *)p->step;
+    for (I i = 0; i < p->onces; i++) {
+        call->rows = NAME(is_of_rows)(once[i]) ? call->tile_rows : 1;
+        NAME(step)(call, once[i]);
+    }
+    for (; call->first < stop; call->first += call->tile_rows) {
+        const I left = stop - call->first;
+        call->rows = left < call->tile_rows ? left : call->tile_rows;
+        for (I i = 0; i < p->steps; i++) NAME(step)(call, step[i]);
+    }
+}
+
+#undef V
+#undef VI
+#undef VL
+#undef IS_DOUBLE
+#undef DOUBLE
+#undef COEFFICIENTS
+#undef SQUARE_ROOT
+#undef LARGEST_ANGLE
+#undef ERFCX_LARGEST
+#undef SPLAT
+#undef SELECT
+#undef POLYNOMIAL
+#undef REAL
+#undef INT
+#undef LANES
+#undef NAME
+#undef MASKED_LOAD
+#undef MASKED_STORE

@@ -1,0 +1,374 @@
+"""Programs as the kernel reads them: every view becomes an address rule, every step a structure of its kind."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from ctypes import Structure
+from dataclasses import replace
+from itertools import count
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.backends.cpu.packing import pack_matrix, pad_columns
+from hessquik.backends.cpu.structures import CONSTANTS, make
+from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, Step, SumProducts, View
+
+__all__ = ["Translation"]
+
+#: A product's arrays beside its matrices never jump to another row.
+_NO_PERIOD = 2**31 - 1
+_BLOCK = 4
+#: With so many outputs a congruence of all of them at once is faster.
+OUTPUTS_BY_PAIRS = 8
+
+
+class Translation:
+    """A program in the kernel's structures.
+
+    Args:
+        program: The program.
+        dtype: Of all numbers.
+        tile_rows: Rows of a tile.
+        vector_bytes: Bytes of the kernel's vectors.
+
+    Attributes:
+        arrays: Names of the inputs and outputs, in the order in which a call gives their addresses.
+        address: Of the kernel's program; it is valid as long as this object lives.
+        packed_bytes: Bytes of the constants, which other programs may share.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int) -> None:
+        """Translate every step."""
+        self._program = program
+        self._dtype = dtype
+        self._lanes = vector_bytes // dtype.itemsize
+        self._kept: list[Any] = []
+        self._scratch = 0
+        self.arrays: list[str] = []
+        once, steps = (self._pointers(self._step(step) for step in part) for part in (program.once, program.steps))
+        self._structure = make(
+            "Program",
+            is_double=dtype == torch.float64,
+            vector_bytes=vector_bytes,
+            tile_rows=tile_rows,
+            tile_size=program.tile_size,
+            shared_size=program.shared_size,
+            scratch=self._scratch + 4096,
+            arrays=len(self.arrays),
+            onces=len(program.once),
+            once=once,
+            steps=len(program.steps),
+            step=steps,
+        )
+        self.address = ctypes.addressof(self._structure)
+        self.packed_bytes = sum({id(t): t.nbytes for t in self._kept if isinstance(t, Tensor)}.values())
+
+    # ---- Arrays ----
+
+    def _pointers(self, structures: Iterable[Structure]) -> int:
+        """Return the address of an array of the structures' addresses."""
+        found = list(structures)
+        pointers = (ctypes.c_void_p * len(found))(*map(ctypes.addressof, found))
+        self._kept += [found, pointers]
+        return ctypes.addressof(pointers)
+
+    def _list(self, name: str, structures: list[Any]) -> int:
+        """Return the address of an array of structures."""
+        array = (type(make(name)) * len(structures))(*structures)
+        self._kept.append(array)
+        return ctypes.addressof(array)
+
+    def _whole(self, columns: int) -> int:
+        """Columns in whole vectors."""
+        return -(-columns // self._lanes) * self._lanes
+
+    def _read(self, view: View | None, width: int = 0) -> Any:
+        """Return an array that is read up to ``width``."""
+        if view is None:
+            return make("Array", space=CONSTANTS["ABSENT"])
+        if view.buffer.data is not None:
+            return self._constant(view, width)
+        outer, inner, column = view.strides
+        array = make(
+            "Array",
+            space=CONSTANTS[view.buffer.space.name if view.buffer.space in _INSIDE else "EXTERNAL"],
+            start=view.offset,
+            row=view.buffer.row_stride,
+            outer=outer,
+            inner=inner,
+            column=1 if view.shape[2] == 1 else column,
+        )
+        if view.buffer.space in _INSIDE:
+            array.base = view.buffer.offset
+        else:
+            if view.buffer.name not in self.arrays:
+                self.arrays.append(view.buffer.name)
+            array.external = self.arrays.index(view.buffer.name)
+        # Memory inside goes on behind every array; callers' arrays may end with the last column.
+        array.is_whole = array.column == 1 and (view.buffer.space in _INSIDE or width <= view.shape[2])
+        return array
+
+    def _constant(self, view: View, width: int) -> Any:
+        """Return a constant, dense and with zeros up to ``width``; repeated entries stay single ones."""
+        single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
+        columns = max(width, view.shape[2])
+        data = pad_columns(view.matrix[(*single, slice(None))], self._dtype, self._whole(columns))
+        self._kept.append(data)
+        outer, inner = (0 if data.shape[axis] == 1 else data.stride(axis) for axis in (0, 1))
+        return make(
+            "Array",
+            space=CONSTANTS["CONSTANT"],
+            address=data.data_ptr(),
+            outer=outer,
+            inner=inner,
+            column=1,
+            is_whole=True,
+        )
+
+    def _write(self, view: View | None, width: int = 0) -> Any:
+        """Return an array that is written in vectors up to ``width``, its padding with it."""
+        array = self._read(view, width)
+        if view is not None:
+            columns, padding = view.shape[2], self._program.padding(view)
+            array.is_whole = array.column == 1 and width - columns <= padding
+            array.zeros_at = width if array.is_whole else columns
+            array.zeros = max(columns + padding - array.zeros_at, 0) if padding else 0
+        return array
+
+    # ---- Steps ----
+
+    def _step(self, step: Step) -> Structure:
+        structure = _RULES[type(step)](self, step)
+        self._kept.append(structure)
+        return structure
+
+    def _needs(self, numbers: int) -> None:
+        """Note the scratch memory of a step."""
+        self._scratch = max(self._scratch, numbers * self._dtype.itemsize)
+
+    def _product(self, step: Product) -> Structure:
+        step = _with_outer_as_inner(step)
+        a, b, out, scaling = step.a, step.b, step.out, step.scaling
+        outer, inner, depth = a.shape
+        columns = b.shape[2]
+        width, panel = self._whole(columns), CONSTANTS["NV"] * self._lanes
+        structure = make(
+            "Product", kind=CONSTANTS["PRODUCT"], outer=outer, inner=inner, depth=depth, columns=columns, panel=panel
+        )
+        if b.buffer.data is not None:
+            data = pack_matrix(b.matrix[0], self._dtype, panel)
+            self._kept.append(data)
+            structure.panel = depth * panel
+            structure.b = make("Array", space=CONSTANTS["CONSTANT"], address=data.data_ptr(), inner=panel, column=1)
+        else:
+            structure.b = self._read(b, width)
+            if b.buffer.space not in _INSIDE or structure.b.column != 1:
+                structure.packs, structure.panel = True, depth * panel
+                self._needs(-(-columns // panel) * depth * panel)
+        beside = (step.add, *((scaling.out, scaling.by, scaling.add, scaling.add_by) if scaling else ()))
+        matrices = [view for view in (a, out) if view is not None]
+        is_b_shared = b.buffer.row_stride == 0
+        structure.is_merged = is_b_shared and (outer == 1 or b.strides[0] == 0) and all(map(_is_even, matrices))
+        structure.period = inner
+        if not structure.is_merged or all(view is None or _is_even(view) for view in beside):
+            structure.period = _NO_PERIOD
+        names = {"a": a, "add": step.add}
+        if scaling is not None:
+            structure.alpha = scaling.alpha
+            names |= {"by": scaling.by, "term": scaling.add, "term_by": scaling.add_by}
+            structure.scaled = self._write(scaling.out, width)
+        structure.out = self._write(out, width)
+        for name, view in names.items():
+            setattr(structure, name, self._read(view, width))
+        operands = [structure.out, structure.scaled, *(getattr(structure, name) for name in names if name != "a")]
+        structure.is_plain = all(array.column == 1 or array.space == CONSTANTS["ABSENT"] for array in operands)
+        if structure.is_merged and inner == 1:
+            for array in (structure.a, *operands):
+                array.inner = array.row
+        return structure  # type: ignore[no-any-return]
+
+    def _map(self, step: Map) -> Structure:
+        outer, inner, columns = step.shape
+        views = [*step.inputs, *(view for _, view in step.outputs)]
+        width = self._whole(columns)
+        padded = -(-columns // self._program.vector) * self._program.vector
+        if padded % self._lanes == 0 and all(_is_run(view, padded) for view in views):
+            width = padded
+        inputs, outputs = len(step.inputs), step.outputs
+        numbers = sorted({x for instruction in step.instructions for x in instruction.inputs if isinstance(x, float)})
+        results = inputs + len(numbers)
+        # Registers as the kernel counts them: constants come between inputs and results.
+        number = {register: register if register < inputs else register + len(numbers) for register in range(
+            inputs + len(step.instructions))}  # fmt: skip
+        operands = [
+            [inputs + numbers.index(x) if isinstance(x, float) else number[x] for x in instruction.inputs]
+            for instruction in step.instructions
+        ]
+        last_use = {register: i for i, read in enumerate(operands) for register in read}
+        last_use |= {number[register]: len(operands) for register, _ in outputs}
+        slots, used = self._slots(operands, last_use, inputs, results)
+        read = [self._read(view, width) for view in step.inputs]
+        written = [self._write(view, width) for _, view in outputs]
+        direct: set[int] = set()
+        flags: list[bool] = []
+        for (register, view), array in zip(outputs, written, strict=True):
+            place = number[register]
+            overwritten = [i for i, other in enumerate(step.inputs) if other.buffer is view.buffer]
+            for i in overwritten:
+                if last_use.get(i, -1) == len(operands):  # kept as it was: read it before anything is written
+                    read[i].is_whole = False
+            is_free = all(last_use.get(i, -1) <= place - results for i in overwritten)
+            flags.append(place >= results and place not in direct and array.is_whole and array.column == 1 and is_free)
+            if flags[-1]:
+                direct.add(place)
+        self._needs((used * CONSTANTS["CHUNK"] + len(numbers)) * self._lanes + 2 * 8 * (3 * len(views) + results + len(operands)))
+        constants = (ctypes.c_double * len(numbers))(*numbers)
+        self._kept.append(constants)
+        return make(  # type: ignore[no-any-return]
+            "Map",
+            kind=CONSTANTS["MAP"],
+            outer=outer,
+            inner=inner,
+            columns=columns,
+            width=width,
+            slots=used,
+            inputs=inputs,
+            input=self._list(
+                "Input",
+                [
+                    make("Input", array=array, slot=slot, is_run=_is_run(view, width))
+                    for array, slot, view in zip(read, count(), step.inputs, strict=False)
+                ],
+            ),
+            constants=len(numbers),
+            constant=ctypes.addressof(constants),
+            instructions=len(operands),
+            instruction=self._list(
+                "Instruction",
+                [
+                    make("Instruction", op=CONSTANTS[instruction.op], slot=slot, **dict(zip("abc", read_, strict=False)))
+                    for instruction, slot, read_ in zip(step.instructions, slots, operands, strict=True)
+                ],
+            ),
+            outputs=len(outputs),
+            output=self._list(
+                "Output",
+                [
+                    make("Output", array=array, value=number[register], is_run=_is_run(view, width), is_direct=flag)
+                    for (register, view), array, flag in zip(outputs, written, flags, strict=True)
+                ],
+            ),
+        )
+
+    @staticmethod
+    def _slots(
+        operands: list[list[int]], last_use: dict[int, int], inputs: int, results: int
+    ) -> tuple[list[int], int]:
+        """Return a slot for every result, used again after its last use, and how many slots there are."""
+        free: list[int] = []
+        found: list[int] = []
+        used = inputs
+        for i, read in enumerate(operands):
+            if not free:
+                free.append(used)
+                used += 1
+            found.append(free.pop())
+            for register in {*read, results + i}:
+                if register >= results and last_use.get(register, i) == i:
+                    free.append(found[register - results])
+        return found, used
+
+    def _sum_products(self, step: SumProducts) -> Structure:
+        outer, inner, columns = step.a.shape
+        width = self._whole(columns)
+        a, b = (self._reduced(view) for view in (step.a, step.b))
+        return make(  # type: ignore[no-any-return]
+            "SumProducts", kind=CONSTANTS["SUM_PRODUCTS"], a=a, b=b, out=self._write(step.out, width), outer=outer,
+            inner=inner, columns=columns,
+        )  # fmt: skip
+
+    def _contract(self, step: Contract) -> Structure:
+        return make(  # type: ignore[no-any-return]
+            "Contract", kind=CONSTANTS["CONTRACT"], a=self._reduced(step.a), b=self._reduced(step.b),
+            out=self._numbers(step.out), left=step.a.shape[1], right=step.b.shape[1],
+            columns=self._whole(step.a.shape[2]),
+        )  # fmt: skip
+
+    def _congruence(self, step: Congruence) -> Structure:
+        tangents, outputs, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
+        by_pairs = outputs >= OUTPUTS_BY_PAIRS and step.out.strides[2] == 1
+        panel = CONSTANTS["NV"] * self._lanes
+        self._needs(max(_BLOCK * columns, (CONSTANTS["PAIRS"] + -(-outputs // panel) * panel) * columns))
+        out = self._write(step.out, self._whole(outputs)) if by_pairs else self._numbers(step.out)
+        return make(  # type: ignore[no-any-return]
+            "Congruence", kind=CONSTANTS["CONGRUENCE"], a=self._reduced(step.a), b=self._reduced(step.b), out=out,
+            tangents=tangents, outputs=outputs, columns=columns, by_pairs=by_pairs,
+        )  # fmt: skip
+
+    def _reduced(self, view: View | None) -> Any:
+        """Return an array of which whole vectors are read, zeros behind its columns."""
+        is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1
+        if view is not None and (not is_dense or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
+            raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
+        return self._read(view, 0 if view is None else self._whole(view.shape[2]))
+
+    def _numbers(self, view: View) -> Any:
+        """Return an array that is written number by number, and its padding after it."""
+        array = self._write(view, view.shape[2])
+        array.is_whole = False
+        return array
+
+
+_INSIDE = frozenset({Space.TILE, Space.SHARED})
+_RULES: dict[type, Any] = {
+    Product: Translation._product,
+    Map: Translation._map,
+    SumProducts: Translation._sum_products,
+    Contract: Translation._contract,
+    Congruence: Translation._congruence,
+}
+
+
+def _is_even(view: View) -> bool:
+    """Return whether the inner entries of neighbouring rows follow each other."""
+    return view.shape[1] == 1 or view.buffer.row_stride == view.shape[1] * view.strides[1]
+
+
+def _is_run(view: View, width: int) -> bool:
+    """Return whether all entries of all rows follow each other, ``width`` apart."""
+    extents = view.shape[:2]
+    strides = (view.buffer.row_stride, *(s for e, s in zip(extents, view.strides[:2], strict=True) if e > 1))
+    inside = (prod(extents), *(prod(extents[i + 1 :]) for i, e in enumerate(extents) if e > 1))
+    return all(stride == entries * width for stride, entries in zip(strides, inside, strict=True))
+
+
+def _with_outer_as_inner(step: Product) -> Product:
+    """Return a product whose outer entries are inner ones if B is the same for all of them."""
+    outer, inner, _ = step.a.shape
+    scaling = step.scaling
+    views = [step.a, step.add, step.out]
+    views += [scaling.out, scaling.by, scaling.add, scaling.add_by] if scaling else [None] * 4
+    known = [view for view in views if view is not None]
+    is_one = inner == 1 or all(view.strides[0] == inner * view.strides[1] for view in known)
+    if outer == 1 or step.b.strides[0] != 0 or not is_one:
+        return step
+
+    def flat(view: View | None) -> Any:
+        if view is None:
+            return None
+        stride = view.strides[0] if inner == 1 else view.strides[1]
+        return replace(view, shape=(1, outer * inner, view.shape[2]), strides=(0, stride, view.strides[2]))
+
+    a, add, out, scaled, by, term, term_by = map(flat, views)
+    return replace(
+        step,
+        a=a,
+        b=step.b.part(0, 0, 1),
+        add=add,
+        out=out,
+        scaling=scaling and replace(scaling, out=scaled, by=by, add=term, add_by=term_by),
+    )
