@@ -93,7 +93,6 @@ class Evaluator:
         self._lock = threading.Lock()
         self._runners: dict[Ask, backends.Runner] = {}
         self._known: dict[Any, backends.Runner] = {}
-        self._store = backends.store(self.backend)
         self._runner(_SECOND_ORDER)
 
     @property
@@ -233,7 +232,7 @@ class Evaluator:
             if runner is None:
                 device = backends.device_value(self.device)
                 plan = choose(self._forms, ask, self.dtype, self.m, device)
-                runner = backends.make_runner(self.backend, plan, self.dtype, self.device, self._store)
+                runner = backends.make_runner(self.backend, plan, self.dtype, self.device)
                 if len(self._runners) >= MAX_PLANS:
                     self._runners.pop(next(iter(self._runners)))
                     self._known.clear()

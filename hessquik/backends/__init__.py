@@ -1,5 +1,5 @@
 """What runs programs: one module per backend, and the choice among them."""
 
-from hessquik.backends.choice import Runner, chosen, device_value, make_runner, names, resolved, store
+from hessquik.backends.choice import Runner, chosen, device_value, make_runner, names, resolved
 
-__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved", "store"]
+__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved"]

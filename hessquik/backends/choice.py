@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from hessquik.device import CPU, Device
 from hessquik.plan import Ask, Plan
 
-__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved", "store"]
+__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved"]
 
 
 class Runner(Protocol):
@@ -43,10 +43,7 @@ def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
         >>> "torch" in names("cpu")
         True
     """
-    try:
-        from hessquik.backends import cpu
-    except ImportError:
-        return ("torch",)
+    from hessquik.backends import cpu
 
     if torch.device(device).type == "cpu":
         return ("cpu", "torch") if cpu.is_available() else ("torch",)
@@ -78,30 +75,21 @@ def device_value(device: torch.device) -> Device:
     return CPU
 
 
-def store(backend: str) -> Any:
-    """Return what the programs of one network share."""
-    if backend != "cpu":
-        return None
-    from hessquik.backends import cpu
-
-    return cpu.Packed()
-
-
-def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device, shared_store: Any) -> Runner:
+def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> Runner:
     """Return a plan ready to run."""
     if backend == "cpu":
-        return _CpuRunner(plan, dtype, shared_store)
+        return _CpuRunner(plan, dtype)
     return _TorchRunner(plan, dtype, device)
 
 
 class _CpuRunner:
-    def __init__(self, plan: Plan, dtype: torch.dtype, packed: Any) -> None:
+    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         from hessquik.backends.cpu import CpuProgram
 
         self.plan = plan
         self.shared = _shared(plan.ask)
         self.ladder = tuple(sorted({1, plan.rows}))
-        self._program = CpuProgram(plan.program, dtype, plan.rows, packed=packed)
+        self._program = CpuProgram(plan.program, dtype, plan.rows)
         self.run = self._program.run
 
 
