@@ -15,14 +15,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "hessquik": """
         hessquik.errors
-        hessquik.activations
+        hessquik.activations hessquik.strict_json
         hessquik.layers
         hessquik.calculus
         hessquik.program
         hessquik.machine hessquik.memory hessquik.native hessquik.plan
         hessquik.runners
         hessquik.networks
-        hessquik.evaluator hessquik.utils hessquik.storage
+        hessquik.architecture hessquik.evaluator hessquik.utils
+        hessquik.storage
         hessquik.conversion hessquik.proof
         hessquik
     """,
