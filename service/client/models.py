@@ -40,8 +40,8 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
     directions, and its parts are sent concurrently.
 
     Methods take the keywords of :class:`Options`. They raise :class:`~service.client.errors.ClientError` when there
-    is no answer, one class per code; ``TypeError`` for what is no array of numbers, ``ValueError`` for another number of
-    axes or rows, and ``ImportError`` for a bar without ``rich``.
+    is no answer, one class per code; ``TypeError`` for what is no array of numbers, ``ValueError`` for another number
+    of axes or rows, and ``ImportError`` for a bar without ``rich``.
     """
 
     def __init__(
