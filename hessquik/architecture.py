@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hessquik.activations import ACTIVATIONS, hessQuikActivationFunction
 from hessquik.errors import ArchitectureError
@@ -88,6 +89,8 @@ def _describe(module: nn.Module, place: str, nesting: int) -> dict[str, Any]:
     described = {"type": name, **arguments}
     if not isinstance(module, NN):
         _checked_arguments(kind, arguments, place)
+        if getattr(module, "nonneg", functional.softplus) is not functional.softplus:
+            raise ArchitectureError(f"{place}.nonneg must be softplus for a file, got another function")
         return described
     rebuilt = build(described, device="meta")
     assert isinstance(rebuilt, NN)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
@@ -72,12 +73,15 @@ class Evaluator:
         native: bool = True,
     ) -> None:
         """Freeze the network."""
-        weights = next(network.parameters())
+        weights = next(network.parameters(), None)
         self.device = torch.device(device)
-        self.dtype = weights.dtype if dtype is None else dtype
+        self.dtype = dtype or (torch.get_default_dtype() if weights is None else weights.dtype)
         self.d = network.dim_input()
         self.m = network.dim_output()
-        self._forms = [form.to(self.device, self.dtype) for form in network.forms()]
+        # Converted before forms are made, since some compute with the weights: softplus(L) of a convex layer.
+        is_converted = weights is not None and weights.dtype != self.dtype
+        forms = (deepcopy(network).to(self.dtype) if is_converted else network).forms()
+        self._forms = [form.to(self.device, self.dtype) for form in forms]
         self._native = native and self.device.type == "cpu"
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "evaluator") if threads > 1 else None

@@ -23,7 +23,7 @@ LAYERS = {
         hessquik.runners
         hessquik.networks
         hessquik.architecture hessquik.evaluator hessquik.utils
-        hessquik.storage
+        hessquik.reference hessquik.storage
         hessquik.conversion hessquik.proof
         hessquik
     """,
