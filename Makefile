@@ -4,7 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/.installed
 SERVER := .venv/.installed-server
-KERNEL := hessquik/native/native.c hessquik/native/kernels.h
+KERNEL := $(wildcard hessquik/backends/cpu/*.[ch])
 TARGET ?= cpu
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from hessquik import storage
+from hessquik import storage, strict_json
 from hessquik.activations import ACTIVATIONS
+from hessquik.architecture import MAX_NESTING, TYPES, build, describe
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
 from hessquik.networks import NN
 
@@ -52,21 +53,21 @@ _ORIGINAL_PLACES = {
 
 
 class _Object:
-    """An object of a pickle: its class's name and its attributes, nothing that can run."""
+    """Stand-in for an object of a pickle: holds attributes, and has no code that could run."""
 
 
 class _Softplus:
-    """The function that makes weights positive, which the original's convex layers hold; it is never called."""
+    """Stand-in for softplus, which the original's convex layers hold as an attribute; it is never called."""
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """A stand-in for every class, under the name that the original's and our own pickles use."""
+    """Return a stand-in for every class, under the names that the original's and our own pickles use."""
     places = {
         f"hessQuik.{package}.{module}.{name}": name
         for package, classes in _ORIGINAL_PLACES.items()
         for name, module in classes.items()
     }
-    ours = (*storage.TYPES.values(), *ACTIVATIONS.values())
+    ours = (*TYPES.values(), *ACTIVATIONS.values())
     places |= {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in ours}
     classes = {name: type(name, (_Object,), {}) for name in places.values()}
     softplus = [(_Softplus, place) for place in ("torch._C._nn.softplus", "torch.nn.functional.softplus")]
@@ -82,7 +83,8 @@ def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | 
     Args:
         checkpoint: File that ``torch.save`` wrote, from a network or from a state dict.
         out: File to write.
-        architecture: JSON file that describes the network of a state dict, as :func:`hessquik.storage.describe` does.
+        architecture: JSON file that describes the network of a state dict, as
+            :func:`hessquik.architecture.describe` does.
         metadata: See :func:`hessquik.save`.
 
     Returns:
@@ -101,7 +103,7 @@ def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | 
         ...     convert(f"{folder}/f.pt", f"{folder}/f.safetensors", input_names=["x", "y"]).widths
         [2, 8, 1]
     """
-    described = None if architecture is None else storage.parse_json("architecture", Path(architecture).read_text())
+    described = None if architecture is None else strict_json.parse("architecture", Path(architecture).read_text())
     network = read_checkpoint(checkpoint, described)
     storage.save(network, out, **metadata)
     return network
@@ -113,7 +115,7 @@ def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | No
     Args:
         checkpoint: File that ``torch.save`` wrote, from a network or from a state dict, or from a dict that has one
             of these among its values.
-        architecture: Describes the network of a state dict, as :func:`hessquik.storage.describe` does.
+        architecture: Describes the network of a state dict, as :func:`hessquik.architecture.describe` does.
 
     Raises:
         ArchitectureError: the description is not one, or is missing.
@@ -134,13 +136,12 @@ def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | No
         found = _find_network(_unpickle(path))
         if isinstance(found, _Object):
             if architecture is not None:
-                raise ArchitectureError("expected no architecture beside a whole network, which has its own, got one")
-            return storage.assemble(_describe(found, storage.MAX_NESTING), _tensors(found))
+                raise ArchitectureError("there must be no architecture beside a whole network, which has its own")
+            return storage.assemble(_describe(found, MAX_NESTING), _tensors(found))
         if architecture is None:
             raise ArchitectureError(
-                "expected an architecture beside a state dict, which has no activations and no step sizes, got none. "
-                "Its names and shapes tell this much of it; fill in every '?':\n"
-                + json.dumps(_sketch(found), indent=2)
+                "a state dict needs an architecture beside it, since it has no activations and no step sizes. "
+                "Its names and shapes tell this much; fill in every '?':\n" + json.dumps(_sketch(found), indent=2)
             )
         return storage.assemble(dict(architecture), found)
     except (ArchitectureError, CompositionError, FormatError) as error:
@@ -148,7 +149,7 @@ def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | No
 
 
 def _unpickle(path: Path) -> Any:
-    """The objects in a checkpoint, refused by name where they are neither tensors nor the original's."""
+    """Read the objects in a checkpoint; refuse those that are neither tensors nor the original's, by name."""
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -157,15 +158,16 @@ def _unpickle(path: Path) -> Any:
     except Exception as error:  # whatever a broken or hostile pickle makes of the reader
         name = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and name:
-            raise FormatError(f"expected layers, networks and tensors only, got {name[1]!r} in the pickle") from None
-        what = str(error).strip().splitlines() or [type(error).__name__]
+            raise FormatError(
+                f"a checkpoint must hold layers, networks and tensors only, got {name[1]!r:.200}"
+            ) from None
         raise FormatError(
-            f"expected a file that torch.save wrote, got one that does not load ({what[0]:.200})"
+            "a checkpoint must be a file that torch.save wrote; this one is not or is damaged"
         ) from None
 
 
 def _find_network(found: Any) -> Any:
-    """The network or state dict itself, or the only one among a dict's values."""
+    """Return the network or state dict itself, or the only one among a dict's values."""
     if _is_network(found) or _is_state_dict(found):
         return found
     if isinstance(found, dict):
@@ -173,12 +175,12 @@ def _find_network(found: Any) -> Any:
         if len(inside) == 1:
             return inside[0]
         keys = ", ".join(sorted(map(str, found)))
-        raise FormatError(f"expected one network or state dict among the values, got {len(inside)} under {keys:.200}")
-    raise FormatError(f"expected a network or a state dict, got {type(found).__name__}")
+        raise FormatError(f"one value must be a network or state dict, got {len(inside)} under the keys {keys:.200}")
+    raise FormatError(f"a checkpoint must hold a network or a state dict, got {type(found).__name__}")
 
 
 def _is_network(found: Any) -> bool:
-    return isinstance(found, _Object) and type(found).__name__ in storage.TYPES
+    return isinstance(found, _Object) and type(found).__name__ in TYPES
 
 
 def _is_state_dict(found: Any) -> bool:
@@ -190,10 +192,10 @@ def _is_state_dict(found: Any) -> bool:
 
 
 def _describe(module: Any, nesting: int) -> dict[str, Any]:
-    """The architecture of a stand-in, as :func:`hessquik.storage.describe` writes it."""
+    """Return the architecture of a stand-in, as :func:`hessquik.architecture.describe` writes it."""
     name = type(module).__name__
     if not isinstance(module, _Object) or nesting < 0:
-        raise FormatError(f"expected layers and networks nested at most {storage.MAX_NESTING} deep, got {name}")
+        raise FormatError(f"layers and networks must be nested at most {MAX_NESTING} deep, got more at {name}")
     parts = _parts(module, "_modules")
     if name in ACTIVATIONS:
         return {"type": name, **{key: vars(module).get(key) for key in ACTIVATIONS[name].parameter_names}}
@@ -201,7 +203,7 @@ def _describe(module: Any, nesting: int) -> dict[str, Any]:
         inner = parts.get("layer", module)  # a residual layer's σ and b are those of the single layer inside
         held = vars(module) | _parts(inner, "_modules")
         held["bias"] = _parts(inner, "_parameters").get("b") is not None
-        arguments = {key: held.get(key) for key in storage.TYPES[name].parameter_names}
+        arguments = {key: held.get(key) for key in TYPES[name].parameter_names}
         if "act" in arguments:
             arguments["act"] = _describe(arguments["act"], nesting - 1)
         return {"type": name, **arguments}
@@ -209,9 +211,9 @@ def _describe(module: Any, nesting: int) -> dict[str, Any]:
     plain = {"type": "NN", "layers": layers}
     try:
         family = {"type": name, **_FAMILIES[name](layers)}
-        rebuilt = storage.build(family, device="meta")
+        rebuilt = build(family, device="meta")
         assert isinstance(rebuilt, NN)
-        return family if [storage.describe(layer) for layer in rebuilt] == layers else plain
+        return family if [describe(layer) for layer in rebuilt] == layers else plain
     except (IndexError, KeyError, ArchitectureError, CompositionError):
         return plain
 
@@ -236,22 +238,24 @@ _FAMILIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
 }
 
 
-def _tensors(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The state dict of a stand-in, whose nesting :func:`_describe` has bounded."""
+def _tensors(module: Any, prefix: str = "", nesting: int = MAX_NESTING + 1) -> dict[str, torch.Tensor]:
+    """Return the state dict of a stand-in; a layer may have one module inside it."""
+    if nesting < 0:
+        raise FormatError(f"layers and networks must be nested at most {MAX_NESTING} deep, got more at {prefix:.60}")
     found = {prefix + name: value for name, value in _parts(module, "_parameters").items() if value is not None}
     for name, part in _parts(module, "_modules").items():
-        found |= _tensors(part, f"{prefix}{name}.")
+        found |= _tensors(part, f"{prefix}{name}.", nesting - 1)
     for name, value in found.items():
         if not isinstance(value, torch.Tensor):
-            raise FormatError(f"expected a tensor as {name!r}, got {type(value).__name__}")
+            raise FormatError(f"{name:.60} must be a tensor, got {type(value).__name__}")
     return found
 
 
 def _parts(module: Any, kind: str) -> dict[str, Any]:
-    """The parameters or modules that a stand-in holds."""
+    """Return the parameters or modules that a stand-in holds."""
     parts = vars(module).get(kind, {}) if isinstance(module, _Object) else {}
     if not isinstance(parts, dict):
-        raise FormatError(f"expected a dict as {kind}, got {type(parts).__name__}")
+        raise FormatError(f"{kind} must be a dict, got {type(parts).__name__}")
     return parts
 
 
@@ -259,7 +263,7 @@ Node = dict[str, Any]
 
 
 def _sketch(tensors: Mapping[str, torch.Tensor]) -> Node:
-    """The architecture that a state dict tells by names and shapes, with '?' for the rest."""
+    """Return as much of the architecture as the names and shapes of a state dict tell, with '?' for the rest."""
     tree: Node = {}
     for name, tensor in tensors.items():
         *way, last = name.split(".")
@@ -267,7 +271,7 @@ def _sketch(tensors: Mapping[str, torch.Tensor]) -> Node:
         for step in way:
             node = node.setdefault(step, {})
             if not isinstance(node, dict):
-                raise FormatError(f"expected a tensor or a layer as {step!r}, got both in {name!r}")
+                raise FormatError(f"{step!r:.60} must be a tensor or a layer, got both in {name!r:.60}")
         node[last] = tuple(tensor.shape)
     # The first layer of a convex network has the same tensors as a single layer; the next one tells them apart.
     for node, after in pairwise(_leaves(tree)):
@@ -285,7 +289,7 @@ def _in_order(node: Node) -> list[tuple[str, Node]]:
 
 
 def _leaves(node: Node) -> list[Node]:
-    """The layers of the tree, in order."""
+    """Return the layers of the tree, in order."""
     return [leaf for _, part in _in_order(node) for leaf in _leaves(part)] if _is_network_node(node) else [node]
 
 
@@ -296,7 +300,7 @@ def _sketch_node(node: Node, place: str) -> Node:
     try:
         sketched = _SKETCHES[names](node)
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise FormatError(f"expected the tensors of a layer at {place}, got {', '.join(sorted(node))}") from None
+        raise FormatError(f"{place} must hold the tensors of a layer, got {', '.join(sorted(node)):.200}") from None
     return sketched
 
 

@@ -1,28 +1,39 @@
-"""Proof that a network's derivatives are right, whatever network it is.
+"""Proof that the derivatives of a network are right, as they are served.
 
-Its analytic derivatives are compared at random points with three references that know nothing of them: torch's
-automatic differentiation of the value, the orders at which Taylor errors fall, and finite differences. Everything is
-done in float64 on a copy.
+Every backend that an Evaluator may use on this machine computes every quantity at random points, in float64 and in
+float32, and is compared with torch's automatic differentiation of an independent forward pass in float64
+(:mod:`hessquik.reference`). The documented interface is compared with the orders at which Taylor errors fall, and
+with finite differences.
+
+All comparisons are in natural units: an input moves by ``scale``, half the distance of its bounds, so that
+derivatives have the units of the value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessquik import calculus
+from hessquik.backends import names
+from hessquik.calculus import DIRECTIONAL, QUANTITIES
 from hessquik.errors import DerivativeError
+from hessquik.evaluator import Evaluator
 from hessquik.networks import NN
+from hessquik.reference import ReferenceNetwork, user_defined
 from hessquik.utils import taylor
 
-__all__ = ["Row", "prove", "prove_quickly"]
+__all__ = ["Row", "backends", "prove", "prove_quickly"]
 
-#: Bound of relative errors against automatic differentiation: rounding, amplified by large weights.
-AUTOGRAD_BOUND = 1e-8
+#: Bound of relative errors in float64: rounding, amplified by large weights.
+FLOAT64_BOUND = 1e-8
+#: Bound in float32, and how many times as large errors may be as those of automatic differentiation in float32.
+FLOAT32_BOUND, FLOAT32_FACTOR = 1e-4, 50.0
 #: Steps of finite differences, and bounds of relative errors: ε² of the formula and rounding over ε or ε².
 DIFFERENCES = {"gradient": (1e-5, 1e-6), "curvature": (1e-3, 1e-4)}
 #: Orders of Taylor errors may be that much lower than 2 and 3.
@@ -30,6 +41,26 @@ TAYLOR_SLACK = 0.1
 TAYLOR_STEPS = tuple(2.0**-k for k in range(15))
 #: Part of the value's size below which a derivative, in units of the value, counts as 0.
 NEGLIGIBLE = 1e-3
+#: Bound of one array of points, and of a Hessian that is asked for.
+MAX_BYTES = 256 << 20
+#: Directions that are tried at each point.
+DIRECTIONS = 3
+#: The calls that cover all quantities: what a service is mostly asked, and the rest.
+CALLS = (
+    ("value", "gradient", "hessian"),
+    ("value", "gradient", "laplacian"),
+    ("hessian_diagonal", "jvp", "hvp", "curvature"),
+)
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """Return the backends that an Evaluator may use on this machine, each with the arguments that choose it.
+
+    Example:
+        >>> "torch" in backends()
+        True
+    """
+    return {name: {"backend": name} for name in names("cpu")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +69,7 @@ class Row:
 
     Attributes:
         quantity: What was compared, a name out of :data:`hessquik.calculus.QUANTITIES`.
+        computed_by: A backend of the Evaluator and its dtype, or a mode of the documented interface.
         reference: What it was compared with.
         measure: ``relative error``, to be at most the bound, or ``order``, to be at least the bound.
         found: What was measured.
@@ -45,6 +77,7 @@ class Row:
     """
 
     quantity: str
+    computed_by: str
     reference: str
     measure: str
     found: float
@@ -52,32 +85,46 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the bound is kept; never if the measure is NaN."""
+        """Return whether the bound is kept; never if the measure is NaN."""
         return self.found <= self.bound if self.measure == "relative error" else self.found >= self.bound
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Trial:
-    """A network in float64 and what to try it at: points, weights of the outputs, directions in natural units."""
+    """What a network is tried at, and what Σⱼ λⱼ fⱼ has to be there.
+
+    Attributes:
+        network: The network.
+        dtype: Of the computation to be tried.
+        x: Points (n, d) that are exact in the dtype, held in float64.
+        weights: λ (n, m).
+        directions: (n, k, d).
+        scale: Natural units of x (d,).
+        expected: By automatic differentiation in float64, in natural units: the value (n,), gradient (n, d), hvp
+            (n, k, d) and hessian_diagonal (n, d).
+        bounds: Of the relative errors of the same, in the dtype.
+    """
 
     network: NN
+    dtype: torch.dtype
     x: Tensor
     weights: Tensor
     directions: Tensor
     scale: Tensor
+    expected: dict[str, Tensor] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
+
+    def error(self, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+        """Return the largest difference, relative to the size of what is expected or to a small part of the value."""
+        size = expected if size is None else size
+        unit = torch.stack([size.abs().max(), NEGLIGIBLE * self.expected["value"].abs().max()]).max()
+        error = float((got - expected).abs().max())
+        return error / float(unit) if error else 0.0
 
     def value(self, x: Tensor) -> Tensor:
-        """The weighted value (n,)."""
+        """Return Σⱼ λⱼ fⱼ (n,) by the documented interface."""
         value: Tensor = self.network(x)[0]
         return (value * self.weights).sum(-1)
-
-    def row(self, quantity: str, reference: str, bound: float, got: Tensor, expected: Tensor) -> Row:
-        """Compare two tensors in units of the value."""
-        with torch.no_grad():
-            size = torch.stack([expected.abs().max(), NEGLIGIBLE * self.value(self.x).abs().max()]).max()
-            error = float((got - expected).abs().max())
-            relative = error / float(size) if error else 0.0
-        return Row(quantity, reference, "relative error", relative, bound)
 
 
 @torch.inference_mode(False)
@@ -88,7 +135,9 @@ def prove(
     samples: int = 5,
     seed: int = 0,
 ) -> list[Row]:
-    """Compare all derivatives with automatic differentiation, Taylor tests and finite differences.
+    """Compare all quantities, on all backends and in both dtypes, with automatic differentiation.
+
+    The documented interface is compared with Taylor tests and finite differences.
 
     Args:
         network: The network; it is left as it is.
@@ -104,11 +153,22 @@ def prove(
     Example:
         >>> from hessquik.networks import ICNN
         >>> rows = prove(ICNN(3, [None, 8, 2]))
-        >>> len(rows), all(row.passed for row in rows)
-        (13, True)
+        >>> all(row.passed for row in rows)
+        True
     """
-    trial = _set_up(network, lower_bounds, upper_bounds, samples, seed)
-    return [*_against_autograd(trial), *_against_taylor(trial), *_against_differences(trial)]
+    rows = []
+    calls = [*CALLS, tuple(QUANTITIES)]
+    trials = {
+        dtype: _set_up(network, dtype, lower_bounds, upper_bounds, samples, seed)
+        for dtype in (torch.float64, torch.float32)
+    }
+    for backend, arguments in backends().items():
+        for dtype, trial in trials.items():
+            evaluate = Evaluator(network, dtype=dtype, **arguments)
+            label = f"{backend}, {str(dtype).removeprefix('torch.')}"
+            rows += _against_autograd(trial, evaluate, calls, label, is_thorough=True)
+    interface = replace(trials[torch.float64], network=deepcopy(network).to("cpu", torch.float64))
+    return [*rows, *_against_taylor(interface), *_against_differences(interface)]
 
 
 @torch.inference_mode(False)
@@ -116,35 +176,44 @@ def prove_quickly(
     network: NN,
     lower_bounds: Sequence[float] | None = None,
     upper_bounds: Sequence[float] | None = None,
+    evaluate: Evaluator | None = None,
 ) -> None:
-    """Compare all derivatives with automatic differentiation at two points; the arguments are those of :func:`prove`.
+    """Compare all quantities of one Evaluator with automatic differentiation at two points.
+
+    Args:
+        network: The network; it is left as it is.
+        lower_bounds: As for :func:`prove`.
+        upper_bounds: As for :func:`prove`.
+        evaluate: The Evaluator of this network that is going to be used; a new one if not given. The plans that are
+            tried are kept in it.
 
     Raises:
-        DerivativeError: some disagree, or are not finite.
+        DerivativeError: some quantity disagrees, or is not finite.
 
     Example:
         >>> from hessquik.networks import ICNN
         >>> prove_quickly(ICNN(3, [None, 8, 2]))
     """
-    failed = [
-        f"{row.quantity} (relative error {row.found:.1e})"
-        for row in _against_autograd(_set_up(network, lower_bounds, upper_bounds, samples=2, seed=0))
-        if not row.passed
-    ]
+    evaluate = Evaluator(network) if evaluate is None else evaluate
+    trial = _set_up(network, evaluate.dtype, lower_bounds, upper_bounds, samples=2, seed=0)
+    rows = _against_autograd(trial, evaluate, CALLS, "the Evaluator", is_thorough=False)
+    failed = [f"{row.quantity} (relative error {row.found:.1e})" for row in rows if not row.passed]
     if failed:
+        bounds = ", ".join(sorted({f"{row.bound:.0e}" for row in rows if not row.passed}))
         raise DerivativeError(
-            f"expected derivatives within {AUTOGRAD_BOUND:.0e} of automatic differentiation, got {', '.join(failed)}"
+            f"results must be within {bounds} of automatic differentiation in float64, got {', '.join(failed)}"
         )
 
 
 def _set_up(
     network: NN,
+    dtype: torch.dtype,
     lower_bounds: Sequence[float] | None,
     upper_bounds: Sequence[float] | None,
     samples: int,
     seed: int,
 ) -> _Trial:
-    """Copy the network and draw what to try it at."""
+    """Draw what to try the network at, and differentiate the reference there."""
     generator = torch.Generator().manual_seed(seed)
     d, m = network.dim_input(), network.dim_output()
 
@@ -158,48 +227,164 @@ def _set_up(
         lower, upper = (torch.as_tensor(bounds, dtype=torch.float64) for bounds in (lower_bounds, upper_bounds))
         scale = (upper - lower) / 2
         x = lower + (upper - lower) * torch.rand(samples, d, dtype=torch.float64, generator=generator)
-    directions = torch.nn.functional.normalize(normal(samples, 3, d), dim=-1) * scale
-    copy = deepcopy(network).to("cpu", torch.float64).requires_grad_(False)
-    return _Trial(copy, x, normal(samples, m), directions, scale)
+    directions = torch.nn.functional.normalize(normal(samples, DIRECTIONS, d), dim=-1) * scale
+    x, weights, directions = (part.to(dtype).double() for part in (x, normal(samples, m), directions))
+    trial = _Trial(network, dtype, x, weights, directions, scale)
+    trial.expected.update(_differentiate(trial, torch.float64))
+    if dtype == torch.float64:
+        trial.bounds.update(dict.fromkeys(trial.expected, FLOAT64_BOUND))
+    else:
+        rounded = _differentiate(trial, dtype)
+        errors = {name: trial.error(rounded[name], expected) for name, expected in trial.expected.items()}
+        trial.bounds.update({name: max(FLOAT32_BOUND, FLOAT32_FACTOR * error) for name, error in errors.items()})
+    return trial
 
 
-def _against_autograd(trial: _Trial) -> list[Row]:
-    """All quantities of the weighted outputs; the Hessian by its products with the directions."""
-    with torch.enable_grad():
-        x = trial.x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(trial.value(x).sum(), x, create_graph=True)
-        products = [
-            torch.autograd.grad((gradient * v).sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)
-            if gradient.requires_grad
-            else (torch.zeros_like(x),)
-            for v in trial.directions.unbind(1)
-        ]
-    hv = torch.stack([product for (product,) in products], dim=1)
-    gradient, v, scale = gradient.detach(), trial.directions, trial.scale
-    with torch.no_grad():
-        found = calculus.evaluate(
-            trial.network.forms(), trial.x, calculus.QUANTITIES, trial.weights, trial.directions
+def _differentiate(trial: _Trial, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what :attr:`_Trial.expected` holds, computed in a dtype.
+
+    The points are repeated, once per direction and once per axis, so that two passes backward give all products.
+    """
+    n, d = trial.x.shape
+    scale = trial.scale.to(dtype)
+    f, weights = ReferenceNetwork(trial.network, dtype), trial.weights.to(dtype)
+
+    def products(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the value (n, j), gradient (n, j, d) and Hv (n, j, d) for vectors (n, j, d)."""
+        j = vectors.shape[1]
+        with torch.enable_grad():
+            x = trial.x.to(dtype).repeat_interleave(j, dim=0).requires_grad_()
+            value = (f(x) * weights.repeat_interleave(j, dim=0)).sum(-1)
+            gradient = _gradient(value.sum(), x)
+            hv = _gradient((gradient * vectors.flatten(0, 1)).sum(), x)
+        value, gradient, hv = (part.detach().unflatten(0, (n, j)) for part in (value, gradient, hv))
+        return value, gradient, hv
+
+    step = max(1, MAX_BYTES // (8 * n * d * dtype.itemsize))
+    diagonals = []
+    for start in range(0, d, step):
+        axes = torch.diag(scale)[start : start + step].expand(n, -1, -1)
+        vectors = torch.cat([trial.directions.to(dtype), axes], dim=1) if start == 0 else axes
+        value, gradient, hv = products(vectors)
+        gradient, hv = gradient * scale, hv * scale
+        if start == 0:
+            found = {"value": value[:, 0], "gradient": gradient[:, 0], "hvp": hv[:, :DIRECTIONS]}
+            hv = hv[:, DIRECTIONS:]
+        diagonals.append(hv.diagonal(start, dim1=1, dim2=2))
+    found["hessian_diagonal"] = torch.cat(diagonals, dim=1)
+    return {name: part.double() for name, part in found.items()}
+
+
+def _gradient(total: Tensor, x: Tensor) -> Tensor:
+    """Return ∂total/∂x, zero where x has no part in it."""
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True, allow_unused=True, materialize_grads=True)
+    return gradient
+
+
+def _against_autograd(
+    trial: _Trial,
+    evaluate: Evaluator,
+    calls: Sequence[Sequence[str]],
+    computed_by: str,
+    is_thorough: bool,
+) -> list[Row]:
+    """Compare calls of an Evaluator with automatic differentiation; one row has the worst error of a quantity.
+
+    A thorough comparison also asks for each quantity alone, and makes the calls for weighted sums of the outputs too.
+    """
+    x, weights, directions = (
+        part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.weights, trial.directions)
+    )
+    comparisons = _comparisons(trial)
+    worst: dict[str, float] = {}
+    asked = [(names, False) for names in calls]
+    if is_thorough:
+        asked += [(names, True) for names in calls] + [((name,), False) for name in QUANTITIES]
+    for names, is_weighted in asked:
+        quantities = _affordable(names, evaluate, x.shape[0])
+        if not quantities:
+            continue
+        found = evaluate(
+            x,
+            quantities,
+            weights=weights if is_weighted else None,
+            directions=None if DIRECTIONAL.isdisjoint(quantities) else directions,
         )
-    got = {name: getattr(found, name).squeeze(-1) for name in calculus.QUANTITIES}
-    diagonal = got["hessian"].diagonal(dim1=1, dim2=2)
-    compared = {
-        "gradient": (got["gradient"] * scale, gradient * scale),
-        "jvp": (got["jvp"], (v @ gradient.unsqueeze(-1)).squeeze(-1)),
-        "hvp": (got["hvp"] * scale, hv * scale),
-        "curvature": (got["curvature"], (v * hv).sum(-1)),
-        "hessian": (v @ got["hessian"] * scale, hv * scale),
-        "hessian_diagonal": (got["hessian_diagonal"] * scale**2, diagonal * scale**2),
-        "laplacian": (got["laplacian"].unsqueeze(-1), diagonal.sum(-1, keepdim=True)),
-    }
-    references = dict.fromkeys(("hessian_diagonal", "laplacian"), "the proven Hessian")
+        for name in quantities:
+            result = getattr(found, name).to("cpu", torch.float64)
+            sums = result.squeeze(-1) if is_weighted else _weighted(result, trial.weights)
+            how = comparisons[name]
+            error = trial.error(how.natural(sums), how.expected, how.size)
+            worst[name] = max(worst.get(name, 0.0), error, key=_severity)
+    own = user_defined(trial.network)
+    reference = f"autograd of the own forward of {', '.join(own)}" if own else "autograd"
     return [
-        trial.row(quantity, references.get(quantity, "autograd"), AUTOGRAD_BOUND, *pair)
-        for quantity, pair in compared.items()
+        Row(name, computed_by, reference, "relative error", error, trial.bounds[comparisons[name].bound])
+        for name, error in worst.items()
     ]
 
 
+def _affordable(names: Sequence[str], evaluate: Evaluator, n: int) -> tuple[str, ...]:
+    """Return the quantities without the Hessian if it would be too large."""
+    is_large = n * evaluate.d**2 * evaluate.m * evaluate.dtype.itemsize > MAX_BYTES
+    return tuple(name for name in names if not (is_large and name == "hessian"))
+
+
+def _weighted(result: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sums (n, …) of a result (n, …, m)."""
+    shape = (weights.shape[0], *(1,) * (result.ndim - 2), weights.shape[1])
+    return (result * weights.view(shape)).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """How a quantity of Σⱼ λⱼ fⱼ is compared.
+
+    Attributes:
+        natural: Takes the result to natural units.
+        expected: The result there.
+        bound: The entry of :attr:`_Trial.bounds` that holds.
+        size: What the error is relative to, if not to the expected result.
+    """
+
+    natural: Callable[[Tensor], Tensor]
+    expected: Tensor
+    bound: str
+    size: Tensor | None = None
+
+
+def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
+    """Return how each quantity is compared; a Hessian by its diagonal and its products with the directions."""
+    scale, v = trial.scale, trial.directions / trial.scale
+    gradient, hv, diagonal = (trial.expected[name] for name in ("gradient", "hvp", "hessian_diagonal"))
+    unit = 1 / (scale**-2).sum()  # with it the Laplacian is a mean of the diagonal in natural units
+    terms = diagonal * scale**-2 * unit
+
+    def sections(hessian: Tensor) -> Tensor:
+        natural = hessian * scale * scale.unsqueeze(-1)
+        return torch.cat([v @ natural, natural.diagonal(dim1=1, dim2=2).unsqueeze(1)], dim=1)
+
+    return {
+        "value": _Comparison(lambda got: got, trial.expected["value"], "value"),
+        "gradient": _Comparison(lambda got: got * scale, gradient, "gradient"),
+        "jvp": _Comparison(lambda got: got, (v @ gradient.unsqueeze(-1)).squeeze(-1), "gradient"),
+        "hvp": _Comparison(lambda got: got * scale, hv, "hvp"),
+        "curvature": _Comparison(lambda got: got, (v * hv).sum(-1), "hvp"),
+        "hessian": _Comparison(sections, torch.cat([hv, diagonal.unsqueeze(1)], dim=1), "hvp"),
+        "hessian_diagonal": _Comparison(lambda got: got * scale**2, diagonal, "hessian_diagonal"),
+        "laplacian": _Comparison(lambda got: got * unit, terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)),
+    }
+
+
+def _severity(error: float) -> float:
+    """Return an error for comparisons, where NaN is the worst."""
+    return math.inf if math.isnan(error) else error
+
+
 def _against_taylor(trial: _Trial) -> list[Row]:
-    """The gradient and the Hessian, carried forward and backward, by the orders at which errors fall."""
+    """Compare gradient and Hessian of the documented interface, in both modes, with the orders of Taylor errors."""
     rows = []
     x, v = trial.x, trial.directions[:, 0]
     for mode, forward in (("forward", True), ("backward", False)):
@@ -214,22 +399,22 @@ def _against_taylor(trial: _Trial) -> list[Row]:
         for order, quantity in ((2, "gradient"), (3, "hessian")):
             noise = taylor.rounding(terms[:order])
             seen = taylor.observed_order([row[order - 1] for row in found], order, 2.0, noise)
-            rows.append(Row(quantity, f"Taylor, {mode} mode", "order", seen, order - TAYLOR_SLACK))
+            rows.append(Row(quantity, f"{mode} mode", "Taylor", "order", seen, order - TAYLOR_SLACK))
     return rows
 
 
 def _against_differences(trial: _Trial) -> list[Row]:
-    """The slope and the curvature in a direction, by central differences."""
+    """Compare slope and curvature along a direction, by the documented interface, with central differences."""
     x, v = trial.x, trial.directions[:, 1]
     with torch.no_grad():
-        found = calculus.evaluate(
-            trial.network.forms(), x, ("jvp", "curvature"), trial.weights, trial.directions[:, 1:2]
-        )
-        assert found.jvp is not None
-        assert found.curvature is not None
+        _, slope, bent = trial.network(x, do_gradient=True, do_Hessian=True, v=v.unsqueeze(1), forward_mode=True)
+        slope, bent = ((part.flatten(1) * trial.weights).sum(-1) for part in (slope, bent))
         eps, bound = DIFFERENCES["gradient"]
-        slope = (trial.value(x + eps * v) - trial.value(x - eps * v)) / (2 * eps)
-        row = trial.row("jvp", "finite differences", bound, found.jvp.flatten(), slope)
+        first = (trial.value(x + eps * v) - trial.value(x - eps * v)) / (2 * eps)
+        rows = [("gradient", trial.error(slope, first), bound)]
         eps, bound = DIFFERENCES["curvature"]
-        bent = (trial.value(x + eps * v) - 2 * trial.value(x) + trial.value(x - eps * v)) / eps**2
-        return [row, trial.row("curvature", "finite differences", bound, found.curvature.flatten(), bent)]
+        second = (trial.value(x + eps * v) - 2 * trial.value(x) + trial.value(x - eps * v)) / eps**2
+        rows.append(("curvature", trial.error(bent, second), bound))
+    return [
+        Row(name, "forward mode", "finite differences", "relative error", error, bound) for name, error, bound in rows
+    ]

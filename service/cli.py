@@ -125,7 +125,7 @@ def check(
 ) -> None:
     """Prove a model's derivatives; exit with 1 if they fail."""
     from hessquik import FormatError, storage
-    from hessquik.proof import prove
+    from hessquik.proof import backends, prove
 
     try:
         saved = storage.parse(model.read_bytes())
@@ -133,11 +133,15 @@ def check(
         _fail(f"{model.name}: {error}", status=1)
     bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
     rows = prove(saved.network, *bounds, samples=samples)
-    table = Table("quantity", "compared with", "measure", "found", "bound", "")
+    table = Table("quantity", "computed by", "compared with", "measure", "found", "bound", "")
     for row in rows:
         verdict = "[green]passed[/]" if row.passed else "[red]FAILED[/]"
-        table.add_row(row.quantity, row.reference, row.measure, f"{row.found:.2e}", f"{row.bound:.2e}", verdict)
+        found, bound = f"{row.found:.2e}", f"{row.bound:.2e}"
+        table.add_row(row.quantity, row.computed_by, row.reference, row.measure, found, bound, verdict)
     Console().print(table)
+    failed = {row.computed_by.split(",")[0] for row in rows if not row.passed}
+    for backend in backends():
+        Console().print(f"backend {backend}: {'FAILED' if backend in failed else 'proven'}", highlight=False)
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
 
 

@@ -15,14 +15,16 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "hessquik": """
         hessquik.errors
-        hessquik.activations
-        hessquik.layers
+        hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities hessquik.strict_json
+        hessquik.algebra hessquik.graph hessquik.steps
+        hessquik.operations hessquik.strided hessquik.trace
+        hessquik.layers hessquik.layout hessquik.passes
         hessquik.calculus
-        hessquik.program
-        hessquik.machine hessquik.memory hessquik.native hessquik.plan
-        hessquik.runners
+        hessquik.plan
+        hessquik.backends
         hessquik.networks
-        hessquik.evaluator hessquik.utils hessquik.storage
+        hessquik.architecture hessquik.evaluator hessquik.utils
+        hessquik.reference hessquik.storage
         hessquik.conversion hessquik.proof
         hessquik
     """,

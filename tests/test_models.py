@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hessquik import Evaluator, load
+from hessquik.architecture import build
 from hessquik.networks import NN
-from hessquik.storage import METADATA, SavedNetwork, build, parse
+from hessquik.storage import METADATA, SavedNetwork, parse
 from tests import oracle
 
 MODELS = Path(__file__).parent.parent / "models"

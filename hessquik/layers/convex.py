@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from hessquik.activations import hessQuikActivationFunction, softplusActivation
@@ -31,8 +33,10 @@ class ICNNLayer(hessQuikLayer):
 
     Attributes:
         K: Weights of x (d, q).
-        L: Weights of u (p, q) before the softplus, ``None`` in the first layer.
+        L: Weights of u (p, q) before ``nonneg``, ``None`` in the first layer.
         b: Bias (q,).
+        nonneg: The function that makes L⁺ of L, :func:`torch.nn.functional.softplus`. Another one may be set; a file
+            cannot hold it.
 
     Example:
         >>> import torch
@@ -61,6 +65,7 @@ class ICNNLayer(hessQuikLayer):
         self.out_features = out_features
         self.act = softplusActivation() if act is None else act
         self.bias = bias
+        self.nonneg: Callable[[Tensor], Tensor] = softplus
 
         def weights(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -91,7 +96,7 @@ class ICNNLayer(hessQuikLayer):
         return Form(
             self.act,
             widths,
-            into=(self.K,) if self.L is None else (softplus(self.L), self.K),
+            into=(self.K,) if self.L is None else (self.nonneg(self.L), self.K),
             bias=self.b,
             skip=(None,) * len(widths),
             carries=True,

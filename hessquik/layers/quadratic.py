@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -90,9 +92,11 @@ class quadraticICNNLayer(hessQuikLayer):
 
     Attributes:
         v: Weights of x (d,).
-        w: Weights of u (p,) before the softplus, or ``None``.
+        w: Weights of u (p,) before ``nonneg``, or ``None``.
         A: Weights of the quadratic term (r, d).
         mu: Constant (1,).
+        nonneg: The function that makes w⁺ of w, :func:`torch.nn.functional.softplus`. Another one may be set; a file
+            cannot hold it.
 
     Example:
         >>> import torch
@@ -117,6 +121,7 @@ class quadraticICNNLayer(hessQuikLayer):
         self.input_dim = input_dim
         self.in_features = in_features
         self.rank = rank
+        self.nonneg: Callable[[Tensor], Tensor] = softplus
 
         def weights(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -146,7 +151,7 @@ class quadraticICNNLayer(hessQuikLayer):
         into, skip = (self.A.T,), (self.v.unsqueeze(-1),)
         if self.w is None:
             return _quadratic_form(self, into, skip)
-        return _quadratic_form(self, (None, *into), (softplus(self.w).unsqueeze(-1), *skip))
+        return _quadratic_form(self, (None, *into), (self.nonneg(self.w).unsqueeze(-1), *skip))
 
 
 def _quadratic_form(

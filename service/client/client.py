@@ -3,31 +3,73 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
-import numpy.typing as npt
 
-from service.client.errors import ClientError, ConnectionLost, DeadlineExceeded
-from service.client.messages import Answer, Array, ArrayLike, Reply, Request, ask, parse_document
-from service.client.steps import Conversation, Pause, Persistence, Send, Steps, Together, exchange, post
+from service.client.errors import ClientError
+from service.client.messages import Reply
+from service.client.models import AsyncModel, Model
+from service.client.progress import bar
+from service.client.steps import Pause, Persistence, Send, Steps, Together, list_models, post
+from service.client.transport import LIMITS, Body, DeadlineTransport, options, too_late, translate
 
 __all__ = ["AsyncClient", "AsyncModel", "Client", "Model"]
 
 T = TypeVar("T")
+DocumentT = TypeVar("DocumentT")
+DocumentsT = TypeVar("DocumentsT")
 
-#: Seconds to connect; after that another try is better than more patience.
-CONNECT_S = 5.0
+
+class _Service(Generic[DocumentT, DocumentsT]):
+    """What the blocking and the asynchronous client have in common."""
+
+    def __init__(self, url: str, api_key: str | None, deadline_s: float, retries: int, concurrency: int) -> None:
+        if httpx.URL(url).scheme not in {"http", "https"}:
+            raise ValueError(f"url: expected http://… or https://…, got {url!r}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key: expected printable ASCII characters, got others")
+        if concurrency < 1:
+            raise ValueError(f"concurrency: expected a number from 1 on, got {concurrency}")
+        self._url = url
+        self._persistence = Persistence(deadline_s, retries)
+        self._concurrency = concurrency
+        key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            # Numbers do not get smaller by compressing, only later.
+            "headers": {"accept-encoding": "identity", **key},
+            "follow_redirects": False,
+            "limits": LIMITS,
+            "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=())),  # keeps none
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url!r})"
+
+    def models(self) -> DocumentsT:
+        """Return the service's description of every model, as in ``GET /v1/models``."""
+        return self._run(list_models(self._persistence))  # type: ignore[no-any-return]
+
+    def load(self, name: str) -> DocumentT:
+        """Have a model read from the service's disk again; needs an admin key."""
+        return self._run(post(name, "load", self._persistence))  # type: ignore[no-any-return]
+
+    def unload(self, name: str) -> DocumentT:
+        """Have a model dropped; needs an admin key."""
+        return self._run(post(name, "unload", self._persistence))  # type: ignore[no-any-return]
+
+    def _run(self, steps: Steps[Any]) -> Any:
+        """Carry out steps."""
+        raise NotImplementedError
 
 
-class Client:
+class Client(_Service[dict[str, Any], list[dict[str, Any]]]):
     """A connection pool to one service. Threads may share it.
 
     Args:
@@ -37,10 +79,11 @@ class Client:
             limit for it, two minutes unless configured.
         retries: Most retries of a request.
         concurrency: Most parts of a batch that are sent at once.
-        transport: What carries requests; httpx's own pool if not given.
+        transport: What carries requests. The client's own pool, if not given, keeps the deadline whatever the server
+            does; with another one, httpx's timeouts for each wait are what there is.
 
     Raises:
-        ValueError: the URL is not one of HTTP.
+        ValueError: the URL is not one of HTTP, or a number is not one that makes sense.
     """
 
     def __init__(
@@ -54,25 +97,12 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Open no connection yet."""
-        self._persistence = Persistence(deadline_s, retries)
-        self._concurrency = concurrency
-        self._http = httpx.Client(transport=transport, **_http_options(url, api_key))
+        super().__init__(url, api_key, deadline_s, retries, concurrency)
+        self._http = httpx.Client(transport=transport or DeadlineTransport(httpx.URL(url)), **self._options)
 
     def model(self, name: str, version: str | int | None = None) -> Model:
-        """A model of the service; nothing is asked yet."""
-        return Model(self, name, version)
-
-    def models(self) -> list[dict[str, Any]]:
-        """What ``GET /v1/models`` says of every model."""
-        return list(self._run(_list_models(self._persistence)))
-
-    def load(self, name: str) -> dict[str, Any]:
-        """Have a model read from the service's disk again; needs an admin key."""
-        return self._run(post(f"/v1/models/{quote(name, safe='')}/load", self._persistence))
-
-    def unload(self, name: str) -> dict[str, Any]:
-        """Have a model dropped; needs an admin key."""
-        return self._run(post(f"/v1/models/{quote(name, safe='')}/unload", self._persistence))
+        """Return a model of the service; nothing is sent yet."""
+        return Model(self._run, self._url, name, version, self._persistence)
 
     def close(self) -> None:
         """Close the connections."""
@@ -87,7 +117,6 @@ class Client:
         self.close()
 
     def _run(self, steps: Steps[T]) -> T:
-        """Carry out steps."""
         outcome: Any = None
         while True:
             try:
@@ -100,104 +129,42 @@ class Client:
                 case Pause(seconds):
                     time.sleep(seconds)
                 case Together():
-                    outcome = self._run_together(step)
+                    self._run_together(step)
 
     def _send(self, step: Send) -> Reply | ClientError:
-        end = time.monotonic() + step.within_s
+        end_s = time.monotonic() + step.within_s
         try:
-            with self._http.stream(*_arguments(step), **_options(step)) as response:
-                chunks = []
+            with self._http.stream(**options(step)) as response:
+                body = Body(step, response)
                 for chunk in response.iter_bytes():
-                    chunks.append(chunk)
-                    if time.monotonic() > end:
-                        return _too_late(step)
-                return Reply(response.status_code, _lower(response.headers), b"".join(chunks))
+                    body.add(chunk)
+                    if time.monotonic() > end_s:
+                        return too_late(step)
+            return body.reply()
+        except ClientError as error:
+            return error
         except httpx.RequestError as error:
-            return _translate(error, step)
+            return translate(error, step)
 
-    def _run_together(self, step: Together) -> list[Any]:
+    def _run_together(self, step: Together) -> None:
         with (
-            _progress(step) as advance,
+            bar(step) as advance,
             ThreadPoolExecutor(min(self._concurrency, len(step.conversations))) as executor,
         ):
-            futures = [executor.submit(self._run, steps) for steps in step.conversations]
-            rows = dict(zip(futures, step.rows, strict=True))
+            sizes = {
+                executor.submit(self._run, steps): size
+                for steps, size in zip(step.conversations, step.sizes, strict=True)
+            }
             try:
-                for future in as_completed(futures):
+                for future in as_completed(sizes):
                     future.result()
-                    advance(rows[future])
+                    advance(sizes[future])
             except BaseException:
                 executor.shutdown(cancel_futures=True)
                 raise
-        return [future.result() for future in futures]
 
 
-class Model:
-    """One model of a service: exact derivatives as functions of points.
-
-    Points may be one, shape (d,), or a batch, shape (n, d); lists, numpy arrays and torch tensors are taken, numpy
-    arrays come back.
-    """
-
-    def __init__(self, client: Client, name: str, version: str | int | None = None) -> None:
-        """Nothing is asked yet."""
-        self._client = client
-        self._conversation = Conversation(name, None if version is None else str(version), client._persistence)
-
-    def describe(self) -> dict[str, Any]:
-        """What the service says of the model: sizes, dtype, metadata, architecture, limits."""
-        return self._client._run(self._conversation.describe())
-
-    def value(self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None) -> Array:
-        """f, shape (n, m)."""
-        return self.evaluate(x, ["value"], weights=weights, dtype=dtype)["value"]
-
-    def gradient(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """∂f_j/∂x_a, shape (n, d, m)."""
-        return self.evaluate(x, ["gradient"], weights=weights, dtype=dtype)["gradient"]
-
-    def hessian(self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None) -> Array:
-        """∂²f_j/∂x_a∂x_b, shape (n, d, d, m)."""
-        return self.evaluate(x, ["hessian"], weights=weights, dtype=dtype)["hessian"]
-
-    def laplacian(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """Σ_a ∂²f_j/∂x_a², shape (n, m)."""
-        return self.evaluate(x, ["laplacian"], weights=weights, dtype=dtype)["laplacian"]
-
-    def evaluate(
-        self,
-        x: ArrayLike,
-        quantities: Sequence[str] = ("value",),
-        *,
-        weights: ArrayLike | None = None,
-        directions: ArrayLike | None = None,
-        dtype: npt.DTypeLike | None = None,
-        progress: bool = False,
-    ) -> Answer:
-        """Any set of quantities in one pass.
-
-        Args:
-            x: Points, (d,) or (n, d). A batch over the service's limits is split and sent concurrently.
-            quantities: Any of value, gradient, hessian, laplacian, hessian_diagonal, jvp, hvp, curvature.
-            weights: (m,) or (n, m): derivatives of Σ_j weights_j f_j, and m becomes 1.
-            directions: (k, d) or (n, k, d), for jvp, hvp and curvature.
-            dtype: float32 or float64 to compute in; the model's own if not given.
-            progress: Whether to draw a bar over the parts of a split batch; needs ``rich``.
-
-        Raises:
-            ClientError: there is no answer; one class per code, see :mod:`service.client.errors`.
-            TypeError: something is no array of numbers.
-            ValueError: x is neither one point nor a batch.
-        """
-        question = ask(x, quantities, weights, directions, dtype)
-        return self._client._run(self._conversation.evaluate(question, progress))
-
-
-class AsyncClient:
+class AsyncClient(_Service[Awaitable[dict[str, Any]], Awaitable[list[dict[str, Any]]]]):
     """:class:`Client` for asyncio: the same arguments and methods, awaited."""
 
     def __init__(
@@ -211,25 +178,12 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Open no connection yet."""
-        self._persistence = Persistence(deadline_s, retries)
-        self._concurrency = concurrency
-        self._http = httpx.AsyncClient(transport=transport, **_http_options(url, api_key))
+        super().__init__(url, api_key, deadline_s, retries, concurrency)
+        self._http = httpx.AsyncClient(transport=transport, **self._options)
 
     def model(self, name: str, version: str | int | None = None) -> AsyncModel:
-        """A model of the service; nothing is asked yet."""
-        return AsyncModel(self, name, version)
-
-    async def models(self) -> list[dict[str, Any]]:
-        """What ``GET /v1/models`` says of every model."""
-        return list(await self._run(_list_models(self._persistence)))
-
-    async def load(self, name: str) -> dict[str, Any]:
-        """Have a model read from the service's disk again; needs an admin key."""
-        return await self._run(post(f"/v1/models/{quote(name, safe='')}/load", self._persistence))
-
-    async def unload(self, name: str) -> dict[str, Any]:
-        """Have a model dropped; needs an admin key."""
-        return await self._run(post(f"/v1/models/{quote(name, safe='')}/unload", self._persistence))
+        """Return a model of the service; nothing is sent yet."""
+        return AsyncModel(self._run, self._url, name, version, self._persistence)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -244,7 +198,6 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, steps: Steps[T]) -> T:
-        """Carry out steps."""
         outcome: Any = None
         while True:
             try:
@@ -257,143 +210,34 @@ class AsyncClient:
                 case Pause(seconds):
                     await asyncio.sleep(seconds)
                 case Together():
-                    outcome = await self._run_together(step)
+                    await self._run_together(step)
 
     async def _send(self, step: Send) -> Reply | ClientError:
         try:
-            async with asyncio.timeout(step.within_s):
-                response = await self._http.request(*_arguments(step), **_options(step))
-            return Reply(response.status_code, _lower(response.headers), response.content)
+            async with asyncio.timeout(step.within_s), self._http.stream(**options(step)) as response:
+                body = Body(step, response)
+                async for chunk in response.aiter_bytes():
+                    body.add(chunk)
+            return body.reply()
+        except ClientError as error:
+            return error
         except TimeoutError:
-            return _too_late(step)
+            return too_late(step)
         except httpx.RequestError as error:
-            return _translate(error, step)
+            return translate(error, step)
 
-    async def _run_together(self, step: Together) -> list[Any]:
+    async def _run_together(self, step: Together) -> None:
         room = asyncio.Semaphore(self._concurrency)
-        with _progress(step) as advance:
+        with bar(step) as advance:
 
-            async def run(steps: Steps[Any], rows: int) -> Any:
+            async def run(steps: Steps[None], size: int) -> None:
                 async with room:
-                    result = await self._run(steps)
-                advance(rows)
-                return result
+                    await self._run(steps)
+                advance(size)
 
-            tasks = [asyncio.ensure_future(run(*pair)) for pair in zip(step.conversations, step.rows, strict=True)]
             try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-
-class AsyncModel:
-    """:class:`Model` for asyncio."""
-
-    def __init__(self, client: AsyncClient, name: str, version: str | int | None = None) -> None:
-        """Nothing is asked yet."""
-        self._client = client
-        self._conversation = Conversation(name, None if version is None else str(version), client._persistence)
-
-    async def describe(self) -> dict[str, Any]:
-        """What the service says of the model: sizes, dtype, metadata, architecture, limits."""
-        return await self._client._run(self._conversation.describe())
-
-    async def value(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """f, shape (n, m)."""
-        return (await self.evaluate(x, ["value"], weights=weights, dtype=dtype))["value"]
-
-    async def gradient(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """∂f_j/∂x_a, shape (n, d, m)."""
-        return (await self.evaluate(x, ["gradient"], weights=weights, dtype=dtype))["gradient"]
-
-    async def hessian(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """∂²f_j/∂x_a∂x_b, shape (n, d, d, m)."""
-        return (await self.evaluate(x, ["hessian"], weights=weights, dtype=dtype))["hessian"]
-
-    async def laplacian(
-        self, x: ArrayLike, *, weights: ArrayLike | None = None, dtype: npt.DTypeLike | None = None
-    ) -> Array:
-        """Σ_a ∂²f_j/∂x_a², shape (n, m)."""
-        return (await self.evaluate(x, ["laplacian"], weights=weights, dtype=dtype))["laplacian"]
-
-    async def evaluate(
-        self,
-        x: ArrayLike,
-        quantities: Sequence[str] = ("value",),
-        *,
-        weights: ArrayLike | None = None,
-        directions: ArrayLike | None = None,
-        dtype: npt.DTypeLike | None = None,
-        progress: bool = False,
-    ) -> Answer:
-        """Any set of quantities in one pass; arguments and errors are those of :meth:`Model.evaluate`."""
-        question = ask(x, quantities, weights, directions, dtype)
-        return await self._client._run(self._conversation.evaluate(question, progress))
-
-
-def _list_models(persistence: Persistence) -> Steps[list[dict[str, Any]]]:
-    document = parse_document((yield from exchange(Request("GET", "/v1/models"), persistence)))
-    return list(document["models"])
-
-
-def _http_options(url: str, api_key: str | None) -> dict[str, Any]:
-    """What both of httpx's clients are made with."""
-    if httpx.URL(url).scheme not in {"http", "https"}:
-        raise ValueError(f"url: expected http://… or https://…, got {url!r}")
-    key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    # Numbers do not get smaller by compressing, only later.
-    return {"base_url": url, "headers": {"accept-encoding": "identity", **key}, "follow_redirects": False}
-
-
-def _arguments(step: Send) -> tuple[str, str]:
-    return step.request.method, step.request.target
-
-
-def _options(step: Send) -> dict[str, Any]:
-    deadline_ms = max(1, math.floor(step.within_s * 1000))
-    return {
-        "content": step.request.body or None,
-        "headers": {**step.request.headers, "x-deadline-ms": str(deadline_ms)},
-        "timeout": httpx.Timeout(step.within_s, connect=min(CONNECT_S, step.within_s)),
-    }
-
-
-def _lower(headers: httpx.Headers) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
-
-
-def _translate(error: httpx.RequestError, step: Send) -> ClientError:
-    """Errors of httpx in our words; what broke may be tried again, what took all the time may not."""
-    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-        return _too_late(step)
-    return ConnectionLost(f"expected a whole reply, the connection broke: {type(error).__name__}: {error}")
-
-
-def _too_late(step: Send) -> DeadlineExceeded:
-    return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none", status=0)
-
-
-@contextmanager
-def _progress(step: Together) -> Iterator[Callable[[int], None]]:
-    """A bar over rows, or nothing."""
-    if not step.shows_progress:
-        yield lambda rows: None
-        return
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:-1],
-        MofNCompleteColumn(),
-        TextColumn("points"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("evaluating", total=sum(step.rows))
-        yield lambda rows: bar.advance(task, rows)
+                async with asyncio.TaskGroup() as group:
+                    for steps, size in zip(step.conversations, step.sizes, strict=True):
+                        group.create_task(run(steps, size))
+            except* ClientError as errors:
+                raise errors.exceptions[0] from None

@@ -1,12 +1,15 @@
-"""Questions → requests, replies → answers: all that the clients know of the wire."""
+"""Questions → requests, replies → answers: all that the client knows of the wire.
+
+Nothing in a reply is believed: sizes, types, names and shapes are compared with what was asked, and what does not fit
+is an :class:`~service.client.errors.UnexpectedReply`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -15,22 +18,23 @@ import safetensors
 import safetensors.numpy
 
 from service.client.errors import BY_CODE, ServiceError, UnexpectedReply
-from service.quantities import QUANTITIES
+from service.quantities import AXES, DIRECTIONAL, QUANTITIES, floats_per_row
 
 __all__ = [
     "Answer",
     "Array",
     "ArrayLike",
+    "Facts",
     "Question",
     "Reply",
     "Request",
     "ask",
     "build_request",
     "error_in",
-    "join",
     "parse_answer",
     "parse_document",
-    "split",
+    "parse_facts",
+    "unexpected",
 ]
 
 Array = npt.NDArray[np.floating[Any]]
@@ -38,6 +42,15 @@ Array = npt.NDArray[np.floating[Any]]
 ArrayLike = Any
 
 SAFETENSORS = "application/x-safetensors"
+DTYPES = ("float32", "float64")
+#: Bytes of a safetensors header, for a few tensors and the model's name.
+HEADER_BYTES = 4096
+#: Bytes of a description, which repeats the header of a model's file, and of an error.
+DOCUMENT_BYTES = 4 << 20
+#: Bytes of the answer about one point by a model that has not been described yet, and of one output of it.
+UNSEEN_BYTES, UNSEEN_OUTPUT_BYTES = 1 << 20, 4096
+#: Directions per point where the service does not say how many it takes.
+MAX_DIRECTIONS = 1024
 #: A field's shapes by their number of axes: the same for all points, or a batch's with a row per point.
 _SHAPES = {
     "inputs": {1: "(d,)", 2: "(n, d)"},
@@ -54,13 +67,15 @@ class Request:
         method: ``GET`` or ``POST``.
         target: Path and query.
         body: The bytes.
-        headers: What belongs to this request; keys and deadlines are added where it is sent.
+        headers: Headers of this request; keys and deadlines are added where it is sent.
+        most_bytes: The largest body that a reply with status 200 may have.
     """
 
     method: str
     target: str
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    most_bytes: int = DOCUMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +88,41 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What a call asks.
+class Facts:
+    """The part of a model's description that its answers are held against.
 
     Attributes:
-        inputs: (d,) or (n, d).
+        version: The version described.
+        d: Inputs; ``None`` while the model is not ready.
+        m: Outputs; the same.
+        dtype: The model's own; the same.
+        rows: Most points n in a request; with k directions, n·k is at most this.
+        directions: Most directions per point in a request.
+        body_bytes: Largest request body.
+        reply_bytes: Largest reply.
+    """
+
+    version: str
+    d: int | None
+    m: int | None
+    dtype: str | None
+    rows: int
+    directions: int
+    body_bytes: int
+    reply_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The arguments of a call, checked as far as that needs no server.
+
+    Attributes:
+        inputs: (n, d).
         quantities: Their names.
         weights: (m,) or (n, m) or ``None``.
         directions: (k, d) or (n, k, d) or ``None``.
         dtype: ``float32`` or ``float64``; ``None`` is the model's own.
+        is_single: One point was given without an n axis, and its answer has none.
     """
 
     inputs: Array
@@ -89,46 +130,40 @@ class Question:
     weights: Array | None = None
     directions: Array | None = None
     dtype: str | None = None
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one point, whose answer has no n axis."""
-        return self.inputs.ndim == 1
+    is_single: bool = False
 
     @property
     def rows(self) -> int:
-        """How many points."""
-        return 1 if self.is_single else len(self.inputs)
+        """The number of points n."""
+        return len(self.inputs)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all its arrays."""
-        return sum(array.nbytes for array in (self.inputs, self.weights, self.directions) if array is not None)
+    def k(self) -> int:
+        """The number of directions per point."""
+        return 0 if self.directions is None else self.directions.shape[-2]
 
-    def arrays_per_row(self) -> list[Array]:
-        """Those arrays of a batch that have a row per point: always the inputs."""
-        own = ((self.inputs, 2), (self.weights, 2), (self.directions, 3))
-        return [array for array, ndim in own if array is not None and array.ndim == ndim]
+    def floats(self, m: int, k: int | None = None) -> int:
+        """Return how many numbers an answer has per point, for a model of m outputs."""
+        d = self.inputs.shape[-1]
+        return floats_per_row(self.quantities, d, m, self.k if k is None else k, self.weights is not None)
 
-    def part(self, start: int, stop: int) -> Question:
-        """Some rows of a batch; weights and directions go along where each row has its own."""
-        weights, directions = self.weights, self.directions
-        if weights is not None and weights.ndim == 2:
-            weights = weights[start:stop]
-        if directions is not None and directions.ndim == 3:
-            directions = directions[start:stop]
-        return Question(self.inputs[start:stop], self.quantities, weights, directions, self.dtype)
+    def shape(self, quantity: str, m: int) -> tuple[int, ...]:
+        """Return the shape of a quantity, n axis included, for a model of m outputs."""
+        sizes = {"d": self.inputs.shape[-1], "k": self.k, "m": 1 if self.weights is not None else m}
+        return (self.rows, *(sizes[axis] for axis in AXES[quantity]))
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """What the service answered; a quantity that was not asked for is ``None``.
+    """The service's answer: an attribute per quantity that was asked for, also by name, ``answer["hessian"]``.
 
     Shapes for a batch; a single point's have no n axis. With weights, m is 1.
 
-    Attributes:
+    Args:
         model: The model's name.
         version: The version that answered.
+        arrays: The quantities.
+
+    Attributes:
         value: (n, m).
         gradient: (n, d, m).
         hessian: (n, d, d, m).
@@ -137,29 +172,53 @@ class Answer:
         jvp: (n, k, m), derivatives along directions.
         hvp: (n, k, d, m), Hessians times directions.
         curvature: (n, k, m), vᵀHv.
+
+    Example:
+        >>> answer = Answer("peaks", "1", {"value": np.zeros((5, 1))})
+        >>> answer
+        Answer(model='peaks', version='1', value=(5, 1))
+        >>> answer.hessian
+        Traceback (most recent call last):
+        AttributeError: hessian: expected a quantity that was asked for: value
     """
 
-    model: str
-    version: str
-    value: Array | None = None
-    gradient: Array | None = None
-    hessian: Array | None = None
-    laplacian: Array | None = None
-    hessian_diagonal: Array | None = None
-    jvp: Array | None = None
-    hvp: Array | None = None
-    curvature: Array | None = None
+    value: Array
+    gradient: Array
+    hessian: Array
+    laplacian: Array
+    hessian_diagonal: Array
+    jvp: Array
+    hvp: Array
+    curvature: Array
+
+    def __init__(self, model: str, version: str, arrays: Mapping[str, Array]) -> None:
+        """Hold the arrays, which belong to the caller."""
+        self.model = model
+        self.version = version
+        self.arrays = dict(arrays)
+
+    def __getattr__(self, quantity: str) -> Array:
+        """Return a quantity; called for names that are not attributes."""
+        arrays: dict[str, Array] = self.__dict__.get("arrays", {})
+        if quantity in arrays:
+            return arrays[quantity]
+        if quantity in QUANTITIES:
+            raise AttributeError(f"{quantity}: expected a quantity that was asked for: {', '.join(arrays)}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {quantity!r}")
 
     def __getitem__(self, quantity: str) -> Array:
-        """A quantity by name.
+        """Return a quantity by name.
 
         Raises:
             KeyError: it was not asked for.
         """
-        array = getattr(self, quantity, None)
-        if not isinstance(array, np.ndarray):
-            raise KeyError(quantity)
-        return array
+        if quantity not in self.arrays:
+            raise KeyError(f"{quantity}: expected a quantity that was asked for: {', '.join(self.arrays)}")
+        return self.arrays[quantity]
+
+    def __repr__(self) -> str:
+        shapes = "".join(f", {name}={array.shape}" for name, array in self.arrays.items())
+        return f"Answer(model={self.model!r}, version={self.version!r}{shapes})"
 
 
 def ask(
@@ -169,7 +228,7 @@ def ask(
     directions: ArrayLike | None = None,
     dtype: npt.DTypeLike | None = None,
 ) -> Question:
-    """A question about numbers of any kind.
+    """Return a question about numbers of any kind.
 
     Raises:
         TypeError: something is no array of numbers, or quantities is a string.
@@ -177,35 +236,53 @@ def ask(
     """
     if isinstance(quantities, str):
         raise TypeError("quantities: expected a list of names, got a string")
-    unknown = [name for name in quantities if name not in QUANTITIES]
-    if unknown or not quantities:
+    names = tuple(quantities)
+    unknown = [name for name in names if name not in QUANTITIES]
+    if unknown or not names:
         raise ValueError(f"quantities: expected names out of {', '.join(QUANTITIES)}, got {unknown or 'none'}")
+    wanted = None if dtype is None else np.dtype(dtype).name
+    if wanted not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected float32 or float64, got {wanted}")
+    points = _array("inputs", inputs)
+    is_directional = directions is not None and not DIRECTIONAL.isdisjoint(names)
     question = Question(
-        _array("inputs", inputs),
-        tuple(quantities),
+        np.atleast_2d(points),
+        names,
         None if weights is None else _array("weights", weights),
-        None if directions is None else _array("directions", directions),
-        None if dtype is None else np.dtype(dtype).name,
+        _array("directions", directions) if is_directional else None,
+        wanted,
+        points.ndim == 1,
     )
-    for array in question.arrays_per_row():
-        if len(array) != question.rows:
-            raise ValueError(f"expected {question.rows} rows, as many as points, got shape {array.shape}")
+    for name, array, own in (("weights", question.weights, 2), ("directions", question.directions, 3)):
+        if array is not None and array.ndim == own and len(array) != question.rows:
+            raise ValueError(f"{name}: expected {question.rows} rows, as many as points, got shape {array.shape}")
     return question
 
 
-def build_request(model: str, version: str | None, question: Question) -> Request:
-    """The request that asks a question."""
+def build_request(model: str, version: str | None, question: Question, facts: Facts | None) -> Request:
+    """Return the request that asks a question."""
     tensors = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
     body = safetensors.numpy.save(
         {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
     )
     query = {"quantities": ",".join(question.quantities), "dtype": question.dtype, "version": version}
     target = f"/v1/models/{quote(model, safe='')}/evaluate?{_encode(query)}"
-    return Request("POST", target, body, {"content-type": SAFETENSORS, "accept": SAFETENSORS})
+    headers = {"content-type": SAFETENSORS, "accept": SAFETENSORS}
+    if facts is None or facts.m is None:
+        return Request("POST", target, body, headers, UNSEEN_BYTES)
+    itemsize = np.dtype(question.dtype or facts.dtype).itemsize
+    return Request("POST", target, body, headers, HEADER_BYTES + question.rows * question.floats(facts.m) * itemsize)
 
 
-def parse_answer(reply: Reply, question: Question) -> Answer:
-    """The numbers in a reply.
+def parse_answer(reply: Reply, model: str, version: str | None, question: Question, facts: Facts | None) -> Answer:
+    """Return the numbers in a reply, with their n axis. Numbers that are not finite come as they were computed.
+
+    Args:
+        reply: A reply with status 200.
+        model: The model that was asked.
+        version: The version that was asked, if one was.
+        question: The question.
+        facts: The model's sizes and dtype, if they are known.
 
     Raises:
         UnexpectedReply: it does not answer the question.
@@ -213,67 +290,95 @@ def parse_answer(reply: Reply, question: Question) -> Answer:
     try:
         arrays = safetensors.numpy.load(reply.body)
         head = json.loads(reply.body[8 : 8 + int.from_bytes(reply.body[:8], "little")])
-        model, version = head["__metadata__"]["model"], head["__metadata__"]["version"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
-        raise _unexpected(reply) from None
-    is_complete = arrays.keys() == set(question.quantities)
-    if not is_complete or not (question.is_single or all(len(a) == question.rows for a in arrays.values())):
-        raise _unexpected(reply)
-    return Answer(model, version, **arrays)
+        answered = head["__metadata__"]["model"], head["__metadata__"]["version"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        raise unexpected(reply, "an answer in safetensors") from None
+    if answered != (model, version or answered[1]):
+        raise unexpected(reply, f"an answer by model {model}, version {version or 'any'}, got {answered}")
+    if arrays.keys() != set(question.quantities):
+        raise unexpected(reply, f"{', '.join(question.quantities)}, got {', '.join(arrays) or 'nothing'}")
+    some = arrays[question.quantities[0]]
+    m = (facts and facts.m) or (some.shape[-1] if some.ndim else 0)
+    dtype = question.dtype or (facts and facts.dtype) or some.dtype.name
+    for name, array in arrays.items():
+        if (array.shape, array.dtype.name) != (question.shape(name, m), dtype) or dtype not in DTYPES or m < 1:
+            wanted = f"{name} as {dtype} {question.shape(name, m)}"
+            raise unexpected(reply, f"{wanted}, got {array.dtype} {array.shape}")
+    return Answer(model, answered[1], {name: arrays[name] for name in question.quantities})
 
 
 def parse_document(reply: Reply) -> dict[str, Any]:
-    """The JSON object in a reply.
+    """Return the JSON object in a reply.
 
     Raises:
         UnexpectedReply: there is none.
     """
-    try:
-        document = json.loads(reply.body)
-    except ValueError:
-        document = None
+    document = _load_json(reply.body)
     if not isinstance(document, dict):
-        raise _unexpected(reply)
+        raise unexpected(reply, "a JSON object")
     return document
 
 
+def parse_facts(reply: Reply, model: str, version: str | None) -> tuple[dict[str, Any], Facts]:
+    """Return a model's description, and the facts in it.
+
+    Raises:
+        UnexpectedReply: it is none, or one of another model.
+    """
+    document = parse_document(reply)
+    limits = document.get("limits")
+    limits = limits if isinstance(limits, dict) else {}
+    answered, dtype, metadata = document.get("version"), document.get("dtype"), document.get("metadata")
+    sizes = [document.get("d"), document.get("m")]
+    most = [
+        limits.get("rows"),
+        limits.get("directions", MAX_DIRECTIONS),
+        *map(limits.get, ("body_bytes", "reply_bytes")),
+    ]
+    faults = {
+        "name": document.get("name") != model,
+        "version": not isinstance(answered, str) or answered != (version or answered),
+        "d and m": not all(size is None or _is_count(size) for size in sizes),
+        "dtype": dtype is not None and dtype not in DTYPES,
+        "metadata": metadata is not None and not isinstance(metadata, dict),
+        "limits": not all(map(_is_count, most)),
+    }
+    if any(faults.values()):
+        fault = next(name for name, is_fault in faults.items() if is_fault)
+        raise unexpected(reply, f"a description of model {model}, version {version or 'any'}, got a wrong {fault}")
+    return document, Facts(str(answered), sizes[0], sizes[1], dtype, *most)
+
+
 def error_in(reply: Reply) -> ServiceError | None:
-    """The error that a reply is, if it is one."""
+    """Return the error that a reply is, if it is one."""
     if reply.status == 200:
         return None
-    try:
-        problem = json.loads(reply.body)
-        kind = BY_CODE[problem.pop("code")]
-        detail, request_id = str(problem.pop("detail")), str(problem.pop("request_id"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return _unexpected(reply)
-    extra = {name: value for name, value in problem.items() if name not in {"type", "title", "status"}}
-    error = kind(detail, status=reply.status, request_id=request_id, retry_after_s=_retry_after_s(reply))
-    error.extra = extra
+    problem = _load_json(reply.body)
+    code, detail = (problem.get("code"), problem.get("detail")) if isinstance(problem, dict) else (None, None)
+    kind = BY_CODE.get(code) if isinstance(code, str) else None
+    if kind is None or not isinstance(detail, str):
+        return unexpected(reply, "a reply of the service")
+    error = kind(
+        detail,
+        status=reply.status,
+        request_id=str(problem.get("request_id", "")),
+        retry_after_s=_retry_after_s(reply),
+    )
+    own = {"type", "title", "status", "detail", "code", "request_id"}
+    error.extra = {name: value for name, value in problem.items() if name not in own}
     return error
 
 
-def split(question: Question, rows: int) -> list[Question]:
-    """A batch's parts of at most so many rows, as even as they get."""
-    count = max(1, -(-question.rows // rows))
-    if count == 1:
-        return [question]
-    ends = [question.rows * part // count for part in range(count + 1)]
-    return [question.part(start, stop) for start, stop in pairwise(ends)]
-
-
-def join(answers: Sequence[Answer]) -> Answer:
-    """The parts' answers as one."""
-    first = answers[0]
-    if len(answers) == 1:
-        return first
-    names = [name for name in Answer.__dataclass_fields__ if isinstance(getattr(first, name), np.ndarray)]
-    joined = {name: np.concatenate([answer[name] for answer in answers]) for name in names}
-    return Answer(first.model, first.version, **joined)
+def unexpected(reply: Reply, wanted: str) -> UnexpectedReply:
+    """Return the error for a reply that is not what was wanted."""
+    kind = reply.headers.get("content-type", "no type")[:100]
+    request_id = reply.headers.get("x-request-id", "")
+    detail = f"expected {wanted}; this is status {reply.status} with {len(reply.body)} bytes of {kind}"
+    return UnexpectedReply(detail, status=reply.status, request_id=request_id, retry_after_s=_retry_after_s(reply))
 
 
 def _array(field: str, given: ArrayLike) -> Array:
-    """Numbers of any kind as float32, if they are, or float64, with as many axes as the field may have."""
+    """Return numbers of any kind as float32, if they are, or float64, with as many axes as the field may have."""
     detach = getattr(given, "detach", None)
     array = np.asarray(given if detach is None else detach().cpu().numpy())
     if array.dtype.kind not in "iuf":
@@ -288,13 +393,22 @@ def _encode(query: Mapping[str, str | None]) -> str:
     return urlencode({name: value for name, value in query.items() if value is not None}, safe=",")
 
 
-def _unexpected(reply: Reply) -> UnexpectedReply:
-    kind = reply.headers.get("content-type", "no type")
-    detail = f"expected a reply of the service, got status {reply.status} and {len(reply.body)} bytes of {kind}"
-    request_id = reply.headers.get("x-request-id", "")
-    return UnexpectedReply(detail, status=reply.status, request_id=request_id, retry_after_s=_retry_after_s(reply))
+def _load_json(body: bytes) -> Any:
+    """Return a JSON value, or ``None`` for what is none: neither NaN nor lists nested without end."""
+    try:
+        return json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"expected JSON, got {constant}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _retry_after_s(reply: Reply) -> float | None:
     given = reply.headers.get("retry-after", "")
-    return float(given) if given.isdigit() and len(given) < 6 else None
+    return float(given) if given.isascii() and given.isdigit() and len(given) < 6 else None

@@ -1,43 +1,42 @@
-"""What a client does to get an answer, as steps that it only has to carry out.
+"""The steps that a client takes to get an answer, without any input or output.
 
-Everything that takes a decision is written here once, as generators without any input or output: they yield a step,
-receive its outcome and return the result. :class:`~service.client.Client` carries the steps out with blocking calls,
-:class:`~service.client.AsyncClient` with awaiting ones.
+Everything that takes a decision is written here once, as generators: they yield a step, receive its outcome and
+return the result. :class:`~service.client.Client` carries the steps out with blocking calls,
+:class:`~service.client.AsyncClient` with awaited ones.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-import numpy as np
-
 from service.client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
 from service.client.messages import (
+    UNSEEN_OUTPUT_BYTES,
     Answer,
+    Array,
+    Facts,
     Question,
     Reply,
     Request,
     build_request,
     error_in,
-    join,
     parse_answer,
     parse_document,
-    split,
+    parse_facts,
+    unexpected,
 )
-from service.quantities import floats_per_row
+from service.client.parts import Part, Result, cut
 
-__all__ = ["Conversation", "Pause", "Persistence", "Send", "Steps", "Together", "post"]
+__all__ = ["Conversation", "Pause", "Persistence", "Send", "Steps", "Together", "exchange", "list_models", "post"]
 
-#: Bytes of points and answers in one part of a split batch: several workers share a batch, a lost part costs little.
-PART_BYTES = 8 << 20
-#: Bytes of a body that are not points: the safetensors header.
-MARGIN_BYTES = 4096
+#: Bytes of the list of all models.
+LIST_BYTES = 64 << 20
 
 
 class Send(NamedTuple):
@@ -54,16 +53,18 @@ class Pause(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Carry out several conversations at once; the outcome is the list of their results.
+    """Carry out several conversations at once; there is no outcome.
 
     Attributes:
         conversations: Steps each.
-        rows: Points in each.
-        shows_progress: Whether to draw a bar.
+        sizes: Points in each, or points times directions where those are split.
+        unit: The word for them.
+        shows_progress: Draw a bar.
     """
 
-    conversations: Sequence[Steps[Any]]
-    rows: Sequence[int]
+    conversations: Sequence[Steps[None]]
+    sizes: Sequence[int]
+    unit: str
     shows_progress: bool
 
 
@@ -91,16 +92,23 @@ class Persistence:
 
     def __post_init__(self) -> None:
         """Start with a full budget."""
+        if not (0 < self.deadline_s < float("inf") and self.retries >= 0):
+            given = f"{self.deadline_s} and {self.retries}"
+            raise ValueError(f"deadline_s, retries: expected seconds over 0 and a number from 0 on, got {given}")
         self._budget = 10.0
         self._lock = Lock()
 
+    def end_s(self) -> float:
+        """Return the end of a call that begins now, on the monotonic clock."""
+        return time.monotonic() + self.deadline_s
+
     def earn(self) -> None:
-        """A call earns a tenth of a retry."""
+        """Add a tenth of a retry to the budget, for a call."""
         with self._lock:
             self._budget = min(10.0, self._budget + 0.1)
 
     def pause_s(self, attempt: int, error: ClientError) -> float | None:
-        """How long to wait before the next attempt; ``None`` to give up."""
+        """Return how long to wait before the next attempt; ``None`` to give up."""
         can_help = (
             isinstance(error, ConnectionLost)
             or (isinstance(error, ServiceError) and error.status in {503, 504})
@@ -115,88 +123,125 @@ class Persistence:
         return float(asked_s + random.uniform(0, min(2.0, 0.05 * 2**attempt)))
 
 
-def exchange(request: Request, persistence: Persistence) -> Steps[Reply]:
+def exchange(request: Request, persistence: Persistence, end_s: float | None = None) -> Steps[Reply]:
     """Get the reply to a request.
+
+    Args:
+        request: The request.
+        persistence: How often to try.
+        end_s: Until when, on the monotonic clock; the persistence's deadline from now on if not given.
 
     Raises:
         ClientError: there is none, or it is an error.
     """
-    end = time.monotonic() + persistence.deadline_s
+    end_s = persistence.end_s() if end_s is None else end_s
     persistence.earn()
     attempt = 0
     while True:
-        outcome: Reply | ClientError = yield Send(request, max(0.001, end - time.monotonic()))
+        outcome: Reply | ClientError = yield Send(request, max(0.001, end_s - time.monotonic()))
         error = error_in(outcome) if isinstance(outcome, Reply) else outcome
         if isinstance(outcome, Reply) and error is None:
             return outcome
         assert error is not None
         pause_s = persistence.pause_s(attempt, error)
-        if pause_s is None or time.monotonic() + pause_s >= end:
+        if pause_s is None or time.monotonic() + pause_s >= end_s:
             raise error
         yield Pause(pause_s)
         attempt += 1
 
 
-def post(target: str, persistence: Persistence) -> Steps[dict[str, Any]]:
-    """Ask for an action."""
-    return parse_document((yield from exchange(Request("POST", target), persistence)))
+def list_models(persistence: Persistence) -> Steps[list[dict[str, Any]]]:
+    """Get the descriptions of all models."""
+    reply = yield from exchange(Request("GET", "/v1/models", most_bytes=LIST_BYTES), persistence)
+    models = parse_document(reply).get("models")
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        raise unexpected(reply, "a list of models")
+    return models
+
+
+def post(model: str, action: str, persistence: Persistence) -> Steps[dict[str, Any]]:
+    """Have a model loaded or unloaded."""
+    request = Request("POST", f"/v1/models/{quote(model, safe='')}/{action}")
+    reply = yield from exchange(request, persistence)
+    document = parse_document(reply)
+    if document.get("name") != model:
+        raise unexpected(reply, f"a reply about model {model}")
+    return document
 
 
 class Conversation:
-    """What is said about one model.
+    """All that is said about one model.
 
     Args:
         model: Its name.
         version: A version, or ``None`` for the service's default.
         persistence: How long and how often to try.
+
+    Attributes:
+        facts: What the service said of the model last, if it did.
     """
 
     def __init__(self, model: str, version: str | None, persistence: Persistence) -> None:
         """Nothing is known of the model yet."""
         self.model = model
         self.version = version
+        self.facts: Facts | None = None
         self._persistence = persistence
-        self._facts: dict[str, Any] | None = None
 
-    def describe(self) -> Steps[dict[str, Any]]:
-        """What the service says of the model now."""
+    def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
+        """Get what the service says of the model now."""
         query = "" if self.version is None else f"?version={quote(self.version)}"
         request = Request("GET", f"/v1/models/{quote(self.model, safe='')}{query}")
-        self._facts = parse_document((yield from exchange(request, self._persistence)))
-        return self._facts
+        reply = yield from exchange(request, self._persistence, end_s)
+        document, self.facts = parse_facts(reply, self.model, self.version)
+        return document
+
+    def quantity(self, question: Question, shows_progress: bool) -> Steps[Array]:
+        """Answer a question about one quantity."""
+        answer = yield from self.evaluate(question, shows_progress)
+        return answer[question.quantities[0]]
 
     def evaluate(self, question: Question, shows_progress: bool) -> Steps[Answer]:
         """Answer a question; a batch that is too large for one request in parts, all by the same version."""
-        if question.rows <= 1:
-            return (yield from self._evaluate(self.version, question))
-        facts = self._facts or (yield from self.describe())
-        if question.rows <= _rows_in_part(question, facts):
-            return (yield from self._evaluate(self.version, question))
-        facts = yield from self.describe()
-        parts = split(question, _rows_in_part(question, facts))
-        evaluations = [self._evaluate(str(facts["version"]), part) for part in parts]
-        answers: list[Answer] = yield Together(evaluations, [part.rows for part in parts], shows_progress)
-        return join(answers)
+        end_s = self._persistence.end_s()
+        # One point of a model of usual size is worth no description: its answer is small, and describes itself.
+        if self.facts is None and (question.rows > 1 or question.floats(m=1) * 8 > UNSEEN_OUTPUT_BYTES):
+            yield from self.describe(end_s)
+        facts = self.facts
+        try:
+            answer = yield from self._evaluate(question, facts, shows_progress, end_s)
+        except UnexpectedReply as error:
+            # The model may have been replaced by one of another size since it was described.
+            if error.status != 200:
+                raise
+            yield from self.describe(end_s)
+            if self.facts == facts:
+                raise
+            answer = yield from self._evaluate(question, self.facts, shows_progress, end_s)
+        if question.is_single:
+            return Answer(answer.model, answer.version, {name: array[0] for name, array in answer.arrays.items()})
+        return answer
 
-    def _evaluate(self, version: str | None, question: Question) -> Steps[Answer]:
-        request = build_request(self.model, version, question)
-        return parse_answer((yield from exchange(request, self._persistence)), question)
+    def _evaluate(self, question: Question, facts: Facts | None, shows_progress: bool, end_s: float) -> Steps[Answer]:
+        """Answer a question about a model of these sizes, in as many parts as it takes."""
+        if facts is None or facts.m is None or len(cut(question, facts)) == 1:
+            return (yield from self._ask(self.version, question, facts, end_s))
+        yield from self.describe(end_s)
+        pinned = self.facts
+        assert pinned is not None
+        parts, result = cut(question, pinned), Result(question, pinned)
+        sizes = [part.question.rows * max(1, part.question.k) for part in parts]
+        unit = "points × directions" if question.k else "points"
+        yield Together([self._put(part, pinned, result) for part in parts], sizes, unit, shows_progress)
+        return Answer(self.model, pinned.version, result.arrays)
 
+    def _put(self, part: Part, facts: Facts, result: Result) -> Steps[None]:
+        """Have a part answered by the version that was described, and write the answer to its place."""
+        end_s = self._persistence.end_s()
+        result.put(part, (yield from self._ask(facts.version, part.question, facts, end_s)))
 
-def _rows_in_part(question: Question, facts: Mapping[str, Any]) -> int:
-    """How many rows of a batch fit into one request by the service's limits and :data:`PART_BYTES`; one at least."""
-    limits, (d, m) = facts["limits"], (question.inputs.shape[-1], facts["m"] or 1)
-    per_row = question.arrays_per_row()
-    body_bytes = max(1, sum(array[:1].nbytes for array in per_row))
-    # One set of weights or directions for all points goes along with every part.
-    rest_bytes = MARGIN_BYTES + question.nbytes - sum(array.nbytes for array in per_row)
-    k = 0 if question.directions is None else question.directions.shape[-2]
-    floats = floats_per_row(question.quantities, d, m, k, question.weights is not None)
-    reply_bytes = floats * np.dtype(question.dtype or facts["dtype"]).itemsize
-    rows: int = min(
-        limits["rows"],
-        (limits["body_bytes"] - rest_bytes) // body_bytes,
-        limits["reply_bytes"] // reply_bytes,
-        PART_BYTES // (body_bytes + reply_bytes),
-    )
-    return max(1, rows)
+    def _ask(self, version: str | None, question: Question, facts: Facts | None, end_s: float) -> Steps[Answer]:
+        """Have a question answered by one request."""
+        request = build_request(self.model, version, question, facts)
+        reply = yield from exchange(request, self._persistence, end_s)
+        return parse_answer(reply, self.model, version, question, facts)

@@ -19,7 +19,7 @@ import torch
 
 from service import client as package
 from service import errors as service_errors
-from service.client import AsyncClient, Client, ClientError, steps
+from service.client import AsyncClient, Client, ClientError, parts
 from service.client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
 from service.client.messages import Reply, Request
 from service.client.steps import Pause, Persistence, Send, exchange
@@ -79,7 +79,7 @@ def test_quantities_agree_with_autodiff(zoo: Zoo, client: Client) -> None:
     out = vector.evaluate(X, ["jvp", "hvp", "curvature", "hessian_diagonal"], weights=WEIGHTS, directions=DIRECTIONS)
     hessian = np.einsum("nabj,nj->nab", expected["hessian"], WEIGHTS)
     gradient = np.einsum("naj,nj->na", expected["gradient"], WEIGHTS)
-    assert (out.model, out.version, out.value) == ("vector", "2", None)
+    assert (out.model, out.version) == ("vector", "2")
     np.testing.assert_allclose(out["jvp"][..., 0], np.einsum("na,nka->nk", gradient, DIRECTIONS), atol=TOLERANCE)
     np.testing.assert_allclose(out["hvp"][..., 0], np.einsum("nab,nkb->nka", hessian, DIRECTIONS), atol=TOLERANCE)
     np.testing.assert_allclose(
@@ -195,7 +195,7 @@ def test_large_batches_are_split_and_joined(zoo: Zoo, monkeypatch: pytest.Monkey
     with Client(zoo.url, transport=(whole := Counting())) as client:
         expected = evaluate(client)
     assert whole.methods == {"GET": 1, "POST": 1}
-    monkeypatch.setattr(steps, "PART_BYTES", 4000)
+    monkeypatch.setattr(parts, "PART_BYTES", 4000)
     with Client(zoo.url, transport=(split := Counting()), concurrency=3) as client:
         got = evaluate(client)
     # 8 · (3 + 4) bytes there and 8 · (1 + 9 + 2·3) back make 21 rows of 4,000 bytes.
@@ -215,7 +215,7 @@ def test_large_batches_are_split_and_joined(zoo: Zoo, monkeypatch: pytest.Monkey
 
 
 def test_one_failing_part_fails_the_batch(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "PART_BYTES", 400)
+    monkeypatch.setattr(parts, "PART_BYTES", 400)
     points = np.tile(X, (10, 1))
     points[66] = np.nan
     with Client(zoo.url) as client, pytest.raises(package.InvalidInput):
@@ -232,7 +232,7 @@ def test_one_failing_part_fails_the_batch(zoo: Zoo, monkeypatch: pytest.MonkeyPa
 def test_progress_is_drawn_on_request(
     client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(steps, "PART_BYTES", 400)
+    monkeypatch.setattr(parts, "PART_BYTES", 400)
     client.model("vector").evaluate(X, ["hessian"])
     assert capsys.readouterr().out == ""
     client.model("vector").evaluate(X, ["hessian"], progress=True)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hessquik import load, storage
+from hessquik import load
 from hessquik import networks as net
 from hessquik.activations import geluActivation, softplusActivation
+from hessquik.architecture import describe
 from hessquik.conversion import convert, read_checkpoint
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, quadraticLayer, resnetLayer, singleLayer
@@ -57,15 +58,15 @@ def test_directions_and_weights_give_the_figures_of_the_original(name):
 
 
 def test_constructor_arguments_survive():
-    resnet = storage.describe(read_checkpoint(FOLDER / "resnet.pt"))
+    resnet = describe(read_checkpoint(FOLDER / "resnet.pt"))
     single, inner, last = resnet["layers"]
     assert single["act"] == {"type": "antiTanhActivation"}
     assert inner == {"type": "resnetNN", "width": 5, "depth": 2, "h": 0.5, "act": {"type": "tanhActivation"}}
     assert last["bias"] is False
-    convex = storage.describe(read_checkpoint(FOLDER / "convex.pt"))["layers"][0]
+    convex = describe(read_checkpoint(FOLDER / "convex.pt"))["layers"][0]
     assert convex["act"] == {"type": "softplusActivation", "beta": 2.0, "threshold": 15.0}
     assert convex["widths"] == [None, 5, 4]
-    nested = storage.describe(read_checkpoint(FOLDER / "nested.pt"))
+    nested = describe(read_checkpoint(FOLDER / "nested.pt"))
     assert nested["layers"][0]["layers"][1]["type"] == "resnetNN"
     assert nested["layers"][0]["layers"][1]["h"] == 0.25
 
@@ -73,7 +74,7 @@ def test_constructor_arguments_survive():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_dict_with_its_architecture_is_the_same_network(name):
     whole = read_checkpoint(FOLDER / f"{name}.pt")
-    again = read_checkpoint(FOLDER / f"{name}.state_dict.pt", storage.describe(whole))
+    again = read_checkpoint(FOLDER / f"{name}.state_dict.pt", describe(whole))
     for (key, got), (other, expected) in zip(again.state_dict().items(), whole.state_dict().items(), strict=True):
         assert key == other
         assert torch.equal(got, expected)
@@ -90,7 +91,7 @@ def test_convert_reads_the_architecture_from_a_file(tmp_path):
 def test_without_its_architecture_a_state_dict_shows_what_it_tells(name):
     """The skeleton in the message, with every '?' filled in from the whole network, is its architecture."""
     whole = read_checkpoint(FOLDER / f"{name}.pt")
-    with pytest.raises(ArchitectureError, match="expected an architecture beside a state dict") as refusal:
+    with pytest.raises(ArchitectureError, match="a state dict needs an architecture beside it") as refusal:
         read_checkpoint(FOLDER / f"{name}.state_dict.pt")
     skeleton = json.loads(str(refusal.value).partition("'?':\n")[2])
     layers = iter(whole.layers())
@@ -98,20 +99,18 @@ def test_without_its_architecture_a_state_dict_shows_what_it_tells(name):
     def filled(node):
         if node["type"] == "NN":
             return {**node, "layers": [filled(layer) for layer in node["layers"]]}
-        known = storage.describe(next(layers))
+        known = describe(next(layers))
         return {key: known[key] if key in {"act", "h"} else value for key, value in node.items()}
 
     again = read_checkpoint(FOLDER / f"{name}.state_dict.pt", filled(skeleton))
-    assert [storage.describe(layer) for layer in again.layers()] == [
-        storage.describe(layer) for layer in whole.layers()
-    ]
+    assert [describe(layer) for layer in again.layers()] == [describe(layer) for layer in whole.layers()]
 
 
 def test_a_checkpoint_with_more_than_the_network_is_read(tmp_path):
     network = net.resnetNN(3, 2)
     optimizer = torch.optim.Adam(network.parameters())
     torch.save({"epoch": 7, "model": network.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
-    again = read_checkpoint(tmp_path / "run.pt", storage.describe(network))
+    again = read_checkpoint(tmp_path / "run.pt", describe(network))
     assert torch.equal(again[1].layer.K, network[1].layer.K)
 
 
@@ -125,7 +124,7 @@ def test_whole_networks_of_this_package_are_read_too(tmp_path):
     )
     torch.save(network, tmp_path / "network.pt")
     again = read_checkpoint(tmp_path / "network.pt")
-    assert storage.describe(again) == storage.describe(network)
+    assert describe(again) == describe(network)
     assert torch.equal(again(torch.ones(1, 3))[0], network(torch.ones(1, 3))[0])
 
 
@@ -158,16 +157,16 @@ def saved(folder, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Harmful, r"expected layers, networks and tensors only, got 'posix\.system'"),
+        (Harmful, r"must hold layers, networks and tensors only, got 'posix\.system'"),
         (lambda folder: {"model": Harmful(folder)}, r"got 'posix\.system'"),
         (lambda folder: Unknown(), r"got '.*test_conversion\.Unknown'"),
         (lambda folder: torch.nn.Linear(2, 2), r"got 'torch\.nn\.modules\.linear\.Linear'"),
         (lambda folder: net.NN(singleLayer(2, 2, torch.nn.Tanh())), r"got 'torch\.nn\.modules\.activation\.Tanh'"),
-        (lambda folder: [1, 2], "expected a network or a state dict, got list"),
-        (lambda folder: {}, "expected one network or state dict among the values, got 0"),
-        (lambda folder: {"a": singleLayer(1, 1), "b": singleLayer(1, 1)}, "got 2 under a, b"),
-        (lambda folder: softplusActivation(), "expected a network or a state dict, got softplusActivation"),
-        (lambda folder: singleLayer(2, 2).half(), "expected tensors all F32 or all F64"),
+        (lambda folder: [1, 2], "must hold a network or a state dict, got list"),
+        (lambda folder: {}, "one value must be a network or state dict, got 0"),
+        (lambda folder: {"a": singleLayer(1, 1), "b": singleLayer(1, 1)}, "got 2 under the keys a, b"),
+        (lambda folder: softplusActivation(), "must hold a network or a state dict, got softplusActivation"),
+        (lambda folder: singleLayer(2, 2).half(), "weights must be all float32 or all float64, got float16"),
     ],
     ids=["command", "command inside", "class", "layer", "activation", "list", "empty", "two", "σ alone", "half"],
 )
@@ -195,7 +194,10 @@ def empty(folder):
 @pytest.mark.parametrize("make", [broken_zip, no_pickle, empty])
 def test_a_broken_file_is_refused(make, tmp_path):
     make(tmp_path)
-    with pytest.raises(FormatError, match=r"checkpoint\.pt: expected a file that torch\.save wrote"):
+    with pytest.raises(
+        FormatError,
+        match=r"^checkpoint\.pt: a checkpoint must be a file that torch\.save wrote; this one is not or is damaged$",
+    ):
         read_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -207,23 +209,30 @@ def test_a_missing_file_is_missing(tmp_path):
 def test_attributes_that_are_no_arguments_are_refused(tmp_path):
     network = net.NN(singleLayer(2, 2))
     network[0].in_features = "two"
-    with pytest.raises(ArchitectureError, match=r"in_features: expected a whole number .* got 'two'"):
+    with pytest.raises(ArchitectureError, match=r"in_features must be an integer .* got \"two\""):
         read_checkpoint(saved(tmp_path, network))
 
 
 def test_a_network_inside_itself_is_refused(tmp_path):
     network = net.NN(singleLayer(2, 2))
     network._modules["1"] = network
-    with pytest.raises(FormatError, match="nested at most 8 deep"):
+    with pytest.raises(FormatError, match="must be nested at most 8 deep"):
+        read_checkpoint(saved(tmp_path, network))
+
+
+def test_a_layer_inside_itself_is_refused(tmp_path):
+    network = net.NN(singleLayer(2, 2))
+    network[0]._modules["inner"] = network[0]
+    with pytest.raises(FormatError, match="must be nested at most 8 deep"):
         read_checkpoint(saved(tmp_path, network))
 
 
 @pytest.mark.parametrize(
     ("architecture", "error", "message"),
     [
-        ({"type": "fullyConnectedNN", "widths": [2, 5, 3]}, FormatError, r"expected for '0\.K' the shape \(2, 5\)"),
-        ({"type": "fullyConnectedNN", "widths": [2, 4]}, FormatError, r"expected for '1\.K' the shape of no tensor"),
-        ({"type": "perceptron"}, ArchitectureError, "type: expected one of NN"),
+        ({"type": "fullyConnectedNN", "widths": [2, 5, 3]}, FormatError, r"tensor 0\.K must have the shape \(2, 5\)"),
+        ({"type": "fullyConnectedNN", "widths": [2, 4]}, FormatError, r"there must be no tensor \"1\.K\""),
+        ({"type": "perceptron"}, ArchitectureError, "type must be one of NN"),
         (
             {"type": "NN", "layers": [{"type": "quadraticLayer", "in_features": 2, "rank": 1}] * 2},
             CompositionError,
@@ -254,7 +263,7 @@ def test_an_architecture_beside_a_whole_network_is_refused():
     ids=["torch", "vector", "no layer", "both", "no matrix"],
 )
 def test_a_state_dict_of_something_else_is_refused(state, tmp_path):
-    with pytest.raises(FormatError, match=r"expected (a tensor|the tensors of a layer)"):
+    with pytest.raises(FormatError, match=r"must (be a tensor or a layer|hold the tensors of a layer)"):
         read_checkpoint(saved(tmp_path, OrderedDict(state)))
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hessquik import Evaluator, memory
+from hessquik import Evaluator, backends, memory
 from hessquik.activations import tanhActivation
 from hessquik.layers import resnetLayer, singleLayer
 from hessquik.networks import NN
@@ -89,7 +89,7 @@ from hessquik.networks import NN
 
 ACT = tanhActivation()
 network = NN(singleLayer(10, 256, ACT), *(resnetLayer(256, 0.5, ACT) for _ in range(6)), singleLayer(256, 1))
-evaluate = Evaluator(network, native={native})
+evaluate = Evaluator(network, backend={backend!r})
 def peak():  # of this program; getrusage's would begin with that of the process which started it
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
@@ -106,9 +106,9 @@ OURS = "evaluate(x, ('value', 'gradient', 'hessian'))"
 UNTILED = "network(x, do_gradient=True, do_Hessian=True)"
 
 
-def mebibytes_beyond_inputs_and_results(n, call, native):
+def mebibytes_beyond_inputs_and_results(n, call, backend):
     run = subprocess.run(
-        [sys.executable, "-c", PEAK.format(n=n, call=call, native=native)],
+        [sys.executable, "-c", PEAK.format(n=n, call=call, backend=backend)],
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -116,10 +116,10 @@ def mebibytes_beyond_inputs_and_results(n, call, native):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("backend", backends.names())
 @pytest.mark.parametrize("n", [2048, 16384])
-def test_memory_beyond_inputs_and_results_does_not_grow_with_the_rows(n, native):
-    assert mebibytes_beyond_inputs_and_results(n, OURS, native) <= 64
+def test_memory_beyond_inputs_and_results_does_not_grow_with_the_rows(n, backend):
+    assert mebibytes_beyond_inputs_and_results(n, OURS, backend) <= 64
 
 
 def test_the_measurement_of_memory_sees_what_is_not_bounded():

@@ -1,21 +1,23 @@
 """The proof of a network's derivatives passes what is right and refuses every wrong quantity."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hessquik import calculus, load, proof
+from hessquik import Evaluator, calculus, load, proof
 from hessquik import layers as lay
 from hessquik import networks as net
-from hessquik.activations import softplusActivation, tanhActivation
+from hessquik.activations import ACTIVATIONS, expActivation, sinActivation, softplusActivation, tanhActivation
+from hessquik.architecture import TYPES
 from hessquik.errors import DerivativeError
-from hessquik.layers.form import Linearization
+from hessquik.layers.base import hessQuikLayer
+from hessquik.layers.form import Form, Linearization
 from hessquik.proof import Row, prove, prove_quickly
+from hessquik.reference import LAYERS, SIGMA
 from tests.engine import random_networks as draws
 from tests.test_layering import ROOT
-
-QUANTITIES = tuple(name for name in calculus.QUANTITIES if name != "value")
 
 
 def network():
@@ -24,7 +26,7 @@ def network():
 
 
 def failed(rows):
-    return {(row.quantity, row.reference) for row in rows if not row.passed}
+    return {(row.quantity, row.computed_by, row.reference) for row in rows if not row.passed}
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -74,22 +76,187 @@ def test_networks_in_inference_mode_are_proven_too():
 @pytest.mark.parametrize(
     "change", [lambda t: 1.0001 * t, lambda t: -t, lambda t: t * torch.nan], ids=["off", "negative", "nan"]
 )
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("quantity", calculus.QUANTITIES)
 def test_each_wrong_quantity_is_refused(quantity, change, monkeypatch):
-    right = calculus.evaluate
+    right = Evaluator.__call__
 
-    def wrong(*arguments, **keywords):
-        found = right(*arguments, **keywords)
+    def wrong(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
         changed = {name: getattr(found, name) for name in calculus.QUANTITIES}
         if changed[quantity] is not None:
             changed[quantity] = change(changed[quantity])
         return calculus.Derivatives(**changed)
 
-    monkeypatch.setattr(proof.calculus, "evaluate", wrong)
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
     f = network()
-    assert quantity in {name for name, _ in failed(prove(f))}
-    with pytest.raises(DerivativeError, match=rf"{quantity} \(relative error"):
+    if change(torch.ones(1)) == 1.0001:
+        assert {row.quantity for row in prove(f) if not row.passed} == {quantity}
+    with pytest.raises(DerivativeError, match=rf"got {quantity} \(relative error"):
+        prove_quickly(f.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", proof.backends())
+def test_each_wrong_backend_is_refused(backend, dtype, monkeypatch):
+    """One backend gives wrong Hessians in one dtype: its rows fail, and those of the others pass."""
+    right = Evaluator.__call__
+    made = Evaluator.__init__
+
+    def make(self, *arguments, **keywords):
+        made(self, *arguments, **keywords)
+        self.is_wrong = keywords.items() >= proof.backends()[backend].items() and self.dtype == dtype
+
+    def wrong(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
+        if self.is_wrong and found.hessian is not None:
+            found.hessian[:, 0, 0] *= 1.01
+        return found
+
+    monkeypatch.setattr(Evaluator, "__init__", make)
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    expected = f"{backend}, {str(dtype).removeprefix('torch.')}"
+    assert {(row.quantity, row.computed_by) for row in prove(network()) if not row.passed} == {("hessian", expected)}
+
+
+def test_every_backend_of_this_machine_is_proven():
+    rows = prove(network())
+    proven = {row.computed_by for row in rows if row.reference == "autograd"}
+    assert proven == {f"{backend}, {dtype}" for backend in proof.backends() for dtype in ("float32", "float64")}
+    for computed_by in proven:
+        assert {row.quantity for row in rows if row.computed_by == computed_by} == set(calculus.QUANTITIES) | {
+            "value"
+        }
+
+
+def test_the_evaluator_that_is_given_is_the_one_that_is_proven(monkeypatch):
+    f = network()
+    evaluate = Evaluator(f)
+    prove_quickly(f, evaluate=evaluate)
+    with torch.no_grad():
+        f[0].K.mul_(1.01)  # the Evaluator keeps the old weights
+    with pytest.raises(DerivativeError):
+        prove_quickly(f, evaluate=evaluate)
+    prove_quickly(f)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_results_that_are_not_finite_are_refused(dtype):
+    """softplus with β = 1e-320 is ∞ at the points; so is a sum of exponentials beyond 709."""
+    f = net.fullyConnectedNN([2, 4, 1], softplusActivation(1e-320), dtype=dtype)
+    with pytest.raises(DerivativeError, match="value"):
         prove_quickly(f)
+
+
+def test_what_overflows_in_float32_only_is_refused_in_float32_only():
+    f = net.fullyConnectedNN([2, 4, 1], expActivation(), dtype=torch.float64)
+    with torch.no_grad():
+        f[1].K.fill_(0.0)
+        f[1].b.fill_(100.0)
+        f[1].K[0, 0] = 1e-3
+    prove_quickly(f)
+    with pytest.raises(DerivativeError):
+        prove_quickly(f, evaluate=Evaluator(f, dtype=torch.float32))
+
+
+def test_single_precision_is_judged_by_what_single_precision_can():
+    """A steep network is off by 1e-2 in float32, however it is computed; a wrong formula is off by more."""
+    f = net.fullyConnectedNN([2, 6, 1], sinActivation(), dtype=torch.float32)
+    with torch.no_grad():
+        f[0].K.mul_(3e4)
+    prove_quickly(f)
+
+
+def test_scales_far_apart_do_not_hide_a_wrong_laplacian(monkeypatch):
+    f = net.fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
+    with torch.no_grad():
+        f[0].K.div_(1e6)
+    right = Evaluator.__call__
+
+    def wrong(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
+        return replace(found, laplacian=None if found.laplacian is None else 1.001 * found.laplacian)
+
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    with pytest.raises(DerivativeError, match="laplacian"):
+        prove_quickly(f, [-1e6, -1e6], [1e6, 1e6])
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_many_inputs_are_differentiated_in_parts(step, monkeypatch):
+    f = net.fullyConnectedNN([7, 5, 2], tanhActivation(), dtype=torch.float64)
+    monkeypatch.setattr(proof, "MAX_BYTES", 8 * 2 * 7 * 8 * step)
+    prove_quickly(f)
+
+
+def test_a_hessian_that_is_too_large_is_left_out(monkeypatch):
+    f = net.fullyConnectedNN([7, 5, 2], tanhActivation(), dtype=torch.float64)
+    monkeypatch.setattr(proof, "MAX_BYTES", 100)
+    proven = {row.quantity for row in prove(f) if row.reference == "autograd"}
+    assert proven == set(calculus.QUANTITIES) - {"hessian"}
+
+
+class ownLayer(hessQuikLayer):
+    """y = u + sin(2u)."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.act = sinActivation() if act is None else act
+
+    def form(self):
+        return Form(self.act, (3,), into=(2.0,), skip=(1.0,))
+
+    def input_widths(self):
+        return (3,)
+
+    output_widths = input_widths
+
+
+def test_what_is_user_defined_is_named():
+    rows = prove(net.NN(lay.singleLayer(2, 3, wrongSlope()), ownLayer(), lay.singleLayer(3, 1)).double())
+    references = {row.reference for row in rows if row.computed_by.startswith("torch")}
+    assert references == {"autograd of the own forward of ownLayer, wrongSlope"}
+    assert "gradient" in {row.quantity for row in rows if not row.passed}  # of wrongSlope
+    rows = prove(net.NN(ownLayer(), lay.singleLayer(3, 1)).double())
+    assert all(row.passed for row in rows)
+
+
+def test_a_function_of_ones_own_that_makes_weights_positive_is_followed():
+    f = net.NN(net.ICNN(3, [None, 4, 2]), lay.quadraticICNNLayer(3, 2, 1)).double()
+    f[0][1].nonneg = torch.square
+    f[1].nonneg = torch.exp
+    assert failed(prove(f)) == set()
+
+
+def test_the_reference_knows_nothing_of_forms(monkeypatch):
+    """Every form is wrong while the reference is computed: it does not notice."""
+    right = Form.linearize
+
+    def linearize(self, features, order):
+        here = right(self, features, order)
+        return replace(here, value=(2.0 * here.value[0], *here.value[1:]))
+
+    f = network().double()
+    monkeypatch.setattr(Form, "linearize", linearize)
+    trial = proof._set_up(f, torch.float64, None, None, samples=2, seed=0)
+    monkeypatch.undo()
+    torch.testing.assert_close(trial.expected["value"], trial.value(trial.x))
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_the_reference_has_every_activation(name):
+    """Its values and first two derivatives are those of the documented formulas, far out too."""
+    act = ACTIVATIONS[name]()
+    z = torch.linspace(-30.1, 30.2, 121, dtype=torch.float64).requires_grad_()
+    value = SIGMA[name](z, act)
+    (slope,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    second = torch.autograd.grad(slope.sum(), z)[0] if slope.requires_grad else torch.zeros_like(z)
+    for got, expected in zip((value, slope, second), act(z, do_gradient=True, do_Hessian=True), strict=True):
+        torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_reference_has_every_layer():
+    assert SIGMA.keys() == ACTIVATIONS.keys()
+    assert LAYERS.keys() == {name for name, kind in TYPES.items() if issubclass(kind, hessQuikLayer)}
 
 
 class wrongSlope(tanhActivation):
@@ -111,13 +278,16 @@ def test_a_wrong_activation_is_refused_by_every_reference(act, first_order_too):
     f = net.fullyConnectedNN([3, 6, 2], act(), dtype=torch.float64)
     torch.manual_seed(0)
     rows = failed(prove(f))
-    assert ("hessian", "autograd") in rows
-    assert ("hessian", "Taylor, forward mode") in rows
-    assert ("hessian", "Taylor, backward mode") in rows
-    assert ("curvature", "finite differences") in rows
-    assert (("gradient", "autograd") in rows) is first_order_too
-    assert (("jvp", "finite differences") in rows) is first_order_too
-    with pytest.raises(DerivativeError, match=r"within 1e-08 of automatic differentiation, got .*hessian"):
+    own = f"autograd of the own forward of {act.__name__}"
+    for backend in proof.backends():
+        assert ("hessian", f"{backend}, float64", own) in rows
+        assert ("hessian", f"{backend}, float32", own) in rows
+        assert (("gradient", f"{backend}, float64", own) in rows) is first_order_too
+    assert ("hessian", "forward mode", "Taylor") in rows
+    assert ("hessian", "backward mode", "Taylor") in rows
+    assert ("curvature", "forward mode", "finite differences") in rows
+    assert (("gradient", "forward mode", "finite differences") in rows) is first_order_too
+    with pytest.raises(DerivativeError, match=r"within 1e-08 of automatic differentiation in float64, got .*hessian"):
         prove_quickly(f)
 
 
@@ -129,8 +299,8 @@ def test_a_layer_that_carries_derivatives_wrongly_is_refused(monkeypatch):
         return 1.01 * dz, dy
 
     monkeypatch.setattr(Linearization, "push", push)
-    with pytest.raises(DerivativeError):
-        prove_quickly(network())
+    f = network()
+    assert ("hessian", "backward mode", "Taylor") in failed(prove(f))
 
 
 def test_what_is_not_finite_is_refused():
@@ -145,12 +315,12 @@ def test_what_is_not_finite_is_refused():
 @pytest.mark.parametrize(
     ("row", "passed"),
     [
-        (Row("gradient", "autograd", "relative error", 1e-9, 1e-8), True),
-        (Row("gradient", "autograd", "relative error", 1e-7, 1e-8), False),
-        (Row("gradient", "autograd", "relative error", float("nan"), 1e-8), False),
-        (Row("gradient", "Taylor", "order", 2.0, 1.9), True),
-        (Row("gradient", "Taylor", "order", 1.0, 1.9), False),
-        (Row("gradient", "Taylor", "order", float("nan"), 1.9), False),
+        (Row("gradient", "torch, float64", "autograd", "relative error", 1e-9, 1e-8), True),
+        (Row("gradient", "torch, float64", "autograd", "relative error", 1e-7, 1e-8), False),
+        (Row("gradient", "torch, float64", "autograd", "relative error", float("nan"), 1e-8), False),
+        (Row("gradient", "forward mode", "Taylor", "order", 2.0, 1.9), True),
+        (Row("gradient", "forward mode", "Taylor", "order", 1.0, 1.9), False),
+        (Row("gradient", "forward mode", "Taylor", "order", float("nan"), 1.9), False),
     ],
 )
 def test_rows_judge_by_their_measure(row, passed):

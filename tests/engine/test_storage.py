@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 
 import hessquik
+from hessquik import architecture, storage
 from hessquik import layers as lay
 from hessquik import networks as net
-from hessquik import storage
 from hessquik.activations import ACTIVATIONS, identityActivation, softplusActivation, tanhActivation
+from hessquik.architecture import MAX_NESTING
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
 from tests.engine import random_networks as draws
 
@@ -51,14 +52,14 @@ def test_what_is_saved_is_loaded(dtype, tmp_path):
     hessquik.save(f, tmp_path / "f.safetensors", **metadata)
     g = hessquik.load(tmp_path / "f.safetensors")
     assert same(g, f)
-    assert storage.describe(g) == storage.describe(f)
+    assert architecture.describe(g) == architecture.describe(f)
     assert next(g.parameters()).dtype is dtype
     x = torch.randn(5, 3, dtype=dtype)
     for got, expected in zip(g(x, True, True), f(x, True, True), strict=True):
         assert torch.equal(got, expected)
     found = storage.parse((tmp_path / "f.safetensors").read_bytes())
     assert found.metadata == metadata
-    assert found.architecture == storage.describe(f)
+    assert found.architecture == architecture.describe(f)
     assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
     assert all(parameter.requires_grad for parameter in g.parameters())
 
@@ -69,23 +70,23 @@ def test_random_networks_are_saved_and_loaded():
         f = draws.network(draw, *draws.shapes()[seed % 16])
         g = storage.parse(storage.serialize(f)).network
         assert same(g, f), seed
-        assert storage.describe(g) == storage.describe(f), seed
+        assert architecture.describe(g) == architecture.describe(f), seed
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_every_activation_is_described(name):
-    described = storage.describe(ACTIVATIONS[name]())
+    described = architecture.describe(ACTIVATIONS[name]())
     assert described["type"] == name
-    assert storage.describe(storage.build_activation(described)) == described
+    assert architecture.describe(architecture.build_activation(described)) == described
 
 
-@pytest.mark.parametrize("kind", sorted(storage.TYPES))
+@pytest.mark.parametrize("kind", sorted(architecture.TYPES))
 def test_every_layer_and_network_can_be_described(kind):
-    assert {type(module).__name__ for module in network().modules()} >= set(storage.TYPES) - {kind}
+    assert {type(module).__name__ for module in network().modules()} >= set(architecture.TYPES) - {kind}
     made = {type(module).__name__: module for module in [network(), *network().modules()]}[kind]
-    described = storage.describe(made)
+    described = architecture.describe(made)
     assert json.loads(json.dumps(described)) == described
-    assert storage.describe(storage.build(described)) == described
+    assert architecture.describe(architecture.build(described)) == described
 
 
 def test_a_layer_alone_is_a_network_of_one():
@@ -93,7 +94,7 @@ def test_a_layer_alone_is_a_network_of_one():
     data = storage.serialize(net.NN(f))
     assert storage.parse(data).network.dim_input() == 3
     tensors = {name: tensor.detach() for name, tensor in f.state_dict().items()}
-    assert isinstance(storage.assemble(storage.describe(f), tensors), net.NN)
+    assert isinstance(storage.assemble(architecture.describe(f), tensors), net.NN)
 
 
 def test_a_layer_in_two_places_is_saved_twice():
@@ -107,7 +108,7 @@ def test_a_layer_in_two_places_is_saved_twice():
 def test_a_changed_family_is_described_layer_by_layer():
     f = net.resnetNN(3, 2, 0.5, T)
     f[1].h = 0.25
-    described = storage.describe(f)
+    described = architecture.describe(f)
     assert described["type"] == "NN"
     assert [layer["h"] for layer in described["layers"]] == [0.5, 0.25]
 
@@ -127,7 +128,9 @@ softplusImpostor.__name__ = "softplusActivation"
     "act", [strangeActivation(), softplusImpostor(), torch.nn.Tanh()], ids=["own", "impostor", "torch"]
 )
 def test_what_files_cannot_describe_is_not_saved(act, tmp_path):
-    with pytest.raises(ArchitectureError, match="expected one of NN"):
+    with pytest.raises(
+        ArchitectureError, match=r"network\.layers\[0\]\.act must have one of the types that files know"
+    ):
         storage.save(net.NN(lay.singleLayer(2, 2, act)), tmp_path / "f.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -135,13 +138,13 @@ def test_what_files_cannot_describe_is_not_saved(act, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"descriptoin": "x"}, "expected metadata out of description"),
-        ({"description": 3}, "expected as description a string"),
-        ({"input_names": ["x"]}, "input_names one string per input"),
-        ({"output_names": ["a", "b"]}, "output_names one string per output"),
-        ({"lower_bounds": [0, 1, float("nan")]}, "lower_bounds one finite number per input"),
-        ({"upper_bounds": [0, 1, True]}, "upper_bounds one finite number per input"),
-        ({"training": "well"}, "training a JSON object"),
+        ({"descriptoin": "x"}, 'metadata must be among description, .* got "descriptoin"'),
+        ({"description": 3}, "description must be a string, got 3"),
+        ({"input_names": ["x"]}, "input_names must be one string per input"),
+        ({"output_names": ["a", "b"]}, "output_names must be one string per output"),
+        ({"lower_bounds": [0, 1, float("nan")]}, r"lower_bounds\[2\] must be a finite number, got NaN"),
+        ({"upper_bounds": [0, 1, True]}, "upper_bounds must be one number per input"),
+        ({"training": "well"}, 'training must be a JSON object, got "well"'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -150,13 +153,13 @@ def test_metadata_that_do_not_fit_are_refused(metadata, message):
         storage.serialize(network(), **metadata)
 
 
-def file(architecture=None, tensors=None, **header):
+def file(described=None, tensors=None, **header):
     """The bytes of a file with parts of it replaced."""
     f = net.fullyConnectedNN([2, 3, 1], T)
     texts = {
         "format": "hessquik",
         "format_version": "1",
-        "network": json.dumps(storage.describe(f) if architecture is None else architecture),
+        "network": json.dumps(architecture.describe(f) if described is None else described),
         **header,
     }
     weights = {name: tensor.detach() for name, tensor in f.state_dict().items()} if tensors is None else tensors
@@ -170,56 +173,83 @@ def weights(**changed):
 
 LAYER = {"type": "singleLayer", "in_features": 2, "out_features": 2}
 NESTED = LAYER
-for _ in range(storage.MAX_NESTING + 2):
+for _ in range(MAX_NESTING + 2):
     NESTED = {"type": "NN", "layers": [NESTED]}
 
 REFUSED = {
     "empty": (b"", "bytes"),
     "short": (b"12345678", "bytes"),
-    "length beyond the file": (struct.pack("<Q", 1 << 40) + b"{}", "header"),
-    "no JSON": (struct.pack("<Q", 8) + b"12345678" + b"x", "."),
+    "length beyond the file": (struct.pack("<Q", 1 << 40) + b"{}", "the header must have at most"),
+    "no JSON": (struct.pack("<Q", 8) + b"12345678" + b"x", "must be a safetensors file"),
     "other format": (file(format="onnx"), "format"),
     "no format": (file(format=None), "format"),
     "newer version": (file(format_version="2"), "format_version"),
     "no network": (file(network=None), "network"),
-    "network no JSON": (file(network="{"), "strict JSON in 'network'"),
-    "network with NaN": (file(network='{"type": NaN}'), "strict JSON"),
-    "duplicate keys": (file(network='{"type": "NN", "type": "NN"}'), "strict JSON"),
-    "deep JSON": (file(network="[" * 100_000), "strict JSON"),
-    "network a list": (file([]), "an object with a 'type'"),
-    "unknown type": (file({"type": "os.system"}), r"network\.type: expected one of NN"),
-    "type a list": (file({"type": ["NN"]}), "expected one of NN"),
-    "no layers": (file({"type": "NN", "layers": []}), "a list of 1 to"),
-    "missing argument": (file({"type": "singleLayer", "in_features": 2}), "the argument 'out_features'"),
-    "extra argument": (file({**LAYER, "device": "cuda"}), "only in_features, out_features, act, bias"),
-    "width zero": (file({**LAYER, "in_features": 0}), "in_features: expected a whole number from 1"),
-    "width huge": (file({**LAYER, "in_features": 1 << 40}), "in_features: expected a whole number"),
-    "width a bool": (file({**LAYER, "in_features": True}), "in_features: expected a whole number"),
-    "width a float": (file({**LAYER, "in_features": 2.0}), "in_features: expected a whole number"),
-    "bias a number": (file({**LAYER, "bias": 1}), "bias: expected true or false"),
+    "network no JSON": (file(network="{"), "network must be strict JSON"),
+    "network with NaN": (file(network='{"type": NaN}'), "network must be strict JSON"),
+    "duplicate keys": (
+        file(network='{"type": "NN", "type": "NN"}'),
+        r"network must be strict JSON \(duplicate keys\)",
+    ),
+    "deep JSON": (file(network="[" * 100_000), "network must be nested at most 32 deep"),
+    "network a list": (file([]), "network must be an object with a 'type'"),
+    "unknown type": (file({"type": "os.system"}), r"network\.type must be one of NN"),
+    "type a list": (file({"type": ["NN"]}), r"network\.type must be one of NN, .* got \[\"NN\"\]"),
+    "no layers": (file({"type": "NN", "layers": []}), r"network\.layers must be a list of 1 to"),
+    "missing argument": (
+        file({"type": "singleLayer", "in_features": 2}),
+        "network must have the argument 'out_features'",
+    ),
+    "extra argument": (
+        file({**LAYER, "device": "cuda"}),
+        "network must have no arguments but in_features, out_features, act, bias",
+    ),
+    "width zero": (
+        file({**LAYER, "in_features": 0}),
+        r"network\.in_features must be an integer from 1 to 65536, got 0",
+    ),
+    "width huge": (file({**LAYER, "in_features": 1 << 40}), r"network\.in_features must be an integer"),
+    "width a bool": (file({**LAYER, "in_features": True}), r"network\.in_features must be an integer"),
+    "width a float": (file({**LAYER, "in_features": 2.0}), r"network\.in_features must be an integer"),
+    "bias a number": (file({**LAYER, "bias": 1}), r"network\.bias must be true or false, got 1"),
     "unknown activation": (
         file({**LAYER, "act": {"type": "reluActivation"}}),
-        r"act\.type: expected one of antiTanh",
+        r"network\.act\.type must be one of antiTanh",
     ),
-    "β zero": (file({**LAYER, "act": {"type": "softplusActivation", "beta": 0}}), "beta: expected a finite number"),
-    "step a string": (file({"type": "resnetLayer", "width": 2, "h": "1"}), "h: expected a finite number"),
-    "nested too deep": (file(NESTED), "nested at most 8 deep"),
+    "β zero": (
+        file({**LAYER, "act": {"type": "softplusActivation", "beta": 0}}),
+        r"network\.act\.beta must be a finite number above 0, got 0",
+    ),
+    "step a string": (
+        file({"type": "resnetLayer", "width": 2, "h": "1"}),
+        r"network\.h must be a finite number, got",
+    ),
+    "nested too deep": (file(NESTED), "must not be inside more than 7 other networks"),
     "incompatible": (
         file({"type": "NN", "layers": [LAYER, {**LAYER, "in_features": 3}]}),
         "incompatible composition",
     ),
-    "wrong shape": (file(tensors=weights(**{"0.K": torch.zeros(3, 2)})), r"expected for '0\.K' the shape \(2, 3\)"),
-    "missing tensor": (file(tensors={"0.K": torch.zeros(2, 3)}), r"expected tensors for 2 layers, got 1 tensors"),
-    "extra tensor": (file(tensors=weights(extra=torch.zeros(1))), r"'extra' the shape of no tensor"),
+    "wrong shape": (
+        file(tensors=weights(**{"0.K": torch.zeros(3, 2)})),
+        r"tensor 0\.K must have the shape \(2, 3\), got \(3, 2\)",
+    ),
+    "missing tensor": (
+        file(tensors={"0.K": torch.zeros(2, 3)}),
+        r"there must be tensors for 2 layers, got 1 tensors",
+    ),
+    "extra tensor": (file(tensors=weights(extra=torch.zeros(1))), 'there must be no tensor "extra"'),
     "no tensors": (file(tensors={}), "at least one tensor"),
     "mixed dtypes": (file(tensors=weights(**{"0.K": torch.zeros(2, 3).double()})), "all F32 or all F64"),
     "half": (file(tensors={name: tensor.half() for name, tensor in weights().items()}), "all F32 or all F64"),
-    "NaN": (file(tensors=weights(**{"0.b": torch.full((3,), torch.nan)})), r"NaN or infinity in '0\.b'"),
-    "infinity": (file(tensors=weights(**{"0.b": torch.full((3,), torch.inf)})), "finite weights"),
-    "cut off": (file()[:-4], "."),
-    "bytes too many": (file() + b"1234", "."),
-    "metadata no JSON": (file(input_names="x, y"), "strict JSON in 'input_names'"),
-    "metadata that do not fit": (file(input_names='["x"]'), "one string per input"),
+    "NaN": (
+        file(tensors=weights(**{"0.b": torch.full((3,), torch.nan)})),
+        r"weights must be finite, got NaN or infinity in \"0\.b\"",
+    ),
+    "infinity": (file(tensors=weights(**{"0.b": torch.full((3,), torch.inf)})), "weights must be finite"),
+    "cut off": (file()[:-4], "truncated"),
+    "bytes too many": (file() + b"1234", "must be a safetensors file"),
+    "metadata no JSON": (file(input_names="x, y"), "input_names must be strict JSON"),
+    "metadata that do not fit": (file(input_names='["x"]'), "input_names must be one string per input"),
 }
 
 
@@ -249,9 +279,9 @@ def test_a_mangled_file_is_refused_or_right():
 
 
 def test_a_file_that_is_too_large_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 100)
     storage.save(net.fullyConnectedNN([2, 3, 1], T), tmp_path / "f.safetensors")
-    with pytest.raises(FormatError, match="at most 100 bytes"):
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 100)
+    with pytest.raises(FormatError, match=r"f\.safetensors: the file must have 9 to 100 bytes, got more than 100"):
         storage.load(tmp_path / "f.safetensors")
 
 
@@ -267,18 +297,18 @@ def test_a_missing_file_is_missing(tmp_path):
 )
 def test_what_describes_no_activation_is_refused(description, error):
     with pytest.raises(error):
-        storage.build_activation(description)
+        architecture.build_activation(description)
 
 
 def test_building_makes_new_weights_where_and_of_what_is_asked():
-    described = storage.describe(network())
-    made = storage.build(described, device="meta", dtype=torch.float64)
+    described = architecture.describe(network())
+    made = architecture.build(described, device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
     with pytest.raises(CompositionError):
-        storage.build({"type": "NN", "layers": [LAYER, {**LAYER, "in_features": 3}]})
+        architecture.build({"type": "NN", "layers": [LAYER, {**LAYER, "in_features": 3}]})
 
 
 def test_arguments_with_defaults_may_be_left_out():
-    made = storage.build(LAYER)
+    made = architecture.build(LAYER)
     assert isinstance(made.act, identityActivation)
     assert made.b is not None

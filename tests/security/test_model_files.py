@@ -150,7 +150,7 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS.keys())
 def test_a_bomb_is_refused_at_once(data: bytes) -> None:
     began = time.process_time()
-    with pytest.raises(FormatError, match="expected"):
+    with pytest.raises(FormatError, match=r"must|truncated"):
         storage.parse(data)
     assert time.process_time() - began <= SECONDS
 

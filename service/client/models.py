@@ -1,0 +1,141 @@
+"""The methods of a remote model, once for :class:`Model` and :class:`AsyncModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
+
+import numpy.typing as npt
+
+from service.client import progress as bars
+from service.client.messages import Answer, Array, ArrayLike, Question, ask
+from service.client.steps import Conversation, Persistence, Steps
+
+__all__ = ["AsyncModel", "Model", "Options", "RemoteModel"]
+
+ArrayT = TypeVar("ArrayT")
+AnswerT = TypeVar("AnswerT")
+FactsT = TypeVar("FactsT")
+
+
+class Options(TypedDict, total=False):
+    """The options that all methods share.
+
+    Attributes:
+        weights: (m,) or (n, m): derivatives of Σ_j weights_j f_j, and m becomes 1.
+        dtype: ``float32`` or ``float64`` to compute in; the model's own if not given.
+        progress: Draw a bar over the parts of a split batch; needs ``rich``.
+    """
+
+    weights: ArrayLike | None
+    dtype: npt.DTypeLike | None
+    progress: bool
+
+
+class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
+    """One model of a service: exact derivatives as functions of points.
+
+    Points may be one, shape (d,), or a batch, shape (n, d); lists, numpy arrays and torch tensors are taken, numpy
+    arrays come back, without the n axis for one point. A batch over the service's limits is split, by points and by
+    directions, and its parts are sent concurrently.
+
+    Methods take the keywords of :class:`Options`. They raise :class:`~service.client.errors.ClientError` when there
+    is no answer, one class per code; ``TypeError`` for what is no array of numbers, ``ValueError`` for another number
+    of axes or rows, and ``ImportError`` for a bar without ``rich``.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Steps[Any]], Any],
+        url: str,
+        name: str,
+        version: str | int | None,
+        persistence: Persistence,
+    ) -> None:
+        """Ask for nothing yet."""
+        self._run = run
+        self._url = url
+        self._conversation = Conversation(name, None if version is None else str(version), persistence)
+
+    def __repr__(self) -> str:
+        name, version, facts = self._conversation.model, self._conversation.version, self._conversation.facts
+        known = "" if facts is None else f", d={facts.d}, m={facts.m}, dtype={facts.dtype}"
+        return f"{type(self).__name__}({name!r}, version={version!r}{known}, url={self._url!r})"
+
+    def describe(self) -> FactsT:
+        """Return the service's description of the model: sizes, dtype, metadata, architecture, limits."""
+        return self._run(self._conversation.describe())  # type: ignore[no-any-return]
+
+    def value(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return f, shape (n, m)."""
+        return self._quantity("value", x, None, options)
+
+    def gradient(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return ∂f_j/∂x_a, shape (n, d, m): inputs first, the transpose of the usual Jacobian."""
+        return self._quantity("gradient", x, None, options)
+
+    def hessian(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return ∂²f_j/∂x_a∂x_b, shape (n, d, d, m)."""
+        return self._quantity("hessian", x, None, options)
+
+    def laplacian(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return Σ_a ∂²f_j/∂x_a², shape (n, m)."""
+        return self._quantity("laplacian", x, None, options)
+
+    def hessian_diagonal(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return ∂²f_j/∂x_a², shape (n, d, m)."""
+        return self._quantity("hessian_diagonal", x, None, options)
+
+    def jvp(self, x: ArrayLike, directions: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the derivatives Σ_a v_a ∂f_j/∂x_a along directions v, (k, d) or (n, k, d); shape (n, k, m)."""
+        return self._quantity("jvp", x, directions, options)
+
+    def hvp(self, x: ArrayLike, directions: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the products Σ_b ∂²f_j/∂x_a∂x_b v_b with directions v, (k, d) or (n, k, d); shape (n, k, d, m)."""
+        return self._quantity("hvp", x, directions, options)
+
+    def curvature(self, x: ArrayLike, directions: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return Σ_ab v_a ∂²f_j/∂x_a∂x_b v_b along directions v, (k, d) or (n, k, d); shape (n, k, m)."""
+        return self._quantity("curvature", x, directions, options)
+
+    def evaluate(
+        self,
+        x: ArrayLike,
+        quantities: Sequence[str] = ("value",),
+        *,
+        directions: ArrayLike | None = None,
+        **options: Unpack[Options],
+    ) -> AnswerT:
+        """Return any set of quantities, computed in one pass.
+
+        Args:
+            x: Points, (d,) or (n, d).
+            quantities: Any of value, gradient, hessian, laplacian, hessian_diagonal, jvp, hvp, curvature.
+            directions: (k, d) or (n, k, d), for jvp, hvp and curvature.
+            options: See :class:`Options`.
+        """
+        question, shows_progress = _question(x, quantities, directions, options)
+        return self._run(self._conversation.evaluate(question, shows_progress))  # type: ignore[no-any-return]
+
+    def _quantity(self, name: str, x: ArrayLike, directions: ArrayLike | None, options: Options) -> ArrayT:
+        question, shows_progress = _question(x, [name], directions, options)
+        return self._run(self._conversation.quantity(question, shows_progress))  # type: ignore[no-any-return]
+
+
+def _question(
+    x: ArrayLike, quantities: Sequence[str], directions: ArrayLike | None, options: Options
+) -> tuple[Question, bool]:
+    """Return the question that the arguments of a call ask, and if a bar is to be drawn."""
+    if unknown := options.keys() - Options.__annotations__:
+        raise TypeError(f"expected the options {', '.join(Options.__annotations__)}, got {', '.join(unknown)}")
+    shows_progress = options.get("progress", False)
+    bars.check(shows_progress)
+    return ask(x, quantities, options.get("weights"), directions, options.get("dtype")), shows_progress
+
+
+class Model(RemoteModel[Array, Answer, dict[str, Any]]):
+    """A model whose methods block until there is an answer; see :class:`RemoteModel`."""
+
+
+class AsyncModel(RemoteModel[Awaitable[Array], Awaitable[Answer], Awaitable[dict[str, Any]]]):
+    """A model whose methods are awaited; see :class:`RemoteModel`."""

@@ -1,0 +1,40 @@
+"""The progress bar over the parts of a split batch, drawn with rich where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from service.client.steps import Together
+
+__all__ = ["bar", "check"]
+
+
+def check(shows_progress: bool) -> None:
+    """Refuse a bar that cannot be drawn.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    if shows_progress and find_spec("rich") is None:
+        raise ImportError("progress: expected the package rich; pip install 'hessquik-service[progress]'")
+
+
+@contextmanager
+def bar(step: Together) -> Iterator[Callable[[int], None]]:
+    """Draw a bar, or nothing, and yield what advances it."""
+    if not step.shows_progress:
+        yield lambda size: None
+        return
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TextColumn(step.unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as drawn:
+        task = drawn.add_task("evaluating", total=sum(step.sizes))
+        yield lambda size: drawn.advance(task, size)

@@ -1,0 +1,258 @@
+"""What the client adds to httpx: a time limit for a whole exchange, and a limit of bytes for what is read.
+
+httpx bounds each wait by itself, so that a server that sends a byte now and then could hold a blocking caller for
+ever, and it reads and decompresses whatever comes.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import ssl
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpcore
+import httpx
+
+from service.client.errors import ClientError, ConnectionLost, DeadlineExceeded
+from service.client.messages import DOCUMENT_BYTES, Reply, unexpected
+from service.client.steps import Send
+
+__all__ = ["LIMITS", "Body", "DeadlineTransport", "options", "too_late", "translate"]
+
+#: Connections that are held, for as many threads or tasks as share a client.
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=5.0)
+#: Seconds to connect; after that another try is better than more patience.
+CONNECT_S = 5.0
+
+
+def options(step: Send) -> dict[str, Any]:
+    """Return what ``stream`` of httpx's clients is called with."""
+    request, within_s = step.request, step.within_s
+    return {
+        "method": request.method,
+        "url": request.target,
+        "content": request.body or None,
+        "headers": {**request.headers, "x-deadline-ms": str(max(1, int(within_s * 1000)))},
+        # Less than all the time to connect: httpcore leaves the socket of a cancelled TLS handshake open.
+        "timeout": httpx.Timeout(within_s, connect=min(CONNECT_S, 0.9 * within_s)),
+    }
+
+
+class Body:
+    """Collects the body of a reply, as long as it may be one.
+
+    Args:
+        step: The request, with the largest body that may answer it.
+        response: The head of the reply.
+
+    Raises:
+        UnexpectedReply: the reply is compressed, which was not asked for, or too large.
+    """
+
+    def __init__(self, step: Send, response: httpx.Response) -> None:
+        """Check the head."""
+        self._reply = Reply(
+            response.status_code, {name.lower(): text for name, text in response.headers.items()}, b""
+        )
+        self._most_bytes = step.request.most_bytes if response.status_code == 200 else DOCUMENT_BYTES
+        self._chunks: list[bytes] = []
+        self._left = self._most_bytes
+        encoding = self._reply.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise unexpected(self._reply, f"a reply without compression, got {encoding[:100]}")
+        length = self._reply.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self._most_bytes):
+            self._refuse()
+
+    def add(self, chunk: bytes) -> None:
+        """Take a chunk.
+
+        Raises:
+            UnexpectedReply: the reply is too large.
+        """
+        self._chunks.append(chunk)
+        self._left -= len(chunk)
+        if self._left < 0:
+            self._refuse()
+
+    def reply(self) -> Reply:
+        """Return the whole reply."""
+        return Reply(self._reply.status, self._reply.headers, b"".join(self._chunks))
+
+    def _refuse(self) -> None:
+        raise unexpected(self._reply, f"a reply of at most {self._most_bytes} bytes, got more")
+
+
+def translate(error: httpx.RequestError, step: Send) -> ClientError:
+    """Return the client's error for one of httpx; what broke may be tried again, what took all the time may not."""
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        return too_late(step)
+    return ConnectionLost(f"expected a whole reply, the connection broke: {type(error).__name__}: {error}")
+
+
+def too_late(step: Send) -> DeadlineExceeded:
+    """Return the error for a reply that did not come within the time."""
+    return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none", status=0)
+
+
+class DeadlineTransport(httpx.BaseTransport):
+    """A pool of connections whose timeouts bound a whole exchange instead of each wait of it.
+
+    Args:
+        url: The service's; a proxy that the environment names for it is used, as by httpx itself.
+    """
+
+    def __init__(self, url: httpx.URL) -> None:
+        """Open no connection yet."""
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=httpx.create_ssl_context() if url.scheme == "https" else None,
+            proxy=_proxy(url),
+            max_connections=LIMITS.max_connections,
+            max_keepalive_connections=LIMITS.max_keepalive_connections,
+            keepalive_expiry=LIMITS.keepalive_expiry,
+            network_backend=_Backend(),
+        )
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and return the head of its reply, with the body to be read."""
+        now, url = time.monotonic(), request.url
+        # Points in time, for our streams; the pool itself still waits for seconds.
+        ends = {name: now + seconds for name, seconds in request.extensions["timeout"].items() if name != "pool"}
+        timeouts = {**ends, "pool": request.extensions["timeout"]["pool"]}
+        with _errors_of_httpx():
+            response = self._pool.handle_request(
+                httpcore.Request(
+                    request.method,
+                    httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+                    headers=request.headers.raw,
+                    content=request.stream,
+                    extensions={"timeout": timeouts},
+                )
+            )
+        assert isinstance(response.stream, Iterable)
+        return httpx.Response(response.status, headers=response.headers, stream=_Chunks(response))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.close()
+
+
+class _Chunks(httpx.SyncByteStream):
+    """The body of a reply as it comes."""
+
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _errors_of_httpx():
+            yield from self._response.iter_stream()
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class _Backend(httpcore.NetworkBackend):
+    """Opens connections; timeouts are points in time on the monotonic clock, also those of the streams."""
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect to the first address that answers; none may take all the time that is left."""
+        try:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        for left in range(len(addresses), 0, -1):
+            family, kind, protocol, _, address = addresses[-left]
+            connection = socket.socket(family, kind, protocol)
+            try:
+                with _time_for(connection, timeout, httpcore.ConnectTimeout, httpcore.ConnectError, share=left):
+                    connection.connect(address)
+            except (httpcore.ConnectTimeout, httpcore.ConnectError):
+                connection.close()
+                if left == 1:
+                    raise
+            else:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return _Stream(connection)
+        raise httpcore.ConnectError(f"{host} has no address")
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connected socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with _time_for(self._socket, timeout, httpcore.ReadTimeout, httpcore.ReadError):
+            return self._socket.recv(max_bytes)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        rest = memoryview(buffer)
+        while rest:
+            with _time_for(self._socket, timeout, httpcore.WriteTimeout, httpcore.WriteError):
+                rest = rest[self._socket.send(rest) :]
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        with _time_for(self._socket, timeout, httpcore.ConnectTimeout, httpcore.ConnectError):
+            return _Stream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
+
+    def get_extra_info(self, info: str) -> Any:
+        """Say whether there is something to read, which on an idle connection is its end."""
+        if info != "is_readable":
+            return None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+
+@contextmanager
+def _time_for(
+    connection: socket.socket, end_s: float | None, late: type[Exception], broken: type[Exception], share: int = 1
+) -> Iterator[None]:
+    """Give a socket operation the time until ``end_s``, or a share of it, and raise the errors of httpcore."""
+    seconds = None if end_s is None else (end_s - time.monotonic()) / share
+    if seconds is not None and seconds <= 0:
+        raise late("the time is over")
+    try:
+        connection.settimeout(seconds)
+        yield
+    except TimeoutError as error:
+        raise late(str(error)) from error
+    except OSError as error:
+        raise broken(str(error)) from error
+
+
+@contextmanager
+def _errors_of_httpx() -> Iterator[None]:
+    """Raise httpcore's errors as those of httpx, which have the same names."""
+    try:
+        yield
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
+        kind: type[httpx.RequestError] = getattr(httpx, type(error).__name__)
+        raise kind(str(error)) from error
+
+
+def _proxy(url: httpx.URL) -> httpcore.Proxy | None:
+    """Return the proxy that the environment names for a URL."""
+    address = urllib.request.getproxies().get(url.scheme)
+    if address is None or urllib.request.proxy_bypass(url.host):
+        return None
+    proxy = httpx.Proxy(address)
+    return httpcore.Proxy(str(proxy.url), proxy.raw_auth)
