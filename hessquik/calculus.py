@@ -42,7 +42,16 @@ from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, join
 from hessquik.quantities import DIRECTIONAL, QUANTITIES, highest_order
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "Backward", "Derivatives", "Forward", "Unavailable", "compute", "evaluate", "linearize"]
+__all__ = [
+    "Backward",
+    "Derivatives",
+    "Forward",
+    "Question",
+    "Unavailable",
+    "compute",
+    "evaluate",
+    "linearize",
+]
 
 
 class Unavailable(Exception):
@@ -84,7 +93,9 @@ class Question:
     def along(self) -> Tensor:
         """Return the directions."""
         if self.directions is None:
-            raise ShapeError(f"{', '.join(sorted(DIRECTIONAL))} need directions of shape (k, d) or (n, k, d)")
+            raise ShapeError(
+                f"{', '.join(sorted(DIRECTIONAL))} expect directions of shape (k, d) or (n, k, d), got none"
+            )
         return self.directions
 
 
@@ -167,8 +178,7 @@ class Backward:
         """Products Hv (n, k, d, m): adjoints of x that begin with c ⊙ (dz v) at every z."""
         k, m = self._question.along().shape[-2], self._unit.shape[-2]
         extra = [
-            (dz.unsqueeze(-2) * c.unsqueeze(-3)).flatten(-3, -2)
-            for dz, c in zip(self._along, self._c, strict=True)
+            (dz.unsqueeze(-2) * c.unsqueeze(-3)).flatten(-3, -2) for dz, c in zip(self._along, self._c, strict=True)
         ]
         _, gx = self._pull(self._y.new_zeros(1, k * m, self._y.shape[-1]), extra)
         return gx.unflatten(-2, (k, m)).mT
@@ -323,9 +333,7 @@ def linearize(forms: Sequence[Form], features: Parts, order: int) -> list[Linear
     return chain
 
 
-def compute(
-    mode: type[Backward] | type[Forward], forms: Sequence[Form], question: Question
-) -> dict[str, Tensor]:
+def compute(mode: type[Backward] | type[Forward], forms: Sequence[Form], question: Question) -> dict[str, Tensor]:
     """Compute the quantities that a question asks for; value-like ones have an axis of 1 in the samples' place.
 
     Raises:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
 
-__all__ = ["VIEWS", "Builder", "Graph", "Node", "rewrite"]
+__all__ = ["VIEWS", "Builder", "Graph", "Node", "Rule", "needed", "rewrite"]
 
 #: Operations that name entries of their input and compute nothing.
 VIEWS = frozenset({"permute", "reshape", "slice", "diagonal"})
@@ -238,8 +237,3 @@ def _side(pairs: int) -> int:
     k = int((2 * pairs) ** 0.5)
     assert k * (k + 1) // 2 == pairs
     return k
-
-
-def count_entries(node: Node) -> int:
-    """Return the number of entries of a row's array."""
-    return prod(node.shape)

@@ -616,4 +616,3 @@ def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:
         total = max(total, offset + buffer.size)
         placed.append((start, stop, buffer))
     return total
-

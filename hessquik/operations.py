@@ -12,7 +12,7 @@ from hessquik.algebra import congruence, pairs, unpack
 from hessquik.graph import Node
 from hessquik.pointwise import PRIMITIVES
 
-__all__ = ["compute_node"]
+__all__ = ["compute_node", "fold"]
 
 
 def compute_node(node: Node, inputs: Sequence[Tensor]) -> Tensor:

@@ -117,9 +117,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
     return min(plans, key=lambda plan: plan.cost(device, dtype))
 
 
-def _ways(
-    forms: Sequence[Form], ask: Ask, outputs: int, device: Device
-) -> Iterator[tuple[Mode, str, Tensor | None]]:
+def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iterator[tuple[Mode, str, Tensor | None]]:
     """Yield the modes and starts that may be the cheapest."""
     asked = [QUANTITIES[name] for name in ask.quantities]
     all_axes = any(quantity.order and not quantity.is_directional for quantity in asked)

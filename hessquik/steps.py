@@ -384,7 +384,9 @@ class Program:
         if view.buffer.space not in {Space.TILE, Space.SHARED} or scattered:
             return 0
         if any(
-            stride % self.vector for extent, stride in zip(view.shape[:2], view.strides[:2], strict=True) if extent > 1
+            stride % self.vector
+            for extent, stride in zip(view.shape[:2], view.strides[:2], strict=True)
+            if extent > 1
         ):
             return 0
         pitches = [

@@ -7,7 +7,7 @@ from math import prod
 
 from hessquik.steps import Buffer, View
 
-__all__ = ["Strided"]
+__all__ = ["Strided", "collapsed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,11 @@ class Array:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Record a function of torch."""
         handler = FUNCTIONS.get(function)
@@ -196,7 +200,7 @@ def _power(x: Any, exponent: Any) -> Array:
     return 0 * x + 1 if result is None else result
 
 
-def _clamp(x: Array, min: float | None = None, max: float | None = None) -> Array:  # noqa: A002
+def _clamp(x: Array, min: float | None = None, max: float | None = None) -> Array:
     if min is not None:
         x = _apply("maximum", x, min)
     return x if max is None else _apply("minimum", x, max)
@@ -346,4 +350,3 @@ def _fill_table() -> None:
 
 
 _fill_table()
-

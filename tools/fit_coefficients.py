@@ -76,7 +76,10 @@ def main() -> None:
     # Times the integers that they are multiplied by (of 8 and 10, or 11 and 20 bits) the first parts are exact.
     log_2 = {"float": [16], "double": [42]}
     half_pi = {"float": [14, 14, 14], "double": [33, 33]}
-    lines = ["/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2 and pi / 2. */", ""]
+    lines = [
+        "/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2 and pi / 2. */",
+        "",
+    ]
     for kind, wanted in WANTED.items():
         end = (largest[kind] - CENTRE) / (largest[kind] + CENTRE)
         polynomials = {

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hessquik.errors import OrderError, ShapeError
 from hessquik.algebra import congruence
+from hessquik.errors import OrderError, ShapeError
 from hessquik.layers.form import Form, Linearization, join
 
 __all__ = ["Triple", "check_directions", "hessQuikLayer", "pull_back", "uniform_"]

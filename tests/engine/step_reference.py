@@ -64,9 +64,7 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], n: int, tile_rows:
             elif buffer.space in {Space.INPUT, Space.OUTPUT}:
                 memory, offset = arrays[buffer.name], first * buffer.row_stride
             strides = (buffer.row_stride, *view.strides[:2], 1 if view.shape[2] == 1 else view.strides[2])
-            return memory.as_strided(
-                (rows, *view.shape[:2], view.shape[2] + more), strides, offset + view.offset
-            )
+            return memory.as_strided((rows, *view.shape[:2], view.shape[2] + more), strides, offset + view.offset)
 
         _RULES[type(step)](step, find)
         for view in step.writes():

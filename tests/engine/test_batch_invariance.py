@@ -10,7 +10,7 @@ from hessquik.activations import softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
-from tests.engine.test_evaluator import DTYPES, BACKENDS
+from tests.engine.test_evaluator import BACKENDS, DTYPES
 
 HOSTILE = {"zero": 0.0, "huge": 1e30, "denormal": 1e-40, "infinite": float("inf"), "not a number": float("nan")}
 COMPANIONS = [pytest.param(value, id=name) for name, value in HOSTILE.items()]

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from hessquik import backends, Evaluator, ShapeError
+from hessquik import Evaluator, ShapeError, backends
 from hessquik.activations import ACTIVATIONS, softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer

@@ -42,9 +42,7 @@ class CpuProgram:
         packed_bytes: Bytes of its constants, which other programs of the same network share.
     """
 
-    def __init__(
-        self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int | None = None
-    ) -> None:
+    def __init__(self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int | None = None) -> None:
         """Translate the program."""
         assert KERNEL is not None, "the CPU kernel was not built"
         widest = int(KERNEL.vector_bytes())

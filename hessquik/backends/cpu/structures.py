@@ -49,8 +49,9 @@ def _structures(rows: dict[str, tuple[int, tuple[tuple[str, str, int], ...]]]) -
 
 
 KERNEL = _load()
-_STRUCTURES, CONSTANTS = ({}, {}) if KERNEL is None else KERNEL.interface()
-_TYPES = _structures(_STRUCTURES)
+_INTERFACE = ({}, {}) if KERNEL is None else KERNEL.interface()
+CONSTANTS = _INTERFACE[1]
+_TYPES = _structures(_INTERFACE[0])
 
 
 def make(name: str, **values: Any) -> Any:

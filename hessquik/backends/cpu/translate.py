@@ -222,10 +222,15 @@ class Translation:
                 if last_use.get(i, -1) == len(operands):  # kept as it was: read it before anything is written
                     read[i].is_whole = False
             is_free = all(last_use.get(i, -1) <= place - results for i in overwritten)
-            flags.append(place >= results and place not in direct and array.is_whole and array.column == 1 and is_free)
+            flags.append(
+                place >= results and place not in direct and array.is_whole and array.column == 1 and is_free
+            )
             if flags[-1]:
                 direct.add(place)
-        self._needs((used * CONSTANTS["CHUNK"] + len(numbers)) * self._lanes + 2 * 8 * (3 * len(views) + results + len(operands)))
+        self._needs(
+            (used * CONSTANTS["CHUNK"] + len(numbers)) * self._lanes
+            + 2 * 8 * (3 * len(views) + results + len(operands))
+        )
         constants = (ctypes.c_double * len(numbers))(*numbers)
         self._kept.append(constants)
         return make(  # type: ignore[no-any-return]
@@ -250,7 +255,12 @@ class Translation:
             instruction=self._list(
                 "Instruction",
                 [
-                    make("Instruction", op=CONSTANTS[instruction.op], slot=slot, **dict(zip("abc", read_, strict=False)))
+                    make(
+                        "Instruction",
+                        op=CONSTANTS[instruction.op],
+                        slot=slot,
+                        **dict(zip("abc", read_, strict=False)),
+                    )
                     for instruction, slot, read_ in zip(step.instructions, slots, operands, strict=True)
                 ],
             ),
