@@ -65,8 +65,8 @@ def serve(
 def models(folder: Folder = None) -> None:
     """Show the saved networks in a folder."""
     from hessquik import FormatError, storage
-    from service.pool import LoadError
     from service.repository import find_files
+    from service.workers import LoadError
 
     root = folder or Path("models")
     if not root.is_dir():

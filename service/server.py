@@ -293,7 +293,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Also stop when no worker can be kept alive."""
-        if self._core.dispatcher.given_up.is_set():
+        if self._core.is_given_up:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -340,6 +340,6 @@ def serve(app: Application, settings: Settings) -> int:
         server.run()
     except SystemExit as exit_:
         return int(exit_.code or 0)
-    if core.dispatcher.given_up.is_set():
+    if core.is_given_up:
         return EXIT_GIVEN_UP
     return EXIT_FORCED if server.force_exit else EXIT_DRAINED

@@ -31,8 +31,9 @@ LAYERS = {
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.schemas
-        service.batcher service.open_inference service.pool
-        service.dispatcher service.repository
+        service.open_inference service.shared
+        service.scheduler service.workers
+        service.dispatcher service.link service.repository
         service.core service.door
         service.routes
         service.exchange
