@@ -6,8 +6,8 @@ for one batch at a time. What has received least goes first (start-time fair que
 H. Cheng, doi:10.1109/90.649569): a job's virtual start moves on by the cost that it receives, and the virtual clock
 by that cost divided by the number of jobs that wait.
 
-A failed batch is cut into halves, which are computed alone and take their turn like everything else, until one row
-is left; a row fails when it has failed alone twice. Evaluation is a pure function, so repeating it is harmless.
+A failed batch is cut into halves, and a small one into rows. They are computed alone and take their turn like
+everything else; a row fails when it has failed alone twice. Evaluation is a pure function, so repeating it is harmless.
 
 A row's cost comes from the worker's plan, which is asked for before the first batch of a key. The scheduler sees rows
 and costs, never numbers; its clock and its workers are arguments, so that tests simulate both.
@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 #: Failures of a row that was computed alone, after which its job fails; and of a plan.
 MAX_FAILURES = 2
+#: Rows up to which a failed batch is cut into rows at once: fewer workers die of a row that kills them.
+SINGLE_ROWS = 32
 #: Jobs submitted in one turn of the event loop after which idle workers get work at once, not at the turn's end.
 EAGER_JOBS = 8
 #: Highest cost of a batch that may preempt another between two tiles, and lowest of one that may be preempted.
@@ -245,8 +247,11 @@ class Batch:
         slices = [part for part in self.slices if not part.job.is_closed]
         return Batch(self.key, slices, self.is_retry, self.failures) if slices else None
 
-    def halves(self) -> list[Batch]:
-        """Cut a batch of several rows into two that are computed alone."""
+    def pieces(self) -> list[Batch]:
+        """Cut a failed batch of several rows into halves, or into rows if it is small."""
+        if self.rows <= SINGLE_ROWS:
+            rows = [Slice(job, row, row + 1) for job, start, stop in self.slices for row in range(start, stop)]
+            return [Batch(self.key, [row], is_retry=True) for row in rows]
         middle = self.rows // 2
         first: list[Slice] = []
         second: list[Slice] = []
@@ -549,12 +554,12 @@ class Scheduler:
                 self._close(job)
 
     def fail(self, batch: Batch, reason: Reason) -> None:
-        """Compute a failed batch again: in halves if it has several rows, else once more."""
+        """Compute a failed batch again: in pieces if it has several rows, else once more."""
         rest = batch.without_closed()
         if rest is None:
             return
         if rest.rows > 1:
-            self.queue.put_again(rest.halves())
+            self.queue.put_again(rest.pieces())
         elif rest.failures + 1 < MAX_FAILURES:
             self.queue.put_again([Batch(rest.key, rest.slices, is_retry=True, failures=rest.failures + 1)])
         else:

@@ -279,7 +279,7 @@ class Worker:
         self._looked_s = now = time.monotonic()
         if self._is_between:
             return
-        if now - self._busy_since_s > self.limit_s:
+        if 0 < self._busy_since_s < now - self.limit_s:
             raise Late
         self._look()
         if self._is_alone:
