@@ -179,14 +179,24 @@ class Connection:
             with self._lock:
                 wire.send(self.sock, head, fields)
         except OSError:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            self.end()
+
+    def end(self) -> None:
+        """Have the end of the stream received next."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def buffer(self, number: int, size: int, fds: list[int]) -> mmap.mmap:
-        """Return the shared memory with this number, which the front sends with its first use."""
+        """Return the shared memory with this number, which the front sends with its first use.
+
+        Raises:
+            WireError: it has not sent it.
+        """
         for fd in fds:
             self._buffers[number] = mmap.mmap(fd, size)
             os.close(fd)
+        if number not in self._buffers:
+            raise wire.WireError(f"expected a buffer that was sent, got number {number}")
         return self._buffers[number]
 
     def drop(self, number: int) -> None:
@@ -235,6 +245,13 @@ class Worker:
             while self._waiting:
                 self._answer(*self._waiting.popleft())
             self._wait()
+
+    def _answer(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Do what a front asks; end the connection if it asks for what there is not."""
+        try:
+            self._do(connection, head, fields)
+        except wire.WireError:
+            connection.end()
 
     def _wait(self) -> None:
         """Wait for frames.
@@ -295,7 +312,7 @@ class Worker:
         finally:
             self._is_between = False
 
-    def _answer(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+    def _do(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
         """Do what a front asks. Errors that the request may cause are replied; any other ends the process."""
         match head["op"]:
             case "evaluate":
