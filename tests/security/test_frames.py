@@ -104,7 +104,9 @@ def test_lengths_are_checked_before_memory_is_taken(lengths: tuple[int, int]) ->
 # Channels.
 
 
-def on_loop(work: Callable[[wire.Channel, socket.socket, list[Any]], Awaitable[None]], most_fds: int = 0) -> list[Any]:
+def on_loop(
+    work: Callable[[wire.Channel, socket.socket, list[Any]], Awaitable[None]], most_fds: int = 0
+) -> list[Any]:
     """Run work with a channel and the other end of its socket; return what came, "lost" included."""
     seen: list[Any] = []
 

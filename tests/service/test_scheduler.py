@@ -454,7 +454,9 @@ def test_whatever_happens_every_job_ends_once_and_right(seed: int) -> None:
         nonlocal refused
         try:
             job = sim.submit(
-                random_.choice(keys), random_.choice((1, 1, 2, 300)), deadline_s=sim.clock.now + random_.uniform(0, 0.3)
+                random_.choice(keys),
+                random_.choice((1, 1, 2, 300)),
+                deadline_s=sim.clock.now + random_.uniform(0, 0.3),
             )
         except Overloaded:
             refused += 1

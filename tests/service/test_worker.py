@@ -106,7 +106,9 @@ def test_a_worker_computes_with_the_threads_it_is_given() -> None:
     found = []
     for threads in (1, 3):
         worker = loaded(threads=threads)
-        _, fields = worker.evaluate({**HEAD, "form": "arrays", "number": 1, "sizes": [len(points)]}, {"inputs": points})
+        _, fields = worker.evaluate(
+            {**HEAD, "form": "arrays", "number": 1, "sizes": [len(points)]}, {"inputs": points}
+        )
         found.append(fields["hessian"])
         started = [thread for thread in threading.enumerate() if thread.name.startswith("evaluator")]
         assert bool(started) == (threads > 1)
@@ -234,12 +236,10 @@ def test_a_plan_tells_what_a_row_costs_before_it_is_computed() -> None:
     with serving(worker):
         front.send({**head, "number": 1}, {})
         front.send({**head, "number": 2, "model": 9}, {})
-        front.send({**head, "number": 3, "quantities": ["nonsense"]}, {})
-        (first, _), (second, _), (third, _) = front.receive(3)
+        (first, _), (second, _) = front.receive(2)
     assert first["row_cost"] == evaluate.plan(["hvp"], (1, 1), (1, 5, 2)).operations
     assert 0 < first["row_s"] < 1e-3
     assert second["error"] == "KeyError"
-    assert "error" in third
 
 
 # Loading.
