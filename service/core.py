@@ -140,7 +140,7 @@ class Core:
             served: The model. Whoever awaits anything between looking it up and this call has to hold it too, see
                 :meth:`Table.holding <service.repository.Table.holding>`.
             question: What is asked.
-            form: ``arrays`` or ``json``, see :class:`~service.scheduler.BatchKey`.
+            form: ``arrays``, ``json`` or ``flat``, see :class:`~service.scheduler.BatchKey`.
             deadline_s: On the monotonic clock.
             end: Called once with the job when it has ended, never before this returns. ``job.answers`` and
                 ``job.error`` may be read until it returns.
@@ -241,8 +241,17 @@ class Core:
         sizes = (question.quantities, served.d, served.m, k, is_weighted)
         shapes, row_bytes = row_shapes(*sizes), floats_per_row(*sizes) * question.inputs.dtype.itemsize
         key = BatchKey(
-            *(served.id, question.dtype, question.quantities, form, shapes, row_bytes, is_weighted, k),
-            *(statistics, ended),
+            served.id,
+            served.file.name,
+            question.dtype,
+            question.quantities,
+            form,
+            shapes,
+            row_bytes,
+            is_weighted,
+            k,
+            statistics,
+            ended,
         )
         if len(served.kinds) >= MAX_KEYS:
             del served.kinds[next(iter(served.kinds))]

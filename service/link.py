@@ -188,7 +188,7 @@ class Link:
 
     def _on_done(self, running: _Running, head: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
         batch, parts = running.batch, None
-        if "error" not in head and batch.key.form == "json":
+        if "error" not in head and batch.key.form != "arrays":
             parts = _texts(batch, head, fields)
         elif "error" not in head:
             parts = _results(batch, running.buffer, head, fields)

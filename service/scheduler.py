@@ -7,7 +7,7 @@ H. Cheng, doi:10.1109/90.649569): a job's virtual start moves on by the cost tha
 by that cost divided by the number of jobs that wait.
 
 A failed batch is cut into halves, and a small one into rows. They are computed alone and take their turn like
-everything else; a row fails when it has failed alone twice. Evaluation is a pure function, so repeating it is harmless.
+everything else; a row fails when it has failed alone twice. Repeating is harmless: evaluation is a pure function.
 
 A row's cost comes from the worker's plan, which is asked for before the first batch of a key. The scheduler sees rows
 and costs, never numbers; its clock and its workers are arguments, so that tests simulate both.
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 from service.errors import (
     DeadlineExceeded,
     EvaluationFailed,
+    Failure,
     NotReady,
     Overloaded,
     ServiceError,
@@ -43,7 +44,6 @@ __all__ = [
     "BatchKey",
     "Clock",
     "End",
-    "Failure",
     "Job",
     "Limits",
     "LoopClock",
@@ -103,27 +103,16 @@ class LoopClock:
         return asyncio.get_running_loop().call_soon(callback)
 
 
-class Failure(NamedTuple):
-    """An error as data: unlike an exception that was raised, it holds no traceback and through it no arrays."""
-
-    kind: type[ServiceError]
-    detail: str
-    extra: Mapping[str, Any] = {}
-
-    def error(self) -> ServiceError:
-        """Return a new exception."""
-        return self.kind(self.detail, **self.extra)
-
-
 @dataclass(slots=True, eq=False)
 class BatchKey:
     """What jobs have in common that may share a batch; one object per combination, compared by identity.
 
     Attributes:
         model: The workers' number of the network.
+        name: The model's name.
         dtype: ``float32`` or ``float64``.
         quantities: Names, in the order of replies.
-        form: Of the results: ``arrays``, or ``json`` for the text of their rows.
+        form: Of the results: ``arrays``; ``json`` for the text of their rows; ``flat`` likewise without brackets.
         shapes: Of one row of each quantity.
         row_bytes: Bytes of a row's results as arrays.
         is_weighted: Whether there are weights.
@@ -136,6 +125,7 @@ class BatchKey:
     """
 
     model: int
+    name: str
     dtype: str
     quantities: tuple[str, ...]
     form: str
@@ -293,7 +283,7 @@ class Workers(Protocol):
 class Observer(Protocol):
     """Where queueing and computing are counted."""
 
-    def queued(self, seconds: float) -> None:
+    def queued(self, model: str, seconds: float) -> None:
         """Count a job that left the queue."""
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
@@ -522,7 +512,7 @@ class Scheduler:
     def abandon(self, job: Job, error: ServiceError) -> None:
         """End a job with an error; do nothing if it has ended."""
         if not job.is_closed:
-            job.failure = Failure(type(error), error.detail, error.extra)
+            job.failure = error.failure
             self._close(job)
 
     def dispatch(self) -> None:
@@ -581,9 +571,9 @@ class Scheduler:
             self._unplanned[key] = None
         elif reason == "memory":
             key.plan_failures = 0
-            self._end_all(key, Failure(Overloaded, "expected enough memory to plan, there is not; try again later"))
+            self._end_all(key, Overloaded("expected enough memory to plan, there is not; try again later"))
         else:
-            self._refuse(key, Failure(EvaluationFailed, "expected quantities that can be evaluated, these cannot"))
+            self._refuse(key, EvaluationFailed("expected quantities that can be evaluated, these cannot"))
         self._clock.call_soon(self.dispatch)
 
     def give_up(self) -> None:
@@ -592,13 +582,13 @@ class Scheduler:
         for job in list(self._open):
             self.abandon(job, WorkerLost("expected a worker to take over, none can be kept alive"))
 
-    def _refuse(self, key: BatchKey, failure: Failure) -> None:
-        key.refusal = failure
-        self._end_all(key, failure)
+    def _refuse(self, key: BatchKey, error: ServiceError) -> None:
+        key.refusal = error.failure
+        self._end_all(key, error)
 
-    def _end_all(self, key: BatchKey, failure: Failure) -> None:
+    def _end_all(self, key: BatchKey, error: ServiceError) -> None:
         for job in self.queue.waiting(key):
-            self.abandon(job, failure.error())
+            self.abandon(job, error)
 
     def _give_up_row(self, batch: Batch, reason: Reason) -> None:
         (job, row, _), key, limit_s = batch.slices[0], batch.key, self.queue.limits.batch_s
@@ -606,7 +596,7 @@ class Scheduler:
         if reason == "memory":
             self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
         elif reason == "late" and key.row_s > HEAVY_SHARE * limit_s:
-            self.abandon(job, _too_expensive(limit_s, key.row_s).error())
+            self.abandon(job, _too_expensive(limit_s, key.row_s))
         else:
             self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
 
@@ -643,13 +633,13 @@ class Scheduler:
         for job, start, _ in batch.slices:
             if start == 0 and not batch.is_retry:
                 job.started_at = now
-                self._observer.queued(now - job.queued_at)
+                self._observer.queued(job.key.name, now - job.queued_at)
 
 
 def _overloaded(what: str, now: int, limit: int) -> Overloaded:
     return Overloaded(f"expected at most {limit} {what} waiting, got {now}; try again later")
 
 
-def _too_expensive(limit_s: float, row_s: float) -> Failure:
+def _too_expensive(limit_s: float, row_s: float) -> TooExpensive:
     detail = f"expected rows that take at most {limit_s:g} s each, got rows of about {row_s:.2g} s"
-    return Failure(TooExpensive, detail, {"limit_s": limit_s, "row_s": round(row_s, 3)})
+    return TooExpensive(detail, limit_s=limit_s, row_s=round(row_s, 3))

@@ -16,8 +16,9 @@ From a front; replies carry the "number" of what they answer:
     evaluate  {"op", "number", "model", "dtype", "quantities", "form", "sizes", "is_alone", "is_small", "buffer"?}
               + "inputs", "weights"?, "directions"?
                                                    → {"op": "done"} and one array per quantity, in the buffer if
-                                                     there is one; if the form is "json", "lengths" + "text": for each
-                                                     quantity that of each request's rows; or {…, "error"}
+                                                     there is one; if the form is "json" or "flat", "lengths" and
+                                                     "text": for each quantity that of each request's rows, or that
+                                                     of their numbers alone; or {…, "error"}
     drop      {"op", "buffer"}                     → nothing
 
 Run as ``python -P -m service.worker FD DEVICE THREADS SPIN_US LIMIT_S``; FD is our end of the control socket.
@@ -346,7 +347,7 @@ class Worker:
         reply, results = self._evaluate(head, fields)
         if "error" not in reply and any(len(array) != sum(head["sizes"]) for array in results.values()):
             reply, results = {"op": "done", "error": "rows are missing"}, {}
-        if "error" not in reply and head["form"] == "json":
+        if "error" not in reply and head["form"] != "arrays":
             reply, results = self._texts(head, results)
         elif buffer is not None:
             for array, place in zip(results.values(), places, strict=len(results) > 0):
@@ -373,7 +374,7 @@ class Worker:
         """Write results as JSON."""
         try:
             texts = [
-                self._text(rows)
+                self._text(rows.reshape(-1) if head["form"] == "flat" else rows)
                 for array in results.values()
                 for rows in wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"])
             ]

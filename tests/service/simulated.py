@@ -59,7 +59,7 @@ class SimulatedClock:
 class Observer:
     """Keeps nothing."""
 
-    def queued(self, seconds: float) -> None:
+    def queued(self, model: str, seconds: float) -> None:
         pass
 
     def computed(self, *what: Any) -> None:
@@ -148,7 +148,7 @@ class SimulatedWorkers:
 
     def key(self, row_cost: float | None = 1e5, row_bytes: int = 8, model: int = 1) -> BatchKey:
         return BatchKey(
-            *(model, "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0),
+            *(model, "a", "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0),
             *(ModelStatistics(), lambda job: None, row_cost),
         )
 

@@ -97,7 +97,7 @@ class Supervised:
         self.is_given_up = False
         monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
         monkeypatch.setattr(module, "TICK_S", 0.005)
-        monkeypatch.setattr(WorkerProcess, "start", lambda worker: self.start(worker))
+        monkeypatch.setattr(WorkerProcess, "start", lambda worker: self.start(worker))  # noqa: PLW0108 - a method
         self.workers = Workers(self, ["cpu"] * count, Settings(**settings), lambda: self.now)
 
     def start(self, worker: WorkerProcess) -> None:
@@ -528,7 +528,7 @@ def test_the_current_folder_does_not_shadow_modules_and_signals_do_not_reach(
     async def work() -> None:
         owner = Supervised.__new__(Supervised)
         owner.attached = []
-        owner.attach = lambda worker: owner.attached.append(worker)  # type: ignore[method-assign]
+        owner.attach = owner.attached.append  # type: ignore[method-assign]
         workers = Workers(owner, ["cpu"], Settings())
         starting = asyncio.ensure_future(workers.start())
         await asyncio.sleep(0)
