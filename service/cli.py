@@ -37,6 +37,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Front ends that share the port, each a process.")] = None,
 ) -> None:
     """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""
     from service.app import create_app
@@ -45,8 +46,10 @@ def serve(
     from service.server import EXIT_START_UP
     from service.server import serve as run
     from service.settings import Settings
+    from service.supervisor import supervise
 
     flags: dict[str, Any] = {"models": models, "host": host, "port": port, "device": device, "workers": workers}
+    flags["processes"] = processes
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -54,8 +57,7 @@ def serve(
         _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
     set_up_logging(settings)
     try:
-        application = create_app(settings)
-        status = run(application, settings)
+        status = supervise(settings) if settings.processes > 1 else run(create_app(settings), settings)
     except StartUpError as error:
         _fail(str(error), EXIT_START_UP)
     raise typer.Exit(status)

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from service.codecs import Question
-from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
+from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError
 from service.link import Links
 from service.metrics import Metrics
+from service.node import NodeLike
 from service.quantities import floats_per_row, row_shapes
-from service.repository import Repository, Served
+from service.repository import Served
 from service.scheduler import Answers, BatchKey, End, Job, Limits, LoopClock, Scheduler
 from service.settings import Settings
 from service.wire import Array
-from service.workers import WorkerProcess, Workers
+from service.workers import WorkerProcess
 
 __all__ = ["Core"]
 
@@ -40,25 +41,24 @@ class Core:
 
     Args:
         settings: Limits and places.
-        devices: One per worker.
+        node: The workers and models: this process's own, or the supervisor's.
     """
 
-    def __init__(self, settings: Settings, devices: list[str]) -> None:
+    def __init__(self, settings: Settings, node: NodeLike) -> None:
         """Wire the parts together; nothing runs yet."""
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
-        self._is_started = self._is_loaded = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self.node = node
+        self.repository = node.repository
         self.links = Links(settings.batch_timeout_s)
         limits = Limits(
             *(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes),
             *(BATCH_COST, BATCH_BYTES, settings.batch_timeout_s),
         )
         self.scheduler = self.links.scheduler = Scheduler(limits, self.links, LoopClock(), self.metrics)
-        self.workers = Workers(self, devices, settings)
-        self.repository = Repository(settings.models, self.workers)
         self.metrics.read_off(self._gauges)
+        self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the workers and load the models, unless that is done.
@@ -66,37 +66,45 @@ class Core:
         Raises:
             StartUpError: there is no folder, or no worker comes up.
         """
-        if self._is_started:
-            return
-        self._is_started = True
-        if not self.settings.models.is_dir():
-            raise StartUpError("expected a folder of models, there is none at the given place")
-        await self.workers.start()
-        await self.repository.load_all()
-        self._is_loaded = True
-        loop = asyncio.get_running_loop()
-        self._tasks.append(loop.create_task(self._tidy()))
-        if self.settings.watch_s > 0:
-            self._tasks.append(loop.create_task(self._watch()))
+        if self._tidying is None:
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+        await self.node.start(self)
 
     async def stop(self) -> None:
         """End the workers."""
-        for task in self._tasks:
-            task.cancel()
-        await self.workers.close()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        await self.node.stop()
         self.links.close()
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Use a worker that has become ready."""
+        """Use a worker of this process that has become ready."""
         self.links.add(worker.connect(), partial(worker.kill, "its connection ended"))
-
-    def refuse(self, model: int, why: str) -> None:
-        """Serve a model no more that a worker refused."""
-        self.repository.refuse(model, why)
 
     def give_up(self) -> None:
         """End all jobs, since workers cannot be kept alive."""
         self.scheduler.give_up()
+
+    async def load(self, name: str) -> list[Served]:
+        """Load a model's versions from the folder.
+
+        Raises:
+            ModelNotFound: the folder has no file for this name.
+            ModelRefused: a file was refused; what it would have replaced is served on.
+        """
+        return await self.node.load(name)
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        await self.node.unload(name)
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics of the whole service in Prometheus' text format."""
+        return await self.node.metrics_text(self.metrics.text())
 
     @property
     def is_given_up(self) -> bool:
@@ -209,12 +217,12 @@ class Core:
 
     def why_not_ready(self) -> list[str]:
         """Return the reasons why the service is not ready; none if it is."""
-        reasons = []
+        reasons, health = [], self.node.health()
         if self.is_draining:
             reasons.append("the service is stopping")
-        if not self._is_loaded:
+        if not health.is_loaded:
             reasons.append("models are being loaded")
-        if not self.workers.is_fresh():
+        if not health.is_fresh:
             reasons.append("no worker answered lately")
         if not any(self.repository.default(name).state == "ready" for name in self.repository.names()):
             reasons.append("no model is ready")
@@ -258,12 +266,6 @@ class Core:
         served.kinds[known] = key
         return key
 
-    async def _watch(self) -> None:
-        """Follow the folder for ever."""
-        while True:
-            await asyncio.sleep(self.settings.watch_s)
-            await self.repository.follow()
-
     async def _tidy(self) -> None:
         """Give shared memory back that nobody has used for a while, for ever."""
         while True:
@@ -272,14 +274,12 @@ class Core:
 
     def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
         """Return what is read off when Prometheus asks."""
-        queue, workers = self.scheduler.queue, self.workers
+        queue, health = self.scheduler.queue, self.node.health()
+        memory_bytes = {str(slot): size for slot, size in enumerate(health.memory_bytes)}
         return {
             "hessquik_queue_requests": queue.requests,
             "hessquik_queue_rows": queue.rows,
-            "hessquik_workers": ("state", {state.value: count for state, count in workers.states().items()}),
-            "hessquik_device_memory_bytes": (
-                "worker",
-                {str(slot): worker.memory_bytes for slot, worker in enumerate(workers.workers)},
-            ),
-            "hessquik_worker_restarts_total": workers.restarts,
+            "hessquik_workers": ("state", health.states),
+            "hessquik_device_memory_bytes": ("worker", memory_bytes),
+            "hessquik_worker_restarts_total": health.restarts,
         }

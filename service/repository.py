@@ -195,10 +195,15 @@ class Served:
 
 
 class Table:
-    """What is served, by name and version."""
+    """What is served, by name and version.
 
-    def __init__(self) -> None:
+    Args:
+        root: The folder that it comes from.
+    """
+
+    def __init__(self, root: Path) -> None:
         """Start with an empty table."""
+        self.root = root
         self._table: dict[str, dict[int, Served]] = {}
 
     def names(self) -> list[str]:
@@ -288,8 +293,7 @@ class Repository(Table):
 
     def __init__(self, root: Path, workers: Workers) -> None:
         """Start with an empty table."""
-        super().__init__()
-        self.root = root
+        super().__init__(root)
         self._workers = workers
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}

@@ -309,8 +309,13 @@ def _allow_connections(count: int) -> None:
             logger.warning("expected %d descriptors for the connections, the system allows %d", wanted, limit)
 
 
-def serve(app: Application, settings: Settings) -> int:
+def serve(app: Application, settings: Settings, sockets: list[socket.socket] | None = None) -> int:
     """Serve until told to stop.
+
+    Args:
+        app: The application.
+        settings: Limits and places.
+        sockets: Bound already, in place of the settings' host and port.
 
     Returns:
         The process's exit status.
@@ -337,7 +342,7 @@ def serve(app: Application, settings: Settings) -> int:
     _allow_connections(settings.max_connections)
     server = Server(config, core)
     try:
-        server.run()
+        server.run(sockets)
     except SystemExit as exit_:
         return int(exit_.code or 0)
     if core.is_given_up:

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
         le=10_000,
         description="Microseconds that a worker looks for a request before it sleeps, while they come one by one.",
     )
+    processes: int = Field(1, ge=1, le=64, description="Front ends that share the port, each a process.")
     watch_s: float = Field(
         0.0, ge=0, description="Hot reload: how often the folder is looked at for changes, in seconds; 0 is never."
     )

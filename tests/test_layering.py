@@ -34,11 +34,14 @@ LAYERS = {
         service.open_inference service.shared
         service.scheduler service.workers
         service.dispatcher service.link service.repository
+        service.node
         service.core service.door
         service.routes
         service.exchange
         service.app
         service.server service.worker
+        service.frontend
+        service.supervisor
         service.cli service.ray_serve
         service.__main__
         service
