@@ -357,7 +357,7 @@ class Repository(Table):
         files = await self._scan()
         stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
         changed = {name for name, _ in dict(stamps.items() ^ self._seen.items())} - set(self._unloaded)
-        for name in sorted(changed):
+        for name in sorted(changed, key=lambda name: (name in self._table, name)):  # new ones first
             try:
                 await self.load(name)
             except ModelNotFound:

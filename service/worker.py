@@ -79,26 +79,30 @@ class Late(Exception):
 class Model:
     """A network on the worker's device, with an evaluator for each dtype that was asked for.
 
+    Each evaluator's derivatives are compared with automatic differentiation before it is used.
+
     Attributes:
         operation_s: Shortest time per operation that was measured.
     """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
-        """Prove the network's derivatives and keep it."""
-        bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
-        prove_quickly(saved.network, *bounds)
+        """Make and prove the evaluator in the network's own dtype."""
         self.saved = saved
         self.device = device
         self.threads = threads
-        self.dtype = next(saved.network.parameters()).dtype
         self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
         self.operation_s = 0.0
         self._evaluators: dict[torch.dtype, Evaluator] = {}
+        self.dtype = self.evaluator(None).dtype
 
-    def evaluator(self, dtype: torch.dtype) -> Evaluator:
-        """Return the evaluator in a dtype, made when it is first asked for."""
-        if dtype not in self._evaluators:
-            self._evaluators[dtype] = Evaluator(self.saved.network, self.device, dtype, self.threads)
+    def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
+        """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
+        if dtype is None or dtype not in self._evaluators:
+            made = Evaluator(self.saved.network, self.device, dtype, self.threads)
+            bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
+            prove_quickly(self.saved.network, *bounds, evaluate=made)
+            self._evaluators[made.dtype] = made
+            return made
         return self._evaluators[dtype]
 
     def is_quick(self, dtype: torch.dtype) -> bool:
