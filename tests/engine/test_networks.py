@@ -131,13 +131,9 @@ def test_networks_chained_by_hand_are_the_network_of_both(name):
     got = second(u, do_gradient=True, do_Hessian=True, dudx=du, d2ud2x=d2u)
     assert all(map(close, got, expected))
 
-    for mode in MODES.values():  # all features with their derivatives, in every mode
-        for got, right in zip(
-            first(x, do_gradient=True, do_Hessian=True, hand_on=True, **mode),
-            oracle.derivatives(first, x),
-            strict=True,
-        ):
-            assert close(got, right)
+    features = oracle.derivatives(first, x, first.layers()[-1].dim_output())
+    for mode in MODES.values():
+        assert all(map(close, first(x, do_gradient=True, do_Hessian=True, hand_on=True, **mode), features))
 
 
 @pytest.mark.parametrize(
