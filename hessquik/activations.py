@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hessquik.original
 from hessquik.errors import OrderError
 
 __all__ = [
@@ -433,3 +434,5 @@ ACTIVATIONS: dict[str, type[hessQuikActivationFunction]] = {
         tanhActivation,
     )
 }
+
+hessquik.original.register(__name__)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: A name stands for the module and all that is inside it.
 LAYERS = {
     "hessquik": """
-        hessquik.errors
+        hessquik.errors hessquik.original
         hessquik.activations hessquik.strict_json
         hessquik.layers
         hessquik.calculus
