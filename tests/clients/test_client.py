@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 
 from service import client as package
 from service import errors as service_errors
-from service.client import AsyncClient, Client, ClientError, parts
+from service.client import AsyncClient, Client, ClientError, messages, parts, steps
 from service.client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
 from service.client.messages import Reply, Request
 from service.client.steps import Pause, Persistence, Send, exchange
@@ -212,6 +214,87 @@ def test_large_batches_are_split_and_joined(zoo: Zoo, monkeypatch: pytest.Monkey
     got = asyncio.run(evaluate_async())
     for name in names:
         assert (got[name] == expected[name]).all()
+
+
+#: Points, directions of all or per point, and the limits (rows, directions, body, reply) that have to cut them.
+CUTS = {
+    "66 points × 1,000": ((66, 1000), False, {}),
+    "one point × 5,000": ((1, 5000), False, {}),
+    "own directions": ((40, 1000), True, {"rows": 1500, "directions": 300}),
+    "small bodies": ((9, 64), True, {"body_bytes": 5000}),
+    "small replies": ((9, 64), False, {"reply_bytes": 6000}),
+    "one by one": ((3, 2), True, {"rows": 1}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "has_own", "limits"), CUTS.values(), ids=CUTS)
+def test_directions_are_split_too(
+    zoo: Zoo, sizes: tuple[int, int], has_own: bool, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = sizes
+    random = np.random.default_rng(k)
+    x = random.uniform(-1, 1, (n, 3))
+    directions = random.uniform(-1, 1, (n, k, 3) if has_own else (k, 3))
+    along = np.broadcast_to(directions, (n, k, 3))
+    derivatives = zoo.derivatives("vector", x)
+    expected = {
+        "gradient": derivatives["gradient"],
+        "jvp": np.einsum("naj,nka->nkj", derivatives["gradient"], along),
+        "hvp": np.einsum("nabj,nkb->nkaj", derivatives["hessian"], along),
+        "curvature": np.einsum("nka,nabj,nkb->nkj", along, derivatives["hessian"], along, optimize=True),
+    }
+    real = messages.parse_facts
+
+    def limited(*arguments: object) -> tuple[dict[str, object], messages.Facts]:
+        document, facts = real(*arguments)  # type: ignore[arg-type]
+        return document, replace(facts, **limits)
+
+    monkeypatch.setattr(steps, "parse_facts", limited)
+    sent: list[tuple[int, int, tuple[str, ...]]] = []
+    build = messages.build_request
+
+    def noted(model: str, version: str | None, question: messages.Question, facts: messages.Facts) -> Request:
+        sent.append((question.rows, question.k, question.quantities))
+        request = build(model, version, question, facts)
+        assert len(request.body) <= facts.body_bytes
+        assert request.most_bytes <= facts.reply_bytes
+        assert question.k <= facts.directions
+        assert question.rows * question.k <= facts.rows
+        return request
+
+    monkeypatch.setattr(steps, "build_request", noted)
+    with Client(zoo.url) as client:
+        out = client.model("vector").evaluate(x, list(expected), directions=directions)
+        for name, array in expected.items():
+            np.testing.assert_allclose(out[name], array, rtol=TOLERANCE, atol=TOLERANCE * k)
+        if n == 1:
+            assert client.model("vector").hvp(x[0], directions).shape == (k, 3, 4)
+    # Each direction of each point once; what needs none is asked with the first of them alone.
+    whole = [part for part in sent if "gradient" in part[2]]
+    assert len(sent) > 1
+    assert sum(rows for rows, _, _ in whole) == n
+    assert sum(rows * along for rows, along, _ in sent) == n * k * (2 if n == 1 else 1)
+
+
+def test_a_large_answer_is_in_memory_once(zoo: Zoo) -> None:
+    """A product with 1,000 directions at 300 points: 29 MB, which come in parts."""
+    random = np.random.default_rng(0)
+    x, directions = random.uniform(-1, 1, (300, 3)), random.uniform(-1, 1, (1000, 3))
+    with Client(zoo.url) as client:
+        model = client.model("vector")
+        model.value(x[:2])
+        part_bytes = 1 << 20
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts, "PART_BYTES", part_bytes)
+            tracemalloc.start()
+            try:
+                answer = model.hvp(x, directions)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+    assert answer.nbytes == 300 * 1000 * 3 * 4 * 8
+    # The answer, and four parts that are under way, each as pieces, as a body and as arrays.
+    assert peak < answer.nbytes + 4 * 4 * part_bytes
 
 
 def test_one_failing_part_fails_the_batch(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
