@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.resources
+import pickle
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from service.client import AsyncClient, Client, ClientError, messages, parts, st
 from service.client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
 from service.client.messages import Reply, Request
 from service.client.steps import Pause, Persistence, Send, exchange
+from service.quantities import DIRECTIONAL, QUANTITIES
 from tests.clients.conftest import ADMIN, Zoo
 from tests.fault_proxy import SHARES, FaultProxy
 from tests.whole import IS_WHOLE, Note, choose
@@ -88,6 +91,81 @@ def test_quantities_agree_with_autodiff(zoo: Zoo, client: Client) -> None:
         out["curvature"][..., 0], np.einsum("nka,nab,nkb->nk", DIRECTIONS, hessian, DIRECTIONS), atol=TOLERANCE
     )
     np.testing.assert_allclose(out["hessian_diagonal"][..., 0], np.einsum("naa->na", hessian), atol=TOLERANCE)
+
+
+def test_every_quantity_has_a_method(client: Client, zoo: Zoo) -> None:
+    vector = client.model("vector")
+    options = {"weights": WEIGHTS, "directions": DIRECTIONS}
+    for name in QUANTITIES:
+        expected = vector.evaluate(X, [name], **options)[name]  # type: ignore[arg-type]
+        arguments = (X, DIRECTIONS) if name in DIRECTIONAL else (X,)
+        assert (getattr(vector, name)(*arguments, weights=WEIGHTS) == expected).all()
+
+    async def ask() -> dict[str, np.ndarray]:
+        async with AsyncClient(zoo.url) as other:
+            model = other.model("vector")
+            return {
+                name: await getattr(model, name)(*((X, DIRECTIONS) if name in DIRECTIONAL else (X,)))
+                for name in QUANTITIES
+            }
+
+    whole = vector.evaluate(X, QUANTITIES, directions=DIRECTIONS)
+    for name, array in asyncio.run(ask()).items():
+        np.testing.assert_allclose(array, whole[name], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_quantity_that_was_not_asked_for_is_an_error() -> None:
+    answer = package.Answer("peaks", "1", {"value": np.ones((2, 1)), "hvp": np.ones((2, 5, 2, 1))})
+    with pytest.raises(AttributeError, match="hessian: expected a quantity that was asked for: value, hvp"):
+        answer.hessian  # noqa: B018
+    with pytest.raises(KeyError, match="hessian: expected a quantity that was asked for: value, hvp"):
+        answer["hessian"]
+    with pytest.raises(AttributeError, match="no attribute 'velocity'"):
+        answer.velocity  # noqa: B018
+    assert not hasattr(answer, "gradient")
+    assert repr(answer) == "Answer(model='peaks', version='1', value=(2, 1), hvp=(2, 5, 2, 1))"
+    for same in (copy.copy(answer), copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):
+        assert (same.value == 1).all()
+
+
+def test_what_is_shown_of_clients_and_models(zoo: Zoo) -> None:
+    with Client(zoo.url, api_key="secret") as client:
+        model = client.model("vector", version=2)
+        assert repr(client) == f"Client({zoo.url!r})"
+        assert repr(model) == f"Model('vector', version='2', url={zoo.url!r})"
+        model.describe()
+        assert repr(model) == f"Model('vector', version='2', d=3, m=4, dtype=float64, url={zoo.url!r})"
+    assert repr(AsyncClient(zoo.url).model("x")) == f"AsyncModel('x', version=None, url={zoo.url!r})"
+
+
+BAD_SETTINGS = {
+    "url": {"url": "127.0.0.1:8000"},
+    "api_key": {"api_key": "two\nlines"},
+    "deadline_s": {"deadline_s": 0},
+    "retries": {"retries": -1},
+    "concurrency": {"concurrency": 0},
+}
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(("name", "settings"), BAD_SETTINGS.items(), ids=BAD_SETTINGS)
+def test_settings_that_make_no_sense_are_refused(kind: type, name: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=name):
+        kind(**{"url": "http://127.0.0.1:9", **settings})
+
+
+def test_a_bar_needs_rich(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(ImportError, match=r"pip install 'hessquik-service\[progress\]'"):
+        client.model("vector").hessian(X, progress=True)
+    assert client.model("vector").hessian(X).shape == (7, 3, 3, 4)
+
+
+def test_options_are_checked(client: Client) -> None:
+    with pytest.raises(TypeError, match="expected the options weights, dtype, progress, got weight"):
+        client.model("vector").value(X, weight=WEIGHTS)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="float32 or float64, got float16"):
+        client.model("vector").value(X, dtype="float16")
 
 
 def test_any_kind_of_numbers_is_taken(client: Client) -> None:
@@ -319,7 +397,9 @@ def test_progress_is_drawn_on_request(
     client.model("vector").evaluate(X, ["hessian"])
     assert capsys.readouterr().out == ""
     client.model("vector").evaluate(X, ["hessian"], progress=True)
-    assert "7/7" in capsys.readouterr().out
+    assert "7/7 points" in capsys.readouterr().out
+    client.model("vector").hvp(X, DIRECTIONS[0], progress=True)
+    assert "14/14 points × directions" in capsys.readouterr().out
 
 
 def test_async_client_has_the_same_methods(zoo: Zoo, client: Client) -> None:
