@@ -190,19 +190,6 @@ SERVER_PACKAGES = [
     *("torch", "fastapi", "starlette", "uvicorn", "pydantic", "typer", "click", "rich"),
     *("httptools", "uvloop", "orjson", "plotly"),
 ]
-    "torch",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "pydantic",
-    "typer",
-    "click",
-    "rich",
-    "httptools",
-    "uvloop",
-    "orjson",
-    "plotly",
-]
 
 
 def test_command_runs_with_the_clients_packages_alone(server: LiveServer, tmp_path: Path) -> None:
