@@ -12,7 +12,7 @@ import click
 import typer
 from pydantic_core import PydanticUndefined
 
-from service import cli, errors
+from service import cli, errors, loadtest
 from service.errors import ServiceError
 from service.settings import Settings
 
@@ -54,6 +54,9 @@ def commands() -> str:
     group: Any = typer.main.get_command(cli.app)
     parts = []
     for name, command in group.commands.items():
+        if name == "bench":  # has a parser of its own, since it runs without the server's packages
+            parts += ["## `hessquik bench`", "", "```text", loadtest.arguments().format_help().strip(), "```", ""]
+            continue
         context = click.Context(click.Command(name))
         parts += [f"## `hessquik {name}`", "", (command.help or "").strip(), "", "| argument | what |", "|---|---|"]
         for parameter in command.params:

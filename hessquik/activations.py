@@ -12,10 +12,12 @@ To add one: a small final class with :meth:`evaluate` and :meth:`compute_derivat
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import hessquik.original
 from hessquik.errors import OrderError
 
 __all__ = [
@@ -44,7 +46,8 @@ _TAIL = 40.0
 class hessQuikActivationFunction(nn.Module):
     """Base class of all activations: σ, σ' and σ'' of a tensor of any shape, entry by entry.
 
-    A subclass gives :meth:`evaluate` and :meth:`compute_derivatives`; the rest is here, once.
+    A subclass gives :meth:`evaluate` and :meth:`compute_derivatives`; the rest is here, once. One written for the
+    original, which gives :meth:`forward` and :meth:`compute_derivatives`, works too.
 
     Example:
         >>> import torch
@@ -65,7 +68,7 @@ class hessQuikActivationFunction(nn.Module):
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return σ(x) and the tensors that :meth:`compute_derivatives` needs, all shaped like ``x``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate(x) and compute_derivatives(*args)")
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return σ' and, with ``do_Hessian``, σ'' (else ``None``).
@@ -74,7 +77,7 @@ class hessQuikActivationFunction(nn.Module):
             args: What :meth:`evaluate` returned beside the value.
             do_Hessian: Whether σ'' is wanted.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define compute_derivatives(*args, do_Hessian)")
 
     def jet(self, x: Tensor, order: int) -> Jet:
         """Return (σ, σ', σ'') at ``x`` up to ``order`` (0, 1 or 2); what lies above it is ``None``.
@@ -84,6 +87,9 @@ class hessQuikActivationFunction(nn.Module):
             >>> tanhActivation().jet(torch.zeros(1), 2)
             (tensor([0.]), tensor([1.]), tensor([-0.]))
         """
+        if type(self).evaluate is hessQuikActivationFunction.evaluate:  # a subclass with a forward of its own
+            jet: Jet = self.forward(x, do_gradient=order > 0, do_Hessian=order > 1, forward_mode=True)
+            return jet
         sigma, args = self.evaluate(x)
         if order == 0:
             return sigma, None, None
@@ -115,7 +121,7 @@ class hessQuikActivationFunction(nn.Module):
         """
         sigma, args = self.evaluate(x)
         if forward_mode is None:
-            self._args = args
+            self.ctx = args
             return sigma, None, None
         if not (do_gradient or do_Hessian):
             return sigma, None, None
@@ -125,15 +131,19 @@ class hessQuikActivationFunction(nn.Module):
     def backward(self, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return σ' and, with ``do_Hessian``, σ'' at the ``x`` of the last ``forward(x, forward_mode=None)``.
 
+        It may be called again; copies and pickles of the object do not know that ``x``.
+
         Raises:
             OrderError: there was no such forward call.
         """
-        args = self.__dict__.pop("_args", None)
+        args: tuple[Tensor, ...] | None = self.__dict__.get("ctx")
         if args is None:
-            raise OrderError(
-                f"{type(self).__name__}.backward() expects a forward(x, forward_mode=None) before it; there was none"
-            )
+            raise OrderError(f"{type(self).__name__}.backward() needs a forward(x, forward_mode=None) before it")
         return self.compute_derivatives(*args, do_Hessian=do_Hessian)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a later :meth:`backward` would need."""
+        return {name: value for name, value in vars(self).items() if name != "ctx"}
 
     def extra_repr(self) -> str:
         """Show the constructor arguments."""
@@ -424,3 +434,5 @@ ACTIVATIONS: dict[str, type[hessQuikActivationFunction]] = {
         tanhActivation,
     )
 }
+
+hessquik.original.register(__name__)

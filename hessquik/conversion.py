@@ -17,39 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hessquik import storage, strict_json
 from hessquik.activations import ACTIVATIONS
 from hessquik.architecture import MAX_NESTING, TYPES, build, describe
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
+from hessquik.layers import hessQuikLayer
 from hessquik.networks import NN
+from hessquik.original import MODULES
 
 __all__ = ["convert", "read_checkpoint"]
-
-#: Where the original defines its classes.
-_ORIGINAL_PLACES = {
-    "activations": {
-        "antiTanhActivation": "antiTanh_activation",
-        "identityActivation": "identity_activation",
-        "quadraticActivation": "quadratic_activation",
-        "sigmoidActivation": "sigmoid_activation",
-        "softplusActivation": "softplus_activation",
-        "tanhActivation": "tanh_activation",
-    },
-    "layers": {
-        "ICNNLayer": "icnn_layer",
-        "quadraticICNNLayer": "quadratic_icnn_layer",
-        "quadraticLayer": "quadratic_layer",
-        "resnetLayer": "resnet_layer",
-        "singleLayer": "single_layer",
-    },
-    "networks": {
-        "ICNN": "icnn_network",
-        "NN": "hessQuik_network",
-        "fullyConnectedNN": "fully_connected_network",
-        "resnetNN": "resnet_network",
-    },
-}
 
 
 class _Object:
@@ -62,13 +40,12 @@ class _Softplus:
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return a stand-in for every class, under the names that the original's and our own pickles use."""
-    places = {
-        f"hessQuik.{package}.{module}.{name}": name
-        for package, classes in _ORIGINAL_PLACES.items()
-        for name, module in classes.items()
-    }
-    ours = (*TYPES.values(), *ACTIVATIONS.values())
-    places |= {f"{kind.__module__}.{kind.__qualname__}": kind.__name__ for kind in ours}
+    packages: dict[type[nn.Module], str] = dict.fromkeys(ACTIVATIONS.values(), "activations")
+    packages |= {kind: "layers" if issubclass(kind, hessQuikLayer) else "networks" for kind in TYPES.values()}
+    places = {}
+    for kind, package in packages.items():
+        places[f"{kind.__module__}.{kind.__qualname__}"] = kind.__name__
+        places |= {f"hessQuik.{package}.{module}.{kind.__name__}": kind.__name__ for module in MODULES[package]}
     classes = {name: type(name, (_Object,), {}) for name in places.values()}
     softplus = [(_Softplus, place) for place in ("torch._C._nn.softplus", "torch.nn.functional.softplus")]
     return [*((classes[name], place) for place, name in places.items()), *softplus]

@@ -1,15 +1,15 @@
-"""What can go wrong in the engine, each with a name of its own.
+"""The errors of the engine.
 
     HessQuikError
     ├── ShapeError         an input's shape or dtype does not fit the network (also a ValueError)
     ├── CompositionError   two neighbouring layers do not fit together        (also a ValueError)
-    ├── ArchitectureError  a description of a network is not one              (also a ValueError)
+    ├── ArchitectureError  a description of a network is malformed            (also a ValueError)
     ├── FormatError        a file is not a saved network                      (also a ValueError)
     ├── TraceError         a function cannot be traced into a graph           (also a TypeError)
     ├── DerivativeError    a network's derivatives disagree with a reference  (also a ValueError)
     └── OrderError         backward() without the forward() it belongs to     (also a RuntimeError)
 
-Every message says what was expected and what came.
+Every message says what is wrong and what would be right.
 """
 
 __all__ = [
@@ -37,11 +37,11 @@ class CompositionError(HessQuikError, ValueError):
 
 
 class ArchitectureError(HessQuikError, ValueError):
-    """A description of a network is not one."""
+    """A description of a network is malformed."""
 
 
 class FormatError(HessQuikError, ValueError):
-    """A file is not a saved network."""
+    """A file is not a saved network, or a network cannot be saved."""
 
 
 class TraceError(HessQuikError, TypeError):

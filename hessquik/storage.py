@@ -122,7 +122,7 @@ def serialize(network: NN, **metadata: Any) -> bytes:
     _check_metadata(metadata, network)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "network": json.dumps(architecture)}
     header |= {key: value if key == "description" else json.dumps(value) for key, value in metadata.items()}
-    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    state = _state(network)
     _check_tensors(state)
     # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
     tensors = {name: tensor.cpu().resolve_neg().contiguous().clone() for name, tensor in state.items()}
@@ -130,6 +130,14 @@ def serialize(network: NN, **metadata: Any) -> bytes:
     data = _with_sorted_metadata(safetensors.torch.save(tensors, header))
     parse(data)
     return data
+
+
+def _state(module: nn.Module, place: str = "") -> dict[str, torch.Tensor]:
+    """Return the weights under the names of a network whose parts are numbered; an ``OrderedDict`` may name them."""
+    if isinstance(module, NN):
+        parts = (_state(part, f"{place}{number}.") for number, part in enumerate(module))
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    return {place + name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:

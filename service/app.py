@@ -21,6 +21,7 @@ from service.devices import resolve_devices
 from service.door import Door, Receive, Scope, Send
 from service.errors import InvalidInput, MethodNotAllowed, NotFound
 from service.exchange import ShortWay
+from service.node import Node, NodeLike
 from service.routes import inference_protocol, umbridge
 from service.routes.derivatives import Derivatives
 from service.routes.health import Live, MetricsText, Ready
@@ -81,17 +82,18 @@ class Application(FastAPI):
         await super().__call__(scope, receive, send)
 
 
-def create_app(settings: Settings | None = None) -> Application:
+def create_app(settings: Settings | None = None, node: NodeLike | None = None) -> Application:
     """Make the service; its workers start with the application's lifespan and end with it.
 
     Args:
         settings: From the environment if not given.
+        node: The workers and models; of this process's own if not given.
 
     Raises:
         StartUpError: a device is asked for that is not there.
     """
     settings = settings or Settings()
-    core = Core(settings, resolve_devices(settings.device, settings.workers))
+    core = Core(settings, node or Node(settings, resolve_devices(settings.device, settings.workers)))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

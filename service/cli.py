@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
 except ImportError:
+    if sys.argv[1:2] == ["bench"]:  # needs the client's packages alone
+        from service.loadtest import main as run_bench
+
+        sys.exit(run_bench(sys.argv[2:]))
     sys.exit("hessquik: expected the server's packages, found the client's; pip install 'hessquik-service[server]'")
 
 from pydantic import ValidationError
-
-from service.quantities import QUANTITIES
-
-if TYPE_CHECKING:
-    from service.loadtest import Tally
 
 __all__ = ["main"]
 
@@ -37,6 +36,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Front ends that share the port, each a process.")] = None,
 ) -> None:
     """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""
     from service.app import create_app
@@ -45,8 +45,10 @@ def serve(
     from service.server import EXIT_START_UP
     from service.server import serve as run
     from service.settings import Settings
+    from service.supervisor import supervise
 
     flags: dict[str, Any] = {"models": models, "host": host, "port": port, "device": device, "workers": workers}
+    flags["processes"] = processes
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -54,8 +56,7 @@ def serve(
         _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
     set_up_logging(settings)
     try:
-        application = create_app(settings)
-        status = run(application, settings)
+        status = supervise(settings) if settings.processes > 1 else run(create_app(settings), settings)
     except StartUpError as error:
         _fail(str(error), EXIT_START_UP)
     raise typer.Exit(status)
@@ -65,8 +66,8 @@ def serve(
 def models(folder: Folder = None) -> None:
     """Show the saved networks in a folder."""
     from hessquik import FormatError, storage
-    from service.pool import LoadError
     from service.repository import find_files
+    from service.workers import LoadError
 
     root = folder or Path("models")
     if not root.is_dir():
@@ -145,64 +146,12 @@ def check(
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
 
 
-@app.command()
-def bench(
-    url: Annotated[str, typer.Argument(help="Where the service is, such as http://127.0.0.1:8000.")],
-    model: Annotated[str, typer.Option(help="Name of the model to ask.")],
-    quantities: Annotated[str, typer.Option(help="What to ask, separated by commas.")] = "value,gradient,hessian",
-    clients: Annotated[int, typer.Option(min=1, help="Connections, each with one request at a time.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Points in a request.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long requests are sent.")] = 10.0,
-    binary: Annotated[bool, typer.Option("--binary", help="safetensors instead of JSON, both ways.")] = False,
-    api_key: Annotated[str | None, typer.Option(envvar="HESSQUIK_API_KEY", help="Key to send.")] = None,
-) -> None:
-    """Put load on a running service and show how it bears it; the exit status is 1 if anything failed."""
-    import uvloop
-    from rich.live import Live
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Put load on a running service and show how it bears it; see hessquik bench --help."""
+    from service.loadtest import main as run_bench
 
-    from service import loadtest
-    from service.client import Client, ClientError
-
-    asked = [name.strip() for name in quantities.split(",")]
-    if not set(asked) <= set(QUANTITIES):
-        _fail(f"--quantities: expected names out of {', '.join(QUANTITIES)}, got {quantities}", status=2)
-    try:
-        with Client(url, api_key=api_key) as client:
-            facts = client.model(model).describe()
-    except (ClientError, ValueError) as error:
-        _fail(str(error), status=1)
-    load = loadtest.build_load(
-        url,
-        facts,
-        quantities=asked,
-        clients=clients,
-        rows=rows,
-        seconds=seconds,
-        is_binary=binary,
-        api_key=api_key,
-    )
-    with Live("", console=Console(stderr=True), transient=True) as line:
-        tally = uvloop.run(loadtest.run(load, lambda now: line.update(_progress(now, seconds))))
-    table = Table("", "", show_header=False)
-    for name, value in {
-        "requests": f"{tally.answers} answered, {tally.errors.total()} failed",
-        "requests/s": f"{tally.answers / tally.elapsed_s:.1f}",
-        "rows/s": f"{tally.answers * rows / tally.elapsed_s:.1f}",
-        "received": f"{tally.received_bytes / tally.elapsed_s / 1e6:.2f} MB/s",
-        **{f"p{percent}": f"{tally.percentile_ms(percent):.3f} ms" for percent in (50, 90, 99)},
-        **{f"error {code}": str(times) for code, times in tally.errors.most_common()},
-    }.items():
-        table.add_row(name, value)
-    Console().print(table)
-    raise typer.Exit(1 if tally.errors or not tally.answers else 0)
-
-
-def _progress(tally: Tally, seconds: float) -> str:
-    """One line on a load that is under way."""
-    return (
-        f"{tally.elapsed_s:.0f} of {seconds:g} s   {tally.answers / tally.elapsed_s:.0f} requests/s   "
-        f"p50 {tally.percentile_ms(50):.2f} ms   {tally.errors.total()} failed"
-    )
+    raise typer.Exit(run_bench(context.args))
 
 
 def _fail(message: str, status: int) -> NoReturn:

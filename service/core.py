@@ -1,9 +1,8 @@
-"""The service without HTTP: repository, dispatcher, limits. What routes of every dialect call."""
+"""The service without HTTP: repository, scheduler, workers, limits. What routes of every dialect call."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping, MutableMapping
 from functools import partial
@@ -11,28 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from service.batcher import Batcher
 from service.codecs import Question
-from service.dispatcher import Answers, Dispatcher, End, Job, Kind
-from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError, StartUpError
+from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError
+from service.link import Links
 from service.metrics import Metrics
-from service.quantities import floats_per_row
-from service.repository import Repository, Served
+from service.node import NodeLike
+from service.quantities import floats_per_row, row_shapes
+from service.repository import Served
+from service.scheduler import Answers, BatchKey, End, Job, Limits, LoopClock, Scheduler
 from service.settings import Settings
 from service.wire import Array
+from service.workers import WorkerProcess
 
 __all__ = ["Core"]
 
 Scope = MutableMapping[str, Any]
 
-logger = logging.getLogger(__name__)
-
 #: Operations after which a batch is cut: a few milliseconds on one core.
 BATCH_COST = 1e8
-#: Bytes to bring back after which a batch is cut.
+#: Bytes of results after which a batch is cut.
 BATCH_BYTES = 8 << 20
-#: Kinds of question that are kept for a model.
-MAX_KINDS = 1024
+#: Batch keys that are kept for a model.
+MAX_KEYS = 1024
+#: How often shared memory that nobody uses is looked for.
+TIDY_S = 1.0
 
 
 class Core:
@@ -40,47 +41,78 @@ class Core:
 
     Args:
         settings: Limits and places.
-        devices: One per worker.
+        node: The workers and models: this process's own, or the supervisor's.
     """
 
-    def __init__(self, settings: Settings, devices: list[str]) -> None:
+    def __init__(self, settings: Settings, node: NodeLike) -> None:
         """Wire the parts together; nothing runs yet."""
         self.settings = settings
         self.metrics = Metrics()
         self.is_draining = False
-        self._is_started = False
-        batcher = Batcher(
-            settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes, BATCH_COST, BATCH_BYTES
+        self.node = node
+        self.repository = node.repository
+        self.links = Links(settings.batch_timeout_s)
+        limits = Limits(
+            *(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes),
+            *(BATCH_COST, BATCH_BYTES, settings.batch_timeout_s),
         )
-        self.dispatcher = Dispatcher(batcher, self.metrics, devices, settings)
-        self.repository = Repository(settings.models, self.dispatcher.pool)
+        self.scheduler = self.links.scheduler = Scheduler(limits, self.links, LoopClock(), self.metrics)
         self.metrics.read_off(self._gauges)
-        self._watching: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the workers and load the models, unless that is done.
 
         Raises:
-            StartUpError: there is no folder, or no worker becomes ready.
+            StartUpError: there is no folder, or no worker comes up.
         """
-        if self._is_started:
-            return
-        self._is_started = True
-        if not self.settings.models.is_dir():
-            raise StartUpError("expected a folder of models, there is none at the given place")
-        await self.dispatcher.pool.start()
-        await self.repository.load_all()
-        if self.settings.watch_s > 0:
-            self._watching = asyncio.get_running_loop().create_task(self._watch())
+        if self._tidying is None:
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+        await self.node.start(self)
 
     async def stop(self) -> None:
         """End the workers."""
-        if self._watching is not None:
-            self._watching.cancel()
-        await self.dispatcher.pool.close()
+        if self._tidying is not None:
+            self._tidying.cancel()
+        await self.node.stop()
+        self.links.close()
+
+    def attach(self, worker: WorkerProcess) -> None:
+        """Use a worker of this process that has become ready."""
+        self.links.add(worker.connect(), partial(worker.kill, "its connection ended"))
+
+    def give_up(self) -> None:
+        """End all jobs, since workers cannot be kept alive."""
+        self.scheduler.give_up()
+
+    async def load(self, name: str) -> list[Served]:
+        """Load a model's versions from the folder.
+
+        Raises:
+            ModelNotFound: the folder has no file for this name.
+            ModelRefused: a file was refused; what it would have replaced is served on.
+        """
+        return await self.node.load(name)
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        await self.node.unload(name)
+
+    async def metrics_text(self) -> bytes:
+        """Return the metrics of the whole service in Prometheus' text format."""
+        return await self.node.metrics_text(self.metrics.text())
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether workers cannot be kept alive."""
+        return self.scheduler.is_given_up
 
     def time_ms(self, header: bytes) -> int:
-        """The time for a request, whose ``X-Deadline-Ms`` this is.
+        """Return the time for a request whose ``X-Deadline-Ms`` this is.
 
         Raises:
             InvalidInput: the header is not a number of milliseconds within the limit.
@@ -94,62 +126,69 @@ class Core:
         return milliseconds
 
     def deadline_s(self, header: bytes) -> float:
-        """When a request has to be answered that came now, on the monotonic clock.
+        """Return when a request that came now has to be answered, on the monotonic clock.
 
         Raises:
             InvalidInput: the header is not a number of milliseconds within the limit.
         """
         return time.monotonic() + self.time_ms(header) / 1000
 
+    def expect_room(self) -> None:
+        """Refuse a request before it is read, if not even the smallest would find a place.
+
+        Raises:
+            Overloaded: as many requests wait as may.
+        """
+        self.scheduler.queue.expect_room()
+
     def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
         """Have a question answered; the model is held until it is.
 
         Args:
-            served: The model. Who awaits anything between looking it up and this call has to hold it too, see
-                :meth:`Repository.holding`.
+            served: The model. Whoever awaits anything between looking it up and this call has to hold it too, see
+                :meth:`Table.holding <service.repository.Table.holding>`.
             question: What is asked.
-            form: ``arrays`` or ``json``, see :class:`~service.dispatcher.Job`.
+            form: ``arrays``, ``json`` or ``flat``, see :class:`~service.scheduler.BatchKey`.
             deadline_s: On the monotonic clock.
-            end: Called once, with the job that has ended, never before this returns.
+            end: Called once with the job when it has ended, never before this returns. ``job.answers`` and
+                ``job.error`` may be read until it returns.
 
         Raises:
             ReplyTooLarge: the reply would be over its limit.
             Overloaded: too much is waiting.
             NotReady: workers cannot be kept alive.
+            TooExpensive: a row takes longer than a batch may.
         """
         inputs, _, _, _, weights, directions = question
         try:
-            kind = self._kind(served, question, form)
-            reply_bytes, most = len(inputs) * kind.row_bytes, self.settings.max_reply_bytes
+            key = self._key(served, question, form)
+            reply_bytes, most = len(inputs) * key.row_bytes, self.settings.max_reply_bytes
             if reply_bytes > most:
                 raise ReplyTooLarge(
                     f"expected a reply of at most {most} bytes, got {reply_bytes}",
                     limit_bytes=most,
                     reply_bytes=reply_bytes,
                 )
-            payload_bytes = inputs.nbytes
-            if weights is not None:
-                payload_bytes += weights.nbytes
-            if directions is not None:
-                payload_bytes += directions.nbytes
-            job = Job(
-                kind, len(inputs), kind.row_cost, kind.row_bytes, payload_bytes,
-                inputs, weights, directions, deadline_s, end,
-            )  # fmt: skip
-            self.dispatcher.submit(job)
+            payload_bytes = sum(array.nbytes for array in (inputs, weights, directions) if array is not None)
+            job = Job(key, len(inputs), inputs, weights, directions, payload_bytes, deadline_s, end)
+            self.scheduler.submit(job)
         except ServiceError:
             served.statistics.fail.add(0.0)
             raise
         self.repository.hold(served)
         return job
 
+    def abandon(self, job: Job, error: ServiceError) -> None:
+        """End a job that nobody waits for any more; do nothing if it has ended."""
+        self.scheduler.abandon(job, error)
+
     async def answer(
         self, served: Served, question: Question, deadline_s: float, scope: Scope, form: str = "arrays"
     ) -> Answers:
-        """Wait for what :meth:`ask` brings; give up when the scope's client is gone.
+        """Wait for the results of :meth:`ask`; give up when the scope's client is gone.
 
         Returns:
-            Per quantity, stretches of rows in their order.
+            Per quantity, pieces in the order of the rows.
 
         Raises:
             ServiceError: as :meth:`ask`, or what the job has ended with.
@@ -159,81 +198,88 @@ class Core:
         def end(job: Job) -> None:
             if answer.done():
                 return
-            if job.error is None:
+            if job.failure is None:
                 answer.set_result(job.answers)
             else:
-                answer.set_exception(job.error)
+                answer.set_exception(job.failure.error())
 
         job = self.ask(served, question, form, deadline_s, end)
-        scope["hessquik.abandon"] = partial(self.dispatcher.abandon, job)
+        scope["hessquik.abandon"] = partial(self.abandon, job)
         try:
             return await answer
         finally:
-            self.dispatcher.abandon(job, ClientGone("nobody waits any more"))
+            self.abandon(job, ClientGone("nobody waits any more"))
 
     async def arrays(self, served: Served, question: Question, deadline_s: float, scope: Scope) -> dict[str, Array]:
-        """The same with one array per quantity."""
+        """Wait likewise for one array per quantity."""
         answers = await self.answer(served, question, deadline_s, scope)
         return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in answers.items()}
 
     def why_not_ready(self) -> list[str]:
-        """The reasons why the service is not ready; none if it is."""
-        reasons = []
+        """Return the reasons why the service is not ready; none if it is."""
+        reasons, health = [], self.node.health()
         if self.is_draining:
             reasons.append("the service is stopping")
-        if not self.dispatcher.pool.is_fresh():
+        if not health.is_loaded:
+            reasons.append("models are being loaded")
+        if not health.is_fresh:
             reasons.append("no worker answered lately")
         if not any(self.repository.default(name).state == "ready" for name in self.repository.names()):
             reasons.append("no model is ready")
         return reasons
 
-    def _kind(self, served: Served, question: Question, form: str) -> Kind:
-        """What a question has in common with those that may share its batch."""
+    def _key(self, served: Served, question: Question, form: str) -> BatchKey:
+        """Return what a question has in common with those that may share its batch."""
         k = 0 if question.directions is None else question.directions.shape[1]
-        key = (question.dtype, question.quantities, question.weights is None, k, form)
-        kind: Kind | None = served.kinds.get(key)
-        if kind is not None:
-            return kind
+        is_weighted = question.weights is not None
+        known = (question.dtype, question.quantities, is_weighted, k, form)
+        key: BatchKey | None = served.kinds.get(known)
+        if key is not None:
+            return key
         repository, statistics = self.repository, served.statistics
 
         def ended(job: Job) -> None:
             repository.release(served)
-            now = time.perf_counter()
-            if job.error is None:
+            now = time.monotonic()
+            if job.failure is None:
                 statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
             else:
                 statistics.fail.add(now - job.queued_at)
 
-        floats = floats_per_row(question.quantities, served.d, served.m, k, question.weights is not None)
-        row_bytes = floats * question.inputs.dtype.itemsize
-        # What a row costs is known from the worker's plan, which comes with the first answer; a guess till then.
-        row_cost = BATCH_COST / served.facts["tile_rows"]
-        kind = Kind(served.id, question.dtype, question.quantities, form, row_bytes, row_cost, statistics, ended)
-        if len(served.kinds) >= MAX_KINDS:
+        sizes = (question.quantities, served.d, served.m, k, is_weighted)
+        shapes, row_bytes = row_shapes(*sizes), floats_per_row(*sizes) * question.inputs.dtype.itemsize
+        key = BatchKey(
+            served.id,
+            served.file.name,
+            question.dtype,
+            question.quantities,
+            form,
+            shapes,
+            row_bytes,
+            is_weighted,
+            k,
+            statistics,
+            ended,
+        )
+        if len(served.kinds) >= MAX_KEYS:
             del served.kinds[next(iter(served.kinds))]
-        served.kinds[key] = kind
-        return kind
+        served.kinds[known] = key
+        return key
 
-    async def _watch(self) -> None:
-        """Reload what changes in the folder, for ever."""
+    async def _tidy(self) -> None:
+        """Give shared memory back that nobody has used for a while, for ever."""
         while True:
-            await asyncio.sleep(self.settings.watch_s)
-            for name in self.repository.changed():
-                try:
-                    await self.repository.load(name)
-                except ServiceError:
-                    self.repository.unload(name)
+            await asyncio.sleep(TIDY_S)
+            self.links.drop_idle_buffers()
 
     def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
-        """What is read off when Prometheus asks."""
-        batcher, pool = self.dispatcher.batcher, self.dispatcher.pool
+        """Return what is read off when Prometheus asks."""
+        queue, health = self.scheduler.queue, self.node.health()
+        memory_bytes = {str(slot): size for slot, size in enumerate(health.memory_bytes)}
         return {
-            "hessquik_queue_requests": batcher.requests,
-            "hessquik_queue_rows": batcher.rows,
-            "hessquik_workers": ("state", {state.value: count for state, count in pool.states().items()}),
-            "hessquik_device_memory_bytes": (
-                "worker",
-                {str(slot): worker.memory_bytes for slot, worker in enumerate(pool.workers)},
-            ),
-            "hessquik_worker_restarts_total": pool.restarts,
+            "hessquik_queue_requests": queue.requests,
+            "hessquik_queue_rows": queue.rows,
+            "hessquik_workers": ("state", health.states),
+            "hessquik_device_memory_bytes": ("worker", memory_bytes),
+            "hessquik_worker_restarts_total": health.restarts,
         }

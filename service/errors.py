@@ -28,6 +28,7 @@ __all__ = [
     "MalformedBody",
     "MethodNotAllowed",
     "ModelNotFound",
+    "ModelRefused",
     "NotAcceptable",
     "NotFound",
     "NotReady",
@@ -35,6 +36,7 @@ __all__ = [
     "ReplyTooLarge",
     "ServiceError",
     "StartUpError",
+    "TooExpensive",
     "Unauthorized",
     "UnsupportedMediaType",
     "VersionNotFound",
@@ -218,6 +220,18 @@ class InvalidInput(ServiceError):
         where = field if row is None else f"{field}, row {row}"
         extra: dict[str, Any] = {} if row is None else {"row": row}
         return cls(f"{where}: expected {expected}, got {got}", field=field, expected=expected, got=got, **extra)
+
+
+class TooExpensive(ServiceError):
+    """A row takes longer to compute than a batch may."""
+
+    status, code, title = 422, "too_expensive", "Too expensive"
+
+
+class ModelRefused(ServiceError):
+    """A model's file cannot be served."""
+
+    status, code, title = 422, "model_refused", "Model refused"
 
 
 class EvaluationFailed(ServiceError):

@@ -1,9 +1,17 @@
-"""Load on a running service: lean clients in a closed loop, each sending its next request when it has its answer."""
+"""``hessquik bench``: load on a running service by lean clients in a closed loop.
+
+Each client sends its next request when it has its answer. This needs the client's packages alone; httptools and
+uvloop are used where they are installed, and make the clients faster.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import os
 import ssl
+import sys
 import time
 from array import array
 from collections import Counter
@@ -13,16 +21,20 @@ from itertools import count
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
-import httptools
+import h11
 import numpy as np
-import orjson
 import safetensors.numpy
 
-from service.codecs import JSON, SAFETENSORS
-from service.quantities import DIRECTIONAL
-from service.wire import Array
+from service.client import Client, ClientError
+from service.client.messages import SAFETENSORS, Array
+from service.quantities import DIRECTIONAL, QUANTITIES
 
-__all__ = ["Load", "Tally", "build_load", "run"]
+try:
+    import httptools
+except ImportError:
+    httptools = None  # type: ignore[assignment]
+
+__all__ = ["Load", "Tally", "arguments", "build_load", "main", "run"]
 
 #: Different bodies that the clients take in turns, so that no answer can be remembered: many, but no more bytes.
 MAX_BODIES, MAX_BODIES_BYTES = 256, 32 << 20
@@ -152,7 +164,7 @@ def _request(
     model: str,
     dtype: str,
     quantities: Sequence[str],
-    arrays: dict[str, Array],
+    arrays: Mapping[str, Array],
     is_binary: bool,
     api_key: str | None,
 ) -> bytes:
@@ -162,8 +174,9 @@ def _request(
         path += f"?quantities={','.join(quantities)}"
         body = safetensors.numpy.save({name: value.astype(dtype) for name, value in arrays.items()})
     else:
-        body = orjson.dumps({**arrays, "quantities": list(quantities)}, option=orjson.OPT_SERIALIZE_NUMPY)
-    media_type = SAFETENSORS if is_binary else JSON
+        lists = {name: value.tolist() for name, value in arrays.items()}
+        body = json.dumps({**lists, "quantities": list(quantities)}).encode()
+    media_type = SAFETENSORS if is_binary else "application/json"
     authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\ncontent-type: {media_type}\r\n"
@@ -233,13 +246,13 @@ class _Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._parser: Any = httptools.HttpResponseParser(self)
+        self._parser: Any = _SlowParser(self) if httptools is None else httptools.HttpResponseParser(self)
         self._send()
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except _PARSE_ERRORS:
             self._finish(ConnectionError("expected an HTTP reply"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -267,9 +280,147 @@ class _Client(asyncio.Protocol):
             self._finish()
 
 
+class _SlowParser:
+    """h11 in the place of httptools' parser of replies.
+
+    Args:
+        client: The connection, which is told of bodies and of the end of a reply.
+    """
+
+    def __init__(self, client: _Client) -> None:
+        self._client = client
+        self._begin()
+
+    def _begin(self) -> None:
+        """Expect the reply to a request."""
+        self._connection = h11.Connection(h11.CLIENT)
+        self._connection.send(h11.Request(method="POST", target="/", headers=[("host", "any")]))
+        self._connection.send(h11.EndOfMessage())
+        self._status = 0
+
+    def feed_data(self, data: bytes) -> None:
+        """Take bytes of a reply."""
+        self._connection.receive_data(data)
+        while True:
+            match event := self._connection.next_event():
+                case h11.Response():
+                    self._status = event.status_code
+                case h11.Data():
+                    self._client.on_body(bytes(event.data))
+                case h11.EndOfMessage():
+                    self._client.on_message_complete()
+                    self._begin()
+                    return
+                case h11.NEED_DATA | h11.PAUSED | h11.ConnectionClosed():
+                    return
+
+    def get_status_code(self) -> int:
+        """Return the status of the reply."""
+        return self._status
+
+    def should_keep_alive(self) -> bool:
+        """Return whether the connection may be used again."""
+        return self._connection.their_state is h11.DONE
+
+
+#: The errors of a parser for bytes that are no reply.
+_PARSE_ERRORS = (h11.RemoteProtocolError, *(() if httptools is None else (httptools.HttpParserError,)))
+
+
 def _code(status: int, problem: bytes) -> str:
-    """The code in a reply's problem details, or its status."""
+    """Return the code in a reply's problem details, or its status."""
     try:
-        return str(orjson.loads(problem)["code"])
-    except (ValueError, KeyError, TypeError):
+        return str(json.loads(problem)["code"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"status_{status}"
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        "hessquik bench", description="Put load on a running service and show how it bears it."
+    )
+    parser.add_argument("url", help="where the service is, such as http://127.0.0.1:8000")
+    parser.add_argument("--model", required=True, help="name of the model to ask")
+    parser.add_argument(
+        "--quantities",
+        type=_quantities,
+        default="value,gradient,hessian",
+        help="quantities to ask for, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clients", type=_from(1, int), default=1, help="connections, each with one request at a time (1)"
+    )
+    parser.add_argument("--rows", type=_from(1, int), default=1, help="points in a request (1)")
+    parser.add_argument("--seconds", type=_from(0.1, float), default=10.0, help="how long requests are sent (10)")
+    parser.add_argument("--binary", action="store_true", help="safetensors instead of JSON, both ways")
+    key = os.environ.get("HESSQUIK_API_KEY") or os.environ.get("HESSQUIK_KEY")
+    parser.add_argument("--api-key", default=key, help="key to send; HESSQUIK_API_KEY, or HESSQUIK_KEY, if not given")
+    return parser
+
+
+def main(given: Sequence[str]) -> int:
+    """Run the command, and return its exit status: 1 if anything failed."""
+    options = arguments().parse_args(given)
+    try:
+        with Client(options.url, api_key=options.api_key) as client:
+            facts = client.model(options.model).describe()
+    except (ClientError, ValueError) as error:
+        sys.stderr.write(f"hessquik: {error}\n")
+        return 1
+    load = build_load(
+        options.url,
+        facts,
+        quantities=options.quantities,
+        clients=options.clients,
+        rows=options.rows,
+        seconds=options.seconds,
+        is_binary=options.binary,
+        api_key=options.api_key,
+    )
+    on_tick = _show if sys.stderr.isatty() else None
+    try:
+        import uvloop
+    except ImportError:
+        tally = asyncio.run(run(load, on_tick))
+    else:
+        tally = uvloop.run(run(load, on_tick))
+    shown = {
+        "requests": f"{tally.answers} answered, {tally.errors.total()} failed",
+        "requests/s": f"{tally.answers / tally.elapsed_s:.1f}",
+        "rows/s": f"{tally.answers * options.rows / tally.elapsed_s:.1f}",
+        "received": f"{tally.received_bytes / tally.elapsed_s / 1e6:.2f} MB/s",
+        **{f"p{percent}": f"{tally.percentile_ms(percent):.3f} ms" for percent in (50, 90, 99)},
+        **{f"error {code}": str(times) for code, times in tally.errors.most_common()},
+    }
+    if on_tick is not None:
+        sys.stderr.write("\r\033[K")
+    width = max(map(len, shown))
+    sys.stdout.write("".join(f"{name:<{width}} │ {text}\n" for name, text in shown.items()))
+    return 1 if tally.errors or not tally.answers else 0
+
+
+def _show(tally: Tally) -> None:
+    """Write one line on a load that is under way over the last one."""
+    elapsed_s = time.perf_counter() - tally.began_s
+    rate, p50_ms, failed = tally.answers / tally.elapsed_s, tally.percentile_ms(50), tally.errors.total()
+    sys.stderr.write(f"\r\033[K{elapsed_s:.0f} s   {rate:.0f} requests/s   p50 {p50_ms:.2f} ms   {failed} failed")
+
+
+def _quantities(listed: str) -> list[str]:
+    names = [name.strip() for name in listed.split(",")]
+    if not set(names) <= set(QUANTITIES):
+        raise argparse.ArgumentTypeError(f"expected names out of {', '.join(QUANTITIES)}, got {listed}")
+    return names
+
+
+def _from(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Return a parser of numbers greater than or equal to one."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"expected a number greater than or equal to {least}, got {text}")
+        return value
+
+    return number

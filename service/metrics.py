@@ -146,7 +146,7 @@ class Metrics:
         """Something was refused before it was a request."""
         self._requests.add("refused", status)
 
-    def queued(self, seconds: float) -> None:
+    def queued(self, model: str, seconds: float) -> None:
         """A request left the queue."""
         self._queue_seconds.observe("", seconds)
 

@@ -51,7 +51,7 @@ class Replica:
             RuntimeError: its workers cannot be kept alive. A replica that is only busy or loading is kept.
         """
         core: Core = self._app.state.core
-        if core.dispatcher.given_up.is_set():
+        if core.is_given_up:
             raise RuntimeError("expected workers that can be kept alive, they die again and again")
 
 

@@ -1,7 +1,10 @@
 """Files on disk ↔ served models and versions.
 
-A folder is looked at when told to; each file is read whole and handed to the workers as bytes, so that a later change
-of the file changes nothing. Requests name models; a name is looked up in a table and never becomes part of a path.
+``NAME.safetensors`` is version 1 of NAME, ``NAME/VERSION.safetensors`` another. Each file is read whole and handed to
+the workers as bytes, so that a later change of the file changes nothing until it is loaded again. Requests name
+models; a name is looked up in a table and never becomes part of a path.
+
+:class:`Table` is what is served, as requests see it; :class:`Repository` keeps it up to date with the folder.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
+import stat
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +22,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from service.errors import ModelNotFound, NotReady, VersionNotFound
-from service.pool import LoadError, Pool
+from service.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
 from service.statistics import ModelStatistics
+from service.workers import LoadError, Workers
 
-__all__ = ["ModelFile", "Repository", "Served", "find_files"]
+__all__ = ["ModelFile", "Repository", "Served", "Table", "find_files", "printable", "scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 SUFFIX = ".safetensors"
 MAX_FILE_BYTES = 512 << 20
+#: Files that are read and loaded at a time.
+CONCURRENT_LOADS = 4
+
+#: What changes when a file does: its path, time, size and inode.
+Stamp = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,46 +49,108 @@ class ModelFile:
         name: The model's.
         version: From 1.
         path: The file.
+        stamp: What changes when the file does.
     """
 
     name: str
     version: int
     path: Path
+    stamp: Stamp = ("", 0, 0, 0)
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
             LoadError: it cannot be read, or is too large.
         """
         try:
-            size = self.path.stat().st_size
-            if size > MAX_FILE_BYTES:
-                raise LoadError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {size}")
-            return self.path.read_bytes()
+            # Opened without waiting: a FIFO may have taken the file's place.
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+                status = os.fstat(opened.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise LoadError("expected a regular file")
+                if status.st_size > MAX_FILE_BYTES:
+                    raise LoadError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {status.st_size}")
+                return opened.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise LoadError(f"expected a file that can be read ({error.strerror})") from None
 
-    def stamp(self) -> tuple[int, int]:
-        """What changes when the file does: its time and size."""
+
+def scan(root: Path) -> tuple[list[ModelFile], dict[str, str]]:
+    """Find the models in a folder.
+
+    Returns:
+        The files, ordered by name and version, one for each; and why what else is there is left out, by its path.
+    """
+    found: dict[tuple[str, int], ModelFile] = {}
+    left_out: dict[str, str] = {}
+    real_root = os.path.realpath(root)
+    for entry, folder in _candidates(root, left_out):
+        path = Path(entry.path)
+        shown = str(path.relative_to(root))
+        name, version = (path.stem, "1") if folder is None else (folder.name, path.stem)
+        if not NAME.fullmatch(name) or not VERSION.fullmatch(version):
+            left_out[shown] = "its name is not that of a model and a version"
+            continue
         try:
-            status = self.path.stat()
-        except OSError:
-            return (0, 0)
-        return status.st_mtime_ns, status.st_size
+            status = entry.stat()
+        except OSError as error:
+            left_out[shown] = f"it cannot be read ({error.strerror})"
+            continue
+        key = name, int(version)
+        is_linked = entry.is_symlink() or (folder is not None and folder.is_symlink())
+        if is_linked and not os.path.realpath(path).startswith(real_root + os.sep):
+            left_out[shown] = "it leads out of the folder"
+        elif not stat.S_ISREG(status.st_mode):
+            left_out[shown] = "it is not a regular file"
+        elif key in found:
+            first = found[key].path.relative_to(root)
+            left_out[shown] = f"{first} is version {version} of {name} already"
+        else:
+            found[key] = ModelFile(*key, path, (shown, status.st_mtime_ns, status.st_size, status.st_ino))
+    return [found[key] for key in sorted(found)], left_out
 
 
 def find_files(root: Path) -> Iterator[ModelFile]:
-    """The models' files in a folder: ``NAME.safetensors`` and ``NAME/VERSION.safetensors``, inside it really."""
-    real_root = root.resolve()
-    for path in sorted(root.glob(f"*{SUFFIX}")) + sorted(root.glob(f"*/*{SUFFIX}")):
-        name, version = (path.stem, "1") if path.parent == root else (path.parent.name, path.stem)
-        if not NAME.fullmatch(name) or not VERSION.fullmatch(version):
-            logger.warning("%s is left out: its name is not that of a model and a version", path.relative_to(root))
-        elif not path.resolve().is_relative_to(real_root):
-            logger.warning("%s is left out: it leads out of the folder", path.relative_to(root))
-        elif path.is_file():
-            yield ModelFile(name, int(version), path)
+    """Yield the models' files in a folder, ordered by name and version."""
+    yield from scan(root)[0]
+
+
+def _candidates(root: Path, left_out: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.DirEntry[str] | None]]:
+    """Yield what is named like a model's file and the folder of its own that it is in, if any; such come last."""
+    folders = []
+    for entry in _entries(root, root, left_out):
+        if entry.name.endswith(SUFFIX):
+            yield entry, None
+        else:
+            try:
+                if entry.is_dir():
+                    folders.append(entry)
+            except OSError as error:
+                left_out[entry.name] = f"it cannot be read ({error.strerror})"
+    for folder in folders:
+        for entry in _entries(Path(folder.path), root, left_out):
+            if entry.name.endswith(SUFFIX):
+                yield entry, folder
+
+
+def _entries(folder: Path, root: Path, left_out: dict[str, str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        left_out[str(folder.relative_to(root))] = f"it cannot be read ({error.strerror})"
+        return []
+
+
+def printable(text: object) -> str:
+    r"""Return a name as one line of text that a terminal can take.
+
+    Example:
+        >>> printable("peaks.safetensors"), printable("a\nb\udcff")
+        ('peaks.safetensors', "'a\\nb\\udcff'")
+    """
+    return str(text) if str(text).isprintable() else ascii(str(text))
 
 
 @dataclass(slots=True, eq=False)
@@ -88,9 +160,8 @@ class Served:
     Attributes:
         file: Where it came from.
         id: What the workers know it by; each loading gets a new one.
-        stamp: The file's when it was read.
-        digest: Of its bytes; a file that did not change is not loaded again.
-        kinds: Of the questions that were asked, for whoever asks them.
+        digest: Of the file's bytes; a file that did not change is not loaded again.
+        kinds: Keys of batches, kept by whoever asks.
         facts: What a worker said of it.
         reason: Why it is not served.
         users: Requests that hold it.
@@ -99,7 +170,6 @@ class Served:
 
     file: ModelFile
     id: int
-    stamp: tuple[int, int] = (0, 0)
     digest: bytes = b""
     kinds: dict[Hashable, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -124,28 +194,24 @@ class Served:
         return int(self.facts["m"])
 
 
-class Repository:
-    """The table of what is served.
+class Table:
+    """What is served, by name and version.
 
     Args:
-        root: The folder.
-        pool: The workers.
+        root: The folder that it comes from.
     """
 
-    def __init__(self, root: Path, pool: Pool) -> None:
+    def __init__(self, root: Path) -> None:
         """Start with an empty table."""
         self.root = root
-        self._pool = pool
-        self._ids = count(1)
         self._table: dict[str, dict[int, Served]] = {}
-        self._lock = asyncio.Lock()
 
     def names(self) -> list[str]:
-        """Names of all models, also of failed ones."""
+        """Return the names of all models, also of failed ones."""
         return sorted(self._table)
 
     def versions(self, name: str) -> dict[int, Served]:
-        """All versions of a model.
+        """Return all versions of a model.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -156,12 +222,12 @@ class Repository:
         return versions
 
     def default(self, name: str) -> Served:
-        """The version that is meant when none is named: the highest that is ready, else the highest."""
+        """Return the version that is meant when none is named: the highest that is ready, else the highest."""
         versions = self.versions(name).values()
         return max(versions, key=lambda served: (served.state == "ready", served.file.version))
 
     def get(self, name: str, version: str | None) -> Served:
-        """A version of a model, ready or not.
+        """Return a version of a model, ready or not.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -176,7 +242,7 @@ class Repository:
         return served
 
     def ready(self, name: str, version: str | None) -> Served:
-        """A version that can be evaluated.
+        """Return a version that can be evaluated.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -187,53 +253,6 @@ class Repository:
         if served.state != "ready":
             raise NotReady(f"expected a model that is ready, this one is {served.state}")
         return served
-
-    async def load_all(self) -> None:
-        """Load every file in the folder that is new or was changed, and drop what is gone."""
-        files = list(find_files(self.root))
-        found = {file.name for file in files}
-        await asyncio.gather(*(self.load(name) for name in sorted(found)))
-        for name in set(self._table) - found:
-            self.unload(name)
-
-    async def load(self, name: str) -> list[Served]:
-        """Load a model's versions from disk; each replaces the one served so far when it is ready, else not at all.
-
-        Returns:
-            What was loaded or refused.
-
-        Raises:
-            ModelNotFound: the folder has no file for this name.
-        """
-        files = [file for file in find_files(self.root) if file.name == name]
-        if not files:
-            raise ModelNotFound("expected the name of a model that the folder holds")
-        async with self._lock:
-            loaded = [await self._load(file) for file in files]
-            gone = set(self._table.get(name, {})) - {file.version for file in files}
-            for version in gone:
-                self._retire(self._table[name].pop(version))
-        return loaded
-
-    def unload(self, name: str) -> None:
-        """Stop serving a model; requests that hold it are answered.
-
-        Raises:
-            ModelNotFound: there is no such model.
-        """
-        for served in self.versions(name).values():
-            self._retire(served)
-        del self._table[name]
-
-    def changed(self) -> set[str]:
-        """Names of models whose files are new, changed or gone."""
-        on_disk = {(file.name, file.version): file.stamp() for file in find_files(self.root)}
-        in_table = {
-            (name, version): served.stamp
-            for name, versions in self._table.items()
-            for version, served in versions.items()
-        }
-        return {name for name, _ in dict(on_disk.items() ^ in_table.items())}
 
     @contextmanager
     def holding(self, served: Served) -> Iterator[Served]:
@@ -249,35 +268,187 @@ class Repository:
         served.users += 1
 
     def release(self, served: Served) -> None:
-        """Undo one :meth:`hold`; the last one out frees a retired version's memory."""
+        """Undo one :meth:`hold`; the last one frees a retired version's memory."""
         served.users -= 1
         if served.is_retired and served.users == 0:
-            self._pool.unload(served.id)
+            self.free(served)
 
-    async def _load(self, file: ModelFile) -> Served:
-        versions = self._table.setdefault(file.name, {})
-        old = versions.get(file.version)
-        new = Served(file, next(self._ids), file.stamp())
+    def retire(self, served: Served) -> None:
+        """Free a version's memory when no request holds it."""
+        served.is_retired = True
+        if served.users == 0:
+            self.free(served)
+
+    def free(self, served: Served) -> None:
+        """Have the workers forget a version."""
+
+
+class Repository(Table):
+    """The table, and the folder that it follows.
+
+    Args:
+        root: The folder.
+        workers: What holds the models.
+    """
+
+    def __init__(self, root: Path, workers: Workers) -> None:
+        """Start with an empty table."""
+        super().__init__(root)
+        self._workers = workers
+        self._ids = count(1)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._seen: dict[tuple[str, int], Stamp] = {}
+        self._unloaded: dict[str, int] = {}
+        self._left_out: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[list[Served]]] = set()
+
+    async def load_all(self) -> None:
+        """Load every file in the folder."""
+        files = await self._scan()
+        slots = asyncio.Semaphore(CONCURRENT_LOADS)
+
+        async def load(name: str) -> None:
+            async with slots:
+                await self._load_files(name, files[name])
+
+        await asyncio.gather(*(load(name) for name in files))
+
+    async def load(self, name: str) -> list[Served]:
+        """Load a model's versions from disk; each replaces the one served so far when it is ready, else not at all.
+
+        A caller that is cancelled leaves the load to go on.
+
+        Returns:
+            What is served.
+
+        Raises:
+            ModelNotFound: the folder has no file for this name.
+            ModelRefused: a file was refused; what it would have replaced is served on.
+        """
+        files = (await self._scan()).get(name)
+        if files is None:
+            raise ModelNotFound("expected the name of a model that the folder holds")
+        self._unloaded.pop(name, None)
+        task = asyncio.get_running_loop().create_task(self._load_files(name, files))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        loaded = await asyncio.shield(task)
+        refused = [served for served in loaded if served.state == "failed"]
+        if refused:
+            raise ModelRefused(
+                f"expected files that can be served, version {refused[0].file.version}: {refused[0].reason}",
+                loaded=[_attempt(served) for served in loaded],
+            )
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model until it is loaded again by :meth:`load`; requests that hold it are answered.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        versions = self.versions(name)
+        self._unloaded[name] = next(self._ids)
+        self._drop(name, versions)
+        logger.info("%s is unloaded", name)
+
+    async def follow(self) -> None:
+        """Load what is new or changed in the folder and drop what is gone; what was unloaded stays so."""
+        files = await self._scan()
+        stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
+        changed = {name for name, _ in dict(stamps.items() ^ self._seen.items())} - set(self._unloaded)
+        for name in sorted(changed, key=lambda name: (name in self._table, name)):  # new ones first
+            try:
+                await self.load(name)
+            except ModelNotFound:
+                self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name}
+                if name in self._table:
+                    self._drop(name, self._table[name])
+                    logger.info("%s is gone from the folder", name)
+            except ServiceError:
+                continue  # said in the log, and not tried again until the file changes
+
+    def refuse(self, model: int, why: str) -> None:
+        """Serve a model no more that a worker refused."""
+        for versions in self._table.values():
+            for served in versions.values():
+                if served.id == model:
+                    served.reason = why
+                    logger.error("%s version %d is served no more: %s", served.file.name, served.file.version, why)
+
+    def free(self, served: Served) -> None:
+        """Have the workers forget a version."""
+        self._workers.unload(served.id)
+
+    def _drop(self, name: str, versions: dict[int, Served]) -> None:
+        del self._table[name]
+        for served in versions.values():
+            self.retire(served)
+
+    async def _scan(self) -> dict[str, list[ModelFile]]:
+        """Return the files by name; say once what is left out."""
+        found, left_out = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
+        for path in left_out.keys() - self._left_out.keys():
+            logger.warning("%s is left out: %s", printable(path), left_out[path])
+        self._left_out = left_out
+        files: dict[str, list[ModelFile]] = {}
+        for file in found:
+            files.setdefault(file.name, []).append(file)
+        return files
+
+    async def _load_files(self, name: str, files: list[ModelFile]) -> list[Served]:
+        """Load a model's files, and drop the versions that have none any more."""
+        began = self._unloaded.get(name)
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            loaded = [await self._load_file(file, began) for file in files]
+            versions = self._table.get(name, {})
+            for version in set(versions) - {file.version for file in files}:
+                self.retire(versions.pop(version))
+                self._seen.pop((name, version), None)
+        return loaded
+
+    async def _load_file(self, file: ModelFile, began: int | None) -> Served:
+        """Load a file, unless it holds what is served; ``began`` says when the model had been unloaded last."""
+        self._seen[file.name, file.version] = file.stamp
+        old = self._table.get(file.name, {}).get(file.version)
+        new = Served(file, next(self._ids))
+        loop = asyncio.get_running_loop()
+        since_s = loop.time()
         try:
-            data = file.read()
-            new.digest = hashlib.sha256(data).digest()
+            data = await loop.run_in_executor(None, file.read)
+            new.digest = await loop.run_in_executor(None, _digest, data)
             if old is not None and old.state == "ready" and old.digest == new.digest:
-                old.stamp = new.stamp
+                old.file = file
                 return old
             if old is None:
-                versions[file.version] = new
-            new.facts = await self._pool.load(new.id, data)
+                self._table.setdefault(file.name, {})[file.version] = new
+            facts = await self._workers.load(new.id, data)
+            new.facts = facts
         except LoadError as error:
             new.reason = str(error)
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)
             if old is not None and old.state == "ready":
                 return new
+        if self._unloaded.get(file.name) != began:  # while this was loaded: the later word counts
+            new.reason = new.reason or "expected a model that stays, it was unloaded while it was loaded"
+            self.retire(new)
+            return new
+        versions = self._table.setdefault(file.name, {})
+        replaced = versions.get(file.version)
         versions[file.version] = new
-        if old is not None:
-            self._retire(old)
+        if replaced is not None and replaced is not new:
+            self.retire(replaced)
+        if new.reason is None:
+            logger.info(
+                "%s version %d is served: d=%d, m=%d, %s, loaded in %.2f s",
+                *(file.name, file.version, new.d, new.m, new.facts["dtype"], loop.time() - since_s),
+            )
         return new
 
-    def _retire(self, served: Served) -> None:
-        served.is_retired = True
-        if served.users == 0:
-            self._pool.unload(served.id)
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _attempt(served: Served) -> dict[str, Any]:
+    return {"version": str(served.file.version), "state": served.state, "reason": served.reason}

@@ -293,7 +293,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Also stop when no worker can be kept alive."""
-        if self._core.dispatcher.given_up.is_set():
+        if self._core.is_given_up:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -309,8 +309,13 @@ def _allow_connections(count: int) -> None:
             logger.warning("expected %d descriptors for the connections, the system allows %d", wanted, limit)
 
 
-def serve(app: Application, settings: Settings) -> int:
+def serve(app: Application, settings: Settings, sockets: list[socket.socket] | None = None) -> int:
     """Serve until told to stop.
+
+    Args:
+        app: The application.
+        settings: Limits and places.
+        sockets: Bound already, in place of the settings' host and port.
 
     Returns:
         The process's exit status.
@@ -337,9 +342,9 @@ def serve(app: Application, settings: Settings) -> int:
     _allow_connections(settings.max_connections)
     server = Server(config, core)
     try:
-        server.run()
+        server.run(sockets)
     except SystemExit as exit_:
         return int(exit_.code or 0)
-    if core.dispatcher.given_up.is_set():
+    if core.is_given_up:
         return EXIT_GIVEN_UP
     return EXIT_FORCED if server.force_exit else EXIT_DRAINED

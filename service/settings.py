@@ -37,7 +37,10 @@ class Settings(BaseSettings):
         le=10_000,
         description="Microseconds that a worker looks for a request before it sleeps, while they come one by one.",
     )
-    watch_s: float = Field(0.0, ge=0, description="How often the folder is looked at for changes; 0 is never.")
+    processes: int = Field(1, ge=1, le=64, description="Front ends that share the port, each a process.")
+    watch_s: float = Field(
+        0.0, ge=0, description="Hot reload: how often the folder is looked at for changes, in seconds; 0 is never."
+    )
 
     api_keys: Keys = Field((), description="Keys, separated by commas, that may use the service; none: anybody.")
     admin_keys: Keys = Field((), description="Keys that may also load and unload models; none: nobody.")
@@ -58,6 +61,7 @@ class Settings(BaseSettings):
     max_queue_bytes: int = Field(256 << 20, ge=1024, description="Most bytes of points waiting.")
 
     start_timeout_s: float = Field(120.0, gt=0, description="Time for a worker to start.")
+    load_timeout_s: float = Field(120.0, gt=0, description="Time for a worker to load one model.")
     batch_timeout_s: float = Field(10.0, gt=0, description="Time for one batch, after which its worker is replaced.")
     drain_s: float = Field(20.0, ge=0, description="Time to finish what was accepted when told to stop.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")

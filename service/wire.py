@@ -1,9 +1,11 @@
-"""Frames between the front and its workers: lengths, a JSON head, raw arrays and texts. Nothing is pickled.
+"""Frames between processes: lengths, a JSON head, raw arrays and texts. Nothing is pickled.
 
 4 bytes   length of the head         little-endian
 8 bytes   length of the body
-head      JSON object, filled up with blanks; "fields" has [name, dtype, shape] of each field in the body
+head      JSON object, padded with blanks; "fields" has [name, dtype, shape] of each field in the body
 body      the fields one after the other: arrays in C order and native byte order, or, with dtype uint8, plain bytes
+
+A frame may bring file descriptors (SCM_RIGHTS); then its head says how many in "fds".
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import math
 import os
 import socket
 import struct
-import time
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import orjson
@@ -24,9 +27,9 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Array",
+    "Channel",
     "Field",
     "Frame",
-    "FrameProtocol",
     "FrameReader",
     "Receiver",
     "WireError",
@@ -46,6 +49,11 @@ MAX_BODY_BYTES = 4 << 30
 SMALL_BYTES = 64 << 10
 #: Heads are filled up to multiples of this many bytes, so that the numbers behind them lie as processors like them.
 ALIGNMENT = 64
+#: Pieces that one system call sends.
+MOST_PIECES = 64
+#: Descriptors that may have arrived before the frames that they belong to.
+MOST_UNCLAIMED_FDS = 64
+_FD_BYTES = array("i").itemsize
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "uint8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PLAIN = _DTYPES["uint8"]
@@ -197,99 +205,165 @@ def send(sock: socket.socket, head: Mapping[str, Any], fields: Mapping[str, Fiel
 
 
 class Receiver:
-    """Receives frames from a blocking socket.
+    """Receives frames, and the descriptors that come with them, from a socket.
 
     Args:
-        sock: The socket.
+        sock: The socket; it may be blocking.
+        most_fds: Most descriptors that may come with one frame; those of others are closed by the system.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, most_fds: int = 0) -> None:
         """Wait for the first frame."""
         self._sock = sock
         self._reader = FrameReader()
-        self._waited_s = math.inf
+        self._ancillary_bytes = socket.CMSG_SPACE(most_fds * _FD_BYTES) if most_fds else 0
+        self._fds: deque[int] = deque()
 
-    def wait(self, spin_s: float = 0.0) -> list[Frame] | None:
-        """The frames that are next, if only in part: then there are none yet; ``None`` at the end.
-
-        To be woken takes longer than many a batch. So after a wait of at most ``spin_s``, the socket is looked at for
-        as long before sleeping.
+    def receive(self, flags: int = 0) -> list[Frame] | None:
+        """Return the frames that are complete after one reception; ``None`` at the end of the stream.
 
         Raises:
+            BlockingIOError: nothing is there now, and the socket or the flags say not to wait.
             WireError: what came is no frame.
         """
-        began, size = time.perf_counter(), None
-        while size is None and self._waited_s < spin_s and time.perf_counter() < began + spin_s:
-            size = self._receive(socket.MSG_DONTWAIT)
-            if size is None:
-                os.sched_yield()
-        if size is None:
-            size = self._receive()
-        self._waited_s = time.perf_counter() - began
-        return list(self._reader.received(size)) if size else None
-
-    def look(self) -> list[Frame]:
-        """The frames that are there.
-
-        Raises:
-            WireError: what came is no frame.
-        """
-        return list(self._reader.received(self._receive(socket.MSG_DONTWAIT) or 0))
-
-    def _receive(self, flags: int = 0) -> int | None:
-        """How many bytes came; ``None`` if there are none now."""
-        try:
-            return self._sock.recv_into(self._reader.space(), 0, flags)
-        except BlockingIOError:
+        space = self._reader.space()
+        if self._ancillary_bytes:
+            count, ancillary, _, _ = self._sock.recvmsg_into([space], self._ancillary_bytes, flags)
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._fds.extend(array("i", data[: len(data) - len(data) % _FD_BYTES]))
+        else:
+            count = self._sock.recv_into(space, 0, flags)
+        if not count:
             return None
+        if len(self._fds) > MOST_UNCLAIMED_FDS:
+            raise WireError("expected descriptors with frames that mention them, got others")
+        return [self._with_fds(*frame) for frame in self._reader.received(count)]
+
+    def head(self) -> dict[str, Any] | None:
+        """Return the head of the frame that is arriving, once all of it is there."""
+        return self._reader.head()
+
+    def close(self) -> None:
+        """Close the socket and the descriptors that nobody took."""
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+
+    def _with_fds(self, head: dict[str, Any], fields: dict[str, Any]) -> Frame:
+        """Replace the number of descriptors in a head by the descriptors."""
+        count = head.get("fds", 0)
+        if type(count) is not int or not 0 <= count <= len(self._fds):
+            raise WireError(f"expected as many descriptors as the head says, got {len(self._fds)}")
+        if count:
+            head["fds"] = [self._fds.popleft() for _ in range(count)]
+        return head, fields
 
 
-class FrameProtocol(asyncio.BufferedProtocol):
-    """Receives frames on an event loop.
+class Channel:
+    """Sends and receives frames on an event loop, over a socket pair.
 
     Args:
+        sock: Our end.
         on_frame: Called with head and fields.
-        on_lost: Called once when the other side is gone or no longer makes sense.
+        on_lost: Called once when the other side is gone or what it sends is no frame; not after :meth:`close`.
         on_head: Called once with the head of a frame whose fields take several receptions, before ``on_frame``.
+        most_fds: Most descriptors that a frame may bring.
     """
 
     def __init__(
         self,
+        sock: socket.socket,
         on_frame: Callable[[dict[str, Any], dict[str, Any]], None],
         on_lost: Callable[[], None],
         on_head: Callable[[dict[str, Any]], None] | None = None,
+        most_fds: int = 0,
     ) -> None:
-        """Wait for the first frame."""
-        self._on_frame = on_frame
-        self._on_lost = on_lost
-        self._on_head = on_head
+        """Watch the socket."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._on_frame, self._on_lost, self._on_head = on_frame, on_lost, on_head
+        self._receiver = Receiver(sock, most_fds)
         self._is_announced = False
-        self._reader = FrameReader()
+        self._waiting: deque[tuple[list[memoryview], Sequence[int]]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.is_closed = False
+        self._loop.add_reader(sock.fileno(), self._on_readable)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport, to write to."""
-        self.transport = cast(asyncio.Transport, transport)
+    def write(self, head: Mapping[str, Any], fields: Mapping[str, Field], fds: Sequence[int] = ()) -> None:
+        """Send a frame, with duplicates of some descriptors; what the socket does not take now waits its turn."""
+        if self.is_closed:
+            return
+        pieces = [memoryview(piece) for piece in encode({**head, "fds": len(fds)} if fds else head, fields)]
+        self._waiting.append((pieces, [os.dup(fd) for fd in fds]))
+        if len(self._waiting) == 1 and not self._send():
+            self._loop.add_writer(self._sock.fileno(), self._on_writable)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the owner."""
-        self._on_lost()
+    def close(self) -> None:
+        """Forget what waits and close the socket."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        for _, fds in self._waiting:
+            _close_all(fds)
+        self._waiting.clear()
+        self._receiver.close()
 
-    def write(self, head: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-        """Send a frame."""
-        self.transport.writelines(encode(head, fields))
+    def _send(self) -> bool:
+        """Send as much as the socket takes; return whether that is everything."""
+        while self._waiting:
+            pieces, fds = self._waiting[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+            try:
+                sent = self._sock.sendmsg(pieces[:MOST_PIECES], ancillary)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:
+                self._loop.call_soon(self._lose)
+                return True
+            _close_all(fds)
+            while pieces and sent >= len(pieces[0]):
+                sent -= len(pieces.pop(0))
+            if pieces:
+                pieces[0] = pieces[0][sent:]
+                self._waiting[0] = (pieces, ())
+            else:
+                self._waiting.popleft()
+        return True
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go."""
-        return self._reader.space()
+    def _on_writable(self) -> None:
+        if self._send():
+            self._loop.remove_writer(self._sock.fileno())
 
-    def buffer_updated(self, nbytes: int) -> None:
-        """Take what is complete."""
+    def _on_readable(self) -> None:
         try:
-            for head, fields in self._reader.received(nbytes):
+            frames = self._receiver.receive()
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, WireError):
+            frames = None
+        if frames is None:
+            self._lose()
+            return
+        try:
+            for head, fields in frames:
                 self._is_announced = False
                 self._on_frame(head, fields)
-            if self._on_head is not None and not self._is_announced and (begun := self._reader.head()) is not None:
+            begun = None if self._on_head is None or self._is_announced else self._receiver.head()
+            if begun is not None and self._on_head is not None:
                 self._is_announced = True
                 self._on_head(begun)
         except WireError:
-            self.transport.abort()
+            self._lose()
+
+    def _lose(self) -> None:
+        if not self.is_closed:
+            self.close()
+            self._on_lost()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,24 +1,47 @@
-"""What runs inside a worker process: it owns one device, holds the networks, and answers one frame at a time.
+"""What runs inside a worker process: it owns one device, holds the networks, and answers frames.
 
+Three threads: one computes; one loads models, so that answering goes on meanwhile; one listens to the supervisor.
+
+From the supervisor, on the control socket:
+
+    attach    {"op", "fds": 1}                     a socket of a front, which sends what follows below
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
-    evaluate  {"op", "model", "dtype", "quantities", "form", "sizes"} + "inputs", "weights"?, "directions"?
-                                                   → {"op": "done", "row_cost"} + one array per quantity; if the
-                                                     form is "json", "lengths" + "text": for each quantity that of
-                                                     each request's rows, whose "sizes" are given; or {…, "error"}
-    ping      {"op"}                               → {"op": "done", "memory_bytes"}, after an evaluation
+    ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s"}
 
-Run as ``python -m service.worker FD DEVICE THREADS SPIN_US``; FD is our end of a socket pair with the front.
+From a front; replies carry the "number" of what they answer:
+
+    plan      {"op", "number", "model", "dtype", "quantities", "is_weighted", "k"}
+                                                   → {"op": "planned", "row_cost", "row_s"} or {…, "error"}
+    evaluate  {"op", "number", "model", "dtype", "quantities", "form", "sizes", "is_alone", "is_small", "buffer"?}
+              + "inputs", "weights"?, "directions"?
+                                                   → {"op": "done"} and one array per quantity, in the buffer if
+                                                     there is one; if the form is "json" or "flat", "lengths" and
+                                                     "text": for each quantity that of each request's rows, or that
+                                                     of their numbers alone; or {…, "error"}
+    drop      {"op", "buffer"}                     → nothing
+
+Run as ``python -P -m service.worker FD DEVICE THREADS SPIN_US LIMIT_S``; FD is our end of the control socket.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
+import queue
 import resource
+import select
 import signal
 import socket
+import struct
 import sys
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,55 +59,159 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Largest result that is computed only to warm up.
 MAX_WARM_UP_BYTES = 64 << 20
-#: Room for an answer on its way to the front.
+#: Room for a result on its way to a front.
 SEND_BUFFER_BYTES = 2 << 20
 #: Numbers that are written as JSON in half a millisecond or so.
 NUMBERS_BETWEEN = 8192
+#: Parameters up to which an evaluator is made at once when a plan is asked for, and not by the loading thread.
+QUICK_PARAMETERS = 1 << 20
+#: Longest time that one thread keeps the interpreter from another.
+SWITCH_S = 0.0005
 #: Exit status after an error that may have spoiled the device's context.
 SPOILED = 71
+_PR_SET_PDEATHSIG = 1
+
+
+class Late(Exception):
+    """A batch took longer than it may."""
 
 
 class Model:
-    """A network on the worker's device, with an evaluator for each dtype that was asked for."""
+    """A network on the worker's device, with an evaluator for each dtype that was asked for.
+
+    Each evaluator's derivatives are compared with automatic differentiation before it is used.
+
+    Attributes:
+        operation_s: Shortest time per operation that was measured.
+    """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
-        """Prove the network's derivatives and keep it."""
-        bounds = (saved.metadata.get("lower_bounds"), saved.metadata.get("upper_bounds"))
-        prove_quickly(saved.network, *bounds)
+        """Make and prove the evaluator in the network's own dtype."""
         self.saved = saved
         self.device = device
         self.threads = threads
-        self.dtype = next(saved.network.parameters()).dtype
+        self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
+        self.operation_s = 0.0
         self._evaluators: dict[torch.dtype, Evaluator] = {}
+        self.dtype = self.evaluator(None).dtype
 
-    def evaluator(self, dtype: torch.dtype) -> Evaluator:
-        """The evaluator in a dtype, made when it is first asked for."""
-        if dtype not in self._evaluators:
-            self._evaluators[dtype] = Evaluator(self.saved.network, self.device, dtype, self.threads)
+    def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
+        """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
+        if dtype is None or dtype not in self._evaluators:
+            made = Evaluator(self.saved.network, self.device, dtype, self.threads)
+            bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
+            prove_quickly(self.saved.network, *bounds, evaluate=made)
+            self._evaluators[made.dtype] = made
+            return made
         return self._evaluators[dtype]
 
+    def is_quick(self, dtype: torch.dtype) -> bool:
+        """Return whether the evaluator is there or soon made."""
+        return dtype in self._evaluators or self.parameters <= QUICK_PARAMETERS
+
     def warm_up(self) -> None:
-        """Run every tile once, so that no request pays for a first call; not what would fill the memory."""
+        """Run every tile once, so that no request pays for a first call, and measure the speed."""
         evaluate = self.evaluator(self.dtype)
         for rows in evaluate.ladder:
             x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
-            evaluate(x, ("value", "gradient", "laplacian"))
-            if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize <= MAX_WARM_UP_BYTES:
-                evaluate(x, ("value", "gradient", "hessian"))
+            for asked in (("value", "gradient", "laplacian"), ("value", "gradient", "hessian")):
+                if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize > MAX_WARM_UP_BYTES and "hessian" in asked:
+                    continue
+                began = time.perf_counter()
+                evaluate(x, asked)
+                took_s = (time.perf_counter() - began) / (rows * evaluate.plan(asked).operations)
+                self.operation_s = min(self.operation_s or took_s, took_s)
+
+    def plan(self, head: dict[str, Any]) -> dict[str, Any]:
+        """Return what a row costs, in operations and in seconds."""
+        evaluate, k = self.evaluator(_DTYPES[head["dtype"]]), head["k"]
+        weights = (1, evaluate.m) if head["is_weighted"] else None
+        directions = (1, k, evaluate.d) if k else None
+        cost = evaluate.plan(head["quantities"], weights, directions).operations
+        return {"row_cost": cost, "row_s": cost * self.operation_s}
 
     def facts(self) -> dict[str, Any]:
-        """What the front needs to know of the model."""
-        evaluate, network = self.evaluator(self.dtype), self.saved.network
+        """Return what the front needs to know of the model."""
+        evaluate = self.evaluator(self.dtype)
         return {
             "d": evaluate.d,
             "m": evaluate.m,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "parameters": self.parameters,
             "tile_rows": evaluate.ladder[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
         }
+
+
+class Connection:
+    """A front's socket, and the shared memory that it lends.
+
+    Args:
+        sock: Our end.
+        limit_s: Time after which a front that takes no results is given up.
+    """
+
+    def __init__(self, sock: socket.socket, limit_s: float) -> None:
+        """Expect frames."""
+        # Room for results, as far as the system allows it, so that the next batch need not wait until they are read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", max(1, int(limit_s)), 0))
+        self.sock = sock
+        self._receiver = wire.Receiver(sock, most_fds=1)
+        self._lock = threading.Lock()
+        self._buffers: dict[int, mmap.mmap] = {}
+
+    def receive(self) -> list[wire.Frame]:
+        """Return the frames that are complete.
+
+        Raises:
+            ConnectionError: the front is gone.
+            WireError: what came is no frame.
+        """
+        try:
+            frames = self._receiver.receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if frames is None:
+            raise ConnectionError("the front is gone")
+        return frames
+
+    def send(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Send a frame; a front that takes nothing or is gone is noticed when the next frame is received."""
+        try:
+            with self._lock:
+                wire.send(self.sock, head, fields)
+        except OSError:
+            self.end()
+
+    def end(self) -> None:
+        """Have the end of the stream received next."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def buffer(self, number: int, size: int, fds: list[int]) -> mmap.mmap:
+        """Return the shared memory with this number, which the front sends with its first use.
+
+        Raises:
+            WireError: it has not sent it.
+        """
+        for fd in fds:
+            self._buffers[number] = mmap.mmap(fd, size)
+            os.close(fd)
+        if number not in self._buffers:
+            raise wire.WireError(f"expected a buffer that was sent, got number {number}")
+        return self._buffers[number]
+
+    def drop(self, number: int) -> None:
+        """Give up shared memory."""
+        self._buffers.pop(number, None)
+
+    def close(self) -> None:
+        """Give up everything."""
+        self._buffers.clear()
+        self._receiver.close()
 
 
 class Worker:
@@ -94,94 +221,173 @@ class Worker:
         device: The device.
         threads: Threads to compute with, on a CPU.
         spin_s: Time to look for the next frame before sleeping, while requests come one by one.
+        limit_s: Time limit of a batch.
     """
 
-    def __init__(self, device: torch.device, threads: int, spin_s: float) -> None:
+    def __init__(self, device: torch.device, threads: int, spin_s: float, limit_s: float = 10.0) -> None:
         """Hold no model yet."""
-        self.device = device
-        self.threads = threads
-        self.spin_s = spin_s
-        self._is_alone = False
-        self._is_between = False
-        self._sock: socket.socket | None = None
-        self._receiver: wire.Receiver | None = None
-        self._waiting: deque[wire.Frame] = deque()
+        self.device, self.threads, self.spin_s, self.limit_s = device, threads, spin_s, limit_s
         self.models: dict[int, Model] = {}
+        self._connections: list[Connection] = []
+        self._attached: deque[Connection] = deque()
+        self._waiting: deque[tuple[Connection, dict[str, Any], dict[str, Any]]] = deque()
+        self._loads: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._woken, self._wake = os.pipe()
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        self._is_single = False
+        self._is_between = False
+        self._is_alone = False
+        self._waited_s = 0.0
+        self._busy_since_s = 0.0
+        self._looked_s = 0.0
 
-    def answer(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame | None:
-        """Do what a frame asks and return the frame to send back, if any.
+    # The computing thread.
 
-        Errors that say something about the request come back as ``{"error"}``; any other ends the process.
+    def serve(self) -> None:
+        """Compute for ever."""
+        while True:
+            while self._waiting:
+                self._answer(*self._waiting.popleft())
+            self._wait()
+
+    def _answer(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Do what a front asks; end the connection if it asks for what there is not."""
+        try:
+            self._do(connection, head, fields)
+        except wire.WireError:
+            connection.end()
+
+    def _wait(self) -> None:
+        """Wait for frames.
+
+        Being woken takes longer than many a batch. So after a short wait, and while requests come one by one, the
+        sockets are looked at for ``spin_s`` before sleeping.
         """
-        match head["op"]:
-            case "load":
-                try:
-                    model = Model(storage.parse(bytes(fields["file"])), self.device, self.threads)
-                    model.warm_up()
-                except HessQuikError as error:
-                    return {"op": "loaded", "model": head["model"], "error": str(error)}, {}
-                self.models[head["model"]] = model
-                return {"op": "loaded", "model": head["model"], **model.facts()}, {}
-            case "unload":
-                self.models.pop(head["model"], None)
-                return None
-            case "evaluate":
-                self._is_alone = len(head["sizes"]) == 1
-                reply, answers = self._write(head, *self._evaluate(head, fields))
-                return {**reply, "number": head["number"]}, answers
-            case "ping":
-                self._prove_alive()
-                return {"op": "done", "number": head["number"], "memory_bytes": self._memory_bytes()}, {}
-            case other:
-                raise wire.WireError(f"expected load, unload, evaluate or ping, got {other!r}")
+        began = time.perf_counter()
+        if self._is_single and self._waited_s < self.spin_s:
+            while not self._waiting and time.perf_counter() < began + self.spin_s:
+                self._look()
+                os.sched_yield()
+        if not self._waiting:
+            if any(descriptor == self._woken for descriptor, _ in self._poll.poll()):
+                os.read(self._woken, 64)
+            self._look()
+        self._waited_s = time.perf_counter() - began
 
-    def _prove_alive(self) -> None:
-        """Compute something real: the first network's value at one point."""
-        for model in self.models.values():
-            evaluate = model.evaluator(model.dtype)
-            evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
+    def _look(self) -> None:
+        """Receive what is there, from every front."""
+        while self._attached:
+            connection = self._attached.popleft()
+            self._connections.append(connection)
+            self._poll.register(connection.sock, select.POLLIN)
+        gone = []
+        for connection in self._connections:
+            try:
+                self._waiting += [(connection, *frame) for frame in connection.receive()]
+            except (OSError, wire.WireError):
+                gone.append(connection)
+        for connection in gone:
+            self._connections.remove(connection)
+            self._poll.unregister(connection.sock)
+            connection.close()
+
+    def _between(self) -> None:
+        """In the middle of a large batch, answer what is small; stop a batch that takes too long.
+
+        Raises:
+            Late: it took longer than it may.
+        """
+        self._looked_s = now = time.monotonic()
+        if self._is_between:
             return
+        if 0 < self._busy_since_s < now - self.limit_s:
+            raise Late
+        self._look()
+        if self._is_alone:
+            return
+        self._is_between = True
+        try:
+            waiting, self._waiting = self._waiting, deque()
+            for connection, head, fields in waiting:
+                if head.get("is_small") or head["op"] != "evaluate":
+                    self._answer(connection, head, fields)
+                else:
+                    self._waiting.append((connection, head, fields))
+        finally:
+            self._is_between = False
 
-    def _memory_bytes(self) -> int:
-        """What the networks and their work take: memory of the device, or of the process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_reserved(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _do(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Do what a front asks. Errors that the request may cause are replied; any other ends the process."""
+        match head["op"]:
+            case "evaluate":
+                if self._is_between:
+                    connection.send(*self.evaluate(head, fields, connection))
+                    return
+                self._is_single, self._is_alone = len(head["sizes"]) == 1, head["is_alone"]
+                self._busy_since_s = self._looked_s = time.monotonic()
+                reply = self.evaluate(head, fields, connection)
+                self._busy_since_s = 0.0
+                connection.send(*reply)
+            case "plan":
+                model = self.models.get(head["model"])
+                if model is None or model.is_quick(_DTYPES[head["dtype"]]):
+                    self._plan(connection, head)
+                else:
+                    self._loads.put(partial(self._plan, connection, head))
+            case "drop":
+                connection.drop(head["buffer"])
+            case other:
+                raise wire.WireError(f"expected evaluate, plan or drop, got {other!r}")
+
+    def evaluate(
+        self, head: dict[str, Any], fields: dict[str, Any], connection: Connection | None = None
+    ) -> wire.Frame:
+        """Compute a batch and return the reply."""
+        buffer = None
+        if connection is not None and "buffer" in head:
+            number, size, *places = head["buffer"]
+            buffer = connection.buffer(number, size, head.get("fds", []))
+        reply, results = self._evaluate(head, fields)
+        if "error" not in reply and any(len(array) != sum(head["sizes"]) for array in results.values()):
+            reply, results = {"op": "done", "error": "rows are missing"}, {}
+        if "error" not in reply and head["form"] != "arrays":
+            reply, results = self._texts(head, results)
+        elif buffer is not None:
+            for array, place in zip(results.values(), places, strict=len(results) > 0):
+                np.ndarray(array.shape, array.dtype, buffer, place)[...] = array
+            reply["shapes"] = [array.shape for array in results.values()]
+            results = {}
+        return {**reply, "number": head["number"]}, results
 
     def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
+        """Compute; errors that a request may cause become a reply."""
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
-        evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
         given = {name: torch.from_numpy(array) for name, array in fields.items()}
         try:
+            evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
             found = evaluate(
                 given["inputs"], head["quantities"], given.get("weights"), given.get("directions"), self._between
             )
-            answers = {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
-        except (HessQuikError, torch.OutOfMemoryError, MemoryError, ValueError) as error:
-            return {"op": "done", "error": type(error).__name__}, {}
-        except RuntimeError as error:
-            if CPU_OUT_OF_MEMORY not in str(error):
-                raise
-            return {"op": "done", "error": "OutOfMemoryError"}, {}
-        plan = evaluate.plan(head["quantities"], given.get("weights"), given.get("directions"))
-        return {"op": "done", "row_cost": plan.operations}, answers
+            return {"op": "done"}, {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
+        except (HessQuikError, MemoryError, RuntimeError, ValueError, Late) as error:
+            return {"op": "done", "error": _reason(error)}, {}
 
-    def _write(self, head: dict[str, Any], reply: dict[str, Any], answers: dict[str, wire.Array]) -> wire.Frame:
-        """An answer in the form that is wanted."""
-        if "error" in reply or head["form"] != "json":
-            return reply, answers
-        if any(len(array) != sum(head["sizes"]) for array in answers.values()):
-            return {"op": "done", "error": "rows are missing"}, {}
-        texts = [
-            self._text(rows)
-            for array in answers.values()
-            for rows in wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"])
-        ]
-        return {**reply, "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
+    def _texts(self, head: dict[str, Any], results: dict[str, wire.Array]) -> wire.Frame:
+        """Write results as JSON."""
+        try:
+            texts = [
+                self._text(rows.reshape(-1) if head["form"] == "flat" else rows)
+                for array in results.values()
+                for rows in wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"])
+            ]
+        except Late as error:
+            return {"op": "done", "error": _reason(error)}, {}
+        return {"op": "done", "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
 
     def _text(self, rows: wire.Array) -> bytes:
-        """The text of some rows, which takes as long as computing them, and longer."""
+        """Return the text of some rows, which takes longer than computing them."""
         step = max(1, NUMBERS_BETWEEN * len(rows) // rows.size)
         if len(rows) <= step:
             return json_rows(rows)
@@ -191,51 +397,136 @@ class Worker:
             texts.append(json_rows(rows[start : start + step]))
         return b",".join(texts)
 
-    def serve(self, sock: socket.socket) -> None:
-        """Answer frames until the front closes its end."""
-        self._sock, self._receiver = sock, wire.Receiver(sock)
-        while (frames := self._receiver.wait(self.spin_s if self._is_alone else 0.0)) is not None:
-            self._waiting += frames
-            self._answer_waiting(sock)
-
-    def _answer_waiting(self, sock: socket.socket) -> None:
-        while self._waiting:
-            reply = self.answer(*self._waiting.popleft())
-            if reply is not None:
-                wire.send(sock, *reply)
-
-    def _between(self) -> None:
-        """Answer, in the middle of a large batch, what came meanwhile: the front sends only what is small."""
-        if self._sock is None or self._receiver is None or self._is_between:
-            return
-        self._waiting += self._receiver.look()
-        self._is_between = True
+    def _plan(self, connection: Connection, head: dict[str, Any]) -> None:
         try:
-            self._answer_waiting(self._sock)
-        finally:
-            self._is_between = False
+            found = self.models[head["model"]].plan(head)
+        except Exception as error:
+            found = {"error": _reason(error)}
+        connection.send({"op": "planned", "number": head["number"], **found}, {})
+
+    # The loading thread.
+
+    def load(self, model: int, data: bytes) -> dict[str, Any]:
+        """Load a model and return what is known of it, or why it is refused: whatever its file may raise."""
+        try:
+            loaded = Model(storage.parse(data), self.device, self.threads)
+            loaded.warm_up()
+            facts = loaded.facts()
+        except HessQuikError as error:
+            return {"error": str(error)}
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error):
+                return {"error": "expected a network that fits the memory of the device, this one does not"}
+            return {"error": f"expected a saved network, got a file that raises {type(error).__name__}"}
+        self.models[model] = loaded
+        return facts
+
+    def load_for_ever(self) -> None:
+        """Do in turn what takes long."""
+        while True:
+            self._loads.get()()
+
+    # The control thread.
+
+    def control(self, sock: socket.socket) -> None:
+        """Do what the supervisor says, until it is gone."""
+        receiver, lock = wire.Receiver(sock, most_fds=1), threading.Lock()
+
+        def send(head: dict[str, Any]) -> None:
+            with lock:
+                wire.send(sock, head, {})
+
+        def load(model: int, fields: dict[str, Any]) -> None:
+            data = bytes(fields.pop("file"))  # the frame is freed before it is parsed
+            send({"op": "loaded", "model": model, **self.load(model, data)})
+
+        send({"op": "ready", "pid": os.getpid(), "torch": torch.__version__})
+        while (frames := receiver.receive()) is not None:
+            for head, fields in frames:
+                match head["op"]:
+                    case "attach":
+                        self.attach(socket.socket(fileno=head["fds"][0]))
+                    case "load":
+                        self._loads.put(partial(load, head["model"], fields))
+                    case "unload":
+                        self._loads.put(partial(self.models.pop, head["model"], None))
+                    case "ping":
+                        send(self.pong())
+                    case other:
+                        raise wire.WireError(f"expected attach, load, unload or ping, got {other!r}")
+
+    def attach(self, sock: socket.socket) -> None:
+        """Answer another front."""
+        self._attached.append(Connection(sock, self.limit_s))
+        os.write(self._wake, b".")
+
+    def pong(self) -> dict[str, Any]:
+        """Return how the computing thread is; while it is idle, compute one point here to prove the device well."""
+        now, busy_since_s = time.monotonic(), self._busy_since_s
+        busy_s, stalled_s = (now - busy_since_s, now - self._looked_s) if busy_since_s else (0.0, 0.0)
+        model = next(iter(list(self.models.values())), None)
+        if not busy_since_s and model is not None:
+            evaluate = model.evaluator(model.dtype)
+            evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
+        return {"op": "pong", "memory_bytes": self._memory_bytes(), "busy_s": busy_s, "stalled_s": stalled_s}
+
+    def _memory_bytes(self) -> int:
+        """Return what the networks and their work take: memory of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(arguments: list[str]) -> int:
-    """Run a worker until its front is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
-    descriptor, device, threads, spin_us = int(arguments[0]), torch.device(arguments[1]), *map(int, arguments[2:])
-    torch.set_num_threads(threads)
+def _reason(error: Exception) -> str:
+    """Return what a front is told of an error that a request may cause.
+
+    Raises:
+        Exception: the error, if it may have spoiled the device or is none of a request's.
+    """
+    if isinstance(error, Late):
+        return "late"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error):
+        return "memory"
+    if isinstance(error, RuntimeError) and not isinstance(error, HessQuikError):
+        raise error
+    return type(error).__name__
+
+
+def _run(device: str, work: Callable[[], None]) -> None:
+    """Run a thread's work; when it ends, so does the process."""
+    status = 0
+    try:
+        work()
+    except (ConnectionError, KeyboardInterrupt):
+        pass
+    except torch.AcceleratorError as error:
+        sys.stderr.write(f"worker on {device}: {type(error).__name__}, giving up the device's context\n")
+        status = SPOILED
+    except BaseException:
+        status = 1
+        sys.excepthook(*sys.exc_info())
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(arguments: list[str]) -> None:
+    """Run a worker until its supervisor is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    descriptor, device, threads, spin_us, limit_s = arguments
+    torch.set_num_threads(int(threads))
     torch.set_float32_matmul_precision("highest")
-    with socket.socket(fileno=descriptor) as sock:
-        # Room for an answer, as far as the system allows it, so that the next batch need not wait until this is read.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        torch.zeros(1, device=device)
-        wire.send(sock, {"op": "ready", "pid": os.getpid(), "torch": torch.__version__}, {})
-        try:
-            Worker(device, threads, spin_us / 1e6).serve(sock)
-        except (ConnectionError, KeyboardInterrupt):
-            return 0
-        except torch.AcceleratorError as error:
-            sys.stderr.write(f"worker on {device}: {type(error).__name__}, giving up the device's context\n")
-            return SPOILED
-    return 0
+    sys.setswitchinterval(SWITCH_S)
+    torch.zeros(1, device=torch.device(device))
+    worker = Worker(torch.device(device), int(threads), int(spin_us) / 1e6, float(limit_s))
+    sock = socket.socket(fileno=int(descriptor))
+    for work in (worker.load_for_ever, lambda: worker.control(sock)):
+        threading.Thread(target=_run, args=(device, work), daemon=True).start()
+    _run(device, worker.serve)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""A proxy between a client and the service that delays, resets, truncates, refuses, hangs and talks nonsense."""
+"""A proxy between a client and the service that delays, drips, resets, truncates, floods, refuses and hangs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from types import TracebackType
 
 #: Faults and how often each takes place; the rest goes through as it is.
 SHARES = {"delay": 0.08, "trickle": 0.04, "reset": 0.04, "reset in reply": 0.04, "truncation": 0.04}
-SHARES |= {"storm": 0.01, "nonsense": 0.02, "hang": 0.004}
+SHARES |= {"storm": 0.01, "nonsense": 0.02, "hang": 0.004, "hints": 0.02, "endless": 0.02, "drip": 0.004}
+#: Faults that a few hundred requests need not meet.
+RARE = {"storm", "hang", "drip"}
 #: Requests refused by one storm.
 STORM = 8
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy"
+HINTS = b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n" * 50
+ENDLESS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNK = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
 NONSENSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<html></html>"
 
 
@@ -80,6 +85,12 @@ class FaultProxy:
                     writer.write(NONSENSE)
                 elif fault == "hang":
                     await asyncio.sleep(60)
+                elif fault == "endless":
+                    writer.write(ENDLESS)
+                    await _repeat(writer, CHUNK)
+                elif fault == "drip":
+                    writer.write(b"HTTP/1.1 200 OK\r\nx: ")
+                    await _repeat(writer, b"a", pause_s=0.05)
                 elif fault == "reset":
                     return _reset(writer)
                 else:
@@ -109,7 +120,9 @@ class FaultProxy:
 
 async def _pass_on(writer: asyncio.StreamWriter, reply: bytes, fault: str, dice: random.Random) -> bool:
     """Send a reply, or what the fault leaves of it; false if the connection is done for."""
-    if fault == "delay":
+    if fault == "hints":
+        writer.write(HINTS)
+    elif fault == "delay":
         await asyncio.sleep(dice.uniform(0, 0.1))
     elif fault == "trickle":
         for start in range(0, len(reply), len(reply) // 5):
@@ -124,6 +137,14 @@ async def _pass_on(writer: asyncio.StreamWriter, reply: bytes, fault: str, dice:
         return False
     writer.write(reply)
     return True
+
+
+async def _repeat(writer: asyncio.StreamWriter, piece: bytes, pause_s: float = 0.0) -> None:
+    """Send the same again and again until the client is gone."""
+    while True:
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(pause_s)
 
 
 async def _read_message(reader: asyncio.StreamReader) -> bytes:

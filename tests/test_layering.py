@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: A name stands for the module and all that is inside it.
 LAYERS = {
     "hessquik": """
-        hessquik.errors
+        hessquik.errors hessquik.original
         hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities
         hessquik.strict_json
         hessquik.algebra hessquik.graph hessquik.steps
@@ -33,13 +33,17 @@ LAYERS = {
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.schemas
-        service.batcher service.open_inference service.pool
-        service.dispatcher service.repository
+        service.open_inference service.shared
+        service.scheduler service.workers
+        service.dispatcher service.link service.repository
+        service.node
         service.core service.door
         service.routes
         service.exchange
         service.app
         service.server service.worker
+        service.frontend
+        service.supervisor
         service.cli service.ray_serve
         service.__main__
         service

@@ -1,5 +1,6 @@
 """The documented layers; :mod:`hessquik.layers.form` has the one form behind them."""
 
+import hessquik.original
 from hessquik.layers.base import hessQuikLayer
 from hessquik.layers.convex import ICNNLayer
 from hessquik.layers.quadratic import quadraticICNNLayer, quadraticLayer
@@ -14,3 +15,5 @@ __all__ = [
     "resnetLayer",
     "singleLayer",
 ]
+
+hessquik.original.register(__name__)

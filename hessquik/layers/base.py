@@ -1,8 +1,9 @@
-"""What every layer can do, written once on the layer's form."""
+"""The documented interface of all layers, written once in terms of a layer's form."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,23 +43,25 @@ class hessQuikLayer(nn.Module):
     parameter_names: tuple[str, ...] = ()
 
     def form(self) -> Form:
-        """The layer as data, with its weights as they are now."""
-        raise NotImplementedError
+        """Return the layer as data, with its weights as they are now."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define form(), from which its value and derivatives follow"
+        )
 
     def input_widths(self) -> tuple[int, ...]:
-        """Widths of the parts of the features that come in."""
-        raise NotImplementedError
+        """Return the widths of the parts of the features that come in."""
+        raise NotImplementedError(f"{type(self).__name__} must define input_widths()")
 
     def output_widths(self) -> tuple[int, ...]:
-        """Widths of the parts of the features that go out."""
-        raise NotImplementedError
+        """Return the widths of the parts of the features that go out."""
+        raise NotImplementedError(f"{type(self).__name__} must define output_widths()")
 
     def dim_input(self) -> int:
-        """Number of features that come in."""
+        """Return the number of features that come in."""
         return sum(self.input_widths())
 
     def dim_output(self) -> int:
-        """Number of features that go out."""
+        """Return the number of features that go out."""
         return sum(self.output_widths())
 
     def forward(
@@ -99,7 +102,7 @@ class hessQuikLayer(nn.Module):
             ShapeError: the last axis of ``u`` is not :meth:`dim_input` wide, or ``v`` does not fit.
         """
         if u.shape[-1] != self.dim_input():
-            raise ShapeError(f"{type(self).__name__} expects {self.dim_input()} features, got {u.shape[-1]}")
+            raise ShapeError(f"{type(self).__name__} needs {self.dim_input()} features, got {u.shape[-1]}")
         if do_Laplacian and not do_Hessian:
             forward_mode = True
         wants_second = do_Hessian or do_Laplacian
@@ -137,6 +140,8 @@ class hessQuikLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Carry the derivatives of g(y) back through the layer, after ``forward(u, forward_mode=None)``.
 
+        It may be called again; copies and pickles of the layer do not know that ``u``.
+
         With D = ∂y/∂u (p, q), Z = ∂z/∂u (p, w) and gs the adjoint of σ(z):
             ∇_u g  = pull(∇_y g)
             ∇²_u g = D ∇²_y g Dᵀ + Z diag(gs ⊙ σ''(z)) Zᵀ
@@ -155,12 +160,14 @@ class hessQuikLayer(nn.Module):
             OrderError: there was no such forward call.
             ShapeError: ``v`` does not fit.
         """
-        here = self.__dict__.pop("_here", None)
+        here = self.__dict__.get("_here")
         if here is None:
-            raise OrderError(
-                f"{type(self).__name__}.backward() expects a forward(u, forward_mode=None) before it; there was none"
-            )
+            raise OrderError(f"{type(self).__name__}.backward() needs a forward(u, forward_mode=None) before it")
         return pull_back(here, do_Hessian, dgdf, d2gd2f, v)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a later :meth:`backward` would need."""
+        return {name: value for name, value in vars(self).items() if name != "_here"}
 
     def extra_repr(self) -> str:
         """Show the constructor arguments that are plain numbers."""
@@ -169,7 +176,7 @@ class hessQuikLayer(nn.Module):
 
 
 def _second(here: Linearization, products: Tensor, d2u: Tensor | None) -> Tensor:
-    """Second derivatives of y (n, k, q) for the wanted products of tangents and the same ones of u."""
+    """Return second derivatives of y (n, k, q) for the wanted products of tangents and the same ones of u."""
     if d2u is None:
         d2u = products.new_zeros(1, products.shape[1], sum(here.form.widths))
     return join(here.push_second((d2u,), products))
@@ -184,13 +191,13 @@ def check_directions(v: Tensor | None, n: int, width: int, axis: int) -> None:
     if v is None or (v.ndim in {2, 3} and v.shape[axis] == width and (v.ndim == 2 or v.shape[0] == n)):
         return
     one = f"k, {width}" if axis == -1 else f"{width}, k"
-    raise ShapeError(f"expected v of shape ({one}) or ({n}, {one}), got {tuple(v.shape)}")
+    raise ShapeError(f"v must have the shape ({one}) or ({n}, {one}), got {tuple(v.shape)}")
 
 
 def pull_back(
     here: Linearization, do_Hessian: bool, dgdf: Tensor | None, d2gd2f: Tensor | None, v: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient and Hessian that :meth:`hessQuikLayer.backward` describes."""
+    """Return the gradient and Hessian that :meth:`hessQuikLayer.backward` describes."""
     y = join(here.value)
     assert here.d2sigma is not None or not do_Hessian
     n = y.shape[0]
@@ -211,12 +218,12 @@ def pull_back(
 
 
 def _unit(like: Tensor, width: int) -> Tensor:
-    """The unit tangents or adjoints of ``width`` features, the same for every sample: (1, width, width)."""
+    """Return the unit tangents or adjoints of ``width`` features, the same for every sample: (1, width, width)."""
     return torch.eye(width, dtype=like.dtype, device=like.device).unsqueeze(0)
 
 
 def _per_sample(tensor: Tensor, n: int) -> Tensor:
-    """A tensor whose leading axis is n, not 1."""
+    """Return a tensor with its leading axis expanded to n."""
     return tensor.expand(n, *tensor.shape[1:])
 
 

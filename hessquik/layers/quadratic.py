@@ -159,7 +159,7 @@ def _quadratic_form(
     into: tuple[Tensor | None, ...],
     skip: tuple[Tensor | None, ...],
 ) -> Form:
-    """The form that both quadratic layers share."""
+    """Return the form that both quadratic layers share."""
     return Form(
         quadraticActivation(),
         layer.input_widths(),

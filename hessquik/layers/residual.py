@@ -63,7 +63,7 @@ class resnetLayer(hessQuikLayer):
 
     @property
     def bias(self) -> bool:
-        """Whether there is a b."""
+        """True if there is a b."""
         return self.layer.bias
 
     def input_widths(self) -> tuple[int, ...]:

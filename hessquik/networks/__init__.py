@@ -1,7 +1,10 @@
 """The documented networks."""
 
+import hessquik.original
 from hessquik.networks.architectures import ICNN, fullyConnectedNN, resnetNN
 from hessquik.networks.autodiff import NNPytorchAD, NNPytorchHessian
 from hessquik.networks.network import NN
 
 __all__ = ["ICNN", "NN", "NNPytorchAD", "NNPytorchHessian", "fullyConnectedNN", "resnetNN"]
+
+hessquik.original.register(__name__)

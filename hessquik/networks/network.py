@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from hessquik import calculus
 from hessquik.errors import CompositionError, OrderError, ShapeError
 from hessquik.layers import hessQuikLayer
 from hessquik.layers.base import Triple, pull_back
-from hessquik.layers.form import Form, Linearization
+from hessquik.layers.form import Form, Linearization, join
 
 __all__ = ["NN"]
 
@@ -22,13 +23,16 @@ class NN(nn.Sequential):
     """Layers and networks one after the other: f = f_L ∘ … ∘ f_1.
 
     Convex layers hand their input x on to the next layer; what such a network returns at its end is its output
-    alone. Source: Newman & Ruthotto 2022 (doi:10.21105/joss.04171).
+    alone, unless networks are chained by hand (``hand_on``). Source: Newman & Ruthotto 2022
+    (doi:10.21105/joss.04171).
 
     Args:
-        args: Layers and networks, each as wide at its input as the one before it is at its output.
+        args: Layers and networks, each as wide at its input as the one before it is at its output; or one
+            ``OrderedDict`` of them, as for :class:`torch.nn.Sequential`.
 
     Raises:
-        CompositionError: two neighbours do not fit, or there is no layer.
+        CompositionError: two neighbours do not fit, or there is no layer. So do ``append``, ``insert``, ``extend``,
+            ``+=``, ``*=`` and setting or deleting a part, which then leave the network as it was.
 
     Example:
         >>> import torch
@@ -47,23 +51,86 @@ class NN(nn.Sequential):
     #: Constructor arguments of a family of networks, by name: what a saved file needs to build it again.
     parameter_names: tuple[str, ...] = ()
 
-    def __init__(self, *args: nn.Module) -> None:
+    def __init__(self, *args: Any) -> None:
         """Check that the layers fit and keep them."""
         super().__init__(*args)
-        if not args:
-            raise CompositionError("a network expects at least one layer, got none")
-        for block, module in enumerate(args):
+        self._check_composition()
+
+    def _check_composition(self) -> None:
+        """Refuse parts that do not fit."""
+        if not self._modules:
+            raise CompositionError("a network must have at least one layer, got none")
+        for block, module in self._modules.items():
             if not isinstance(module, hessQuikLayer | NN):
-                raise CompositionError(f"block {block}: expected a layer or a network, got {type(module).__name__}")
+                raise CompositionError(f"block {block} must be a layer or a network, got {type(module).__name__}")
         for (left, before), (right, after) in pairwise(self.named_layers()):
             if before.dim_output() != after.dim_input():
                 raise CompositionError(
                     f"incompatible composition: block {left} gives {before.dim_output()} features, "
-                    f"block {right} expects {after.dim_input()}"
+                    f"block {right} needs {after.dim_input()}"
                 )
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Check the composition after a change, and undo the change if it does not fit."""
+        before = dict(self._modules)
+        try:
+            yield
+            self._check_composition()
+        except BaseException:
+            self._modules.clear()
+            self._modules.update(before)
+            raise
+
+    def append(self, module: nn.Module) -> Self:
+        """Add a layer or network at the end."""
+        with self._changing():
+            super().append(module)
+        return self
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        """Add a layer or network before another."""
+        with self._changing():
+            super().insert(index, module)
+        return self
+
+    def extend(self, sequential: Iterable[nn.Module]) -> Self:
+        """Add layers and networks at the end."""
+        with self._changing():
+            super().extend(sequential)
+        return self
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        with self._changing():
+            super().__setitem__(index, module)
+
+    def __delitem__(self, index: int | slice) -> None:
+        with self._changing():
+            super().__delitem__(index)
+
+    def __add__(self, other: Iterable[nn.Module]) -> NN:
+        return NN(*self, *other)
+
+    def __iadd__(self, other: Iterable[nn.Module]) -> Self:
+        return self.extend(other)
+
+    def __mul__(self, other: int) -> NN:
+        if other < 1:
+            raise CompositionError(f"a network can be repeated once or more, got {other}")
+        return NN(*(other * list(self)))
+
+    def __rmul__(self, other: int) -> NN:
+        return self * other
+
+    def __imul__(self, other: int) -> Self:
+        return self.extend(list(self * other)[len(self) :])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a later :meth:`backward` would need."""
+        return {name: value for name, value in vars(self).items() if name != "_chain"}
+
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, hessQuikLayer]]:
-        """All layers in order, those of nested networks too, with their places (``1.0``)."""
+        """Yield all layers in order, those of nested networks too, with their places (``1.0``)."""
         for name, module in self._modules.items():  # named_children() leaves out a layer's second place
             if isinstance(module, NN):
                 yield from module.named_layers(f"{prefix}{name}.")
@@ -71,23 +138,23 @@ class NN(nn.Sequential):
                 yield prefix + name, cast(hessQuikLayer, module)
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """One of the layers and networks, or the network that a slice of them is."""
+        """Return one of the layers and networks, or the network that a slice of them is."""
         return NN(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def layers(self) -> list[hessQuikLayer]:
-        """All layers in order, those of nested networks too."""
+        """Return all layers in order, those of nested networks too."""
         return [layer for _, layer in self.named_layers()]
 
     def forms(self) -> list[Form]:
-        """All layers as data, with their weights as they are now."""
+        """Return all layers as data, with their weights as they are now."""
         return [layer.form() for layer in self.layers()]
 
     def dim_input(self) -> int:
-        """Number d of inputs."""
+        """Return the number d of inputs."""
         return self.layers()[0].dim_input()
 
     def dim_output(self) -> int:
-        """Number m of outputs."""
+        """Return the number m of outputs."""
         return self.layers()[-1].output_widths()[0]
 
     def setup_forward_mode(self, **kwargs: Any) -> bool | None:
@@ -114,6 +181,7 @@ class NN(nn.Sequential):
         dudx: Tensor | None = None,
         d2ud2x: Tensor | None = None,
         v: Tensor | None = None,
+        hand_on: bool | None = None,
         **kwargs: Any,
     ) -> Triple:
         """Evaluate the network and its derivatives.
@@ -128,11 +196,15 @@ class NN(nn.Sequential):
             d2ud2x: Hessian of x (n, d', d', d), or its Laplacian (n, 1, d); forward mode only.
             v: Forward: directions (k, d) or (n, k, d). Backward: weights (m, k) or (n, m, k). Because it decides
                 what v means, the mode is forward exactly if d < m when only ``v`` is given.
+            hand_on: Whether the input x that a convex last layer hands on is returned too, behind the m outputs, as
+                the next network of a chain needs it. By default exactly with ``forward_mode=None``, which is there
+                for chaining by hand.
             kwargs: ``forward_mode``, see :meth:`setup_forward_mode`.
 
         Returns:
-            f (n, m), gradient (n, d, m) or ``None``, Hessian (n, d, d, m) or Laplacian (n, 1, m) or ``None``; with
-            ``v`` gradient (n, k, m) and Hessian (n, k, k, m) forward, (n, d, k) and (n, d, d, k) backward.
+            f (n, m), gradient (n, d, m) or ``None``, Hessian (n, d, d, m) or Laplacian (n, 1, m) or ``None``, where
+            m counts what is handed on too. With ``v``, gradient (n, k, m) and Hessian (n, k, k, m) forward,
+            (n, d, k) and (n, d, d, k) backward.
 
         Raises:
             ShapeError: ``x`` is not (n, d), its dtype is not the weights', or another argument does not fit.
@@ -140,24 +212,26 @@ class NN(nn.Sequential):
         self._check(x)
         before = dudx is not None or d2ud2x is not None
         if "forward_mode" not in kwargs:
-            if v is None and not before:
+            if v is None and not before and not hand_on:
                 return self._sum_over_hidden_units(x, do_gradient, do_Hessian, do_Laplacian)
-            kwargs["forward_mode"] = before or self.dim_input() < self.dim_output()
+            kwargs["forward_mode"] = before or (hand_on and v is None) or self.dim_input() < self.dim_output()
         forward_mode = self.setup_forward_mode(**kwargs)
         if do_Laplacian and not do_Hessian:
             forward_mode = True
         if forward_mode:
-            return self._carry_forward(x, do_gradient, do_Hessian, do_Laplacian, dudx, d2ud2x, v)
+            return self._carry_forward(x, do_gradient, do_Hessian, do_Laplacian, dudx, d2ud2x, v, bool(hand_on))
         if before:
-            raise ShapeError(f"dudx and d2ud2x expect forward_mode=True, got forward_mode={forward_mode}")
+            raise ShapeError(f"dudx and d2ud2x need forward_mode=True, got forward_mode={forward_mode}")
         order = 2 if do_Hessian or forward_mode is None else int(do_gradient)
         chain = calculus.linearize(self.forms(), (x.unsqueeze(1),), order)
-        y = chain[-1].value[0].squeeze(1)
+        if hand_on is None:
+            hand_on = forward_mode is None
+        y = (join(chain[-1].value) if hand_on else chain[-1].value[0]).squeeze(1)
         if forward_mode is None:
             self._chain = chain
         if forward_mode is None or order == 0:
             return y, None, None
-        gradient, hessian = _carry_back(chain, do_Hessian, None, None, v)
+        gradient, hessian = _carry_back(chain, do_Hessian, None, None, v, hand_on)
         return y, gradient if do_gradient else None, hessian
 
     def backward(
@@ -169,10 +243,13 @@ class NN(nn.Sequential):
     ) -> tuple[Tensor, Tensor | None]:
         """Carry the derivatives of g(f) back through the network, after ``forward(x, forward_mode=None)``.
 
+        It may be called again; copies and pickles of the network do not know that ``x``.
+
         Args:
             do_Hessian: Whether the Hessian is wanted.
-            dgdf: Gradient of g with respect to f (n, m', m); g = f if not given.
-            d2gd2f: Hessian of g with respect to f (n, m', m', m); 0 if not given.
+            dgdf: Gradient of g with respect to f (n, m', m), or with respect to all that was handed on; g = f if not
+                given.
+            d2gd2f: Hessian of g with respect to the same (n, m', m', m); 0 if not given.
             v: Weights (m, k) or (n, m, k): derivatives of the k sums gv replace those of each g.
 
         Returns:
@@ -182,11 +259,9 @@ class NN(nn.Sequential):
             OrderError: there was no such forward call.
             ShapeError: ``v`` does not fit.
         """
-        chain = self.__dict__.pop("_chain", None)
+        chain = self.__dict__.get("_chain")
         if chain is None:
-            raise OrderError(
-                f"{type(self).__name__}.backward() expects a forward(x, forward_mode=None) before it; there was none"
-            )
+            raise OrderError(f"{type(self).__name__}.backward() needs a forward(x, forward_mode=None) before it")
         return _carry_back(chain, do_Hessian, dgdf, d2gd2f, v)
 
     def _carry_forward(
@@ -198,8 +273,9 @@ class NN(nn.Sequential):
         dudx: Tensor | None,
         d2ud2x: Tensor | None,
         v: Tensor | None,
+        hand_on: bool,
     ) -> Triple:
-        """The derivatives layer by layer from x to f."""
+        """Carry the derivatives layer by layer from x to f."""
         for layer in self.layers():
             x, dudx, d2ud2x = layer(
                 x,
@@ -211,7 +287,7 @@ class NN(nn.Sequential):
                 v=v,
             )
             v = None
-        own = slice(self.dim_output())
+        own = slice(None if hand_on else self.dim_output())
         return (
             x[..., own],
             dudx[..., own] if do_gradient and dudx is not None else None,
@@ -219,7 +295,7 @@ class NN(nn.Sequential):
         )
 
     def _sum_over_hidden_units(self, x: Tensor, do_gradient: bool, do_Hessian: bool, do_Laplacian: bool) -> Triple:
-        """The derivatives in one pass, see :mod:`hessquik.calculus`."""
+        """Compute the derivatives in one pass, see :mod:`hessquik.calculus`."""
         second = "hessian" if do_Hessian else "laplacian" if do_Laplacian else None
         quantities = {"value"} | ({"gradient"} if do_gradient else set()) | ({second} if second else set())
         found = calculus.evaluate(self.forms(), x, quantities)
@@ -230,10 +306,10 @@ class NN(nn.Sequential):
     def _check(self, x: Tensor) -> None:
         """Refuse points that do not fit."""
         if x.ndim != 2 or x.shape[1] != self.dim_input():
-            raise ShapeError(f"expected points of shape (n, {self.dim_input()}), got {tuple(x.shape)}")
+            raise ShapeError(f"points must have the shape (n, {self.dim_input()}), got {tuple(x.shape)}")
         dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != dtype:
-            raise ShapeError(f"expected points of {dtype}, as the weights are, got {x.dtype}")
+            raise ShapeError(f"points must be {dtype}, as the weights are, got {x.dtype}")
 
 
 def _carry_back(
@@ -242,11 +318,13 @@ def _carry_back(
     dgdf: Tensor | None,
     d2gd2f: Tensor | None,
     v: Tensor | None,
+    hand_on: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient and Hessian that :meth:`NN.backward` describes."""
-    y, *carried = chain[-1].value
-    if carried:
-        rest, m = sum(part.shape[-1] for part in carried), y.shape[-1]
+    """Return the gradient and Hessian that :meth:`NN.backward` describes."""
+    y = chain[-1].value[0]
+    m = y.shape[-1] if dgdf is None else dgdf.shape[-2]
+    rest = sum(part.shape[-1] for part in chain[-1].value) - m
+    if rest and not (hand_on and dgdf is None):
         keep = torch.eye(m + rest, m, dtype=y.dtype, device=y.device).unsqueeze(0)
         dgdf = keep if dgdf is None else keep @ dgdf
         d2gd2f = None if d2gd2f is None else nn.functional.pad(d2gd2f, (0, 0, 0, rest, 0, rest))

@@ -1,5 +1,6 @@
 """The documented tools: data, derivative checks, timing, training, and access to parameters."""
 
+import hessquik.original
 from hessquik.utils.checks import (
     directional_derivative_check,
     directional_derivative_laplacian_check,
@@ -48,3 +49,5 @@ __all__ = [
     "timing_test_gpu",
     "train_one_epoch",
 ]
+
+hessquik.original.register(__name__)

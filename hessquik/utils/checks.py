@@ -27,6 +27,9 @@ __all__ = [
 
 Function = Callable[..., tuple[Any, ...]]
 
+#: Steps of a Taylor test, at least.
+JUDGED_STEPS = 15
+
 
 @torch.no_grad()
 def input_derivative_check(
@@ -48,7 +51,8 @@ def input_derivative_check(
         x: Points (n, d).
         do_Hessian: Whether the Hessian is checked.
         forward_mode: Handed to ``f``.
-        num_test: Number of steps h = base⁻ᵏ.
+        num_test: Number of steps h = base⁻ᵏ that are printed. To judge, at least 15 are tried: fewer do not
+            show a derivative that is off by a percent.
         base: Ratio of two steps.
         tol: How far below 2 and 3 the orders may be at which the errors fall.
         verbose: Whether a table is printed.
@@ -268,7 +272,8 @@ def network_derivative_check(
         x: Points (n, d).
         do_Hessian: Whether Φ has the Hessian's term.
         forward_mode: Handed to ``f``.
-        num_test: Number of steps h = base⁻ᵏ.
+        num_test: Number of steps h = base⁻ᵏ that are printed. To judge, at least 15 are tried: fewer do not
+            show a derivative that is off by a percent.
         base: Ratio of two steps.
         tol: How far below 2 the order may be at which the error falls.
         verbose: Whether a table is printed.
@@ -316,13 +321,13 @@ def network_derivative_check(
 def _taylor_test(
     f: Callable[[float], Tensor], terms: list[Tensor], num_test: int, base: float, tol: float, verbose: bool
 ) -> list[bool]:
-    """Whether the errors with the first, second, … derivative fall as they have to."""
-    steps = [base**-k for k in range(num_test)]
+    """Return whether the errors with the first, second, … derivative fall as they have to."""
+    steps = [base**-k for k in range(max(num_test, JUDGED_STEPS))]
     found = taylor.errors(f, terms, steps)
     if verbose:
         print("".join(f"{name:<20s}" for name in ("h", "E0", "E1", "E2")[: 1 + len(terms)]))
         cell = "%0.2f x " + f"{base:g}" + "^(%0.2d)\t\t"
-        for k, row in enumerate(found):
+        for k, row in enumerate(found[: max(num_test, 0)]):
             print((1 + len(row)) * cell % (1, -k, *convert_to_base(row, base)))
     by_order = list(zip(*found, strict=True))
     return [
@@ -334,7 +339,7 @@ def _taylor_test(
 def _are_close(
     name: str, derivative: Tensor, difference: Tensor, eps: float, atol: float, rtol: float, verbose: bool
 ) -> bool:
-    """Whether a derivative is as near to its central difference as both bounds want."""
+    """Return whether a derivative is as near to its central difference as both bounds require."""
     error = float(torch.linalg.vector_norm(derivative - difference))
     relative = error / max(float(torch.linalg.vector_norm(derivative)), eps)
     passed = error < atol and relative < rtol
@@ -347,7 +352,7 @@ def _are_close(
 def _compare(
     mode: str, pairs: tuple[tuple[str, Tensor, Tensor], tuple[str, Tensor, Tensor]], tol: float, verbose: bool
 ) -> tuple[bool, bool]:
-    """Whether the first and the second derivative are as near to what they have to be as ``tol``."""
+    """Return whether the first and the second derivative are within ``tol`` of what they have to be."""
     (_, *first), (second_name, *second) = pairs
     first_error, second_error = (float(torch.linalg.vector_norm(a - b)) for a, b in (first, second))
     passed = first_error < tol, second_error < tol

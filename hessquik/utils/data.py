@@ -11,7 +11,7 @@ __all__ = ["peaks"]
 
 
 def peaks(y: Tensor, do_gradient: bool = False, do_Hessian: bool = False, forward_mode: bool | None = None) -> Triple:
-    """The MATLAB peaks function of two variables (x, y), with its derivatives.
+    """Evaluate the MATLAB peaks function of two variables (x, y), with its derivatives.
 
         f = 3(1 − x)² e₁ − 10(x/5 − x³ − y⁵) e₂ − ⅓ e₃
         e₁ = exp(−x² − (y + 1)²)    e₂ = exp(−x² − y²)    e₃ = exp(−(x + 1)² − y²)

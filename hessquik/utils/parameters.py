@@ -92,7 +92,7 @@ def insert_data(net: nn.Module, theta: Tensor) -> None:
     parameters = list(net.parameters())
     sizes = [parameter.numel() for parameter in parameters]
     if theta.shape != (sum(sizes),):
-        raise ShapeError(f"expected parameters of shape ({sum(sizes)},), got {tuple(theta.shape)}")
+        raise ShapeError(f"theta must have the shape ({sum(sizes)},), got {tuple(theta.shape)}")
     with torch.no_grad():
         for parameter, part in zip(parameters, theta.split(sizes), strict=True):
             parameter.copy_(part.view_as(parameter))

@@ -1,4 +1,4 @@
-"""The order at which a Taylor approximation's error falls: the proof that its derivatives are right.
+"""Taylor tests: the order at which the error of an approximation falls tells whether its derivatives are right.
 
 With a step h → 0 in a direction p, exact derivatives leave
     E0 = ‖f(x + hp) − f(x)‖ = O(h)    E1 = ‖… − h p·∇f‖ = O(h²)    E2 = ‖… − ½h² pᵀ∇²f p‖ = O(h³)
@@ -25,7 +25,7 @@ LEAST_STEPS = 5
 
 
 def errors(f: Callable[[float], Tensor], terms: Sequence[Tensor], steps: Sequence[float]) -> list[tuple[float, ...]]:
-    """The errors of the Taylor approximations of orders 0, 1, … of f(h) at 0.
+    """Return the errors of the Taylor approximations of orders 0, 1, … of f(h) at 0.
 
     Args:
         f: A function of the step.
@@ -54,7 +54,7 @@ def errors(f: Callable[[float], Tensor], terms: Sequence[Tensor], steps: Sequenc
 
 
 def rounding(terms: Sequence[Tensor]) -> float:
-    """The error below which subtracting the terms of a Taylor approximation leaves nothing but rounding.
+    """Return the error below which subtracting the terms of a Taylor approximation leaves nothing but rounding.
 
     Example:
         >>> f"{rounding([torch.ones(4, dtype=torch.float64)]):.1e}"
@@ -65,7 +65,7 @@ def rounding(terms: Sequence[Tensor]) -> float:
 
 
 def observed_order(found: Sequence[float], order: int, base: float, noise: float) -> float:
-    """The power of the step with which errors at steps 1, 1/base, 1/base², … fall.
+    """Return the power of the step with which errors at steps 1, 1/base, 1/base², … fall.
 
     The last steps that rounding leaves readable decide: there a wrong derivative shows, while with large steps even
     one that is only nearly right falls fast.
@@ -89,7 +89,7 @@ def observed_order(found: Sequence[float], order: int, base: float, noise: float
         '1.4'
     """
     if len(found) < LEAST_STEPS:
-        raise ValueError(f"expected at least {LEAST_STEPS} steps, got {len(found)}")
+        raise ValueError(f"there must be at least {LEAST_STEPS} steps, got {len(found)}")
     if not all(map(math.isfinite, found)):
         return 0.0
     fall = base**order

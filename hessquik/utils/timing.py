@@ -1,4 +1,4 @@
-"""How long value, gradient and Hessian take, over many widths of input and output."""
+"""Timing of value, gradient and Hessian over many widths of input and output."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def setup_device_and_gradient(
 
 
 def setup_resnet(in_features: int, out_features: int, width: int = 16, depth: int = 4) -> NN:
-    """A single layer, ``depth`` residual layers and a linear one, for timing.
+    """Make a single layer, ``depth`` residual layers and a linear one, for timing.
 
     Example:
         >>> len(setup_resnet(3, 2).layers())
@@ -69,7 +69,7 @@ def setup_resnet(in_features: int, out_features: int, width: int = 16, depth: in
 
 
 def setup_fully_connected(in_features: int, out_features: int, width: int = 16, depth: int = 4) -> NN:
-    """A fully-connected network with ``depth`` hidden layers, for timing.
+    """Make a fully-connected network with ``depth`` hidden layers, for timing.
 
     Example:
         >>> setup_fully_connected(3, 2).widths
@@ -79,7 +79,7 @@ def setup_fully_connected(in_features: int, out_features: int, width: int = 16, 
 
 
 def setup_icnn(in_features: int, out_features: int, width: int = 16, depth: int = 4) -> NN:
-    """A convex network with ``depth`` layers and a quadratic head, for timing.
+    """Make a convex network with ``depth`` layers and a quadratic head, for timing.
 
     Raises:
         ValueError: there is more than one output.
@@ -89,7 +89,7 @@ def setup_icnn(in_features: int, out_features: int, width: int = 16, depth: int 
         1
     """
     if out_features != 1:
-        raise ValueError(f"expected one output of an ICNN, got {out_features}")
+        raise ValueError(f"out_features of an ICNN must be 1, got {out_features}")
     return NN(
         ICNN(in_features, [None, *depth * [width]], act=softplusActivation()),
         quadraticICNNLayer(in_features, width, rank=2),
@@ -151,7 +151,7 @@ def timing_test_cpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory:
 
 
 def timing_test_gpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory: bool = True) -> Tensor:
-    """Do as :func:`timing_test_cpu` does, on a GPU, which every trial waits for."""
+    """Time as :func:`timing_test_cpu` does, on a GPU; each trial waits for the GPU to finish."""
     return _timed(f, x, num_trials, clear_memory, torch.cuda.synchronize)
 
 
@@ -212,7 +212,7 @@ def timing_test(
 
 
 def _timed(f: nn.Module, x: Tensor, num_trials: int, clear_memory: bool, wait: Callable[[], None]) -> Tensor:
-    """The seconds of each trial, the first of which is not counted."""
+    """Return the seconds of each trial; the first run is not counted."""
     seconds = []
     for _ in range(num_trials + 1):
         wait()
@@ -228,5 +228,5 @@ def _timed(f: nn.Module, x: Tensor, num_trials: int, clear_memory: bool, wait: C
 
 def _chosen(what: str, name: str, table: Mapping[str, _Choice]) -> _Choice:
     if name not in table:
-        raise ValueError(f"expected as {what} one of {', '.join(table)}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(table)}, got {name!r}")
     return table[name]

@@ -139,7 +139,7 @@ def print_headers(
 def _losses(
     f: nn.Module, x: Tensor, y: Tensor, do_gradient: bool, do_Hessian: bool, loss_weights: Weights
 ) -> list[Tensor]:
-    """The loss and its parts."""
+    """Return the loss and its parts."""
     found: tuple[Tensor | None, ...] = f(x, do_gradient=do_gradient, do_Hessian=do_Hessian)
     assert found[0] is not None
     (n, d), m = x.shape, found[0].shape[1]
@@ -150,7 +150,7 @@ def _losses(
         if got is None:
             continue
         if target.shape[1] != width:
-            raise ShapeError(f"expected targets with at least {start} columns, got {y.shape[1]}")
+            raise ShapeError(f"targets must have at least {start} columns, got {y.shape[1]}")
         parts.append((0.5 / n) * (got - target.reshape(got.shape)).square().sum())
         loss = loss + weight * parts[-1]
     return [loss, *parts]

@@ -18,7 +18,7 @@ __all__ = ["remote_function"]
 
 
 def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
-    """f: (d,) → (m,), computed by the service in the dtype of the point; differentiable twice.
+    """Return f: (d,) → (m,), computed by the service in the dtype of the point; differentiable twice.
 
     Each order is a host callback with a derivative rule of its own: value → Jacobian → Hessian. Under ``vmap`` a
     batch is one request per order. For float64, JAX itself has to be told (``jax_enable_x64``).
@@ -30,7 +30,7 @@ def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
     d, m = int(facts["d"]), int(facts["m"])
 
     def ask(quantity: str, shape: tuple[int, ...], order: tuple[int, ...], x: jax.Array) -> jax.Array:
-        """A quantity at x, its axes in JAX's order: outputs first."""
+        """Return a quantity at x, its axes in JAX's order: outputs first."""
 
         def on_host(points: Any) -> Any:
             array = np.asarray(points)
@@ -61,7 +61,18 @@ def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
         return value(x), jacobian(x) @ dx
 
     def function(x: jax.Array) -> jax.Array:
-        """f(x); whole numbers are taken for what they are."""
-        return value(jax.numpy.asarray(x, jax.numpy.result_type(x, float)))
+        """Return f(x); whole numbers are taken for what they are.
+
+        Raises:
+            TypeError: x is neither float32 nor float64, nor whole numbers.
+            ValueError: x is not one point of d numbers.
+        """
+        # Known when traced: an error inside the callback would be an internal one of JAX, far from its cause.
+        dtype = jax.numpy.result_type(x, float)
+        if dtype not in (np.float32, np.float64):
+            raise TypeError(f"x: expected float32 or float64, got {dtype}")
+        if jax.numpy.shape(x) != (d,):
+            raise ValueError(f"x: expected one point, shape ({d},), got {jax.numpy.shape(x)}; jax.vmap takes a batch")
+        return value(jax.numpy.asarray(x, dtype))
 
     return function

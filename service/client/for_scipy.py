@@ -19,6 +19,10 @@ from service.client.messages import Array, ArrayLike
 
 __all__ = ["Objective", "bounds", "constraint", "minimize_from"]
 
+#: Methods of ``scipy.optimize.minimize`` that use a Hessian, and that use no derivatives; it warns of what is unused.
+WITH_HESSIAN = {"newton-cg", "dogleg", "trust-ncg", "trust-krylov", "trust-exact", "trust-constr"}
+WITHOUT_GRADIENT = {"nelder-mead", "powell", "cobyla", "cobyqa"}
+
 
 class Objective:
     """A scalar function f(x) = Σ_j weights_j f_j(x) with its derivatives, for ``scipy.optimize.minimize``.
@@ -69,10 +73,7 @@ class Objective:
         if self._has_hessian:
             product: Array = self.hess(x) @ np.asarray(p, dtype=np.float64)
             return product
-        answer = self._model.evaluate(
-            x, ["hvp"], weights=self._weights, directions=np.asarray(p)[None], dtype=np.float64
-        )
-        return answer["hvp"][0, :, 0]
+        return self._model.hvp(x, np.asarray(p)[None], weights=self._weights, dtype=np.float64)[0, :, 0]
 
 
 def constraint(
@@ -127,7 +128,8 @@ def minimize_from(
         weights: (m,); may be left out for a model of one output.
         best: From how many starts to minimise.
         threads: How many at once.
-        options: What ``scipy.optimize.minimize`` takes, such as ``method`` and ``bounds``.
+        options: What ``scipy.optimize.minimize`` takes, such as ``method`` and ``bounds``. Derivatives come along
+            as far as the method uses them; a method of one's own gets all of them.
 
     Returns:
         The results, lowest first.
@@ -135,10 +137,15 @@ def minimize_from(
     points = np.asarray(starts, dtype=np.float64)
     values = model.value(points, weights=weights, dtype=np.float64)[:, 0]
     chosen = points[np.argsort(values, kind="stable")[:best]]
+    method = options.get("method")
+    is_own = callable(method)
+    name = "" if method is None or is_own else str(method).lower()
+    has_hessian = is_own or name in WITH_HESSIAN
 
     def minimize(start: Array) -> optimize.OptimizeResult:
-        objective = Objective(model, weights)
-        return optimize.minimize(objective, start, jac=objective.jac, hess=objective.hess, **options)
+        objective = Objective(model, weights, has_hessian)
+        jac = None if name in WITHOUT_GRADIENT else objective.jac
+        return optimize.minimize(objective, start, jac=jac, hess=objective.hess if has_hessian else None, **options)
 
     with ThreadPoolExecutor(threads) as executor:
         return sorted(executor.map(minimize, chosen), key=lambda result: float(result.fun))

@@ -1,7 +1,8 @@
-"""Models of the service as torch modules: differentiable twice, on any device.
+"""Models of the service as torch modules: differentiable twice, on any device, also under ``torch.func``.
 
 surrogate = RemoteNetwork(client.model("borehole"))
 surrogate(x).sum().backward()
+torch.vmap(torch.func.hessian(surrogate))(x)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from service.client.client import Model
 
@@ -19,74 +21,177 @@ __all__ = ["RemoteNetwork"]
 class RemoteNetwork(torch.nn.Module):
     """f: (…, d) → (…, m), computed by the service in the dtype of the points.
 
-    The value and, where it will be needed, the gradient come in one request; a backward pass costs none, a second one
-    asks for a weighted Hessian times a vector.
+    The value and, where it will be needed, the gradient come in one request; a first derivative costs none then, a
+    second one asks for a Hessian times a vector. Both modes, reverse and forward, may be nested, and a batch under
+    ``vmap`` is one request.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: Model) -> None:
-        """Nothing is asked yet."""
+        """Ask for nothing yet."""
         super().__init__()
         self._model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x).
+        """Return f(x).
 
         Raises:
             ClientError: the service does not answer.
         """
         points = x.reshape(-1, x.shape[-1])
-        value: Tensor = _Value.apply(points, self._model)  # type: ignore[no-untyped-call]
+        has_gradient = (points.requires_grad and torch.is_grad_enabled()) or _has_tangent(points)
+        value: Tensor = _Value.apply(points, self._model, has_gradient)[0]  # type: ignore[no-untyped-call]
         return value.reshape(*x.shape[:-1], value.shape[-1])
 
 
+# Letters: x (n, d) points, G (n, d, m) the gradient there, y (n, m), u and v (n, d); H_j is the Hessian of output j.
+# Functions of x get G beside it, which they take for a function of x without asking for it again.
+
+
 class _Value(torch.autograd.Function):
-    """y = f(x), (n, d) → (n, m)."""
+    """y = f(x), and G, or no columns of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, model: Model) -> Tensor:
-        is_differentiated = ctx.needs_input_grad[0]
-        answer = model.evaluate(x, ["value", "gradient"] if is_differentiated else ["value"], dtype=_dtype(x))
-        if is_differentiated:
-            ctx.model = model
-            ctx.save_for_backward(x, _like(x, answer["gradient"]))
-        return _like(x, answer["value"])
+    def forward(x: Tensor, model: Model, has_gradient: bool) -> tuple[Tensor, Tensor]:
+        answer = model.evaluate(x, ["value", "gradient"][: 1 + has_gradient], dtype=_dtype(x))
+        return _like(x, answer["value"]), _like(x, answer["gradient"]) if has_gradient else x.new_empty(len(x), 0)
 
     @staticmethod
-    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.model = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor, None, None]:
         x, gradient = ctx.saved_tensors
-        return _Pulled.apply(x, adjoints[0], gradient, ctx.model), None  # type: ignore[no-untyped-call]
+        return _Pulled.apply(x, adjoints[0], gradient, ctx.model), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        x, gradient = ctx.saved_tensors
+        if gradient.shape[1:] == (0,):  # a forward mode that could not be seen
+            gradient = _Value.apply(x, ctx.model, True)[1]  # type: ignore[no-untyped-call]
+        return _Pushed.apply(x, tangents[0], gradient, ctx.model), None  # type: ignore[no-untyped-call]
 
 
 class _Pulled(torch.autograd.Function):
-    """gx[n, a] = Σ_j ∂f_j/∂x_a gy[n, j], as a function of x and gy."""
+    """G y, (n, d): the gradient's product with an adjoint, as a function of x and y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gy: Tensor, gradient: Tensor, model: Model) -> Tensor:
-        ctx.model = model
-        ctx.save_for_backward(x, gy, gradient)
-        return torch.einsum("naj,nj->na", gradient, gy)
+    def forward(x: Tensor, y: Tensor, gradient: Tensor, model: Model) -> Tensor:
+        return torch.einsum("naj,nj->na", gradient, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.model = inputs[3]
+        _save(ctx, *inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, gy, gradient = ctx.saved_tensors
-        gx, ggy = _Products.apply(x, gy, gradient, adjoints[0], ctx.model)  # type: ignore[no-untyped-call]
-        return gx, ggy, None, None
-
-
-class _Products(torch.autograd.Function):
-    """(Σ_j gy[n, j] H_j) v[n] and Jᵀ's adjoint, J v[n]: what a second backward pass needs."""
+        x, y, gradient = ctx.saved_tensors
+        product = _Product.apply(x, adjoints[0], y, ctx.model)  # type: ignore[no-untyped-call]
+        return product, _Pushed.apply(x, adjoints[0], gradient, ctx.model), None, None  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gy: Tensor, gradient: Tensor, v: Tensor, model: Model) -> tuple[Tensor, Tensor]:
-        answer = model.evaluate(x, ["hvp"], weights=gy, directions=v[:, None], dtype=_dtype(x))
-        return _like(x, answer["hvp"][:, 0, :, 0]), torch.einsum("naj,na->nj", gradient, v)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        x, y, gradient = ctx.saved_tensors
+        dx, dy = _zeros_for_none(tangents, (x, y))
+        along_x: Tensor = _Product.apply(x, dx, y, ctx.model)  # type: ignore[no-untyped-call]
+        along_y: Tensor = _Pulled.apply(x, dy, gradient, ctx.model)  # type: ignore[no-untyped-call]
+        return along_x + along_y
+
+
+class _Pushed(torch.autograd.Function):
+    """Gᵀ v, (n, m): the derivatives along v, as a function of x and v."""
+
+    @staticmethod
+    def forward(x: Tensor, v: Tensor, gradient: Tensor, model: Model) -> Tensor:
+        return torch.einsum("naj,na->nj", gradient, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.model = inputs[3]
+        _save(ctx, *inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, v, gradient = ctx.saved_tensors
+        product = _Product.apply(x, v, adjoints[0], ctx.model)  # type: ignore[no-untyped-call]
+        return product, _Pulled.apply(x, adjoints[0], gradient, ctx.model), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        x, v, gradient = ctx.saved_tensors
+        dx, dv = _zeros_for_none(tangents, (x, v))
+        products: Tensor = _Product.apply(x, dx, None, ctx.model)  # type: ignore[no-untyped-call]
+        along_v: Tensor = _Pushed.apply(x, dv, gradient, ctx.model)  # type: ignore[no-untyped-call]
+        return torch.einsum("naj,na->nj", products, v) + along_v
+
+
+class _Product(torch.autograd.Function):
+    """Σ_j y_j H_j v, (n, d); without y, H_j v for every output, (n, d, m). The last order there is."""
+
+    @staticmethod
+    def forward(x: Tensor, v: Tensor, y: Tensor | None, model: Model) -> Tensor:
+        products = _like(x, model.hvp(x, v[:, None], weights=y, dtype=_dtype(x))[:, 0])
+        return products if y is None else products[..., 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *adjoints: Tensor) -> Tensor:
         raise NotImplementedError("expected at most two derivatives of a remote network, got a third")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError("expected at most two derivatives of a remote network, got a third")
+
+
+def _over_a_batch(function: type[torch.autograd.Function]) -> Any:
+    """Return the rule of a function under ``vmap``: the batch's points are points like all others."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        folded = [
+            (one.expand(size, *one.shape) if axis is None else one.movedim(axis, 0)).flatten(0, 1)
+            if isinstance(one, Tensor)
+            else one
+            for one, axis in zip(arguments, in_dims, strict=True)
+        ]
+        out = function.apply(*folded)
+        if isinstance(out, Tensor):
+            return out.unflatten(0, (size, -1)), 0
+        return tuple(one.unflatten(0, (size, -1)) for one in out), (0,) * len(out)
+
+    return staticmethod(vmap)
+
+
+for _function in (_Value, _Pulled, _Pushed, _Product):
+    _function.vmap = _over_a_batch(_function)  # type: ignore[method-assign]
+
+
+def _save(ctx: Any, *tensors: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _zeros_for_none(tangents: tuple[Any, ...], points: tuple[Tensor, ...]) -> list[Tensor]:
+    return [
+        torch.zeros_like(point) if tangent is None else tangent
+        for tangent, point in zip(tangents, points, strict=False)
+    ]
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # vmap inside forward mode hides it
+        return False
 
 
 def _dtype(x: Tensor) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 from service.client.steps import Together
 
@@ -17,8 +16,13 @@ def check(shows_progress: bool) -> None:
     Raises:
         ImportError: rich is not installed.
     """
-    if shows_progress and find_spec("rich") is None:
-        raise ImportError("progress: expected the package rich; pip install 'hessquik-service[progress]'")
+    if shows_progress:
+        try:
+            import rich  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                "progress: expected the package rich; pip install 'hessquik-service[progress]'"
+            ) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ export function curl({ origin, needsKey, model, version, quantities, weights, gr
     ...(weights ? [`"weights": ${list(weights)}`] : []),
   ].join(", ");
   const head = `curl --fail-with-body -sS ${quote(`${origin}/v1/models/${model}/evaluate?version=${version}`)} \\\n`;
-  const lines = ["-H 'Content-Type: application/json'", ...(needsKey ? ['-H "Authorization: Bearer $HESSQUIK_KEY"'] : [])];
+  const lines = ["-H 'Content-Type: application/json'", ...(needsKey ? ['-H "Authorization: Bearer $HESSQUIK_API_KEY"'] : [])];
   const options = lines.map((line) => `  ${line} \\\n`).join("");
   if (point) return `${head}${options}  -d ${quote(`{"inputs": [${list(point)}], ${rest}}`)}\n`;
   const { axes: [i, j], ranges: [x, y], base, count } = grid;
@@ -32,7 +32,7 @@ ${y ? `    x[${j}] = ${y[0]} + ${y[1] - y[0]} * row / (n - 1)\n` : ""}    printf
 /** The same with the Python client. */
 export function python({ origin, needsKey, model, version, quantities, weights, grid, point }) {
   const names = `[${quantities.map((name) => `"${name}"`).join(", ")}]`;
-  const key = needsKey ? ', api_key=os.environ["HESSQUIK_KEY"]' : "";
+  const key = needsKey ? ', api_key=os.environ["HESSQUIK_API_KEY"]' : "";
   const x = point ? `x = np.array(${list(point)})\n` : pythonGrid(grid);
   return `${needsKey ? "import os\n\n" : ""}import numpy as np
 

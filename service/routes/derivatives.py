@@ -115,7 +115,7 @@ class Derivatives:
 
     def abandon(self, asked: Asked, error: ServiceError) -> None:
         """End what was asked with an error, unless it has ended."""
-        self._core.dispatcher.abandon(asked.job, error)
+        self._core.abandon(asked.job, error)
 
     def read_head(self, model: str, action: str, scope: Scope) -> Head:
         """What a request asks for.
@@ -135,7 +135,7 @@ class Derivatives:
 
     def _ready(self, head: Head) -> Served:
         """The model, if there is room for a request."""
-        self._core.dispatcher.batcher.expect_room()
+        self._core.expect_room()
         return self._core.repository.ready(head.model, head.query.get("version"))
 
     def _read_body(self, head: Head, served: Served, body: bytes) -> Question:

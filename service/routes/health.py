@@ -47,4 +47,5 @@ class MetricsText:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The metrics in Prometheus' text format."""
         scope["hessquik.route"] = "/metrics"
-        await send_reply(send, Reply(200, b"text/plain; version=0.0.4; charset=utf-8", [self._core.metrics.text()]))
+        text = await self._core.metrics_text()
+        await send_reply(send, Reply(200, b"text/plain; version=0.0.4; charset=utf-8", [text]))

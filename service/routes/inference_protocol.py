@@ -246,7 +246,7 @@ class Load(Endpoint):
         document = await self.read_object(scope, receive)
         if document.get("parameters"):
             raise InvalidInput.of("parameters", "none, as models come from the service's own folder", "some")
-        for served in await self.core.repository.load(scope["path_params"]["model"]):
+        for served in await self.core.load(scope["path_params"]["model"]):
             if served.reason is not None:
                 raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")
         return 200, {}
@@ -258,7 +258,7 @@ class Unload(Endpoint):
     async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
         """Stop serving the model; nothing depends on another, so that parameters have no meaning."""
         await self.read_object(scope, receive)
-        self.core.repository.unload(scope["path_params"]["model"])
+        await self.core.unload(scope["path_params"]["model"])
         return 200, {}
 
 

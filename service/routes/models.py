@@ -71,7 +71,7 @@ class LoadModel:
         """Read the model's files again; what fails leaves the old version serving."""
         scope["hessquik.route"] = "/v1/models/{model}/load"
         name = scope["path_params"]["model"]
-        loaded = await self._core.repository.load(name)
+        loaded = await self._core.load(name)
         attempts = [{"version": str(one.file.version), "state": one.state, "reason": one.reason} for one in loaded]
         await _send_json(send, {**summary(self._core, name), "loaded": attempts})
 
@@ -87,7 +87,7 @@ class UnloadModel:
         """Stop serving a model."""
         scope["hessquik.route"] = "/v1/models/{model}/unload"
         name = scope["path_params"]["model"]
-        self._core.repository.unload(name)
+        await self._core.unload(name)
         await _send_json(send, {"name": name, "state": "unloaded"})
 
 

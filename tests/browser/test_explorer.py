@@ -373,7 +373,7 @@ def use_keys(watched: Watched, guarded: LiveServer) -> None:
     expect(page.locator("#slice-note")).to_contain_text("in one request")
     expect(page.locator("#key-form")).to_be_hidden()
     expect(page.locator("#problem")).to_be_hidden()
-    expect(page.locator("#snippet")).to_contain_text("Authorization: Bearer $HESSQUIK_KEY")
+    expect(page.locator("#snippet")).to_contain_text("Authorization: Bearer $HESSQUIK_API_KEY")
     # A curve of either output, and markup in a model's own words is only words.
     for output in (0, 1):
         page.select_option("#output", str(output))

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from service import cli, pool
+from service import cli, workers
 from service.door import Door, Message, Receive, Reply, Scope, Send
 from service.exchange import Exchange
 
@@ -88,7 +88,7 @@ def main(fault: str) -> None:
             signal.signal(signal.SIGUSR1, lambda *_: time.sleep(HANG_S))
         case _:
             os.environ["CHAOS_FAULT"] = fault
-            pool.WORKER_MODULE = "tests.chaos.faulty_worker"
+            workers.WORKER_MODULE = "tests.chaos.faulty_worker"
     cli.main()
 
 

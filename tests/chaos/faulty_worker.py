@@ -75,4 +75,4 @@ if __name__ == "__main__":
     if RandomlyFaultyWorker.fault == "untiled":
         evaluator.Evaluator.__call__ = as_they_come  # type: ignore[method-assign, assignment]
     worker.Worker = RandomlyFaultyWorker  # type: ignore[misc]
-    sys.exit(worker.main(sys.argv[1:]))
+    worker.main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import casadi
 import jax
@@ -146,6 +146,28 @@ def test_multistart_finds_the_lowest_minimum(zoo: Zoo, counting: tuple[Client, C
     assert transport.methods["GET"] == 1
 
 
+@pytest.mark.parametrize(
+    "method",
+    [None, "BFGS", "L-BFGS-B", "CG", "SLSQP", "TNC", "Nelder-Mead", "Powell", "COBYLA", "Newton-CG", "trust-ncg"],
+)
+def test_multistart_gives_each_method_the_derivatives_that_it_uses(
+    counting: tuple[Client, Counting], method: str | None
+) -> None:
+    """SciPy warns of derivatives that are not used, and warnings are errors here."""
+    peaks = counting[0].model("peaks")
+    starts = np.array([[0.2, -1.5], [0.3, -1.6]])
+    results = minimize_from(starts, peaks, best=2, threads=1, **({} if method is None else {"method": method}))
+    assert all(abs(result.fun + 6.551) < 1e-2 for result in results)
+    given: list[set[str]] = []
+
+    def own(f: object, x0: np.ndarray, args: object = (), **options: object) -> optimize.OptimizeResult:
+        given.append({name for name in ("jac", "hess") if options[name] is not None})
+        return optimize.OptimizeResult(x=x0, fun=0.0)
+
+    minimize_from(starts[:1], peaks, best=1, method=own)
+    assert given == [{"jac", "hess"}]
+
+
 def test_torch_module_is_differentiable_twice(zoo: Zoo, vector: Model) -> None:
     surrogate, network = RemoteNetwork(vector), zoo.networks["vector"]
     x = torch.tensor(X, requires_grad=True)
@@ -173,6 +195,94 @@ def test_torch_module_keeps_leading_axes_dtype_and_errors(vector: Model) -> None
     (second,) = torch.autograd.grad(gradient.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third"):
         torch.autograd.grad(second.sum(), x)
+
+
+F = torch.func
+TRANSFORMS = {
+    "jacrev": F.jacrev,
+    "jacfwd": F.jacfwd,
+    "hessian": F.hessian,
+    "jacrev of jacrev": lambda f: F.jacrev(F.jacrev(f)),
+    "jacfwd of jacfwd": lambda f: F.jacfwd(F.jacfwd(f)),
+    "jacrev of jacfwd": lambda f: F.jacrev(F.jacfwd(f)),
+    "jvp": lambda f: lambda x: F.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda f: lambda x: F.vjp(f, x)[1](torch.ones(4, dtype=x.dtype))[0],
+    "grad": lambda f: F.grad(lambda x: f(x).square().sum()),
+    "Hessian times vector": lambda f: (
+        lambda x: F.jvp(F.grad(lambda x: f(x).square().sum()), (x,), (torch.ones_like(x),))[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_torch_func_takes_the_module(
+    zoo: Zoo, counting: tuple[Client, Counting], transform: Callable[[object], Callable[[torch.Tensor], torch.Tensor]]
+) -> None:
+    client, transport = counting
+    surrogate, network = RemoteNetwork(client.model("vector")), zoo.networks["vector"]
+    x = torch.tensor(X)
+    # The oracle keeps to plain operations, which torch.func goes through.
+    expected = transform(lambda point: network(point[None])[0][0])
+    one = transform(surrogate)(x[0])
+    torch.testing.assert_close(one, expected(x[0]), rtol=TOLERANCE, atol=TOLERANCE)
+    before = transport.methods["POST"]
+    batch = torch.vmap(transform(surrogate))(x)
+    torch.testing.assert_close(batch, torch.vmap(expected)(x), rtol=TOLERANCE, atol=TOLERANCE)
+    # One request for value and gradient, one for each Hessian product: none per point.
+    assert transport.methods["POST"] - before <= 3
+
+
+def test_torch_vmap_outside_and_inside(zoo: Zoo, vector: Model) -> None:
+    surrogate, network = RemoteNetwork(vector), zoo.networks["vector"]
+    x = torch.tensor(X)
+    torch.testing.assert_close(torch.vmap(surrogate)(x), network(x)[0], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(torch.vmap(surrogate, in_dims=1, out_dims=1)(x.T), network(x)[0].T)
+    _, tangent = F.jvp(torch.vmap(surrogate), (x,), (torch.ones_like(x),))
+    expected = F.jvp(lambda x: network(x)[0], (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    twice = torch.vmap(torch.vmap(F.jacrev(surrogate)))(x.reshape(5, 1, 3))
+    torch.testing.assert_close(twice[:, 0], torch.vmap(F.jacrev(surrogate))(x))
+    for third in (F.jacrev, F.jacfwd):
+        with pytest.raises(NotImplementedError, match="third"):
+            third(F.hessian(surrogate))(x[0])
+
+
+def test_torch_forward_mode_agrees_with_differences(vector: Model) -> None:
+    surrogate = RemoteNetwork(vector)
+    x = torch.tensor(X[:2], requires_grad=True)
+    assert torch.autograd.gradcheck(surrogate, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(surrogate, x, check_fwd_over_rev=True)
+
+
+def test_torch_module_asks_for_no_gradient_that_nobody_needs(counting: tuple[Client, Counting]) -> None:
+    client, _ = counting
+    asked: list[object] = []
+    model = client.model("vector")
+    evaluate = model.evaluate
+    model.evaluate = lambda x, quantities, **options: asked.append(quantities) or evaluate(x, quantities, **options)  # type: ignore[assignment,func-returns-value]
+    surrogate, x = RemoteNetwork(model), torch.tensor(X)
+    surrogate(x)
+    torch.vmap(surrogate)(x)
+    with torch.no_grad():
+        surrogate(x.clone().requires_grad_())
+    assert asked == [["value"]] * 3
+    surrogate(x.clone().requires_grad_())
+    assert asked[3:] == [["value", "gradient"]]
+
+
+def test_jax_function_refuses_other_shapes_and_types_when_it_is_traced(counting: tuple[Client, Counting]) -> None:
+    client, transport = counting
+    f = remote_function(client.model("vector"))
+    for function in (f, jax.jit(f), jax.jacrev(f), jax.jit(jax.vmap(f))):
+        for shape in ((5, 2), (2,), (4,), (5, 3, 3)):
+            with pytest.raises(ValueError, match=r"expected one point, shape \(3,\), got .*jax.vmap"):
+                function(jax.numpy.zeros(shape))
+    with pytest.raises(ValueError, match=r"got \(5, 3\)"):
+        f(jax.numpy.zeros((5, 3)))
+    for dtype in ("float16", "bfloat16", "complex64"):
+        with pytest.raises(TypeError, match="float32 or float64"):
+            jax.jit(f)(jax.numpy.zeros(3, dtype))
+    assert transport.methods["POST"] == 0
 
 
 def test_jax_function_has_jacobian_hessian_and_batches(zoo: Zoo, counting: tuple[Client, Counting]) -> None:

@@ -1,11 +1,17 @@
 """Every activation against 50-digit arithmetic, and at the far ends of both dtypes."""
 
+import copy
+import pickle
+
 import mpmath
 import pytest
 import torch
 
 from hessquik.activations import ACTIVATIONS, hessQuikActivationFunction, softplusActivation, tanhActivation
 from hessquik.errors import OrderError
+from hessquik.layers import resnetLayer, singleLayer
+from hessquik.networks import NN
+from hessquik.proof import prove
 
 FUNCTIONS = {
     "antiTanhActivation": lambda x: mpmath.log(2 * mpmath.cosh(x)),
@@ -137,9 +143,48 @@ def test_backward_without_its_forward_is_refused():
     with pytest.raises(OrderError, match=r"tanhActivation\.backward"):
         act.backward()
     act(torch.zeros(2), forward_mode=None)
-    act.backward()
-    with pytest.raises(OrderError):
-        act.backward()
+    first, second = act.backward(do_Hessian=True), act.backward(do_Hessian=True)
+    assert all(map(torch.equal, first, second))  # the state stays
+    for copied in (copy.deepcopy(act), pickle.loads(pickle.dumps(act))):
+        with pytest.raises(OrderError):
+            copied.backward()
+
+
+class documentedCubic(hessQuikActivationFunction):
+    """Written as for the original: ``forward`` and ``compute_derivatives``, with the state in ``ctx``."""
+
+    def forward(self, x, do_gradient=False, do_Hessian=False, forward_mode=True):
+        dsigma, d2sigma = None, None
+        if do_gradient or do_Hessian:
+            if forward_mode is not None:
+                dsigma, d2sigma = self.compute_derivatives(x, do_Hessian=do_Hessian)
+            else:
+                self.ctx = (x,)
+        return x**3 / 3, dsigma, d2sigma
+
+    def compute_derivatives(self, *args, do_Hessian=False):
+        (x,) = args
+        return x**2, 2 * x if do_Hessian else None
+
+
+def test_an_activation_written_for_the_original_works_everywhere():
+    act, x = documentedCubic(), torch.tensor([0.5, -2.0], dtype=torch.float64)
+    assert all(map(torch.equal, act.jet(x, 2), (x**3 / 3, x**2, 2 * x)))
+    assert act.jet(x, 0)[1:] == (None, None)
+    assert act.jet(x, 1)[2] is None
+    act(x, do_gradient=True, do_Hessian=True, forward_mode=None)
+    for _ in range(2):
+        assert all(map(torch.equal, act.backward(do_Hessian=True), (x**2, 2 * x)))
+    f = NN(singleLayer(2, 4, documentedCubic()), resnetLayer(4, 0.5, documentedCubic()), singleLayer(4, 2)).double()
+    assert all(row.passed for row in prove(f))
+
+
+def test_what_an_activation_lacks_is_named():
+    class emptyActivation(hessQuikActivationFunction):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"emptyActivation must define evaluate\(x\) and"):
+        emptyActivation()(torch.zeros(1))
 
 
 @pytest.mark.parametrize(("beta", "threshold"), [(0.5, 20.0), (3.0, 20.0), (2.0, 5.0)])

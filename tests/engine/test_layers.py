@@ -64,8 +64,19 @@ def test_the_two_steps_give_what_the_one_does(name):
     value, *none = layer(u, forward_mode=None)
     assert none == [None, None]
     assert close(value, expected[0])
+    for _ in range(2):  # the state stays
+        assert all(map(close, layer.backward(do_Hessian=True), expected[1:]))
+    layer(u + 1)  # and is that of the last forward(…, forward_mode=None)
     assert all(map(close, layer.backward(do_Hessian=True), expected[1:]))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_without_its_forward_is_refused(name):
+    layer = LAYERS[name]()
     with pytest.raises(OrderError, match=type(layer).__name__):
+        layer.backward()
+    layer(torch.zeros(1, layer.dim_input()))
+    with pytest.raises(OrderError, match="needs a forward"):
         layer.backward()
 
 
@@ -206,24 +217,24 @@ def test_new_weights_are_bounded_and_differ(name):
 
 
 def test_features_of_another_width_are_refused():
-    with pytest.raises(ShapeError, match="singleLayer expects 4 features, got 3"):
+    with pytest.raises(ShapeError, match="singleLayer needs 4 features, got 3"):
         lay.singleLayer(4, 2)(torch.zeros(5, 3))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4,), (6, 3, 4), (1, 2, 3, 4)], ids=str)
 def test_directions_that_do_not_fit_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"expected v of shape \(k, 4\) or \(5, k, 4\)"):
+    with pytest.raises(ShapeError, match=r"v must have the shape \(k, 4\) or \(5, k, 4\)"):
         lay.singleLayer(4, 2)(torch.zeros(5, 4), do_gradient=True, v=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2,), (6, 2, 1)], ids=str)
 def test_weights_that_do_not_fit_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"expected v of shape \(2, k\) or \(5, 2, k\)"):
+    with pytest.raises(ShapeError, match=r"v must have the shape \(2, k\) or \(5, 2, k\)"):
         lay.singleLayer(4, 2)(torch.zeros(5, 4), do_gradient=True, forward_mode=False, v=torch.zeros(shape))
 
 
 def test_the_base_class_is_no_layer():
     base = hessQuikLayer()
     for method in (base.form, base.input_widths, base.output_widths, base.dim_input, base.dim_output):
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match="hessQuikLayer must define"):
             method()

@@ -1,14 +1,19 @@
 """Networks: the documented interface, compositions, and the references by automatic differentiation."""
 
+import copy
+import pickle
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import hessquik
 from hessquik import layers as lay
 from hessquik import networks as net
 from hessquik.activations import quadraticActivation, sinActivation, softplusActivation, tanhActivation
 from hessquik.errors import CompositionError, HessQuikError, OrderError, ShapeError
+from hessquik.proof import prove_quickly
 from tests import oracle
 from tests.engine.random_networks import tame
 
@@ -84,15 +89,122 @@ def test_two_networks_chained_in_two_steps(name):
     after = tame(net.fullyConnectedNN([network.dim_output(), 3, 2], T), 5)
     _, jacobian, hessian = oracle.derivatives(after, oracle.value(network, x)[:, : network.dim_output()])
     _, inner, curvature = oracle.derivatives(network, x, network.dim_output())
-    f, *_ = network(x, do_gradient=True, forward_mode=None)
-    after(f, do_gradient=True, forward_mode=None)
-    dg, d2g = after.backward(do_Hessian=True)
-    dg, d2g = network.backward(do_Hessian=True, dgdf=dg, d2gd2f=d2g)
-    assert close(dg, inner @ jacobian)
-    expected = torch.einsum("nap,npqm,nbq->nabm", inner, hessian, inner)
-    assert close(d2g, expected + torch.einsum("nabp,npm->nabm", curvature, jacobian))
-    with pytest.raises(OrderError, match="backward"):
+    with pytest.raises(OrderError, match=type(network).__name__):
         network.backward()
+    f, *_ = network(x, do_gradient=True, forward_mode=None)
+    after(f[:, : network.dim_output()], do_gradient=True, forward_mode=None)
+    expected = torch.einsum("nap,npqm,nbq->nabm", inner, hessian, inner)
+    expected = expected + torch.einsum("nabp,npm->nabm", curvature, jacobian)
+    for _ in range(2):  # the state stays
+        dg, d2g = after.backward(do_Hessian=True)
+        dg, d2g = network.backward(do_Hessian=True, dgdf=dg, d2gd2f=d2g)
+        assert close(dg, inner @ jacobian)
+        assert close(d2g, expected)
+
+
+CHAINS = {
+    "convex": (lambda: net.ICNN(4, [None, 5]), lambda: net.NN(lay.quadraticICNNLayer(4, 5, 2))),
+    "convex, two": (lambda: net.ICNN(4, [None, 5, 3]), lambda: net.ICNN(4, [3, 2])),
+    "convex to any": (lambda: net.ICNN(4, [None, 5]), lambda: net.fullyConnectedNN([9, 3, 2], T)),
+    "fully connected": (lambda: net.fullyConnectedNN([4, 5], T), lambda: net.fullyConnectedNN([5, 2], T)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_networks_chained_by_hand_are_the_network_of_both(name):
+    """Backward in two steps, and forward with dudx: after a convex network too, which hands on [u x]."""
+    first, second = (tame(make(), seed) for seed, make in enumerate(CHAINS[name]))
+    whole, x = net.NN(first, second), randn(5, 4)
+    m = whole.dim_output()
+    expected = oracle.derivatives(whole, x, m)
+
+    u, *_ = first(x, forward_mode=None)
+    f, *_ = second(u, forward_mode=None)
+    assert close(f[:, :m], expected[0])
+    for _ in range(2):
+        dg, d2g = second.backward(do_Hessian=True)
+        dg, d2g = first.backward(do_Hessian=True, dgdf=dg, d2gd2f=d2g)
+        assert close(dg, expected[1])
+        assert close(d2g, expected[2])
+
+    u, du, d2u = first(x, do_gradient=True, do_Hessian=True, forward_mode=True, hand_on=True)
+    got = second(u, do_gradient=True, do_Hessian=True, dudx=du, d2ud2x=d2u)
+    assert all(map(close, got, expected))
+
+    features = oracle.derivatives(first, x, first.layers()[-1].dim_output())
+    for mode in MODES.values():
+        assert all(map(close, first(x, do_gradient=True, do_Hessian=True, hand_on=True, **mode), features))
+
+
+@pytest.mark.parametrize(
+    "make", [NETWORKS["convex open"], lambda: lay.resnetLayer(4, act=T)], ids=["network", "layer"]
+)
+def test_copies_between_the_two_steps(make):
+    f, x = tame(make(), 0), randn(3, 4).requires_grad_()
+    f(x, forward_mode=None)
+    for copied in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
+        with pytest.raises(OrderError, match="needs a forward"):
+            copied.backward()
+        assert torch.equal(copied(x)[0], f(x)[0])
+    prove_quickly(f if isinstance(f, net.NN) else net.NN(f))
+    assert f.backward()[0] is not None
+
+
+def test_parts_may_have_names(tmp_path):
+    parts = OrderedDict(first=lay.singleLayer(3, 4, T), body=net.resnetNN(4, 2), last=lay.singleLayer(4, 2))
+    f = net.NN(parts)
+    assert f.first is parts["first"]
+    assert next(iter(f.state_dict())) == "first.K"
+    x = randn(5, 3).float()
+    hessquik.save(f, tmp_path / "f.safetensors")
+    assert torch.equal(hessquik.load(tmp_path / "f.safetensors")(x)[0], f(x)[0])
+    with pytest.raises(CompositionError, match=r"block a gives 4 .* block b needs 5"):
+        net.NN(OrderedDict(a=lay.singleLayer(3, 4), b=lay.singleLayer(5, 2)))
+
+
+CHANGES = {
+    "append": lambda f, layer: f.append(layer),
+    "insert": lambda f, layer: f.insert(1, layer),
+    "extend": lambda f, layer: f.extend([lay.singleLayer(2, 2), layer]),
+    "set": lambda f, layer: f.__setitem__(1, layer),
+    "+=": lambda f, layer: f.__iadd__([layer]),
+    "+": lambda f, layer: f + net.NN(layer),
+    "delete": lambda f, layer: f.__delitem__(1),
+    "delete all": lambda f, layer: f.__delitem__(slice(None)),
+    "pop": lambda f, layer: f.pop(1),
+    "*=": lambda f, layer: f.__imul__(2),
+    "* 0": lambda f, layer: f * 0,
+}
+
+
+@pytest.mark.parametrize("layer", [lay.singleLayer(7, 7), torch.nn.Tanh()], ids=["width", "kind"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_does_not_fit_is_refused_and_undone(change, layer):
+    f = net.NN(lay.singleLayer(3, 4, T), lay.singleLayer(4, 5, T), lay.singleLayer(5, 2))
+    before = list(f.named_children())
+    with pytest.raises(CompositionError):
+        CHANGES[change](f, layer)
+    assert list(f.named_children()) == before
+    assert f(torch.zeros(1, 3))[0].shape == (1, 2)
+
+
+def test_changes_that_fit_are_made():
+    f = net.NN(lay.singleLayer(3, 4, T))
+    f.append(lay.singleLayer(4, 4, T)).extend([lay.singleLayer(4, 4), lay.singleLayer(4, 3)])
+    f.insert(1, lay.resnetLayer(4))
+    f += [lay.resnetLayer(3)]
+    assert [type(layer).__name__ for layer in f][1] == "resnetLayer"
+    assert len(f) == 6
+    del f[1]
+    f[1] = lay.resnetLayer(4, act=T)
+    assert f.pop(4) is not None
+    assert len(f) == 4
+    assert isinstance(f + f, net.NN)
+    assert len(2 * f) == 8
+    f *= 2
+    assert len(f) == 8
+    assert [name for name, _ in f.named_layers()] == [str(i) for i in range(8)]
+    assert f(torch.zeros(1, 3))[0].shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -143,9 +255,9 @@ def test_directions_alone_are_read_as_documented(widths):
 
 def test_directions_of_another_width_are_refused():
     network, x = net.fullyConnectedNN([3, 4, 2], T), torch.zeros(5, 3)
-    with pytest.raises(ShapeError, match=r"expected v of shape \(k, 3\) or \(5, k, 3\), got \(2, 4\)"):
+    with pytest.raises(ShapeError, match=r"v must have the shape \(k, 3\) or \(5, k, 3\), got \(2, 4\)"):
         network(x, do_gradient=True, v=torch.zeros(2, 4), forward_mode=True)
-    with pytest.raises(ShapeError, match=r"expected v of shape \(2, k\) or \(5, 2, k\), got \(3, 1\)"):
+    with pytest.raises(ShapeError, match=r"v must have the shape \(2, k\) or \(5, 2, k\), got \(3, 1\)"):
         network(x, do_gradient=True, v=torch.zeros(3, 1), forward_mode=False)
 
 
@@ -184,14 +296,14 @@ def test_the_automatic_mode_counts_operations():
 INCOMPATIBLE = {
     "layers": (
         [lambda: lay.singleLayer(3, 4), lambda: lay.singleLayer(5, 2)],
-        "block 0 gives 4 .* block 1 expects 5",
+        "block 0 gives 4 .* block 1 needs 5",
     ),
     "nested": (
         [lambda: net.NN(lay.singleLayer(3, 3), lay.singleLayer(3, 4)), lambda: lay.quadraticLayer(2, 2)],
-        r"block 0\.1 gives 4 .* block 1 expects 2",
+        r"block 0\.1 gives 4 .* block 1 needs 2",
     ),
-    "convex": ([lambda: net.ICNN(3, [None, 4]), lambda: lay.singleLayer(4, 2)], "gives 7 .* expects 4"),
-    "no layer": ([torch.nn.Tanh], "block 0: expected a layer or a network, got Tanh"),
+    "convex": ([lambda: net.ICNN(3, [None, 4]), lambda: lay.singleLayer(4, 2)], "gives 7 .* needs 4"),
+    "no layer": ([torch.nn.Tanh], "block 0 must be a layer or a network, got Tanh"),
     "nothing": ([], "at least one layer"),
 }
 
@@ -206,9 +318,9 @@ def test_what_does_not_fit_is_refused(kind):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(5, 3), r"expected points of shape \(n, 4\), got \(5, 3\)"),
+        (torch.zeros(5, 3), r"points must have the shape \(n, 4\), got \(5, 3\)"),
         (torch.zeros(4), r"got \(4,\)"),
-        (torch.zeros(5, 4, dtype=torch.float64), r"expected points of torch\.float32.*got torch\.float64"),
+        (torch.zeros(5, 4, dtype=torch.float64), r"points must be torch\.float32.*got torch\.float64"),
     ],
     ids=["width", "axes", "dtype"],
 )

@@ -300,10 +300,20 @@ def test_printouts_are_as_documented(capsys):
     assert lines[2] == "\t Laplacian PASSED!"
 
 
-def test_too_few_steps_are_refused():
+@pytest.mark.parametrize("num_test", [-1, 0, 1, 2, 3, 4, 5, 30])
+def test_any_number_of_steps_judges(num_test, capsys):
     f, x = case("resnet")
+    asked = {"do_Hessian": True, "num_test": num_test, "verbose": True}
+    assert utils.input_derivative_check(f, x, **asked) == (True, True)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + max(num_test, 0) + 2
+    assert utils.input_derivative_check(wrong(f, GRADIENT, scaled(1.01)), x, **asked) == (False, False)
+    assert utils.input_derivative_check(wrong(f, SECOND, scaled(1.01)), x, **asked) == (True, False)
+    assert utils.network_derivative_check(f, x, num_test=num_test) is True
+
+
+def test_too_few_errors_show_no_order():
     with pytest.raises(ValueError, match="at least 5 steps, got 3"):
-        utils.input_derivative_check(f, x, num_test=3)
+        taylor.observed_order([1.0, 0.5, 0.25], order=1, base=2.0, noise=0.0)
 
 
 @pytest.mark.parametrize(
@@ -480,9 +490,12 @@ def test_timing_on_a_gpu():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"network_type": "transformer"}, "network_type one of resnet, fully_connected, icnn, got 'transformer'"),
-        ({"network_wrapper": "JAX"}, "network_wrapper one of hessQuik, PytorchAD, PytorchHessian, got 'JAX'"),
-        ({"network_type": "icnn"}, "one output of an ICNN, got 2"),
+        (
+            {"network_type": "transformer"},
+            "network_type must be one of resnet, fully_connected, icnn, got 'transformer'",
+        ),
+        ({"network_wrapper": "JAX"}, "network_wrapper must be one of hessQuik, PytorchAD, PytorchHessian, got 'JAX'"),
+        ({"network_type": "icnn"}, "out_features of an ICNN must be 1, got 2"),
     ],
     ids=["type", "wrapper", "outputs"],
 )
@@ -511,7 +524,7 @@ def test_parameters_go_out_and_in():
     assert torch.equal(grad[: f[0][0].K.numel()], f[0][0].K.grad.flatten())
     theta.zero_()
     assert float(utils.extract_data(f).abs().max()) > 0.0
-    with pytest.raises(ShapeError, match="expected parameters of shape"):
+    with pytest.raises(ShapeError, match="theta must have the shape"):
         utils.insert_data(f, theta[1:])
     assert utils.extract_data(torch.nn.Identity()).shape == (0,)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import random
 import socket
 import struct
+from array import array
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -16,29 +21,20 @@ from tests.whole import Note, choose
 ARRAYS = {"inputs": np.arange(6, dtype=np.float64).reshape(2, 3), "weights": np.ones((1, 1), np.float32)}
 
 
-class Transport:
-    """Notes that it is broken off."""
-
-    aborted = False
-
-    def abort(self) -> None:
-        self.aborted = True
-
-
 def feed(data: bytes, pieces: int = 1) -> tuple[list[Any], bool]:
-    """What a protocol makes of bytes that come in so many pieces, and whether it broke off."""
+    """What a reader makes of bytes that come in so many pieces, and whether it refused them."""
     frames: list[Any] = []
-    protocol = wire.FrameProtocol(lambda head, arrays: frames.append((head, arrays)), lambda: None)
-    transport = Transport()
-    protocol.transport = transport  # type: ignore[assignment]
-    rest = memoryview(data)
-    while rest and not transport.aborted:
-        buffer = protocol.get_buffer(-1)
-        count = max(1, min(len(buffer), len(rest), len(data) // pieces))
-        buffer[:count] = rest[:count]
+    reader, rest = wire.FrameReader(), memoryview(data)
+    while rest:
+        space = reader.space()
+        count = max(1, min(len(space), len(rest), len(data) // pieces))
+        space[:count] = rest[:count]
         rest = rest[count:]
-        protocol.buffer_updated(count)
-    return frames, transport.aborted
+        try:
+            frames += reader.received(count)
+        except wire.WireError:
+            return frames, True
+    return frames, False
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
@@ -102,4 +98,140 @@ def test_lengths_are_checked_before_memory_is_taken(lengths: tuple[int, int]) ->
     with ours, theirs:
         theirs.sendall(struct.pack("<IQ", *lengths))
         with pytest.raises(wire.WireError, match="at most"):
-            wire.Receiver(ours).wait()
+            wire.Receiver(ours).receive()
+
+
+# Channels.
+
+
+def on_loop(
+    work: Callable[[wire.Channel, socket.socket, list[Any]], Awaitable[None]], most_fds: int = 0
+) -> list[Any]:
+    """Run work with a channel and the other end of its socket; return what came, "lost" included."""
+    seen: list[Any] = []
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.settimeout(5)
+        channel = wire.Channel(
+            ours, lambda head, fields: seen.append((head, fields)), lambda: seen.append("lost"), most_fds=most_fds
+        )
+        with theirs:
+            await work(channel, theirs, seen)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        channel.close()
+
+    asyncio.run(run())
+    return seen
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def with_fds(theirs: socket.socket, head: dict[str, Any], fds: list[int]) -> None:
+    data = b"".join(map(bytes, wire.encode(head, {})))
+    theirs.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else [])
+
+
+def open_fds() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\0" * 12, struct.pack("<IQ", 9, 0) + b"[" * 9, b"\xff" * 12, b"nonsense " * 100],
+    ids=["no head", "no object", "lengths", "text"],
+)
+def test_what_is_no_frame_ends_a_channel_once(data: bytes) -> None:
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        theirs.sendall(data)
+        await until(lambda: channel.is_closed)
+        channel.write({"op": "late"}, {})
+        assert theirs.recv(1) == b""
+
+    assert on_loop(work) == ["lost"]
+
+
+def test_a_large_frame_waits_for_its_reader_and_loses_nothing() -> None:
+    large = np.arange(1 << 20, dtype=np.float64)
+
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        for number in range(3):
+            channel.write({"number": number}, {"inputs": large})
+        receiver, frames = wire.Receiver(theirs), []
+        theirs.setblocking(False)
+        for _ in range(10_000):
+            try:
+                frames += receiver.receive() or []
+            except BlockingIOError:
+                await asyncio.sleep(0)
+            if len(frames) == 3:
+                break
+        assert [head["number"] for head, _ in frames] == [0, 1, 2]
+        assert all(np.array_equal(fields["inputs"], large) for _, fields in frames)
+
+    assert on_loop(work) == ["lost"]  # when the test closes the other end
+
+
+def test_a_channel_that_is_closed_keeps_nothing() -> None:
+    before = open_fds()
+
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        for _ in range(50):
+            channel.write({"op": "load"}, {"file": bytes(1 << 20)}, fds=(theirs.fileno(),))
+        channel.close()
+        channel.close()
+
+    assert on_loop(work) == []
+    assert open_fds() <= before
+
+
+def test_descriptors_come_with_their_frame() -> None:
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        read, write = os.pipe()
+        with_fds(theirs, {"op": "first"}, [])
+        with_fds(theirs, {"op": "attach", "fds": 1}, [write])
+        os.close(write)
+        await until(lambda: len(seen) == 2)
+        (_, _), (head, _) = seen
+        os.write(head["fds"][0], b"x")
+        assert os.read(read, 1) == b"x"
+        os.close(head["fds"][0])
+        os.close(read)
+
+    assert [one[0]["op"] for one in on_loop(work, most_fds=1)[:2]] == ["first", "attach"]
+
+
+@pytest.mark.parametrize("count", [1, -1, "1", True, 1.0, 2**70, [1]], ids=repr)
+def test_a_head_that_lies_about_descriptors_is_refused(count: Any) -> None:
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        head = {"op": "attach", "fds": count}
+        text = json.dumps({**head, "fields": []}).encode()
+        theirs.sendall(struct.pack("<IQ", len(text), 0) + text)
+        await until(lambda: channel.is_closed)
+
+    assert on_loop(work, most_fds=1) == ["lost"]
+
+
+def test_descriptors_that_nobody_asked_for_are_closed() -> None:
+    before = open_fds()
+
+    async def hostile(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        for _ in range(200):
+            try:
+                with_fds(theirs, {"op": "done"}, [theirs.fileno()] * 3)
+            except OSError:
+                break
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+
+    assert "lost" in on_loop(hostile, most_fds=1)
+    assert open_fds() <= before
+    on_loop(hostile, most_fds=0)
+    assert open_fds() <= before

@@ -35,4 +35,4 @@ class FaultyWorker(worker.Worker):
 
 if __name__ == "__main__":
     worker.Worker = FaultyWorker  # type: ignore[misc]
-    sys.exit(worker.main(sys.argv[1:]))
+    worker.main(sys.argv[1:])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -169,3 +170,74 @@ def test_command_fails_where_nobody_listens() -> None:
 def test_key_is_sent_with_every_request() -> None:
     made = load("http://localhost:1", api_key="secret")
     assert all(b"\r\nauthorization: Bearer secret\r\n" in request for request in made.requests)
+
+
+@pytest.mark.parametrize("name", ["HESSQUIK_API_KEY", "HESSQUIK_KEY"])
+def test_key_is_taken_from_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("HESSQUIK_API_KEY", "HESSQUIK_KEY"):
+        monkeypatch.delenv(other, raising=False)
+    given = ["http://localhost:1", "--model", "peaks"]
+    assert loadtest.arguments().parse_args(given).api_key is None
+    monkeypatch.setenv(name, "secret")
+    assert loadtest.arguments().parse_args(given).api_key == "secret"
+    assert loadtest.arguments().parse_args([*given, "--api-key", "other"]).api_key == "other"
+    monkeypatch.setenv("HESSQUIK_API_KEY", "first")
+    assert loadtest.arguments().parse_args(given).api_key == "first"
+
+
+#: What the client's install alone does not have.
+SERVER_PACKAGES = [
+    *("torch", "fastapi", "starlette", "uvicorn", "pydantic", "typer", "click", "rich"),
+    *("httptools", "uvloop", "orjson", "plotly"),
+]
+
+
+def test_command_runs_with_the_clients_packages_alone(server: LiveServer, tmp_path: Path) -> None:
+    """Packages that are not installed are stood in for by modules that refuse to be imported."""
+    for package in SERVER_PACKAGES:
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")
+    options = ("--model", "peaks", "--seconds", "0.5", "--rows", "2")
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    status, output, errors = bench(server.url, *options, PYTHONPATH=path)
+    assert status == 0, output + errors
+    assert int(re.search(r"(\d+) answered, 0 failed", output)[1]) > 3  # type: ignore[index]
+    refused = subprocess.run(
+        [sys.executable, "-m", "service", "models"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "hessquik-service[server]" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nbody",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nbo\r\n2\r\ndy\r\n0\r\n\r\n",
+    ],
+    ids=["length", "chunked"],
+)
+@pytest.mark.parametrize("has_httptools", [True, False])
+def test_both_parsers_understand_replies(whole: bytes, has_httptools: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_httptools:
+        monkeypatch.setattr(loadtest, "httptools", None)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(100_000):
+            for byte in whole:
+                writer.write(bytes([byte]))
+                await writer.drain()
+        writer.close()
+
+    async def attempt() -> loadtest.Tally:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as there:
+            url = f"http://127.0.0.1:{there.sockets[0].getsockname()[1]}"
+            return await loadtest.run(load(url, seconds=0.2))
+
+    tally = asyncio.run(attempt())
+    assert not tally.errors
+    assert tally.answers > 2
+    assert tally.received_bytes == 4 * tally.answers

@@ -1,0 +1,205 @@
+"""A front end of several: HTTP in a process of its own, with the workers and models of the supervisor.
+
+Run as ``python -P -m service.frontend FD``; FD is our end of a socket pair with the supervisor, which sends
+
+    start     {"op", "settings", "fds": 1}         the first frame: what to serve, and a socket to listen on
+    worker    {"op", "fds": 1}                     a connection to a worker that is ready
+    table     {"op", "number", "served", "gone"}   models as they are now → {"op": "told", "number"}
+    health    {"op", …}                            how the workers are, a few times a second
+    replied   {"op", "number", …}                  what came of a load, an unload or a question for metrics
+    report    {"op", "number"}                     → {"op": "reported", "number"} + our metrics
+    give_up   {"op"}                               workers cannot be kept alive
+
+and to which we send, beside the answers, {"op": "load" | "unload" | "metrics", "number", "name"?}, and {"op":
+"released", "id"} when no request holds a version any more that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from service import wire
+from service.errors import BY_CODE, InternalError, ServiceError
+from service.node import Health
+from service.repository import ModelFile, Served, Table
+from service.settings import Settings
+
+__all__ = ["Mirror", "RemoteNode", "error_of", "main"]
+
+#: Time after which what the supervisor said of the workers is no longer true.
+FRESH_S = 2.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Mirror(Table):
+    """The supervisor's table, as it last said.
+
+    Args:
+        root: The folder.
+        node: Who is told when a version is held no more.
+    """
+
+    def __init__(self, root: Path, node: RemoteNode) -> None:
+        """Start with an empty table."""
+        super().__init__(root)
+        self._node = node
+
+    def apply(self, served: list[Mapping[str, Any]], gone: list[Mapping[str, Any]]) -> None:
+        """Take over what has changed."""
+        for one in gone:
+            versions = self._table.get(one["name"], {})
+            if one["version"] in versions:
+                self.retire(versions.pop(one["version"]))
+            if not versions:
+                self._table.pop(one["name"], None)
+        for one in served:
+            versions = self._table.setdefault(one["name"], {})
+            old = versions.get(one["version"])
+            if old is None or old.id != one["id"]:
+                file = ModelFile(one["name"], one["version"], Path(one["path"]))
+                versions[one["version"]] = Served(file, one["id"])
+                if old is not None:
+                    self.retire(old)
+            versions[one["version"]].facts, versions[one["version"]].reason = one["facts"], one["reason"]
+
+    def free(self, served: Served) -> None:
+        """Tell the supervisor that nobody here holds a version any more."""
+        self._node.write({"op": "released", "id": served.id})
+
+
+class RemoteNode:
+    """The supervisor's workers and models.
+
+    Args:
+        settings: The folder's place.
+        sock: Our end of the socket pair with the supervisor.
+    """
+
+    def __init__(self, settings: Settings, sock: socket.socket) -> None:
+        """Know nothing yet."""
+        self.repository = Mirror(settings.models, self)
+        self._sock = sock
+        self._channel: wire.Channel | None = None
+        self._health, self._heard_s = Health(), float("-inf")
+        self._user: Any = None
+        self._numbers = count(1)
+        self._asked: dict[int, asyncio.Future[wire.Frame]] = {}
+        self._loaded = asyncio.Event()
+
+    async def start(self, user: Any) -> None:
+        """Take over what the supervisor has, and wait until its models are loaded."""
+        if self._channel is None:
+            self._user = user
+            self._channel = wire.Channel(self._sock, self._on_frame, self._on_lost, most_fds=1)
+            self.write({"op": "hello"})
+        await self._loaded.wait()
+
+    async def stop(self) -> None:
+        """Leave the supervisor."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def health(self) -> Health:
+        """Return how the workers were when the supervisor last said so."""
+        is_fresh = self._health.is_fresh and time.monotonic() - self._heard_s <= FRESH_S
+        return self._health._replace(is_fresh=is_fresh)
+
+    async def load(self, name: str) -> list[Served]:
+        """Have the supervisor load a model; it has told all front ends when this returns."""
+        head, _ = await self._ask("load", name=name)
+        served = self.repository.versions(name)
+        return [served[version] for version in head["versions"] if version in served]
+
+    async def unload(self, name: str) -> None:
+        """Have the supervisor unload a model; it has told all front ends when this returns."""
+        await self._ask("unload", name=name)
+
+    async def metrics_text(self, own: bytes) -> bytes:
+        """Return the metrics of all front ends together."""
+        _, fields = await self._ask("metrics")
+        return bytes(fields["text"])
+
+    def write(self, head: Mapping[str, Any], fields: Mapping[str, wire.Field] | None = None) -> None:
+        """Send a frame to the supervisor."""
+        if self._channel is not None:
+            self._channel.write(head, fields or {})
+
+    async def _ask(self, op: str, **members: Any) -> wire.Frame:
+        number = next(self._numbers)
+        answer: asyncio.Future[wire.Frame] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
+        self.write({"op": op, "number": number, **members})
+        try:
+            head, fields = await answer
+        finally:
+            del self._asked[number]
+        if "error" in head:
+            raise error_of(head["error"])
+        return head, fields
+
+    def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        match head.pop("op", None):
+            case "worker":
+                self._user.links.add(socket.socket(fileno=head["fds"][0]))
+            case "table":
+                self.repository.apply(head["served"], head["gone"])
+                self.write({"op": "told", "number": head["number"]})
+            case "health":
+                self._health, self._heard_s = Health(**head), time.monotonic()
+                if self._health.is_loaded:
+                    self._loaded.set()
+            case "replied":
+                answer = self._asked.get(head["number"])
+                if answer is not None and not answer.done():
+                    answer.set_result((head, fields))
+            case "report":
+                self.write({"op": "reported", "number": head["number"]}, {"text": self._user.metrics.text()})
+            case "give_up":
+                self._user.give_up()
+            case _:
+                raise wire.WireError("expected a frame of the supervisor")
+
+    def _on_lost(self) -> None:
+        """End with the supervisor: without it nobody would look after us or the workers."""
+        os._exit(1)
+
+
+def error_of(members: Mapping[str, Any]) -> ServiceError:
+    """Return the error that the supervisor sent as a value."""
+    kind = BY_CODE.get(members["code"], InternalError)
+    return kind(members["detail"], **members["extra"])
+
+
+def main(arguments: list[str]) -> int:
+    """Serve as one of several front ends."""
+    from service.app import create_app
+    from service.logs import set_up_logging
+    from service.server import serve
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    sock = socket.socket(fileno=int(arguments[0]))
+    receiver, frames = wire.Receiver(sock, most_fds=1), list[wire.Frame]()
+    while not frames:
+        received = receiver.receive()
+        if received is None:
+            return 1
+        frames += received
+    head, _ = frames[0]
+    settings = Settings(**head["settings"])
+    set_up_logging(settings)
+    with socket.socket(fileno=head["fds"][0]) as listening:
+        return serve(create_app(settings, RemoteNode(settings, sock)), settings, [listening])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,285 @@
+"""The front's side of a worker: batches become frames, and frames become results.
+
+A link carries what one front asks of one worker; several fronts may have links to the same worker. It never starts,
+watches or kills a process: it is alive until its socket ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from service.scheduler import PREEMPTING_COST, Batch, BatchKey, Reason, Scheduler
+from service.shared import SHARED_BYTES, Buffer, Buffers, offsets
+from service.wire import Array, Channel, WireError, cut
+
+__all__ = ["Link", "Links"]
+
+logger = logging.getLogger(__name__)
+
+#: Reasons that a worker may give; any other means that the numbers cannot be had.
+REASONS = frozenset({"memory", "late"})
+#: Share of the time limit of a batch after which the loss of its worker is put down to that limit.
+LATE_SHARE = 0.8
+
+
+class Links:
+    """The workers that a front may use; what the scheduler calls its workers.
+
+    Args:
+        batch_s: Time limit of a batch.
+    """
+
+    def __init__(self, batch_s: float) -> None:
+        """Start with none."""
+        self.batch_s = batch_s
+        self._links: list[Link] = []
+        self.scheduler: Scheduler | None = None
+
+    def add(self, sock: socket.socket, on_lost: Callable[[], None] | None = None) -> None:
+        """Use another worker, from now until its socket ends."""
+        assert self.scheduler is not None
+        self._links.append(Link(sock, self.scheduler, self, on_lost))
+        self.scheduler.dispatch()
+
+    def remove(self, link: Link) -> None:
+        """Use a worker no more."""
+        self._links.remove(link)
+
+    def idle(self) -> Link | None:
+        """Return the worker that computes nothing for the longest time."""
+        found = None
+        for link in self._links:
+            if not link.running and (found is None or link.since_s < found.since_s):
+                found = link
+        return found
+
+    def preemptible(self) -> Link | None:
+        """Return a worker that computes a preemptible batch and nothing else."""
+        return next((link for link in self._links if link.is_preemptible), None)
+
+    def alive(self) -> Link | None:
+        """Return any worker."""
+        return next(iter(self._links), None)
+
+    def drop_idle_buffers(self) -> None:
+        """Give up shared memory that nobody has used for a while."""
+        for link in self._links:
+            link.buffers.drop_idle()
+
+    def close(self) -> None:
+        """End all links; jobs under way stay open."""
+        for link in self._links:
+            link.close()
+        self._links.clear()
+
+
+class _Running:
+    """A batch that a worker has, and where its results go."""
+
+    __slots__ = ("batch", "buffer", "is_preemptible", "sent_s")
+
+    def __init__(self, batch: Batch, buffer: Buffer | None, is_preemptible: bool) -> None:
+        self.batch, self.buffer, self.is_preemptible = batch, buffer, is_preemptible
+        self.sent_s = time.monotonic()
+
+
+class Link:
+    """A worker that is alive, as the scheduler sees it.
+
+    Args:
+        sock: Our end of a socket pair.
+        scheduler: Whose batches it runs.
+        links: Where it is kept while it is alive.
+        on_lost: Called when the worker is gone.
+
+    Attributes:
+        running: What it computes, by number: a batch, and perhaps a small one between the tiles of a large one.
+        since_s: When it began or stopped computing.
+    """
+
+    def __init__(
+        self, sock: socket.socket, scheduler: Scheduler, links: Links, on_lost: Callable[[], None] | None
+    ) -> None:
+        """Begin with an idle worker."""
+        self.running: dict[int, _Running] = {}
+        self.since_s = time.monotonic()
+        self.buffers = Buffers(self._drop)
+        self._arriving: dict[int, _Running] = {}
+        self._plans: dict[int, BatchKey] = {}
+        self._numbers = count(1)
+        self._scheduler, self._links, self._report_loss = scheduler, links, on_lost
+        self._channel = Channel(sock, self._on_frame, self._on_lost, self._on_head)
+
+    @property
+    def is_preemptible(self) -> bool:
+        """Whether it computes a preemptible batch and nothing else."""
+        return len(self.running) == 1 and next(iter(self.running.values())).is_preemptible
+
+    def run(self, batch: Batch, is_preemptible: bool) -> None:
+        """Send a batch."""
+        key = batch.key
+        head: dict[str, Any] = {
+            "op": "evaluate",
+            "number": next(self._numbers),
+            "model": key.model,
+            "dtype": key.dtype,
+            "quantities": key.quantities,
+            "form": key.form,
+            "sizes": batch.sizes,
+            "is_alone": batch.is_retry,
+            "is_small": not batch.is_retry and batch.cost <= PREEMPTING_COST,
+        }
+        buffer: Buffer | None = None
+        fds: tuple[int, ...] = ()
+        if key.form == "arrays" and batch.rows * key.row_bytes >= SHARED_BYTES:
+            places, size = offsets(_shapes(batch), np.dtype(key.dtype).itemsize)
+            buffer = self.buffers.lend(size)
+        if buffer is not None:
+            head["buffer"] = [buffer.number, buffer.size, *places]
+            fds = () if buffer.is_sent else (buffer.fd,)
+            buffer.is_sent = True
+        self.running[head["number"]] = _Running(batch, buffer, is_preemptible)
+        self.since_s = time.monotonic()
+        self._channel.write(head, _arrays(batch), fds)
+
+    def plan(self, key: BatchKey) -> None:
+        """Ask for the cost of a row."""
+        number = next(self._numbers)
+        self._plans[number] = key
+        head = {"op": "plan", "number": number, "model": key.model, "dtype": key.dtype}
+        self._channel.write({**head, "quantities": key.quantities, "is_weighted": key.is_weighted, "k": key.k}, {})
+
+    def close(self) -> None:
+        """Let the worker go."""
+        self._channel.close()
+        self.buffers.close()
+
+    def _drop(self, buffer: Buffer) -> None:
+        self._channel.write({"op": "drop", "buffer": buffer.number}, {})
+
+    def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        number = _number(head)
+        match head.get("op"):
+            case "planned" if number in self._plans:
+                self._on_planned(self._plans.pop(number), head)
+            case "done" if number in self._arriving or number in self.running:
+                running = self._arriving.pop(number, None) or self._computed(number)
+                self._on_done(running, head, fields)
+            case _:
+                raise WireError("expected an answer to what was asked")
+
+    def _on_head(self, head: dict[str, Any]) -> None:
+        """Let the worker compute the next batch while the results of this one arrive."""
+        number = _number(head)
+        if head.get("op") == "done" and number in self.running:
+            self._arriving[number] = self._computed(number)
+            self._scheduler.dispatch()
+
+    def _computed(self, number: int) -> _Running:
+        self.since_s = time.monotonic()
+        return self.running.pop(number)
+
+    def _on_done(self, running: _Running, head: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+        batch, parts = running.batch, None
+        if "error" not in head and batch.key.form != "arrays":
+            parts = _texts(batch, head, fields)
+        elif "error" not in head:
+            parts = _results(batch, running.buffer, head, fields)
+        if running.buffer is not None and (parts is None or fields):
+            running.buffer.give_back()
+        if parts is None:
+            self._scheduler.fail(batch, _reason(head))
+        else:
+            self._scheduler.finish(batch, parts)
+        self._scheduler.dispatch()
+
+    def _on_planned(self, key: BatchKey, head: Mapping[str, Any]) -> None:
+        row_cost, row_s = head.get("row_cost"), head.get("row_s")
+        if isinstance(row_cost, int | float) and isinstance(row_s, int | float):
+            self._scheduler.learn_cost(key, row_cost, row_s)
+        else:
+            self._scheduler.fail_plan(key, _reason(head))
+
+    def _on_lost(self) -> None:
+        self._links.remove(self)
+        self.buffers.close()
+        lost = [*self._arriving.values(), *self.running.values()]
+        for running in lost:
+            took_s = time.monotonic() - running.sent_s
+            self._scheduler.fail(running.batch, "late" if took_s > LATE_SHARE * self._links.batch_s else "lost")
+        for key in self._plans.values():
+            self._scheduler.fail_plan(key, "lost")
+        self.running, self._arriving, self._plans = {}, {}, {}
+        if self._report_loss is not None:
+            self._report_loss()
+
+
+def _number(head: Mapping[str, Any]) -> int:
+    number = head.get("number")
+    return number if type(number) is int else 0
+
+
+def _reason(head: Mapping[str, Any]) -> Reason:
+    reason = head.get("error")
+    return reason if isinstance(reason, str) and reason in REASONS else "error"
+
+
+def _shapes(batch: Batch) -> list[tuple[int, ...]]:
+    """The shapes of a batch's results."""
+    return [(batch.rows, *shape) for shape in batch.key.shapes]
+
+
+def _texts(batch: Batch, head: Mapping[str, Any], fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The text of each slice's rows by quantity, or ``None`` if some is missing."""
+    names, slices = batch.key.quantities, len(batch.slices)
+    lengths, text = head.get("lengths"), fields.get("text", b"")
+    if not isinstance(lengths, list) or len(lengths) != slices * len(names):
+        return None
+    if not all(type(length) is int and length >= 0 for length in lengths) or sum(lengths) != len(text):
+        return None
+    pieces = cut(text, lengths)
+    return [dict(zip(names, pieces[i::slices], strict=True)) for i in range(slices)]
+
+
+def _results(
+    batch: Batch, buffer: Buffer | None, head: Mapping[str, Any], fields: Mapping[str, Any]
+) -> list[dict[str, Any]] | None:
+    """Each slice's arrays by quantity, from the buffer or the frame, or ``None`` if they are not what was asked."""
+    names, shapes, dtype = batch.key.quantities, _shapes(batch), batch.key.dtype
+    if buffer is not None and not fields:
+        if head.get("shapes") != [list(shape) for shape in shapes]:
+            return None
+        arrays = buffer.arrays(shapes, dtype)
+    else:
+        arrays = [fields.get(name) for name in names]
+        for array, shape in zip(arrays, shapes, strict=True):
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.name != dtype:
+                return None
+    parts = [cut(array, batch.sizes) for array in arrays]
+    return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)]
+
+
+def _arrays(batch: Batch) -> dict[str, Array]:
+    """The inputs of a batch."""
+    arrays = {}
+    for name in ("inputs", "weights", "directions"):
+        parts = [_rows(getattr(job, name), start, stop) for job, start, stop in batch.slices]
+        if parts[0] is not None:
+            arrays[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return arrays
+
+
+def _rows(array: Array | None, start: int, stop: int) -> Any:
+    """Rows of an array that has one row per point, or one for all of them."""
+    if array is None:
+        return None
+    if len(array) == 1 < stop - start:
+        return np.broadcast_to(array, (stop - start, *array.shape[1:]))
+    return array if len(array) == 1 else array[start:stop]

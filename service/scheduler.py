@@ -1,0 +1,645 @@
+"""When jobs are computed, and with which others: queue, batches, retries, deadlines.
+
+Batch while busy: an idle worker takes what waits at once; while all are busy, rows gather. Jobs with the same
+:class:`BatchKey` share a batch; a batch is cut at a cost and a number of bytes, so that a bulk request holds a worker
+for one batch at a time. What has received least goes first (start-time fair queueing; P. Goyal, H. M. Vin and
+H. Cheng, doi:10.1109/90.649569): a job's virtual start moves on by the cost that it receives, and the virtual clock
+by that cost divided by the number of jobs that wait.
+
+A failed batch is cut into halves, and a small one into rows. They are computed alone and take their turn like
+everything else; a row fails when it has failed alone twice. Repeating is harmless: evaluation is a pure function.
+
+A row's cost comes from the worker's plan, which is asked for before the first batch of a key. The scheduler sees rows
+and costs, never numbers; its clock and its workers are arguments, so that tests simulate both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
+
+from service.errors import (
+    DeadlineExceeded,
+    EvaluationFailed,
+    Failure,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    TooExpensive,
+    WorkerLost,
+)
+from service.statistics import ModelStatistics
+from service.wire import Array
+
+__all__ = [
+    "Answers",
+    "Batch",
+    "BatchKey",
+    "Clock",
+    "End",
+    "Job",
+    "Limits",
+    "LoopClock",
+    "Queue",
+    "Reason",
+    "Scheduler",
+    "Slice",
+    "Worker",
+    "Workers",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Failures of a row that was computed alone, after which its job fails; and of a plan.
+MAX_FAILURES = 2
+#: Rows up to which a failed batch is cut into rows at once: fewer workers die of a row that kills them.
+SINGLE_ROWS = 32
+#: Jobs submitted in one turn of the event loop after which idle workers get work at once, not at the turn's end.
+EAGER_JOBS = 8
+#: Highest cost of a batch that may preempt another between two tiles, and lowest of one that may be preempted.
+PREEMPTING_COST, PREEMPTIBLE_COST = 1e7, 4e7
+#: Share of the time limit that a row must be predicted to need for its failure to be blamed on its cost.
+HEAVY_SHARE = 0.1
+#: Resolution of the event loop's timers.
+CLOCK_S = 0.001
+
+#: A job's results by quantity: pieces in the order of the rows.
+Answers = dict[str, list[Any]]
+#: Called once with a job that has ended.
+End = Callable[["Job"], None]
+
+
+class Clock(Protocol):
+    """Time and timers."""
+
+    def time(self) -> float:
+        """Return the time in seconds, on any monotonic scale."""
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> Any:
+        """Call back at a time; the result has a method ``cancel``."""
+
+    def call_soon(self, callback: Callable[[], None]) -> Any:
+        """Call back after what happens now."""
+
+
+class LoopClock:
+    """The monotonic clock and the running event loop's timers."""
+
+    time = staticmethod(time.monotonic)
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call back at a time of the monotonic clock."""
+        return asyncio.get_running_loop().call_later(max(0.0, when_s - time.monotonic()), callback)
+
+    def call_soon(self, callback: Callable[[], None]) -> asyncio.Handle:
+        """Call back in the loop's next turn."""
+        return asyncio.get_running_loop().call_soon(callback)
+
+
+@dataclass(slots=True, eq=False)
+class BatchKey:
+    """What jobs have in common that may share a batch; one object per combination, compared by identity.
+
+    Attributes:
+        model: The workers' number of the network.
+        name: The model's name.
+        dtype: ``float32`` or ``float64``.
+        quantities: Names, in the order of replies.
+        form: Of the results: ``arrays``; ``json`` for the text of their rows; ``flat`` likewise without brackets.
+        shapes: Of one row of each quantity.
+        row_bytes: Bytes of a row's results as arrays.
+        is_weighted: Whether there are weights.
+        k: Number of directions, 0 without.
+        statistics: The model's.
+        ended: Called with each job that has ended, before the job's own ``end``.
+        row_cost: Operations per row, from the worker's plan; ``None`` until that is known.
+        row_s: Time per row at the speed that the worker measured; 0 until it is known.
+        refusal: Why its jobs cannot be computed, once that is known.
+    """
+
+    model: int
+    name: str
+    dtype: str
+    quantities: tuple[str, ...]
+    form: str
+    shapes: tuple[tuple[int, ...], ...]
+    row_bytes: int
+    is_weighted: bool
+    k: int
+    statistics: ModelStatistics
+    ended: End
+    row_cost: float | None = None
+    row_s: float = 0.0
+    refusal: Failure | None = None
+    plan_failures: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A question that waits or runs. When it has ended it holds no arrays.
+
+    Attributes:
+        key: What it may be batched by.
+        rows: Number of points.
+        inputs: (n, d).
+        weights: (1 or n, m) or ``None``.
+        directions: (1 or n, k, d) or ``None``.
+        payload_bytes: Bytes of these arrays.
+        deadline_s: On the scheduler's clock.
+        end: Called once when it has ended; ``answers`` and ``error`` may be read until it returns.
+        answers: Results, if it has ended well.
+        failure: Why it has ended otherwise.
+    """
+
+    key: BatchKey
+    rows: int
+    inputs: Array | None
+    weights: Array | None
+    directions: Array | None
+    payload_bytes: int
+    deadline_s: float
+    end: End | None
+    answers: Answers = field(default_factory=dict, init=False)
+    failure: Failure | None = field(default=None, init=False)
+    is_closed: bool = field(default=False, init=False)
+    queued_at: float = field(default=0.0, init=False)
+    started_at: float = field(default=0.0, init=False)
+    taken: int = field(default=0, init=False)
+    start: float = field(default=0.0, init=False)
+    order: int = field(default=0, init=False)
+    missing_rows: int = field(default=0, init=False)
+    parts: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list, init=False)
+
+    @property
+    def error(self) -> ServiceError | None:
+        """A new exception, if it has failed."""
+        return None if self.failure is None else self.failure.error()
+
+    @property
+    def place(self) -> tuple[float, int, int]:
+        """Where it stands in the queue: by virtual start, then what was not served yet, then by arrival."""
+        return self.start, self.taken, self.order
+
+    def receive(self, start: int, rows: int, part: Mapping[str, Any]) -> bool:
+        """Take the results of some rows; return whether all are there."""
+        self.parts.append((start, part))
+        self.missing_rows -= rows
+        if self.missing_rows > 0:
+            return False
+        self.parts.sort(key=itemgetter(0))
+        self.answers = {name: [part[name] for _, part in self.parts] for name in self.key.quantities}
+        return True
+
+
+class Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of a job."""
+
+    job: Job
+    start: int
+    stop: int
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What a worker computes at once: slices of jobs with one key, and how often just these rows failed before."""
+
+    key: BatchKey
+    slices: list[Slice]
+    is_retry: bool = False
+    failures: int = 0
+    sizes: list[int] = field(init=False)
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Count the rows."""
+        self.sizes = [stop - start for _, start, stop in self.slices]
+        self.rows = sum(self.sizes)
+
+    @property
+    def cost(self) -> float:
+        """Operations."""
+        return self.rows * (self.key.row_cost or 1.0)
+
+    @property
+    def place(self) -> tuple[float, int, int]:
+        """Where it stands in the queue, as a retry: where the last of its jobs would."""
+        return max(job.place for job, _, _ in self.slices)
+
+    def without_closed(self) -> Batch | None:
+        """Return the batch without jobs that have ended, or ``None`` if none is left."""
+        slices = [part for part in self.slices if not part.job.is_closed]
+        return Batch(self.key, slices, self.is_retry, self.failures) if slices else None
+
+    def pieces(self) -> list[Batch]:
+        """Cut a failed batch of several rows into halves, or into rows if it is small."""
+        if self.rows <= SINGLE_ROWS:
+            rows = [Slice(job, row, row + 1) for job, start, stop in self.slices for row in range(start, stop)]
+            return [Batch(self.key, [row], is_retry=True) for row in rows]
+        middle = self.rows // 2
+        first: list[Slice] = []
+        second: list[Slice] = []
+        for job, start, stop in self.slices:
+            cut = min(stop, start + max(0, middle))
+            middle -= stop - start
+            first += [Slice(job, start, cut)] if start < cut else []
+            second += [Slice(job, cut, stop)] if cut < stop else []
+        return [Batch(self.key, first, is_retry=True), Batch(self.key, second, is_retry=True)]
+
+
+#: Why a batch failed: its worker is gone, it passed the time limit, memory ran out, or the numbers cannot be had.
+Reason = str
+
+
+class Worker(Protocol):
+    """What computes batches. It answers with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
+
+    def run(self, batch: Batch, is_preemptible: bool) -> None:
+        """Begin with a batch; small batches may run between its tiles if it is preemptible."""
+
+    def plan(self, key: BatchKey) -> None:
+        """Find the cost of a row; answered with :meth:`Scheduler.learn_cost` or :meth:`Scheduler.fail_plan`."""
+
+
+class Workers(Protocol):
+    """Where the scheduler finds workers."""
+
+    def idle(self) -> Worker | None:
+        """Return a worker that computes nothing."""
+
+    def preemptible(self) -> Worker | None:
+        """Return a worker that computes a preemptible batch and nothing else."""
+
+    def alive(self) -> Worker | None:
+        """Return any worker."""
+
+
+class Observer(Protocol):
+    """Where queueing and computing are counted."""
+
+    def queued(self, model: str, seconds: float) -> None:
+        """Count a job that left the queue."""
+
+    def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
+        """Count a batch."""
+
+
+class Limits(NamedTuple):
+    """What may wait, and where batches are cut.
+
+    Attributes:
+        requests: Most jobs that have not ended.
+        rows: Most rows that no worker has taken.
+        payload_bytes: Most bytes of the arrays of jobs that have not ended.
+        batch_cost: Operations at which a batch is cut; it has one row at least.
+        batch_bytes: Bytes of results at which a batch is cut.
+        batch_s: Time limit of a batch.
+    """
+
+    requests: int
+    rows: int
+    payload_bytes: int
+    batch_cost: float
+    batch_bytes: int
+    batch_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """Waiting jobs of one key: those that received nothing, in order of arrival, and those served in part."""
+
+    fresh: dict[Job, None] = field(default_factory=dict)
+    begun: dict[Job, None] = field(default_factory=dict)
+
+    def first(self) -> Job | None:
+        """Return the job that is next."""
+        fresh = next(iter(self.fresh), None)
+        if not self.begun:
+            return fresh
+        begun = min(self.begun, key=lambda job: job.place)
+        return begun if fresh is None or begun.place < fresh.place else fresh
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, waiting or not."""
+        self.fresh.pop(job, None)
+        self.begun.pop(job, None)
+
+
+class Queue:
+    """Jobs that wait, and batches that have failed, in fair order; what has ended is forgotten at once."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Start empty."""
+        self.limits = limits
+        self.requests = 0
+        self.rows = 0
+        self.payload_bytes = 0
+        self._clock = 0.0
+        self._order = count()
+        self._lines: dict[BatchKey, _Line] = {}
+        self._retries: list[Batch] = []
+
+    def expect_room(self) -> None:
+        """Refuse a request before it is read, if not even the smallest would find a place.
+
+        Raises:
+            Overloaded: as many requests wait as may.
+        """
+        if self.requests >= self.limits.requests:
+            raise _overloaded("requests", self.requests + 1, self.limits.requests)
+
+    def put(self, job: Job) -> None:
+        """Let a job wait.
+
+        Raises:
+            Overloaded: a limit would be passed.
+        """
+        limits = self.limits
+        requests, rows, held = self.requests + 1, self.rows + job.rows, self.payload_bytes + job.payload_bytes
+        if requests > limits.requests:
+            raise _overloaded("requests", requests, limits.requests)
+        if rows > limits.rows:
+            raise _overloaded("rows", rows, limits.rows)
+        if held > limits.payload_bytes:
+            raise _overloaded("bytes", held, limits.payload_bytes)
+        self.requests, self.rows, self.payload_bytes = requests, rows, held
+        job.start, job.order, job.missing_rows = self._clock, next(self._order), job.rows
+        line = self._lines.get(job.key)
+        if line is None:
+            line = self._lines[job.key] = _Line()
+        line.fresh[job] = None
+
+    def put_again(self, batches: Iterable[Batch]) -> None:
+        """Let failed batches wait their turn."""
+        self._retries += batches
+
+    def close(self, job: Job) -> None:
+        """Forget a job that has ended, and drop its arrays."""
+        self.requests -= 1
+        self.rows -= job.rows - job.taken
+        self.payload_bytes -= job.payload_bytes
+        line = self._lines.get(job.key)
+        if line is not None and job.taken < job.rows:
+            line.remove(job)
+            self._drop_if_empty(job.key, line)
+        job.is_closed = True
+        job.inputs = job.weights = job.directions = None
+        job.parts = []
+        if self._retries:
+            self._retries = [rest for batch in self._retries if (rest := batch.without_closed())]
+
+    def take(self) -> Batch | None:
+        """Cut the next batch; ``None`` if nothing waits whose cost is known."""
+        first = self._first()
+        retry = min(self._retries, key=lambda batch: batch.place, default=None)
+        if retry is not None and (first is None or retry.place < first.place):
+            self._retries.remove(retry)
+            for job, start, stop in retry.slices:
+                self._charge(job, (stop - start) * (retry.key.row_cost or 1.0))
+            return retry
+        return None if first is None else self._cut(first.key, self.limits.batch_cost)
+
+    def take_small(self, most_cost: float) -> Batch | None:
+        """Cut a batch of at most this cost that never failed; ``None`` if the job that is next costs more."""
+        first = self._first()
+        if first is None or first.rows * (first.key.row_cost or 1.0) > most_cost:
+            return None
+        return self._cut(first.key, most_cost)
+
+    def waiting(self, key: BatchKey) -> list[Job]:
+        """Return the waiting jobs of a key."""
+        line = self._lines.get(key)
+        return [] if line is None else [*line.fresh, *line.begun]
+
+    def _first(self) -> Job | None:
+        """Return the job that is next among those whose cost is known."""
+        best: Job | None = None
+        for key, line in self._lines.items():
+            if key.row_cost is not None:
+                job = line.first()
+                if job is not None and (best is None or job.place < best.place):
+                    best = job
+        return best
+
+    def _cut(self, key: BatchKey, most_cost: float) -> Batch:
+        line, most_bytes = self._lines[key], self.limits.batch_bytes
+        row_cost, row_bytes = key.row_cost or 1.0, key.row_bytes or 1
+        cost, reply_bytes = 0.0, 0
+        slices: list[Slice] = []
+        while cost < most_cost and reply_bytes < most_bytes and (job := line.first()) is not None:
+            room = min((most_cost - cost) / row_cost, (most_bytes - reply_bytes) / row_bytes)
+            rows = min(job.rows - job.taken, max(int(room), int(not slices)))
+            if rows == 0:
+                break
+            slices.append(Slice(job, job.taken, job.taken + rows))
+            line.remove(job)
+            job.taken += rows
+            self.rows -= rows
+            self._charge(job, rows * row_cost)
+            cost += rows * row_cost
+            reply_bytes += rows * row_bytes
+            if job.taken < job.rows:
+                line.begun[job] = None
+                break
+        self._drop_if_empty(key, line)
+        return Batch(key, slices)
+
+    def _charge(self, job: Job, cost: float) -> None:
+        """Move the job's start and the clock on by what the job receives."""
+        job.start += cost
+        self._clock += cost / max(1, self.requests)
+
+    def _drop_if_empty(self, key: BatchKey, line: _Line) -> None:
+        if not line.fresh and not line.begun:
+            del self._lines[key]
+
+
+class Scheduler:
+    """Runs jobs on workers. Every job ends exactly once: answered, failed, abandoned or late.
+
+    Args:
+        limits: What may wait, and where batches are cut.
+        workers: What computes.
+        clock: Time and timers.
+        observer: Where it is counted.
+    """
+
+    def __init__(self, limits: Limits, workers: Workers, clock: Clock, observer: Observer) -> None:
+        """Start with an empty queue."""
+        self.queue = Queue(limits)
+        self.is_given_up = False
+        self._workers, self._clock, self._observer = workers, clock, observer
+        self._open: set[Job] = set()
+        self._unplanned: dict[BatchKey, None] = {}
+        self._submitted = 0
+        self._alarm: Any = None
+        self._alarm_s = math.inf
+
+    def submit(self, job: Job) -> None:
+        """Run a job; its ``end`` is called exactly once, never before this returns.
+
+        Raises:
+            Overloaded: too much is waiting.
+            NotReady: workers cannot be kept alive.
+            TooExpensive: one of its rows takes longer than a batch may.
+        """
+        key = job.key
+        if self.is_given_up:
+            raise NotReady("expected a worker that is alive, there is none")
+        if key.refusal is not None:
+            raise key.refusal.error()
+        self.queue.put(job)
+        job.queued_at = self._clock.time()
+        self._open.add(job)
+        if job.deadline_s < self._alarm_s:
+            self._set_alarm(job.deadline_s)
+        if key.row_cost is None and len(self.queue.waiting(key)) == 1:
+            self._unplanned[key] = None
+        # Jobs that come in one turn of the loop share batches; of many, workers begin with the first ones, so that
+        # they do not wait while the rest is read.
+        self._submitted += 1
+        if self._submitted == 1:
+            self._clock.call_soon(self._end_turn)
+        elif self._submitted % EAGER_JOBS == 0:
+            self.dispatch()
+
+    def abandon(self, job: Job, error: ServiceError) -> None:
+        """End a job with an error; do nothing if it has ended."""
+        if not job.is_closed:
+            job.failure = error.failure
+            self._close(job)
+
+    def dispatch(self) -> None:
+        """Give idle workers what waits, and preemptible ones what is small."""
+        while self._unplanned and (worker := self._workers.alive()) is not None:
+            key = next(iter(self._unplanned))
+            del self._unplanned[key]
+            worker.plan(key)
+        while True:
+            if (worker := self._workers.idle()) is not None:
+                batch = self.queue.take()
+            elif (worker := self._workers.preemptible()) is not None:
+                batch = self.queue.take_small(PREEMPTING_COST)
+            else:
+                return
+            if batch is None:
+                return
+            self._note_queueing(batch)
+            # A batch that failed before may fail again, and no other is to fail with it.
+            worker.run(batch, is_preemptible=not batch.is_retry and batch.cost > PREEMPTIBLE_COST)
+
+    def finish(self, batch: Batch, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Hand a batch's results, one part per slice, to its jobs."""
+        key = batch.key
+        self._observer.computed(key.quantities, batch.rows, len(batch.slices))
+        key.statistics.batches += 1
+        for (job, start, stop), part in zip(batch.slices, parts, strict=True):
+            if not job.is_closed and job.receive(start, stop - start, part):
+                self._close(job)
+
+    def fail(self, batch: Batch, reason: Reason) -> None:
+        """Compute a failed batch again: in pieces if it has several rows, else once more."""
+        rest = batch.without_closed()
+        if rest is None:
+            return
+        if rest.rows > 1:
+            self.queue.put_again(rest.pieces())
+        elif rest.failures + 1 < MAX_FAILURES:
+            self.queue.put_again([Batch(rest.key, rest.slices, is_retry=True, failures=rest.failures + 1)])
+        else:
+            self._give_up_row(rest, reason)
+        self._clock.call_soon(self.dispatch)
+
+    def learn_cost(self, key: BatchKey, row_cost: float, row_s: float) -> None:
+        """Take a row's cost from a worker's plan; refuse the key's jobs if a row takes longer than a batch may."""
+        key.row_cost, key.row_s = max(1.0, row_cost), row_s
+        limit_s = self.queue.limits.batch_s
+        if row_s > limit_s:
+            self._refuse(key, _too_expensive(limit_s, row_s))
+        self.dispatch()
+
+    def fail_plan(self, key: BatchKey, reason: Reason) -> None:
+        """Plan again, at most :data:`MAX_FAILURES` times."""
+        key.plan_failures += 1
+        if key.plan_failures < MAX_FAILURES:
+            self._unplanned[key] = None
+        elif reason == "memory":
+            key.plan_failures = 0
+            self._end_all(key, Overloaded("expected enough memory to plan, there is not; try again later"))
+        else:
+            self._refuse(key, EvaluationFailed("expected quantities that can be evaluated, these cannot"))
+        self._clock.call_soon(self.dispatch)
+
+    def give_up(self) -> None:
+        """End all jobs, since workers cannot be kept alive, and take no more."""
+        self.is_given_up = True
+        for job in list(self._open):
+            self.abandon(job, WorkerLost("expected a worker to take over, none can be kept alive"))
+
+    def _refuse(self, key: BatchKey, error: ServiceError) -> None:
+        key.refusal = error.failure
+        self._end_all(key, error)
+
+    def _end_all(self, key: BatchKey, error: ServiceError) -> None:
+        for job in self.queue.waiting(key):
+            self.abandon(job, error)
+
+    def _give_up_row(self, batch: Batch, reason: Reason) -> None:
+        (job, row, _), key, limit_s = batch.slices[0], batch.key, self.queue.limits.batch_s
+        logger.error("row %d of a request for model %d fails alone (%s)", row, key.model, reason)
+        if reason == "memory":
+            self.abandon(job, Overloaded("expected enough memory for one row, there is not; try again later"))
+        elif reason == "late" and key.row_s > HEAVY_SHARE * limit_s:
+            self.abandon(job, _too_expensive(limit_s, key.row_s))
+        else:
+            self.abandon(job, EvaluationFailed(f"expected a row that can be evaluated, row {row} cannot"))
+
+    def _close(self, job: Job) -> None:
+        self.queue.close(job)
+        self._open.discard(job)
+        job.key.ended(job)
+        end, job.end = job.end, None
+        assert end is not None
+        end(job)
+        job.answers = {}
+
+    def _end_turn(self) -> None:
+        self._submitted = 0
+        self.dispatch()
+
+    def _set_alarm(self, deadline_s: float) -> None:
+        """Have one timer for all jobs, at the earliest deadline."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = deadline_s
+        self._alarm = self._clock.call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        now = self._clock.time() + CLOCK_S
+        for job in [job for job in self._open if job.deadline_s <= now]:
+            self.abandon(job, DeadlineExceeded("expected an answer before the deadline, there was none"))
+        self._alarm, self._alarm_s = None, math.inf
+        if self._open:
+            self._set_alarm(min(job.deadline_s for job in self._open))
+
+    def _note_queueing(self, batch: Batch) -> None:
+        now = self._clock.time()
+        for job, start, _ in batch.slices:
+            if start == 0 and not batch.is_retry:
+                job.started_at = now
+                self._observer.queued(job.key.name, now - job.queued_at)
+
+
+def _overloaded(what: str, now: int, limit: int) -> Overloaded:
+    return Overloaded(f"expected at most {limit} {what} waiting, got {now}; try again later")
+
+
+def _too_expensive(limit_s: float, row_s: float) -> TooExpensive:
+    detail = f"expected rows that take at most {limit_s:g} s each, got rows of about {row_s:.2g} s"
+    return TooExpensive(detail, limit_s=limit_s, row_s=round(row_s, 3))

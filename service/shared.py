@@ -1,0 +1,127 @@
+"""Memory that a worker writes results into and the front reads them from, without a copy through a socket.
+
+The front makes each buffer (a sealed memfd, so that nobody can shorten it), sends its descriptor with the first batch
+whose results go there, and lends it for one batch at a time: it is free again when the last array made of it is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Buffer", "Buffers", "offsets"]
+
+#: Size of a buffer: a batch is cut at so many bytes.
+BUFFER_BYTES = 8 << 20
+#: Bytes of results from which shared memory is faster than a socket.
+SHARED_BYTES = 256 << 10
+#: Most bytes of all buffers that one worker writes to.
+MOST_BYTES = 256 << 20
+#: Time after which a buffer that nobody uses is given up.
+IDLE_S = 1.0
+#: Alignment of each array in a buffer.
+ALIGNMENT = 64
+#: F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW.
+_SEALS = 1 | 2 | 4
+
+
+class Buffer:
+    """Shared memory of a fixed size.
+
+    Attributes:
+        number: What both sides know it by.
+        is_sent: Whether the worker has its descriptor.
+        since_s: When it was used last, on the monotonic clock.
+    """
+
+    def __init__(self, number: int, size: int) -> None:
+        """Take the memory; its pages come when they are written to."""
+        self.number, self.size = number, size
+        self.fd = os.memfd_create("results", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        self.is_sent = False
+        self.is_lent = False
+        self.since_s = 0.0
+        self._mapping: weakref.ref[mmap.mmap] | None = None
+
+    def arrays(self, shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Any]:
+        """Return what was written, as read-only arrays that lie at :func:`offsets`; they keep the buffer lent."""
+        mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._mapping = weakref.ref(mapping, lambda _: self.give_back())
+        places, _ = offsets(shapes, np.dtype(dtype).itemsize)
+        return [np.ndarray(shape, dtype, mapping, place) for shape, place in zip(shapes, places, strict=True)]
+
+    def give_back(self) -> None:
+        """Let the buffer be used again."""
+        self.is_lent, self.since_s = False, time.monotonic()
+
+
+class Buffers:
+    """The buffers of one worker.
+
+    Args:
+        drop: Called with a buffer that is given up, to tell the worker.
+    """
+
+    def __init__(self, drop: Callable[[Buffer], None]) -> None:
+        """Start without memory."""
+        self._drop = drop
+        self._buffers: dict[int, Buffer] = {}
+        self._numbers = count(1)
+
+    def lend(self, size: int) -> Buffer | None:
+        """Return a free buffer of at least this size, or ``None`` if they would take more memory than they may."""
+        buffer = next((one for one in self._buffers.values() if not one.is_lent and one.size >= size), None)
+        if buffer is None:
+            size = -(-max(size, BUFFER_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+            if size + sum(one.size for one in self._buffers.values()) > MOST_BYTES:
+                return None
+            try:
+                buffer = Buffer(next(self._numbers), size)
+            except OSError:  # no descriptor or no memory left: results come through the socket
+                return None
+            self._buffers[buffer.number] = buffer
+        buffer.is_lent = True
+        return buffer
+
+    def drop_idle(self) -> None:
+        """Give up what nobody has used for a while."""
+        now = time.monotonic()
+        for buffer in list(self._buffers.values()):
+            if not buffer.is_lent and now - buffer.since_s > IDLE_S:
+                self._forget(buffer)
+                self._drop(buffer)
+
+    def close(self) -> None:
+        """Give up all buffers; arrays made of them stay valid."""
+        for buffer in list(self._buffers.values()):
+            self._forget(buffer)
+
+    def _forget(self, buffer: Buffer) -> None:
+        del self._buffers[buffer.number]
+        os.close(buffer.fd)
+
+
+def offsets(shapes: Sequence[tuple[int, ...]], itemsize: int) -> tuple[list[int], int]:
+    """Return where arrays of these shapes begin in a buffer, and how many bytes they take.
+
+    Example:
+        >>> offsets([(3, 1), (3, 2)], 8)
+        ([0, 64], 112)
+    """
+    places, end = [], 0
+    for shape in shapes:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        places.append(start)
+        end = start + math.prod(shape) * itemsize
+    return places, end

@@ -1,0 +1,404 @@
+"""Several front ends of one service: ``hessquik serve --processes N``.
+
+The supervisor has the workers, the folder of models and the port; each front end is a process that listens on the
+same port (SO_REUSEPORT: the system shares connections out) and has a connection of its own to each worker. What one
+front end is asked to load, unload or report concerns all of them; a front end that dies is replaced. See
+:mod:`service.frontend` for what they say to each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import count
+from typing import Any
+
+from service.devices import resolve_devices
+from service.errors import ServiceError, StartUpError
+from service.node import Node
+from service.settings import Settings
+from service.wire import Channel, WireError
+from service.workers import WorkerProcess
+
+__all__ = ["Supervisor", "add_up", "supervise"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
+#: How often front ends are told how the workers are, and what has changed in the table.
+TICK_S = 0.25
+#: Time for a front end to take note of a change, or to report.
+ANSWER_S = 5.0
+#: Time beyond that to drain after which a front end is killed.
+GRACE_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+#: Deaths of front ends in a row, without one that comes up in between, after which none can be kept alive.
+MAX_DEATHS = 8
+#: What all front ends say alike: metrics that are not added up.
+SHARED_METRICS = tuple(f"hessquik_{name}" for name in ("workers", "device_memory", "worker_restarts", "build_info"))
+
+
+class FrontEnd:
+    """A front end's process, and what it has been told.
+
+    Args:
+        supervisor: Whose it is.
+        port: Where it listens.
+    """
+
+    def __init__(self, supervisor: Supervisor, port: int) -> None:
+        """Start the process."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "service.frontend", str(theirs.fileno())]
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
+        environment["PYTHONPATH"] = os.pathsep.join([root, *path])
+        try:
+            # A group of its own: signals that reach ours are our business.
+            self.process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment, process_group=0
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.is_up = False
+        self.told: dict[tuple[str, int], tuple[Any, ...]] = {}
+        self.held: dict[int, Any] = {}
+        self._supervisor = supervisor
+        self._numbers = count(1)
+        self._awaited: dict[int, asyncio.Future[Any]] = {}
+        self.channel = Channel(ours, self._on_frame, self._on_lost)
+        settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys"})
+        keys = {
+            name: [key.get_secret_value() for key in getattr(supervisor.settings, name)]
+            for name in ("api_keys", "admin_keys")
+        }
+        with bind(supervisor.settings.host, port) as listening:
+            fds = (listening.fileno(),)
+            self.channel.write({"op": "start", "settings": {**settings, **keys}}, {}, fds)
+
+    def attach(self, worker: WorkerProcess) -> None:
+        """Give it a connection to a worker."""
+        with worker.connect() as sock:
+            self.channel.write({"op": "worker"}, {}, (sock.fileno(),))
+
+    async def tell(self) -> None:
+        """Tell it what has changed in the table, and wait until it has taken note."""
+        repository = self._supervisor.node.repository
+        now: dict[tuple[str, int], tuple[Any, ...]] = {}
+        for name in repository.names():
+            for version, served in repository.versions(name).items():
+                now[name, version] = (served.id, served.reason, bool(served.facts), served)
+        changed = [key for key, state in now.items() if self.told.get(key) != state]
+        gone = [key for key in self.told if key not in now]
+        if not changed and not gone:
+            return
+        for key in changed:
+            served = now[key][-1]
+            if served.id not in self.held:
+                repository.hold(served)
+                self.held[served.id] = served
+        self.told = now
+        members = [
+            {
+                "name": name,
+                "version": version,
+                "id": served.id,
+                "path": str(served.file.path),
+                "facts": served.facts,
+                "reason": served.reason,
+            }
+            for name, version in changed
+            for served in [now[name, version][-1]]
+        ]
+        await self.ask("table", served=members, gone=[{"name": name, "version": version} for name, version in gone])
+
+    async def ask(self, op: str, **members: Any) -> dict[str, Any] | None:
+        """Send a frame and return the fields of the answer; ``None`` if there is none in time."""
+        number = next(self._numbers)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._awaited[number] = answer
+        self.channel.write({"op": op, "number": number, **members}, {})
+        try:
+            return await asyncio.wait_for(answer, ANSWER_S)
+        except TimeoutError:
+            return None
+        finally:
+            del self._awaited[number]
+
+    def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        match head.get("op"):
+            case "hello" if not self.is_up:
+                self.is_up = True
+                self._supervisor.on_up(self)
+            case "told" | "reported" if type(head.get("number")) is int:
+                answer = self._awaited.get(head["number"])
+                if answer is not None and not answer.done():
+                    answer.set_result(fields)
+            case "released":
+                served = self.held.pop(head["id"], None)
+                if served is not None:
+                    self._supervisor.node.repository.release(served)
+            case "load" | "unload" | "metrics":
+                self._supervisor.answer(self, head)
+            case _:
+                raise WireError("expected a frame of a front end")
+
+    def _on_lost(self) -> None:
+        for answer in self._awaited.values():
+            if not answer.done():
+                answer.set_result({})
+        for served in self.held.values():
+            self._supervisor.node.repository.release(served)
+        self.held.clear()
+        self._supervisor.on_lost(self)
+
+
+class Supervisor:
+    """Runs one service in several processes.
+
+    Args:
+        settings: The service's.
+        devices: One per worker.
+    """
+
+    def __init__(self, settings: Settings, devices: list[str]) -> None:
+        """Start nothing yet."""
+        self.settings = settings
+        self.node = Node(settings, devices)
+        self._fronts: list[FrontEnd] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._port = 0
+        self._deaths = 0
+        self._is_stopping = self._is_given_up = False
+        self._stop: asyncio.Event = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until told to stop, and return the exit status.
+
+        Raises:
+            StartUpError: the service cannot start.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            reserved = bind(self.settings.host, self.settings.port)
+        except OSError as error:
+            raise StartUpError(f"expected an address that can be had, got {error.strerror}") from None
+        with reserved:
+            self._port = reserved.getsockname()[1]
+            for _ in range(self.settings.processes):
+                self._start_front()
+            starting = loop.create_task(self.node.start(self))
+            self._spawn(self._tick())
+            stopping = loop.create_task(self._stop.wait())
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                if starting.done():
+                    starting.result()
+                    logger.info(
+                        "running on http://%s:%d, %d front ends", *reserved.getsockname()[:2], len(self._fronts)
+                    )
+                    await stopping
+            finally:
+                for task in (starting, stopping):
+                    task.cancel()
+                is_drained = await self._drain()
+                for task in self._tasks:
+                    task.cancel()
+                await self.node.stop()
+        if self._is_given_up:
+            return EXIT_GIVEN_UP
+        return EXIT_DRAINED if is_drained else EXIT_FORCED
+
+    def attach(self, worker: WorkerProcess) -> None:
+        """Give every front end a worker that has become ready."""
+        for front in self._fronts:
+            if front.is_up:
+                front.attach(worker)
+
+    def give_up(self) -> None:
+        """Have every job ended, since workers or front ends cannot be kept alive, and stop."""
+        self._is_given_up = True
+        for front in self._fronts:
+            front.channel.write({"op": "give_up"}, {})
+        self._stop.set()
+
+    def on_up(self, front: FrontEnd) -> None:
+        """Give a front end all that there is."""
+        self._deaths = 0
+        self._spawn(front.tell())
+        for worker in self.node.workers.workers:
+            if worker.is_ready:
+                front.attach(worker)
+        self._say_health(front)
+
+    def on_lost(self, front: FrontEnd) -> None:
+        """Replace a front end that is gone."""
+        self._fronts.remove(front)
+        self._spawn(self._replace(front))
+
+    def answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
+        """Do what a front end was asked for, on behalf of all of them."""
+        self._spawn(self._answer(front, head))
+
+    async def _answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
+        reply: dict[str, Any] = {"op": "replied", "number": head["number"]}
+        fields = {}
+        try:
+            match head["op"]:
+                case "load":
+                    loaded = await self.node.load(head["name"])
+                    reply["versions"] = [served.file.version for served in loaded]
+                case "unload":
+                    await self.node.unload(head["name"])
+                case _:
+                    fields["text"] = await self._metrics()
+        except ServiceError as error:
+            reply["error"] = {"code": error.code, "detail": error.detail, "extra": error.extra}
+        if head["op"] != "metrics":
+            await self._tell_all()
+        front.channel.write(reply, fields)
+
+    async def _tell_all(self) -> None:
+        await asyncio.gather(*(front.tell() for front in self._fronts if front.is_up))
+
+    async def _metrics(self) -> bytes:
+        reports = await asyncio.gather(*(front.ask("report") for front in self._fronts if front.is_up))
+        return add_up([bytes(report["text"]) for report in reports if report and "text" in report])
+
+    def _say_health(self, front: FrontEnd) -> None:
+        front.channel.write({"op": "health", **self.node.health()._asdict()}, {})
+
+    def _start_front(self) -> None:
+        try:
+            self._fronts.append(FrontEnd(self, self._port))
+        except OSError as error:
+            logger.error("a front end cannot be started: %s", error.strerror)
+            self._spawn(self._replace(None))
+
+    async def _replace(self, front: FrontEnd | None) -> None:
+        if self._is_stopping:
+            return
+        status = None
+        if front is not None:
+            front.process.kill()
+            status = await asyncio.get_running_loop().run_in_executor(None, front.process.wait)
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS:
+            self.give_up()
+            return
+        pause_s = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
+        logger.error("a front end ended with status %s; a new one in %g s", status, pause_s)
+        await asyncio.sleep(pause_s)
+        if not self._is_stopping:
+            self._start_front()
+
+    async def _tick(self) -> None:
+        """Keep every front end up to date, for ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self._tell_all()
+            for front in self._fronts:
+                if front.is_up:
+                    self._say_health(front)
+
+    def _on_signal(self) -> None:
+        """Drain; at the second signal, end at once."""
+        if self._is_stopping:
+            for front in self._fronts:
+                front.process.kill()
+        self._stop.set()
+
+    async def _drain(self) -> bool:
+        """Have all front ends end; return whether they drained."""
+        self._is_stopping = True
+        loop, fronts = asyncio.get_running_loop(), list(self._fronts)
+        for front in fronts:
+            front.process.send_signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + self.settings.drain_s + GRACE_S
+
+        def wait(front: FrontEnd) -> int:
+            try:
+                return front.process.wait(max(0.1, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                front.process.kill()
+                return front.process.wait()
+
+        statuses = await asyncio.gather(*(loop.run_in_executor(None, wait, front) for front in fronts))
+        return all(status == EXIT_DRAINED for status in statuses)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address that several processes share.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(info[0], socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(info[4])
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def add_up(texts: list[bytes]) -> bytes:
+    r"""Return the sum of several processes' metrics, in Prometheus' text format.
+
+    Example:
+        >>> print(add_up([b"# TYPE a counter\na 1\n", b"# TYPE a counter\na 2\na{b=\"c\"} 3\n"]).decode(), end="")
+        # TYPE a counter
+        a 3.0
+        a{b="c"} 3.0
+    """
+    comments: dict[str, dict[str, None]] = {}
+    samples: dict[str, dict[str, float]] = {}
+    family = ""
+    for text in texts:
+        for line in text.decode().splitlines():
+            if line.startswith("#"):
+                family = line.split(" ", 3)[2]
+                comments.setdefault(family, {})[line] = None
+                continue
+            sample, _, value = line.rpartition(" ")
+            sums = samples.setdefault(family, {})
+            is_shared = family.startswith(SHARED_METRICS)
+            sums[sample] = float(value) + (0.0 if is_shared else sums.get(sample, 0.0))
+    written: list[str] = []
+    for family, lines in comments.items():
+        written += [*lines, *(f"{sample} {value}" for sample, value in samples.get(family, {}).items())]
+    return ("\n".join(written) + "\n").encode()
+
+
+def supervise(settings: Settings) -> int:
+    """Serve with several front ends until told to stop, and return the exit status.
+
+    Raises:
+        StartUpError: the service cannot start.
+    """
+    import uvloop
+
+    async def run() -> int:
+        return await Supervisor(settings, resolve_devices(settings.device, settings.workers)).run()
+
+    return uvloop.run(run())

@@ -1,0 +1,494 @@
+"""Starts, watches and replaces worker processes: one per device slot.
+
+    STARTING ──says hello──▶ LOADING ──has all models──▶ READY ◀──▶ BUSY
+        └───────────────────────┴──────────┬──────────────┴───────────┘
+                                          DEAD, and after a pause a new process
+
+Each state has a time limit; a worker that passes it is killed and replaced. A worker that is ready loads further
+models in a thread of its own and answers meanwhile; one worker after another does, so that the others keep their
+speed. What is wrong with a file is an error for whoever wants it loaded, and never a worker's death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from service.errors import StartUpError
+from service.settings import Settings
+from service.wire import Channel, WireError
+
+__all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
+
+logger = logging.getLogger(__name__)
+
+#: The module that worker processes run.
+WORKER_MODULE = "service.worker"
+#: How often workers are looked at, and asked how they are.
+TICK_S = 0.25
+#: A worker that was well within this time is well.
+FRESH_S = 2.0
+#: Pause before the first restart; it doubles with each death in a row.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+#: Deaths in a row, without a sign of life in between, after which workers cannot be kept alive; and at start-up.
+MAX_DEATHS, MAX_FIRST_DEATHS = 8, 3
+#: Deaths of workers while they load a model that none has loaded yet, after which that model is refused.
+MAX_LOAD_DEATHS = 2
+#: Time for a process to end after its socket was closed.
+END_S = 2.0
+#: Signals that are the supervisor's business, even if the whole process group gets them.
+OUR_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class State(StrEnum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+    DEAD = "dead"
+
+
+TRANSITIONS = {
+    State.STARTING: {State.LOADING, State.DEAD},
+    State.LOADING: {State.READY, State.DEAD},
+    State.READY: {State.BUSY, State.DEAD},
+    State.BUSY: {State.READY, State.DEAD},
+    State.DEAD: set[State](),
+}
+
+
+class LoadError(Exception):
+    """A model is refused; the message says why."""
+
+
+class Owner(Protocol):
+    """Who uses the workers."""
+
+    def attach(self, worker: WorkerProcess) -> None:
+        """Take a worker that has become ready, by :meth:`WorkerProcess.connect`."""
+
+    def refuse(self, model: int, why: str) -> None:
+        """Serve a model no more that a worker refuses, although others have it."""
+
+    def give_up(self) -> None:
+        """Note that workers cannot be kept alive."""
+
+
+class WorkerProcess:
+    """One worker process and the control socket to it.
+
+    Args:
+        workers: Whose it is.
+        device: What it computes on.
+
+    Attributes:
+        loading: Models that it was sent and has not answered for, in their order.
+        loaded: Models that it has.
+        well_s: When it was known to be well.
+        memory_bytes: What it has taken for networks and work.
+    """
+
+    def __init__(self, workers: Workers, device: str) -> None:
+        """Describe a process that is not started yet."""
+        self.device = device
+        self.state = State.STARTING
+        self.loading: list[int] = []
+        self.loaded: set[int] = set()
+        self.well_s = float("-inf")
+        self.memory_bytes = 0
+        self._workers = workers
+        self._since_s = self._heard_s = self._load_since_s = workers.now()
+        self._is_asked = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+
+    def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+        settings = self._workers.settings
+        ours, theirs = socket.socketpair()
+        limits = [str(settings.threads), str(settings.spin_us), str(settings.batch_timeout_s)]
+        command = [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), self.device, *limits]
+        # A signal mask is inherited: the process never sees these signals, from its first instruction on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._channel = Channel(ours, self._on_frame, self.lose)
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it can be sent models."""
+        return self.state in (State.LOADING, State.READY, State.BUSY)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can compute."""
+        return self.state in (State.READY, State.BUSY)
+
+    def become(self, state: State) -> None:
+        """Change the state."""
+        assert state in TRANSITIONS[self.state], f"a {self.state} worker cannot become {state}"
+        self.state, self._since_s = state, self._workers.now()
+
+    def connect(self) -> socket.socket:
+        """Return the front's end of a new socket pair to the computing thread."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._write({"op": "attach"}, fds=(theirs.fileno(),))
+        return ours
+
+    def load(self, model: int, data: bytes) -> None:
+        """Send a model's file, unless it was sent."""
+        if model not in self.loading and model not in self.loaded:
+            if not self.loading:
+                self._load_since_s = self._workers.now()
+            self.loading.append(model)
+            self._write({"op": "load", "model": model}, {"file": data})
+
+    def unload(self, model: int) -> None:
+        """Have a model forgotten; batches that were sent before are answered."""
+        self.loaded.discard(model)
+        self._write({"op": "unload", "model": model})
+
+    def check(self) -> None:
+        """Kill it if it has passed a limit; ask how it is, if it has answered before."""
+        now, settings = self._workers.now(), self._workers.settings
+        if self.state is State.STARTING and now - self._since_s > settings.start_timeout_s:
+            self.kill(f"it did not start within {settings.start_timeout_s:g} s")
+        elif self.loading and now - self._load_since_s > settings.load_timeout_s:
+            self._workers.refuse(self.loading[0], f"expected a network that loads in {settings.load_timeout_s:g} s")
+            self.kill("loading a model took too long", is_counted=False)
+        elif self.is_ready and now - self._heard_s > settings.batch_timeout_s:
+            self.kill(f"it has not answered for {settings.batch_timeout_s:g} s", is_counted=False)
+        elif self.is_ready and not self._is_asked:
+            self._is_asked = True
+            self._write({"op": "ping"})
+
+    def kill(self, why: str, is_counted: bool = True) -> None:
+        """End the process at once; ``is_counted`` says whether that is a sign that workers cannot be kept alive."""
+        if self.state is not State.DEAD:
+            logger.warning("worker %s on %s is killed: %s", self.pid, self.device, why)
+            if self._process is not None:
+                self._process.kill()
+            self.lose(is_counted)
+
+    def lose(self, is_counted: bool = True) -> None:
+        """Take note that it is gone."""
+        if self.state is not State.DEAD:
+            self.become(State.DEAD)
+            self.close()
+            self._workers.on_lost(self, is_counted)
+
+    def close(self) -> None:
+        """Let the process end by closing our end of the socket."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def reap(self) -> int | None:
+        """Wait for the process to end, kill it if it does not, and return its exit status."""
+        if self._process is None:
+            return None
+        for _ in range(2):
+            try:
+                return self._process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        logger.error("worker %s on %s cannot be ended: the device's driver may hang", self.pid, self.device)
+        return None
+
+    def _write(self, head: dict[str, Any], fields: dict[str, Any] | None = None, fds: tuple[int, ...] = ()) -> None:
+        if self._channel is not None:
+            self._channel.write(head, fields or {}, fds)
+
+    def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        now = self._workers.now()
+        match head.pop("op", None):
+            case "ready" if self.state is State.STARTING:
+                self.become(State.LOADING)
+                self._workers.on_started(self)
+            case "loaded" if self.loading and head.get("model") == self.loading[0]:
+                self._load_since_s = now
+                self._workers.on_loaded(self, self.loading.pop(0), head)
+            case "pong" if self.is_ready and self._is_asked:
+                self._on_pong(now, head)
+            case _:
+                raise WireError("expected an answer to what was asked")
+        if self.state is State.LOADING and not self.loading:
+            self.become(State.READY)
+            self.well_s = self._heard_s = now
+            self._workers.on_ready(self)
+
+    def _on_pong(self, now: float, head: dict[str, Any]) -> None:
+        try:
+            busy_s, stalled_s, memory_bytes = (
+                float(head["busy_s"]),
+                float(head["stalled_s"]),
+                int(head["memory_bytes"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise WireError("expected three numbers in a pong") from None
+        settings, self._is_asked = self._workers.settings, False
+        self._heard_s, self.well_s, self.memory_bytes = now, now - stalled_s, memory_bytes
+        state = State.BUSY if busy_s > 0 else State.READY
+        if state is not self.state:
+            self.become(state)
+        if busy_s > settings.batch_timeout_s:
+            self.kill(f"its batch took more than {settings.batch_timeout_s:g} s", is_counted=False)
+        else:
+            self._workers.on_well()
+
+
+@dataclass(slots=True, eq=False)
+class _Model:
+    """A model that workers are to have."""
+
+    data: bytes
+    facts: dict[str, Any] | None = None
+    refusal: str | None = None
+    deaths: int = 0
+    is_served: bool = False
+    waiters: list[tuple[WorkerProcess | None, asyncio.Future[None]]] = field(default_factory=list)
+
+    def settle(self, worker: WorkerProcess | None = None) -> None:
+        """Wake those who wait for this worker or for any; without a worker everybody."""
+        for awaited, future in self.waiters:
+            if (worker is None or awaited in (None, worker)) and not future.done():
+                future.set_result(None)
+
+
+class Workers:
+    """The workers of one service.
+
+    Args:
+        owner: Who uses them.
+        devices: One per worker.
+        settings: Threads and times.
+        now: The clock.
+    """
+
+    def __init__(
+        self, owner: Owner, devices: list[str], settings: Settings, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Describe workers that are not started yet."""
+        self.settings, self.now = settings, now
+        self.restarts = 0
+        self.workers = [WorkerProcess(self, device) for device in devices]
+        self._owner = owner
+        self._models: dict[int, _Model] = {}
+        self._deaths = 0
+        self._was_ready = False
+        self._is_closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Start a worker per device and wait until the first is up.
+
+        Raises:
+            StartUpError: none comes up.
+        """
+        self._started = asyncio.get_running_loop().create_future()
+        for slot, worker in enumerate(self.workers):
+            self._start_worker(slot, worker)
+        self._spawn(self._watch())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._started), self.settings.start_timeout_s)
+        except TimeoutError:
+            raise StartUpError(f"no worker was up within {self.settings.start_timeout_s:g} s") from None
+
+    async def close(self) -> None:
+        """End all workers."""
+        self._is_closing = True
+        for task in self._tasks:
+            task.cancel()
+        for worker in self.workers:
+            worker.close()
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(None, worker.reap) for worker in self.workers))
+
+    def is_fresh(self) -> bool:
+        """Whether a worker was well lately."""
+        well_s = max((worker.well_s for worker in self.workers if worker.is_ready), default=float("-inf"))
+        return self.now() - well_s <= FRESH_S
+
+    def states(self) -> dict[State, int]:
+        """Count the workers in each state."""
+        counted = dict.fromkeys(State, 0)
+        for worker in self.workers:
+            counted[worker.state] += 1
+        return counted
+
+    async def load(self, model: int, data: bytes) -> dict[str, Any]:
+        """Have one worker after another load a model's file; return what is known of it.
+
+        Workers that are not up load it before they become ready.
+
+        Raises:
+            LoadError: it was refused.
+        """
+        entry = self._models[model] = _Model(data)
+        for slot in range(len(self.workers)):
+            worker = self.workers[slot]
+            if worker.is_up and model not in worker.loaded:
+                worker.load(model, data)
+                await self._wait(entry, worker)
+        while entry.facts is None:
+            await self._wait(entry, None)
+        entry.is_served = True
+        return entry.facts
+
+    def unload(self, model: int) -> None:
+        """Have every worker forget a model, after the batches that it was already sent."""
+        self._forget(model, "expected a model that stays, this one was unloaded while it was loaded")
+
+    def refuse(self, model: int, why: str) -> None:
+        """Let no worker have a model."""
+        if self._forget(model, why):
+            self._owner.refuse(model, why)
+
+    def on_started(self, worker: WorkerProcess) -> None:
+        """Send a worker that is up everything that it has to load."""
+        for model, entry in self._models.items():
+            worker.load(model, entry.data)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+
+    def on_ready(self, worker: WorkerProcess) -> None:
+        """Use a worker that has loaded everything."""
+        logger.info("worker %s on %s is ready", worker.pid, worker.device)
+        self._was_ready = True
+        self._owner.attach(worker)
+
+    def on_well(self) -> None:
+        """Forget earlier deaths: a worker is alive."""
+        self._deaths = 0
+
+    def on_loaded(self, worker: WorkerProcess, model: int, facts: dict[str, Any]) -> None:
+        """Take note that a worker has loaded or refused a model."""
+        entry = self._models.get(model)
+        if entry is None:
+            return
+        if "error" in facts:
+            self.refuse(model, str(facts["error"]))
+        else:
+            worker.loaded.add(model)
+            facts.pop("model", None)
+            entry.facts = entry.facts or facts
+            entry.settle(worker)
+
+    def on_lost(self, worker: WorkerProcess, is_counted: bool) -> None:
+        """Replace a worker that is gone."""
+        if self._is_closing:
+            return
+        self.restarts += 1
+        if worker.loading and (entry := self._models.get(worker.loading[0])) is not None and entry.facts is None:
+            is_counted = False
+            entry.deaths += 1
+            if entry.deaths >= MAX_LOAD_DEATHS:
+                self.refuse(worker.loading[0], "expected a network that can be loaded, got one that ends its worker")
+        for entry in self._models.values():
+            entry.settle(worker)
+        self._count_death(is_counted, "workers end while they start")
+        self._spawn(self._replace(self.workers.index(worker), worker))
+
+    def _count_death(self, is_counted: bool, why: str) -> None:
+        self._deaths += is_counted
+        if not self._was_ready and self._started is not None and not self._started.done():
+            if self._deaths >= MAX_FIRST_DEATHS:
+                self._started.set_exception(StartUpError(f"no worker can be started: {why}"))
+        elif self._deaths >= MAX_DEATHS:
+            self._owner.give_up()
+
+    def _forget(self, model: int, why: str) -> bool:
+        """Take a model from the workers and from those who wait for it; return whether it was served."""
+        entry = self._models.pop(model, None)
+        if entry is None:
+            return False
+        for worker in self.workers:
+            worker.unload(model)
+        entry.refusal = why
+        entry.settle()
+        return entry.is_served
+
+    async def _wait(self, entry: _Model, worker: WorkerProcess | None) -> None:
+        """Wait until a worker, or any, has loaded a model, or is gone.
+
+        Raises:
+            LoadError: the model was refused.
+        """
+        waiter = worker, asyncio.get_running_loop().create_future()
+        entry.waiters.append(waiter)
+        try:
+            await waiter[1]
+        finally:
+            entry.waiters.remove(waiter)
+        if entry.refusal is not None:
+            raise LoadError(entry.refusal)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _start_worker(self, slot: int, worker: WorkerProcess) -> None:
+        """Start a process in a slot; if the system does not allow it, try again later."""
+        self.workers[slot] = worker
+        try:
+            worker.start()
+        except OSError as error:
+            logger.error("a worker on %s cannot be started: %s", worker.device, error.strerror)
+            worker.become(State.DEAD)
+            self._count_death(True, error.strerror or type(error).__name__)
+            self._spawn(self._replace(slot, worker))
+
+    async def _replace(self, slot: int, worker: WorkerProcess) -> None:
+        pause_s = min(FIRST_PAUSE_S * 2 ** max(0, self._deaths - 1), LONGEST_PAUSE_S)
+        status = await asyncio.get_running_loop().run_in_executor(None, worker.reap)
+        logger.error(
+            "worker %s on %s ended with status %s; a new one in %g s", worker.pid, worker.device, status, pause_s
+        )
+        await asyncio.sleep(pause_s)
+        self._start_worker(slot, WorkerProcess(self, worker.device))
+
+    async def _watch(self) -> None:
+        """Look after the workers for ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for worker in list(self.workers):
+                worker.check()
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: ours without the service's settings, keys among them; our package is found first."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
+    return {**ours, "PYTHONPATH": os.pathsep.join([root, *path])}

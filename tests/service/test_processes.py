@@ -1,0 +1,258 @@
+"""``hessquik serve --processes 2``: two front ends that are one service."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import hessquik
+from hessquik.activations import tanhActivation
+from hessquik.networks import NN, fullyConnectedNN
+from service.supervisor import add_up
+from tests.live import LiveServer
+from tests.service.faulty_worker import SLOW, SLOW_S
+
+ADMIN = {"Authorization": "Bearer admin"}
+FAULTY = ("-m", "tests.service.faulty_serve")
+WAIT_S = 60.0
+
+
+def network(seed: int) -> NN:
+    torch.manual_seed(seed)
+    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
+
+
+def value(seed: int) -> float:
+    return float(network(seed)(torch.ones(1, 2, dtype=torch.float64))[0].detach())
+
+
+#: Connections of the test that runs.
+OPEN: list[http.client.HTTPConnection] = []
+
+
+@pytest.fixture(autouse=True)
+def close_connections() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+class Front:
+    """A connection to one front end."""
+
+    def __init__(self, port: int) -> None:
+        self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.http.connect()
+        OPEN.append(self.http)
+        self.port = self.http.sock.getsockname()[1]
+        self.pid = 0
+
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        text = None if body is None else json.dumps(body)
+        self.http.request(method, path, text, {"Content-Type": "application/json", **(headers or {})})
+        reply = self.http.getresponse()
+        data = reply.read()
+        is_json = "json" in reply.headers["content-type"]
+        return reply.status, json.loads(data) if is_json else data.decode()
+
+    def ask(self, point: tuple[float, float] = (1.0, 1.0)) -> tuple[int, Any]:
+        return self.call("POST", "/v1/models/net/value", {"inputs": point})
+
+
+def front_processes(server: LiveServer) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if any("service.frontend" in part for part in child.cmdline())
+    ]
+
+
+def connect(server: LiveServer, count: int = 2) -> list[Front]:
+    """Return a connection to each front end: the system chooses, so connections are made until all have one."""
+    found: dict[int, Front] = {}
+    for _ in range(200):
+        front = Front(server.port)
+        front.call("GET", "/livez")
+        for process in front_processes(server):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(one.raddr and one.raddr[1] == front.port for one in process.net_connections()):
+                    front.pid = process.pid
+        if front.pid in found:
+            front.http.close()
+        found.setdefault(front.pid, front)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError(f"expected connections to {count} front ends, got {len(found)}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "net").mkdir()
+    hessquik.save(network(1), tmp_path / "net" / "1.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[LiveServer]:
+    settings = {"admin_keys": "admin", "processes": 2, "batch_timeout_s": 3}
+    with LiveServer(folder, settings=settings, command=FAULTY) as live:
+        yield live
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def ready(front: Front) -> bool:
+    return front.call("GET", "/readyz")[0] == 200
+
+
+def test_load_unload_and_metrics_act_on_both(server: LiveServer, folder: Path) -> None:
+    one, other = connect(server)
+    assert one.pid != other.pid
+    for front in (one, other):
+        status, reply = front.ask()
+        assert (status, reply["value"][0]) == (200, pytest.approx(value(1), rel=1e-12))
+    for seed in range(2, 8):
+        hessquik.save(network(seed), folder / "net" / "1.safetensors")
+        status, _ = one.call("POST", "/v1/models/net/load", headers=ADMIN)
+        assert status == 200
+        for front in (other, one):  # at once, without a wait
+            status, reply = front.ask()
+            assert (status, reply["value"][0]) == (200, pytest.approx(value(seed), rel=1e-12))
+        one, other = other, one
+    (folder / "net" / "2.safetensors").write_bytes(b"nonsense")
+    status, reply = one.call("POST", "/v1/models/net/load", headers=ADMIN)
+    assert (status, reply["code"]) == (422, "model_refused")
+    (folder / "net" / "2.safetensors").unlink()
+    assert one.call("POST", "/v1/models/other/load", headers=ADMIN)[0] == 404
+    assert one.call("POST", "/v1/models/net/unload", headers=ADMIN)[0] == 200
+    assert [front.ask()[0] for front in (one, other)] == [404, 404]
+    assert other.call("POST", "/v1/models/net/unload", headers=ADMIN)[0] == 404
+    assert other.call("POST", "/v1/models/net/load", headers=ADMIN)[0] == 200
+    assert [front.ask()[0] for front in (one, other)] == [200, 200]
+
+    sample = 'hessquik_requests_total{route="/v1/models/{model}/value",status="200"} '
+    texts = [front.call("GET", "/metrics")[1] for front in (one, other)]
+    counts = [float(text.partition(sample)[2].split("\n")[0]) for text in texts]
+    assert counts == [16.0, 16.0]
+    assert all('hessquik_workers{state="ready"} 1.0' in text for text in texts)
+
+
+def test_readiness_is_that_of_the_workers_in_both(server: LiveServer) -> None:
+    fronts = connect(server)
+    assert all(map(ready, fronts))
+    (worker,) = server.workers()
+    worker.send_signal(signal.SIGSTOP)
+    until(lambda: not any(map(ready, fronts)))
+    until(lambda: all(map(ready, fronts)))  # when it was replaced
+    assert [front.ask()[0] for front in fronts] == [200, 200]
+
+
+def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: LiveServer, folder: Path) -> None:
+    victim, other = connect(server)
+    other.call("POST", "/v1/models/net/unload", headers=ADMIN)
+    hessquik.save(network(5), folder / "kept.safetensors")
+    assert other.call("POST", "/v1/models/kept/load", headers=ADMIN)[0] == 200
+    hessquik.save(network(6), folder / "kept.safetensors")  # not loaded: nobody may serve it
+    answered: list[int] = []
+    is_over = threading.Event()
+
+    def keep_asking() -> None:
+        while not is_over.is_set():
+            answered.append(other.call("POST", "/v1/models/kept/value", {"inputs": [1.0, 1.0]})[0])
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    psutil.Process(victim.pid).kill()
+    until(lambda: len(front_processes(server)) == 2 and victim.pid not in [p.pid for p in front_processes(server)])
+    is_over.set()
+    asking.join()
+    assert set(answered) == {200}
+    until(lambda: any("Application startup complete" in line for line in server.log[-3:]))
+    fronts = connect(server)
+    assert victim.pid not in [front.pid for front in fronts]
+    for front in fronts:
+        until(lambda front=front: ready(front))
+        status, reply = front.call("POST", "/v1/models/kept/value", {"inputs": [1.0, 1.0]})
+        assert (status, reply["value"][0]) == (200, pytest.approx(value(5), rel=1e-12))
+        assert front.ask()[0] == 404, "what was unloaded stays so in a new front end"
+
+
+def test_what_a_killed_front_end_held_is_freed(server: LiveServer, folder: Path) -> None:
+    """A worker forgets a model that was replaced while a front end that is gone used it."""
+    victim, other = connect(server)
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(victim.ask, (SLOW, 0.0))
+        time.sleep(SLOW_S / 4)
+        psutil.Process(victim.pid).kill()
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            slow.result()
+    hessquik.save(network(3), folder / "net" / "1.safetensors")
+    assert other.call("POST", "/v1/models/net/load", headers=ADMIN)[0] == 200
+    assert other.ask()[1]["value"][0] == pytest.approx(value(3), rel=1e-12)
+    assert server.metric("hessquik_worker_restarts_total") == 0
+
+
+def test_a_stop_drains_both_and_leaves_nothing_behind(server: LiveServer) -> None:
+    fronts = connect(server)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    with ThreadPoolExecutor(2) as threads:
+        accepted = [threads.submit(front.ask, (SLOW, 1.0)) for front in fronts]
+        time.sleep(SLOW_S / 2)
+        assert server.stop() == 0
+        assert [one.result()[0] for one in accepted] == [200, 200]
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not any("Traceback" in line for line in server.log)
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(server: LiveServer) -> None:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) == 3
+    server.workers()[0].send_signal(signal.SIGSTOP)
+    server.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
+    assert alive == []
+
+
+def test_an_address_that_is_taken_fails_the_start_with_a_line(folder: Path) -> None:
+    with LiveServer(folder) as taken:
+        command = [sys.executable, "-m", "service", "serve", str(folder), "--device", "cpu", "--processes", "2"]
+        ended = subprocess.run(
+            [*command, "--port", str(taken.port)], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert ended.returncode == 3
+    assert "address" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_metrics_are_added_up_but_for_what_all_say_alike() -> None:
+    one = b'# TYPE a counter\na_total 1\n# TYPE hessquik_workers gauge\nhessquik_workers{state="ready"} 2\n'
+    other = b'# TYPE hessquik_workers gauge\nhessquik_workers{state="ready"} 2\n# TYPE a counter\na_total 2\na_x 5\n'
+    assert add_up([one, other]).decode().splitlines() == [
+        "# TYPE a counter",
+        "a_total 3.0",
+        "a_x 5.0",
+        "# TYPE hessquik_workers gauge",
+        'hessquik_workers{state="ready"} 2.0',
+    ]
+    assert add_up([]) == b"\n"

@@ -1,0 +1,460 @@
+"""The folder and the table, with workers that load or refuse as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import ModelNotFound, ModelRefused, NotReady
+from service.repository import ModelFile, Repository, find_files, scan
+from service.workers import LoadError
+
+FACTS = {"d": 2, "m": 1, "dtype": "float64"}
+
+
+class SimulatedWorkers:
+    """Load what is not refused; a gate may hold loads up."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, bytes] = {}
+        self.loads: list[bytes] = []
+        self.gate: asyncio.Event | None = None
+        self.refuses: set[bytes] = set()
+
+    async def load(self, model: int, data: bytes) -> dict[str, Any]:
+        self.loads.append(data)
+        self.held[model] = data
+        if self.gate is not None:
+            await self.gate.wait()
+        if model not in self.held:
+            raise LoadError("unloaded while it was loaded")
+        if data in self.refuses:
+            del self.held[model]
+            raise LoadError("expected something else")
+        return dict(FACTS)
+
+    def unload(self, model: int) -> None:
+        self.held.pop(model, None)
+
+
+@pytest.fixture
+def workers() -> SimulatedWorkers:
+    return SimulatedWorkers()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, workers: SimulatedWorkers) -> Repository:
+    return Repository(tmp_path, workers)  # type: ignore[arg-type]
+
+
+def put(root: Path, name: str, data: bytes) -> Path:
+    path = root / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").replace(path)
+    return path
+
+
+def run(work: Awaitable[Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 20))  # type: ignore[arg-type]
+
+
+def served(repository: Repository) -> dict[tuple[str, int], str]:
+    return {
+        (name, version): one.state
+        for name in repository.names()
+        for version, one in repository.versions(name).items()
+    }
+
+
+# The folder.
+
+
+def test_files_are_found_by_name_and_version(tmp_path: Path) -> None:
+    for name in ("b", "a", "c/2", "c/10", "c/1"):
+        put(tmp_path, name, b"")
+    (tmp_path / "notes.txt").write_text("")
+    assert [(file.name, file.version) for file in find_files(tmp_path)] == [
+        *(("a", 1), ("b", 1), ("c", 1), ("c", 2), ("c", 10)),
+    ]
+
+
+def make_odd_entries(root: Path) -> int:
+    """Make what must be left out, and return how many of them there are."""
+    put(root, "good", b"good")
+    outside = root.parent / "outside"
+    outside.mkdir()
+    put(outside, "1", b"outside")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "circle.safetensors").symlink_to(root / "circle.safetensors")
+    (root / "broken.safetensors").symlink_to(root / "nothing")
+    (root / "leads_out.safetensors").symlink_to(outside / "1.safetensors")
+    (root / "folder_out").symlink_to(outside)
+    (root / "directory.safetensors").mkdir()
+    os.mkfifo(root / "fifo.safetensors")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(root / "sock.safetensors"))
+    put(root, "two words", b"")
+    put(root, "line\nbreak\x1b[31m", b"")
+    put(root, "good/1", b"another good")
+    put(root, "good/0", b"")
+    put(root, "good/01", b"")
+    put(root, "good/9" + "9" * 9, b"")
+    os.link(root / "good.safetensors", os.fsencode(root) + b"/not-utf8-\xff.safetensors")
+    return 15
+
+
+def test_odd_entries_are_reported_once_each_and_left_out(
+    tmp_path: Path, workers: SimulatedWorkers, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "models"
+    root.mkdir()
+    count = make_odd_entries(root)
+    repository = Repository(root, workers)  # type: ignore[arg-type]
+
+    async def work() -> None:
+        await repository.load_all()
+        for _ in range(3):
+            await repository.follow()
+        await repository.load("good")
+
+    with caplog.at_level(logging.WARNING):
+        run(work())
+    assert served(repository) == {("good", 1): "ready"}
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "is left out" in line]) == count, "\n".join(lines)
+    assert all(line.isprintable() for line in lines)
+    assert any("good/1.safetensors is left out: good.safetensors is version 1 of good" in line for line in lines)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "good", b"")
+    put(tmp_path, "closed/1", b"")
+    (tmp_path / "closed").chmod(0)
+    try:
+        found, left_out = scan(tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert [file.name for file in found] == ["good"]
+    assert "closed" in left_out
+
+
+def test_a_folder_that_is_gone_is_an_empty_one(tmp_path: Path) -> None:
+    found, left_out = scan(tmp_path / "none")
+    assert (found, list(left_out)) == ([], ["."])
+
+
+def test_a_fifo_that_takes_a_files_place_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(LoadError, match="regular file"):
+        ModelFile("a", 1, tmp_path / "a.safetensors").read()
+
+
+def test_a_folder_of_thousands_of_files_is_looked_at_quickly(tmp_path: Path) -> None:
+    times = []
+    for count in (500, 2000):
+        for number in range(count):
+            (tmp_path / f"model{number}.safetensors").touch()
+        began = time.perf_counter()
+        assert len(list(find_files(tmp_path))) == count
+        times.append(time.perf_counter() - began)
+    assert times[1] < 1.0
+    assert times[1] < 16 * times[0]
+
+
+def test_loading_everything_looks_at_the_folder_once(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(300):
+        put(tmp_path, f"model{number}", b"%d" % number)
+    scans = 0
+
+    def counting(root: Path) -> Any:
+        nonlocal scans
+        scans += 1
+        return scan(root)
+
+    monkeypatch.setattr("service.repository.scan", counting)
+    run(repository.load_all())
+    assert (scans, len(workers.held)) == (1, 300)
+
+
+# Loading.
+
+
+def test_a_reload_replaces_when_it_is_ready_and_frees_the_old_when_nobody_holds_it(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        await repository.load("a")
+        old = repository.ready("a", None)
+        put(tmp_path, "a", b"two")
+        with repository.holding(old):
+            (new,) = await repository.load("a")
+            assert repository.ready("a", None) is new is not old
+            assert list(workers.held.values()) == [b"one", b"two"]
+        assert list(workers.held.values()) == [b"two"]
+
+    run(work())
+
+
+def test_a_file_that_did_not_change_is_not_loaded_again(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        await repository.load("a")
+        put(tmp_path, "a", b"one")
+        await repository.load("a")
+        await repository.follow()
+        assert workers.loads == [b"one"]
+
+    run(work())
+
+
+def test_a_refused_replacement_is_an_error_and_leaves_the_old_one_serving(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        put(tmp_path, "a/2", b"two")
+        await repository.load("a")
+        workers.refuses = {b"bad"}
+        put(tmp_path, "a/2", b"bad")
+        with pytest.raises(ModelRefused, match="version 2: expected something else") as refused:
+            await repository.load("a")
+        assert [one["state"] for one in refused.value.extra["loaded"]] == ["ready", "failed"]
+        assert served(repository) == {("a", 1): "ready", ("a", 2): "ready"}
+        assert sorted(workers.held.values()) == [b"one", b"two"]
+
+    run(work())
+
+
+def test_a_refused_new_model_is_shown_as_failed_and_can_be_loaded_later(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        workers.refuses = {b"bad"}
+        put(tmp_path, "a", b"bad")
+        await repository.load_all()
+        assert served(repository) == {("a", 1): "failed"}
+        with pytest.raises(NotReady):
+            repository.ready("a", None)
+        put(tmp_path, "a", b"good")
+        await repository.load("a")
+        assert served(repository) == {("a", 1): "ready"}
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_file_is_not_tried_again_until_it_changes(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, is_new: bool
+) -> None:
+    async def work() -> None:
+        workers.refuses = {b"bad"}
+        if not is_new:
+            put(tmp_path, "a", b"one")
+        await repository.load_all()
+        put(tmp_path, "a", b"bad")
+        for _ in range(5):
+            await repository.follow()
+        assert workers.loads.count(b"bad") == 1
+        put(tmp_path, "a", b"good")
+        await repository.follow()
+        assert served(repository) == {("a", 1): "ready"}
+
+    run(work())
+
+
+def test_the_folder_is_followed(tmp_path: Path, repository: Repository, workers: SimulatedWorkers) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        put(tmp_path, "b", b"other")
+        await repository.load_all()
+        put(tmp_path, "a/2", b"two")
+        (tmp_path / "a/1.safetensors").unlink()
+        (tmp_path / "b.safetensors").unlink()
+        put(tmp_path, "c", b"new")
+        await repository.follow()
+        assert served(repository) == {("a", 2): "ready", ("c", 1): "ready"}
+        assert sorted(workers.held.values()) == [b"new", b"two"]
+        put(tmp_path, "b", b"other")
+        await repository.follow()
+        assert ("b", 1) in served(repository)
+
+    run(work())
+
+
+def test_what_was_unloaded_stays_so_until_it_is_loaded(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        await repository.load_all()
+        repository.unload("a")
+        assert workers.held == {}
+        await repository.follow()
+        put(tmp_path, "a", b"two")
+        await repository.follow()
+        assert served(repository) == {}
+        with pytest.raises(ModelNotFound):
+            repository.unload("a")
+        await repository.load("a")
+        assert served(repository) == {("a", 1): "ready"}
+        put(tmp_path, "a", b"three")
+        await repository.follow()
+        assert list(workers.held.values()) == [b"three"]
+
+    run(work())
+
+
+def test_two_files_of_one_version_do_not_alternate(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"file")
+        put(tmp_path, "a/1", b"file in a folder")
+        await repository.load_all()
+        for _ in range(3):
+            await repository.load("a")
+            await repository.follow()
+        assert workers.loads == [b"file"]
+        (tmp_path / "a.safetensors").unlink()
+        await repository.follow()
+        assert list(workers.held.values()) == [b"file in a folder"]
+
+    run(work())
+
+
+# Races.
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_an_unload_during_a_load_wins_and_leaves_nothing(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, is_new: bool, when: str
+) -> None:
+    async def work() -> None:
+        if not is_new:
+            put(tmp_path, "a", b"one")
+            await repository.load("a")
+        put(tmp_path, "a", b"two")
+        workers.gate = asyncio.Event()
+        loading = asyncio.ensure_future(repository.load("a"))
+        while b"two" not in workers.loads:
+            await asyncio.sleep(0)
+        repository.unload("a")
+        if when == "late":
+            await asyncio.sleep(0.01)
+        workers.gate.set()
+        with pytest.raises(ModelRefused, match="unloaded"):
+            await loading
+        assert served(repository) == {}
+        assert workers.held == {}
+        await repository.load("a")
+        assert served(repository) == {("a", 1): "ready"}
+
+    run(work())
+
+
+def test_loads_of_one_model_follow_each_other_and_of_others_go_beside(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        workers.gate = gate = asyncio.Event()
+        first = asyncio.ensure_future(repository.load("a"))
+        while not workers.loads:
+            await asyncio.sleep(0)
+        put(tmp_path, "a", b"two")
+        second = asyncio.ensure_future(repository.load("a"))
+        workers.gate = None
+        put(tmp_path, "b", b"other")
+        await repository.load("b")
+        assert b"two" not in workers.loads
+        gate.set()
+        await asyncio.gather(first, second)
+        assert sorted(workers.held.values()) == [b"other", b"two"]
+
+    run(work())
+
+
+def test_a_caller_that_leaves_does_not_stop_a_load(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        workers.gate = asyncio.Event()
+        loading = asyncio.ensure_future(repository.load("a"))
+        while not workers.loads:
+            await asyncio.sleep(0)
+        loading.cancel()
+        await asyncio.sleep(0)
+        workers.gate.set()
+        for _ in range(10):
+            await asyncio.sleep(0.01)
+        assert served(repository) == {("a", 1): "ready"}
+
+    run(work())
+
+
+def test_a_model_that_a_worker_refuses_later_is_failed(tmp_path: Path, repository: Repository) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        (one,) = await repository.load("a")
+        repository.refuse(one.id, "out of memory")
+        assert served(repository) == {("a", 1): "failed"}
+        assert one.reason == "out of memory"
+        (again,) = await repository.load("a")
+        assert again.state == "ready"
+
+    run(work())
+
+
+def test_whatever_is_done_in_whatever_order_the_workers_hold_what_is_served(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    random_ = random.Random(3)
+    workers.refuses = {b"%d" % number for number in range(0, 400, 7)}
+
+    async def act(number: int) -> None:
+        await asyncio.sleep(random_.uniform(0, 0.3))
+        name = random_.choice(("a", "b/1", "b/2"))
+        action: Callable[[], Any] = random_.choice(
+            (
+                lambda: put(tmp_path, name, b"%d" % number),
+                lambda: (tmp_path / f"{name}.safetensors").unlink(missing_ok=True),
+                lambda: repository.load(name[0]),
+                lambda: repository.load(name[0]),
+                lambda: repository.unload(name[0]),
+                repository.follow,
+            )
+        )
+        try:
+            found = action()
+            if asyncio.iscoroutine(found):
+                await found
+        except (ModelNotFound, ModelRefused):
+            pass
+
+    async def work() -> None:
+        await asyncio.gather(*(act(number) for number in range(400)))
+        for name in ("a", "b"):
+            repository._unloaded.pop(name, None)
+        await repository.follow()
+        ready = {one.id for name in repository.names() for one in repository.versions(name).values() if one.facts}
+        assert set(workers.held) == ready
+
+    run(work())
