@@ -11,16 +11,16 @@ dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z), every quantity i
     Hv                 the adjoint of x, with c ⊙ (dz v) entering at every z
     vᵀHv               Σ c · (dz v)²
 
-:class:`Backward` computes them so. :class:`Forward` carries second derivatives of pairs of tangents along instead, which
-takes fewer operations when there are many outputs and few inputs. Where x enters the network through fewer than d columns,
-[K₁ K₂ …] = QR, tangents may start from the rows of Qᵀ instead of the unit vectors: f(x) = g(xQ), so ∇²f = Q ∇²g Qᵀ and
-Δf = Δg.
+:class:`Backward` computes them so. :class:`Forward` carries second derivatives of pairs of tangents along instead,
+which takes fewer operations when there are many outputs and few inputs. Where x enters the network through fewer than
+d columns, [K₁ K₂ …] = QR, tangents may start from the rows of Qᵀ instead of the unit vectors: f(x) = g(xQ), so
+∇²f = Q ∇²g Qᵀ and Δf = Δg.
 
-Both run on tensors, where they are the reference, and on the traced arrays of :mod:`hessquik.trace`, where they leave the
-graph of a plan.
+Both run on tensors, where they are the reference, and on the traced arrays of :mod:`hessquik.trace`, where they leave
+the graph of a plan.
 
-Letters: n samples, d inputs, m outputs (1 if weighted), k directions, w hidden units. Shapes: (n, k, w); a leading axis
-of 1 stands for all samples.
+Letters: n samples, d inputs, m outputs (1 if weighted), k directions, w hidden units. Shapes: (n, k, w); a leading
+axis of 1 stands for all samples.
 
 Sources: E. Newman and L. Ruthotto, hessQuik (2022), doi:10.21105/joss.04171, for the layers' derivatives;
 R. M. Gower and M. P. Mello, arXiv:1309.5479, for Hessians as sums over nonlinear sites.

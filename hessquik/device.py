@@ -18,7 +18,7 @@ class Device:
         tile_bytes: What the memory of a tile may take, so that it stays in a cache.
         matrix_bytes: What the constant matrices may take, so that they stay there too.
         operations_per_byte: Floating-point operations that take as long as moving a byte to or from that cache.
-        smallest_tile_rows: Rows of the smallest tile, so that a wide layer's matrix is fetched for some rows at least.
+        smallest_tile_rows: Rows of the smallest tile: a wide layer's matrix is fetched for that many at least.
         largest_tile_rows: Rows of the largest tile.
         pairs_per_output: Pairs of tangents per output above which second derivatives are not carried forward.
     """

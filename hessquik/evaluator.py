@@ -1,8 +1,8 @@
 """A frozen network that evaluates any number of points, tile by tile.
 
-A tile is a number of rows whose memory stays in a cache. However many points come, the memory beside inputs and results is
-one tile's, and a row's numbers are the same to the last bit whatever it is computed with. What else is asked may change the
-plan, and with it a result's last bits.
+A tile is a number of rows whose memory stays in a cache. However many points come, the memory beside inputs and
+results is one tile's, and a row's numbers are the same to the last bit whatever it is computed with. What else is
+asked may change the plan, and with it a result's last bits.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 Three decisions are made here, each in functions of its own:
 
 * **Fusion.** A sum that follows a product is added in it; a scaling α C ⊙ S + F ⊙ T that follows a product is its
-  epilogue; pointwise operations of one shape are one map; a product of arrays that is summed over its tangents is one step.
-* **Placement.** A result is written where it is wanted: into the output, even transposed; side by side with others that a
-  contraction runs over. What depends on no row is computed once per call.
+  epilogue; pointwise operations of one shape are one map; a product of arrays that is summed over its tangents is one
+  step.
+* **Placement.** A result is written where it is wanted: into the output, even transposed; side by side with others
+  that a contraction runs over. What depends on no row is computed once per call.
 * **Memory.** Arrays whose lives do not overlap share memory.
 """
 
@@ -184,10 +185,10 @@ class _Layout:
         """Find the product of arrays that a sum over tangents runs over."""
         (j,) = node.inputs
         inner = self.nodes[j]
-        if inner.op == "mul" and self.only_use(j) is not None and j not in self.absorbed:
-            if all(self.nodes[k].shape == inner.shape for k in inner.inputs):
-                self.absorbed.add(j)
-                self.summed.add(j)
+        is_free = inner.op == "mul" and self.only_use(j) is not None and j not in self.absorbed
+        if is_free and all(self.nodes[k].shape == inner.shape for k in inner.inputs):
+            self.absorbed.add(j)
+            self.summed.add(j)
 
     def only_use(self, i: int) -> int | None:
         """Return the one node that reads ``i``, unless ``i`` is a result."""
@@ -228,7 +229,7 @@ class _Layout:
     # ---- Placement ----
 
     def new(self, shape: tuple[int, ...], space: Space) -> Strided:
-        """Return a new array whose rows of columns are padded to whole vectors, those of the last two axes if three."""
+        """Return a new array, its rows padded to whole vectors: of columns, or of the last two of three axes."""
         *outer, columns = shape
         inner = outer.pop() if len(shape) > 2 else 1
         pitch = -(-inner * columns // self.lanes) * self.lanes
@@ -251,7 +252,8 @@ class _Layout:
 
     def place_outputs(self) -> None:
         """Let the node behind an output be written there, through the views between them."""
-        for name, i in self.graph.outputs.items():
+        for name, output in self.graph.outputs.items():
+            i = output
             place: Strided | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
             while place is not None and self.nodes[i].op in {"permute", "reshape"}:
                 (source,) = self.nodes[i].inputs
@@ -354,9 +356,9 @@ class _Layout:
         if array.buffer.space is Space.CONSTANT and array.strides[-1] == 1:
             return array
         is_even = all(not stride % self.lanes for stride in (array.offset, *array.strides[:-1]))
-        if array.buffer.space in {Space.TILE, Space.SHARED} and array.strides[-1] == 1 and is_even:
-            if not self.is_unpadded(i):
-                return array
+        is_own = array.buffer.space in {Space.TILE, Space.SHARED} and array.strides[-1] == 1
+        if is_own and is_even and not self.is_unpadded(i):
+            return array
         if i not in self.padded_copies:
             node = self.nodes[i]
             self.padded_copies[i] = self.new(node.shape, self.space_of(node))
@@ -469,9 +471,9 @@ class _Layout:
         candidates = [before, len(steps) - 1] if steps else []
         for place in candidates:
             draft = steps[place] if place >= 0 else None
-            if isinstance(draft, _MapDraft) and draft.shape == node.shape and place >= before:
-                if len(draft.members) < MAX_INSTRUCTIONS:
-                    break
+            fits = isinstance(draft, _MapDraft) and draft.shape == node.shape and place >= before
+            if fits and len(draft.members) < MAX_INSTRUCTIONS:
+                break
         else:
             draft, place = _MapDraft(node.shape), len(steps)
             steps.append(draft)

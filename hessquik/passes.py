@@ -1,7 +1,8 @@
 """Passes over a graph: each is a rule with a name, and computes the same results with fewer operations.
 
-A rule sees one node whose inputs were rewritten already, and returns what stands for it, or ``None``. :func:`optimise`
-applies all of them in one sweep, merges equal nodes on the way, and leaves out what no result depends on.
+A rule sees one node whose inputs were rewritten already, and returns what stands for it, or ``None``.
+:func:`optimise` applies all of them in one sweep, merges equal nodes on the way, and leaves out what no result depends
+on.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def compose_views(builder: Builder, node: Node) -> int | None:
 
 
 def sink_reshapes(builder: Builder, node: Node) -> int | None:
-    """Write a reshape that leaves out axes of one entry, applied to what is pointwise, as the same on smaller operands."""
+    """Let a reshape that leaves out axes of one entry come before a pointwise operation, not after it."""
     if node.op != "reshape" or not builder.nodes[node.inputs[0]].is_pointwise:
         return None
     source = builder.nodes[node.inputs[0]]

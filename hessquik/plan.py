@@ -1,7 +1,7 @@
 """From the layers of a network and what is asked of it to the cheapest program for a device.
 
-The formulas of :mod:`hessquik.calculus` are traced in every way that answers the question, and the way with the least work
-on the device is kept:
+The formulas of :mod:`hessquik.calculus` are traced in every way that answers the question, and the way with the least
+work on the device is kept:
 
     mode    backward: adjoints give the weights of sums over hidden units; forward: second derivatives travel along
     start   tangents begin with the d unit vectors of x or, if x enters by fewer than d columns, with a basis of these

@@ -169,7 +169,7 @@ class Product:
 
     Attributes:
         a: A (outer, inner, depth).
-        b: B (outer, depth, columns): a constant that all outer entries share (outer stride 0), or an array of the row.
+        b: B (outer, depth, columns): a constant that all outer entries share (outer stride 0), or an array per row.
         add: D, or ``None`` for 0; a constant bias has inner stride 0.
         out: C, or ``None`` if only the scaling reads it.
         scaling: E, or ``None``.
@@ -358,7 +358,7 @@ class Program:
 
     Attributes:
         once: Steps whose results hold for all tiles of a call: run at its beginning. Those that write SHARED memory
-            run for one row; those that write TILE memory run for every row of the tile, and no other step writes there.
+            run for one row; those that write TILE memory run for every row of a tile, where no other step writes.
         steps: Steps of a tile, in order.
         tile_size: Numbers of TILE memory per row of a tile.
         shared_size: Numbers of SHARED memory.

@@ -55,7 +55,7 @@ class Strided:
                 return None
             inner, stride = axes.pop()
             while inner < extent and axes and axes[-1][1] == inner * stride:
-                inner, stride = inner * axes.pop()[0], stride
+                inner *= axes.pop()[0]
             if inner % extent:
                 return None
             strides.append(stride)

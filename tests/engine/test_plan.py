@@ -1,15 +1,14 @@
-"""The planner's choices, which follow from counting, and what a plan says about itself."""
-
-from itertools import pairwise
+"""The planner's choices, which follow from counting; what steps are fused, placed and shared; what a plan prints."""
 
 import pytest
 import torch
 
 from hessquik import Evaluator
 from hessquik.activations import tanhActivation
-from hessquik.calculus import QUANTITIES
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
+from hessquik.quantities import QUANTITIES
+from hessquik.steps import Congruence, Contract, Map, Product, Space, SumProducts
 
 TANH = tanhActivation()
 ALL_SECOND = ("value", "gradient", "hessian")
@@ -20,47 +19,39 @@ def network(d, w, m):
 
 
 @pytest.mark.parametrize(
-    ("net", "quantities", "start", "order"),
+    ("net", "quantities", "start", "mode"),
     [
         pytest.param(network(10, 64, 1), ALL_SECOND, "x", "backward", id="d below w, one output"),
         pytest.param(network(256, 16, 1), ALL_SECOND, "reduced", "backward", id="d above w"),
-        pytest.param(network(10, 128, 1), ("laplacian",), "x", "backward", id="Laplacian, matrices stay in cache"),
         pytest.param(network(10, 400, 1), ("laplacian",), "x", "forward", id="Laplacian, one reading of matrices"),
-        pytest.param(network(256, 16, 1), ("laplacian",), "reduced", "backward", id="Laplacian, d above w"),
+        pytest.param(network(256, 16, 1), ("laplacian",), "reduced", "forward", id="Laplacian, d above w"),
         pytest.param(network(2, 32, 64), ALL_SECOND, "x", "forward", id="two inputs, many outputs"),
-        pytest.param(network(10, 64, 1), ("value",), None, "backward", id="value alone"),
-        pytest.param(
-            NN(ICNN(64, [None, 8, 8]), quadraticICNNLayer(64, 8, 4)),
-            ("laplacian",),
-            "reduced",
-            "forward",
-            id="convex",
-        ),
+        pytest.param(network(10, 64, 1), ("value",), "x", "backward", id="value alone"),
     ],
 )
-def test_the_cheapest_way_is_chosen(net, quantities, start, order):
+def test_the_cheapest_way_is_chosen(net, quantities, start, mode):
     plan = Evaluator(net).plan(quantities)
-    assert (plan.start, plan.order) == (start, order)
+    assert (plan.start, plan.mode) == (start, mode)
 
 
-def steps(quantities, **given):
+def kinds(quantities, **given):
     plan = Evaluator(network(10, 32, 3)).plan(quantities, **given)
-    return {step.operation for step in plan.program.steps}, plan
+    return {type(step) for step in plan.program.steps}, plan
 
 
 def test_nothing_is_computed_that_was_not_asked():
-    kinds, value = steps(("value",))
-    assert kinds == {"multiply", "activate", "scale"}
-    kinds, laplacian = steps(("laplacian",))
-    assert "congruence" not in kinds
-    _, hessian = steps(("hessian",))
+    found, value = kinds(("value",))
+    assert found == {Product, Map}
+    found, laplacian = kinds(("laplacian",))
+    assert Congruence not in found
+    _, hessian = kinds(("hessian",))
     assert value.operations < laplacian.operations < hessian.operations
-    _, weighted = steps(("hessian",), weights=(3,))
+    _, weighted = kinds(("hessian",), weights=(3,))
     assert weighted.operations < hessian.operations
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "quantity", "order"),
+    ("m", "k", "quantity", "mode"),
     [
         pytest.param(1, 4, "jvp", "backward", id="Jv, one output"),
         pytest.param(32, 1, "jvp", "forward", id="Jv, many outputs"),
@@ -69,8 +60,8 @@ def test_nothing_is_computed_that_was_not_asked():
         pytest.param(32, 1, "hvp", "backward", id="Hv"),
     ],
 )
-def test_directions_are_carried_forward_where_that_is_less_than_the_adjoints(m, k, quantity, order):
-    assert Evaluator(network(10, 64, m)).plan((quantity,), directions=(k, 10)).order == order
+def test_directions_are_carried_forward_where_that_is_less_than_the_adjoints(m, k, quantity, mode):
+    assert Evaluator(network(10, 64, m)).plan((quantity,), directions=(k, 10)).mode == mode
 
 
 def test_jv_of_one_output_hardly_costs_more_in_more_directions():
@@ -83,9 +74,15 @@ def test_what_all_rows_share_is_computed_once(quantity):
     evaluate = Evaluator(network(10, 32, 40))  # so many outputs that Jv is carried forward
     shared = evaluate.plan((quantity,), directions=(3, 10)).program
     own = evaluate.plan((quantity,), directions=(7, 3, 10)).program
-    assert [step.operation for step in shared.once if step.inputs[0].buffer.base == "directions"] == ["multiply"]
-    assert not [step for step in own.once if step.inputs[0].buffer.base == "directions"]
-    assert own.operations >= shared.operations + 2 * 3 * 10 * 32
+
+    def products_of_directions(steps):
+        return [step for step in steps if isinstance(step, Product) and step.a.buffer.name == "directions"]
+
+    assert len(products_of_directions(shared.once)) == 1
+    assert not products_of_directions(shared.steps)
+    assert len(products_of_directions(own.steps)) == 1
+    assert not products_of_directions(own.once)
+    assert own.operations > shared.operations
 
 
 @pytest.mark.parametrize("quantity", [*QUANTITIES, ("value", "hvp")])
@@ -94,42 +91,43 @@ def test_every_step_is_for_something(quantity):
     for net in (network(10, 32, 3), NN(ICNN(6, [None, 8, 8]), quadraticICNNLayer(6, 8, 4))):
         evaluate = Evaluator(net)
         program = evaluate.plan(quantities, directions=(2, evaluate.d)).program
-        read = {id(view.buffer) for step in program.steps for view in step.inputs if view is not None}
-        for step in program.steps:
-            written = (step.out, *step.inputs[1:]) if step.operation == "activate" else (step.out,)
-            buffers = [view.buffer for view in written if view is not None]
-            assert any(buffer.base in quantities or id(buffer) in read for buffer in buffers), str(step)
+        steps = (*program.once, *program.steps)
+        read = {id(view.buffer) for step in steps for view in step.reads()}
+        for step in steps:
+            for view in step.writes():
+                assert view.buffer.name in quantities or id(view.buffer) in read, str(step)
 
 
 def test_adjoints_of_x_and_the_last_value_are_not_computed_for_a_laplacian():
     evaluate = Evaluator(network(10, 32, 1))
-    shapes = [step.out.shape for step in evaluate.plan(("laplacian",)).program.steps if step.operation == "multiply"]
-    assert (1, 1, 10) not in shapes
-    assert (1, 1, 1) not in shapes
+    program = evaluate.plan(("laplacian",)).program
+    products = [step for step in program.steps if isinstance(step, Product)]
+    assert not [step for step in products if step.a.shape[1] == 1 and step.b.shape[2] == 10]
+    scalars = [step for step in products if step.a.shape[1] == 1 and step.b.shape[2] == 1]
+    assert all(view.buffer.name == "laplacian" for step in scalars for view in step.writes())
 
 
-def test_scalings_follow_what_they_scale():
-    """All but those of a first layer, whose tangents are constant, and of what two of them scale."""
+def test_scalings_and_biases_are_part_of_the_products_that_they_follow():
+    """All but those of a first layer, whose tangents are constant."""
     program = Evaluator(network(10, 32, 1)).plan(("hvp",), directions=(2, 10)).program
-    for before, step in pairwise(program.steps):
-        if step.follows:
-            assert step.operation == "scale"
-            assert before.operation in {"multiply", "activate"}
-            assert not before.follows
-            assert step.inputs[0] == before.out
-            assert id(step.out.buffer) not in {id(view.buffer) for view in before.views()}
-    wide = [step for step in program.steps if step.operation == "scale" and step.out.shape[1] == 2]
-    assert [step.follows for step in wide].count(False) == 2
+    tangents = [step for step in program.steps if isinstance(step, Product) and step.a.shape[1] == 2]
+    assert [step.scaling is not None for step in tangents].count(True) >= 3
+    assert any(step.scaling is not None and step.scaling.add_by is not None for step in tangents)
+    hidden = [step for step in program.steps if isinstance(step, Product) and step.b.shape[1:] == (32, 32)]
+    forward = [step for step in hidden if step.a.shape[1] == 1 and step.scaling is None]
+    assert forward
+    assert all(step.add is not None for step in forward[:2])
+    wide = [step for step in program.steps if isinstance(step, Map) and step.shape[1] == 2 and step.instructions]
+    assert len(wide) <= 5
 
 
-def test_what_only_a_following_step_reads_is_not_moved():
-    program = Evaluator(network(10, 32, 1)).plan(("value",)).program
-    passing = [step for step in program.steps if not step.is_read]
-    assert {step.operation for step in passing} == {"multiply", "activate"}
-    for step in passing:
-        assert step.out not in step.moved()
-    follower = next(step for step in program.steps if step.follows)
-    assert follower.inputs[0] not in follower.moved()
+def test_the_steps_of_a_network_are_few():
+    """Five hidden layers: a product and a map for the value, one for tangents, two for adjoints, one congruence."""
+    layers = [singleLayer(10, 64, TANH), *(singleLayer(64, 64, TANH) for _ in range(4)), singleLayer(64, 1)]
+    program = Evaluator(NN(*layers)).plan(ALL_SECOND).program
+    assert len(program.steps) <= 6 * 5 + 3
+    assert sum(isinstance(step, Congruence) for step in program.steps) == 1
+    assert not any(isinstance(step, Contract | SumProducts) for step in program.steps)
 
 
 def test_a_laplacians_cost_hardly_grows_with_the_inputs():
@@ -138,18 +136,45 @@ def test_a_laplacians_cost_hardly_grows_with_the_inputs():
     assert wide < narrow + 3 * value
 
 
+def test_results_are_written_where_they_are_wanted():
+    program = Evaluator(network(10, 32, 1)).plan(ALL_SECOND).program
+    copies = [step for step in program.steps if isinstance(step, Map) and not step.instructions]
+    assert not copies
+    written = {view.buffer.name for step in program.steps for view in step.writes() if view.buffer.name}
+    assert written == set(ALL_SECOND)
+
+
+def test_arrays_that_live_at_once_do_not_overlap():
+    for net in (network(10, 32, 3), network(2, 16, 20), network(40, 8, 2)):
+        evaluate = Evaluator(net)
+        program = evaluate.plan((*ALL_SECOND, "laplacian", "hvp", "curvature"), directions=(2, evaluate.d)).program
+        lives = {}
+        for place, step in enumerate(program.steps):
+            for view in (*step.reads(), *step.writes()):
+                if view.buffer.space is Space.TILE:
+                    first, _, buffer = lives.get(id(view.buffer), (place, place, view.buffer))
+                    lives[id(view.buffer)] = (first, place, buffer)
+        arrays = list(lives.values())
+        for i, (begin, end, one) in enumerate(arrays):
+            assert one.offset + one.size <= program.tile_size
+            for start, stop, other in arrays[i + 1 :]:
+                if begin <= stop and start <= end:
+                    assert one.offset + one.size <= other.offset or other.offset + other.size <= one.offset
+
+
 def test_a_plan_says_what_it_does():
     plan = Evaluator(network(10, 32, 3)).plan(("hvp",), directions=(2, 10))
-    said = str(plan)
-    assert said.startswith("hvp: tangents from")
-    assert f"{plan.operations} operations and {plan.bytes} bytes a row" in said
-    assert "multiply(" in said
+    text = str(plan)
+    assert text.startswith("hvp: backward, tangents from x")
+    assert f"{plan.operations} operations and {plan.bytes} bytes a row" in text
+    assert "product      " in text
+    assert "map          " in text
 
 
 def test_workspaces_stay_small():
     for net in (network(10, 64, 1), network(100, 128, 4), network(1024, 16, 1), network(50, 768, 1)):
         plan = Evaluator(net, dtype=torch.float64).plan(ALL_SECOND)
-        assert plan.rows * plan.program.workspace * 8 <= 32 << 20
+        assert plan.rows * plan.program.tile_size * 8 <= 32 << 20
 
 
 def test_plans_and_bits_are_the_same_after_a_restart():
