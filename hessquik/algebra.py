@@ -46,7 +46,8 @@ def congruence(a: Tensor, b: Tensor) -> Tensor:
     """
     d, m = a.shape[-2], b.shape[-2]
     weighted = (a.unsqueeze(-2) * b.unsqueeze(-3)).flatten(-3, -2)
-    return (a @ weighted.mT).unflatten(-1, (d, m))
+    result: Tensor = (a @ weighted.mT).unflatten(-1, (d, m))
+    return result
 
 
 @_traceable

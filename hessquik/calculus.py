@@ -113,8 +113,8 @@ class Backward:
         self._chain: list[Linearization] = []
         self._units: list[Tensor] = []
         self._along: list[Tensor] = []
-        units = (question.start(),) if question.needs(directional=False) else None
-        along = (question.along(),) if question.needs(directional=True) else None
+        units: Parts | None = (question.start(),) if question.needs(directional=False) else None
+        along: Parts | None = (question.along(),) if question.needs(directional=True) else None
         features: Parts = (question.x,)
         for form in forms:
             here = form.linearize(features, question.order)
@@ -151,7 +151,8 @@ class Backward:
         if basis is None:
             return middle
         half = basis @ middle  # Σ_t Q[b, t] M[s, t, m], (n, r, d, m)
-        return (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+        hessian: Tensor = (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+        return hessian
 
     @property
     def laplacian(self) -> Tensor:
@@ -166,7 +167,8 @@ class Backward:
             return _total((dz * dz) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
         half = basis @ self._middle
         sums = (half * basis.mT.unsqueeze(-1)).flatten(-2).sum(-2, keepdim=True)
-        return sums.unflatten(-1, tuple(half.shape[-2:])).flatten(-3, -2)
+        diagonal: Tensor = sums.unflatten(-1, tuple(half.shape[-2:])).flatten(-3, -2)
+        return diagonal
 
     @property
     def curvature(self) -> Tensor:
@@ -181,7 +183,8 @@ class Backward:
             (dz.unsqueeze(-2) * c.unsqueeze(-3)).flatten(-3, -2) for dz, c in zip(self._along, self._c, strict=True)
         ]
         _, gx = self._pull(self._y.new_zeros(1, k * m, self._y.shape[-1]), extra)
-        return gx.unflatten(-2, (k, m)).mT
+        products: Tensor = gx.unflatten(-2, (k, m)).mT
+        return products
 
     @property
     def _unit(self) -> Tensor:
@@ -211,13 +214,13 @@ class Backward:
             extra: Those that enter at every z.
 
         Returns:
-            c = gs ⊙ σ''(z) of every layer, if second derivatives are asked for, and the adjoints of x.
+            c = gs ⊙ σ''(z) of every layer, and the adjoints of x.
         """
         adjoints: Parts = (gy, *(part.new_zeros(1, gy.shape[-2], part.shape[-1]) for part in self._carried))
         c: list[Tensor] = []
         for here, entering in zip(reversed(self._chain), reversed(extra), strict=True):
             gs, adjoints = here.pull(adjoints, entering)
-            if here.d2sigma is not None and entering is None:
+            if entering is None:
                 c.insert(0, gs * here.d2sigma)
         return c, join(adjoints)
 
@@ -292,7 +295,8 @@ class Forward:
         if basis is None:
             return middle
         half = basis @ middle
-        return (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+        hessian: Tensor = (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
+        return hessian
 
     @property
     def laplacian(self) -> Tensor:

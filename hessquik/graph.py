@@ -147,13 +147,11 @@ class Builder:
     def append(self, node: Node) -> int:
         """Add a node as it is, or find it, and return its index."""
         if self.is_merging:
-            data = node.data
-            key = (
-                node.op, node.inputs, node.arguments,
-                None if data is None else (data.data_ptr(), data.stride(), tuple(data.shape), node.number),
-            )  # fmt: skip
+            key: Any = (node.op, node.inputs, node.arguments)
             if node.number is not None:
                 key = ("number", node.number, node.shape)
+            elif node.data is not None:
+                key = (node.data.data_ptr(), node.data.stride(), node.shape)
             if key in self._known:
                 return self._known[key]
             self._known[key] = len(self.nodes)

@@ -29,6 +29,7 @@ from hessquik.steps import (
     Space,
     Step,
     SumProducts,
+    View,
 )
 from hessquik.strided import Strided, collapsed
 
@@ -151,30 +152,35 @@ class _Layout:
     def extends_scaling(self, i: int, fusion: _Fusion, current: int, step: int) -> bool:
         """Add one operation to a scaling, if it fits, and return whether it did."""
         node = self.nodes[step]
-        if node.op not in {"mul", "add"} or not self.has_shape_of(step, current) or step in self.absorbed:
+        if step in self.absorbed or not self.has_shape_of(step, current) or node.op not in {"mul", "add"}:
             return False
         other = self.other(step, current)
-        if other == current:
-            return False
-        number = self.nodes[other].number
-        if node.op == "mul" and number is not None:
-            fusion.alpha *= number
-            return True
         if node.op == "mul":
-            if fusion.by is not None or not self.is_ready(other, i):
-                return False
-            fusion.by = other
-            return True
-        if current == fusion.raw and self.only_use(current) is None:
+            return other != current and self.extends_by_factor(i, fusion, other)
+        is_alone = current != fusion.raw or self.only_use(current) is not None
+        return other != current and is_alone and self.extends_by_term(i, fusion, step, other)
+
+    def extends_by_factor(self, i: int, fusion: _Fusion, factor: int) -> bool:
+        """Let a factor be α or S, if it can."""
+        number = self.nodes[factor].number
+        if number is not None:
+            fusion.alpha *= number
+        elif fusion.by is None and self.is_ready(factor, i):
+            fusion.by = factor
+        else:
             return False
-        inner = self.nodes[other]
-        if inner.op == "mul" and self.only_use(other) == step and other not in self.absorbed:
-            left, right = sorted(inner.inputs, key=lambda j: self.nodes[j].shape != inner.shape)
+        return True
+
+    def extends_by_term(self, i: int, fusion: _Fusion, step: int, term: int) -> bool:
+        """Let a term be F, or F ⊙ T if it is a product that nothing else reads."""
+        node = self.nodes[term]
+        if node.op == "mul" and self.only_use(term) == step and term not in self.absorbed:
+            left, right = sorted(node.inputs, key=lambda j: self.nodes[j].shape != node.shape)
             if self.is_ready(left, i) and self.is_ready(right, i):
                 fusion.scale_add, fusion.scale_add_by = left, right
-                self.absorbed.add(other)
+                self.absorbed.add(term)
                 return True
-        fusion.scale_add = other if self.is_ready(other, i) else None
+        fusion.scale_add = term if self.is_ready(term, i) else None
         return fusion.scale_add is not None
 
     def is_ready(self, i: int, product: int) -> bool:
@@ -461,7 +467,7 @@ class _Layout:
                 add = add and next(rest)
                 out = out and next(rest)
                 b = b.part(0, 0, 1).reshaped(b.shape[1:]) or b
-        return Product(a.view(), b.view(), add and add.view(), out and out.view(), scaling)
+        return Product(a.view(), b.view(), _view(add), _view(out), scaling)
 
     def emit_pointwise(self, i: int) -> None:
         """Add an operation to a map that can take it, or to a new one."""
@@ -470,9 +476,8 @@ class _Layout:
         before = max((self.place_in(steps, j, node) for j in node.inputs), default=-1)
         candidates = [before, len(steps) - 1] if steps else []
         for place in candidates:
-            draft = steps[place] if place >= 0 else None
-            fits = isinstance(draft, _MapDraft) and draft.shape == node.shape and place >= before
-            if fits and len(draft.members) < MAX_INSTRUCTIONS:
+            draft = steps[place] if place >= before else None
+            if isinstance(draft, _MapDraft) and self.has_room(draft, node):
                 break
         else:
             draft, place = _MapDraft(node.shape), len(steps)
@@ -484,6 +489,10 @@ class _Layout:
         for j in node.inputs:
             if self.map_of.get(j) is not draft and self.nodes[j].number is None:
                 self.read(j)
+
+    def has_room(self, draft: _MapDraft, node: Node) -> bool:
+        """Return whether a map can take an operation."""
+        return draft.shape == node.shape and len(draft.members) < MAX_INSTRUCTIONS
 
     def place_in(self, steps: list[Step | _MapDraft], i: int, reader: Node) -> int:
         """Return the position of the step that computes ``i`` in the list that its reader is in."""
@@ -501,7 +510,7 @@ class _Layout:
         inner = self.nodes[j]
         left, right = (inner.inputs[0], inner.inputs[1]) if j in self.summed else (j, None)
         a, b = self.padded(left), None if right is None else self.padded(right)
-        step = SumProducts(a.view(), b and b.view(), self.home(i).view())
+        step = SumProducts(a.view(), _view(b), self.home(i).view())
         self.position[i] = self.append(step, node.is_shared)
 
     def emit_sum_of_products(self, i: int, joined: list[Strided | None]) -> None:
@@ -588,7 +597,9 @@ class _Layout:
 
     def assign_memory(self, once: list[Step], steps: list[Step]) -> tuple[int, int]:
         """Give every array its offset and return the sizes of TILE and SHARED memory."""
-        shared, first, last = 0, {}, {}
+        shared = 0
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
         buffers: dict[int, Buffer] = {}
         for place, step in [*((-1, step) for step in once), *enumerate(steps)]:
             for view in (*step.reads(), *step.writes()):
@@ -601,6 +612,11 @@ class _Layout:
         tile = [buffer for buffer in buffers.values() if buffer.space is Space.TILE]
         lives = [(first[id(buffer)], last[id(buffer)], buffer) for buffer in tile]
         return _first_fit(lives), shared
+
+
+def _view(array: Strided | None) -> View | None:
+    """Return an array with the three axes of a step, if there is one."""
+    return None if array is None else array.view()
 
 
 def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:

@@ -1,8 +1,7 @@
 """Passes over a graph: each is a rule with a name, and computes the same results with fewer operations.
 
 A rule sees one node whose inputs were rewritten already, and returns what stands for it, or ``None``.
-:func:`optimise` applies all of them in one sweep, merges equal nodes on the way, and leaves out what no result depends
-on.
+:func:`optimise` applies all of them in one sweep, merges equal nodes, and leaves out what no result depends on.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -182,7 +183,8 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
     )
     with torch.no_grad():
         found = compute(mode, forms, question)
-    return builder.finish({name: array.index for name, array in found.items()})  # type: ignore[attr-defined]
+    arrays = cast("dict[str, Array]", found)
+    return builder.finish({name: array.index for name, array in arrays.items()})
 
 
 def find_basis(forms: Sequence[Form]) -> Tensor | None:

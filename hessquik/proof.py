@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hessquik.backends import names
-from hessquik.calculus import DIRECTIONAL, QUANTITIES
 from hessquik.errors import DerivativeError
 from hessquik.evaluator import Evaluator
 from hessquik.networks import NN
+from hessquik.quantities import DIRECTIONAL, QUANTITIES
 from hessquik.reference import ReferenceNetwork, user_defined
 from hessquik.utils import taylor
 
@@ -302,8 +302,8 @@ def _against_autograd(
     asked = [(names, False) for names in calls]
     if is_thorough:
         asked += [(names, True) for names in calls] + [((name,), False) for name in QUANTITIES]
-    for names, is_weighted in asked:
-        quantities = _affordable(names, evaluate, x.shape[0])
+    for call, is_weighted in asked:
+        quantities = _affordable(call, evaluate, x.shape[0])
         if not quantities:
             continue
         found = evaluate(

@@ -124,20 +124,23 @@ class View:
 
     def part(self, axis: int, start: int, stop: int) -> View:
         """Entries ``start`` to ``stop`` along an axis."""
-        shape = tuple(stop - start if i == axis else extent for i, extent in enumerate(self.shape))
-        return replace(self, shape=shape, offset=self.offset + start * self.strides[axis])
+        shape = list(self.shape)
+        shape[axis] = stop - start
+        return replace(self, shape=(shape[0], shape[1], shape[2]), offset=self.offset + start * self.strides[axis])
 
     def permuted(self, *axes: int) -> View:
         """The axes in another order."""
-        return replace(self, shape=tuple(self.shape[i] for i in axes), strides=tuple(self.strides[i] for i in axes))
+        i, j, k = axes
+        shape, strides = self.shape, self.strides
+        return replace(self, shape=(shape[i], shape[j], shape[k]), strides=(strides[i], strides[j], strides[k]))
 
     def repeated(self, *shape: int) -> View:
         """Single entries along an axis serve all entries of ``shape``."""
-        strides = tuple(
+        outer, inner, column = (
             0 if extent == 1 < wanted else stride
             for extent, wanted, stride in zip(self.shape, shape, self.strides, strict=True)
         )
-        return replace(self, shape=shape, strides=strides)
+        return replace(self, shape=(shape[0], shape[1], shape[2]), strides=(outer, inner, column))
 
     def __str__(self) -> str:
         """The buffer with the shape, and the strides where they are not those of dense rows."""
@@ -195,7 +198,8 @@ class Product:
 
     def writes(self) -> Iterator[View]:
         """Return the arrays that are written."""
-        return (view for view in (self.out, self.scaling and self.scaling.out) if view is not None)
+        scaled = None if self.scaling is None else self.scaling.out
+        return (view for view in (self.out, scaled) if view is not None)
 
     def __str__(self) -> str:
         """The formula with its arrays."""
@@ -375,7 +379,8 @@ class Program:
         """Numbers behind the columns of a written array that its step sets to zero.
 
         They go up to the next multiple of the vector in TILE and SHARED memory. None are set where the columns are
-        scattered, where rows of columns lie without padding, or where some step writes other columns of the buffer behind these (an array written in pieces).
+        scattered, where rows of columns lie without padding, or where some step writes other columns of the buffer
+        behind these (an array written in pieces).
         """
         written = [
             other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer

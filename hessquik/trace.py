@@ -197,7 +197,8 @@ def _power(x: Any, exponent: Any) -> Array:
         left //= 2
         if left:
             square = square * square
-    return 0 * x + 1 if result is None else result
+    power: Array = 0 * x + 1 if result is None else result
+    return power
 
 
 def _clamp(x: Array, min: float | None = None, max: float | None = None) -> Array:

@@ -199,7 +199,6 @@ def pull_back(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient and Hessian that :meth:`hessQuikLayer.backward` describes."""
     y = join(here.value)
-    assert here.d2sigma is not None or not do_Hessian
     n = y.shape[0]
     gy = _unit(y, y.shape[-1]) if dgdf is None else dgdf.mT
     check_directions(v, n, width=gy.shape[1], axis=-2)

@@ -103,7 +103,9 @@ class Form:
         sigma, slope, d2sigma = self.activation.jet(z, order)
         y = _sum(*map(_times, features, self.skip), _times(sigma, self.out), self.offset)
         carried = features[-1:] if self.carries else ()
-        return Linearization(self, (y, *carried), slope, d2sigma)
+        return Linearization(
+            self, (y, *carried), 1.0 if slope is None else slope, 0.0 if d2sigma is None else d2sigma
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,8 @@ class Linearization:
     Attributes:
         form: The layer.
         value: The features that go out, parts of (n, 1, q).
-        slope: σ'(z) (n, 1, w), if derivatives are needed.
-        d2sigma: σ''(z) (n, 1, w), if second derivatives are needed.
+        slope: σ'(z) (n, 1, w); 1 if no derivatives are needed.
+        d2sigma: σ''(z) (n, 1, w); 0 if no second derivatives are needed.
 
     Example:
         >>> from hessquik.layers import singleLayer
@@ -127,8 +129,8 @@ class Linearization:
 
     form: Form
     value: Parts
-    slope: Tensor | None
-    d2sigma: Tensor | None
+    slope: Tensor | float
+    d2sigma: Tensor | float
 
     def push(self, du: Parts) -> tuple[Tensor, Parts]:
         """Carry k tangents forward: dz = Σᵢ duᵢ Pᵢ and dy = Σᵢ duᵢ Sᵢ + (σ'(z) ⊙ dz) Q.
