@@ -25,7 +25,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-class BuildKernel(build_ext):  # type: ignore[misc,valid-type]
+class BuildKernel(build_ext):  # type: ignore[misc]
     """Compiles the sources with their fingerprint."""
 
     def build_extension(self, ext: Any) -> None:

@@ -142,7 +142,7 @@ class Translation:
     # ---- Steps ----
 
     def _step(self, step: Step) -> Structure:
-        structure = _RULES[type(step)](self, step)
+        structure: Structure = _RULES[type(step)](self, step)
         self._kept.append(structure)
         return structure
 
