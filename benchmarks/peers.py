@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hessquik.activations import quadraticActivation, softplusActivation, tanhActivation
+from hessquik.activations import identityActivation, quadraticActivation, softplusActivation, tanhActivation
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import NN
 
@@ -111,7 +111,7 @@ def function(network: NN, xp: Any, array: Callable[[Tensor], Any]) -> Callable[[
                 parts = tuple(whole[a:b] for a, b in pairwise(cuts))
             z = sum(t for u, p in zip(parts, into, strict=True) for t in term(u, p))
             z = z if bias is None else z + bias
-            s = z if form.activation.is_linear else sigma[type(form.activation)](z)
+            s = z if isinstance(form.activation, identityActivation) else sigma[type(form.activation)](z)
             y = sum([*(t for u, p in zip(parts, skip, strict=True) for t in term(u, p)), *term(s, out)])
             y = y if offset is None else y + offset
             parts = (y, *(parts[-1:] if form.carries else ()))

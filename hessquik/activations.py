@@ -61,8 +61,6 @@ class hessQuikActivationFunction(nn.Module):
         (tensor(8.), tensor(12.), tensor(12.))
     """
 
-    #: σ'' = 0 everywhere, so that sums over hidden units may leave this layer out.
-    is_linear = False
     #: Constructor arguments, by name: what a saved file needs to build the object again.
     parameter_names: tuple[str, ...] = ()
 
@@ -264,8 +262,6 @@ class identityActivation(hessQuikActivationFunction):
         >>> [round(part.item(), 4) for part in identityActivation().jet(torch.tensor(1.0), 2)]
         [1.0, 1.0, 0.0]
     """
-
-    is_linear = True
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """σ is x itself."""

@@ -9,6 +9,7 @@ from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
 from hessquik.quantities import QUANTITIES
 from hessquik.steps import Congruence, Contract, Map, Product, Space, SumProducts
+from tests.test_layering import ROOT
 
 TANH = tanhActivation()
 ALL_SECOND = ("value", "gradient", "hessian")
@@ -169,6 +170,13 @@ def test_a_plan_says_what_it_does():
     assert f"{plan.operations} operations and {plan.bytes} bytes a row" in text
     assert "product      " in text
     assert "map          " in text
+
+
+def test_the_worked_example_of_the_architecture_page_is_what_is_printed():
+    plan = Evaluator(NN(singleLayer(3, 8, TANH), singleLayer(8, 1))).plan(("laplacian",))
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    assert str(plan) in page
+    assert str(plan.graph) in page
 
 
 def test_workspaces_stay_small():
