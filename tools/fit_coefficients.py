@@ -77,7 +77,8 @@ def main() -> None:
     log_2 = {"float": [16], "double": [42]}
     half_pi = {"float": [14, 14, 14], "double": [33, 33]}
     lines = [
-        "/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2 and pi / 2. */",
+        "/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2"
+        " and pi / 2. */",
         "",
     ]
     for kind, wanted in WANTED.items():
