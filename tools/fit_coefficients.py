@@ -77,8 +77,9 @@ def main() -> None:
     log_2 = {"float": [16], "double": [42]}
     half_pi = {"float": [14, 14, 14], "double": [33, 33]}
     lines = [
-        "/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2"
-        " and pi / 2. */",
+        "/* Made by tools/fit_coefficients.py: polynomials, constants first, and parts of ln 2 and pi / 2. */",
+        "#ifndef HESSQUIK_COEFFICIENTS_H",
+        "#define HESSQUIK_COEFFICIENTS_H",
         "",
     ]
     for kind, wanted in WANTED.items():
@@ -95,6 +96,7 @@ def main() -> None:
             lines.append(f"static const {kind} {name}_{kind}[] = {{\n    {digits},\n}};")
     lines.append(f"#define ERFCX_CENTRE {CENTRE}")
     lines += [f"#define ERFCX_LARGEST_{kind} {int(value)}" for kind, value in largest.items()]
+    lines.append("#endif")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from setuptools.command.build_ext import build_ext
+    from setuptools.command.build_ext import build_ext  # type: ignore[import-untyped]
 except ImportError:  # an installed kernel needs no setuptools
     build_ext = object
 
 __all__ = ["BuildKernel", "fingerprint"]
 
+FOLDER = Path(__file__).parent
+
 
 def fingerprint() -> str:
     """Return a digest of the C sources beside this file."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.[ch]")):
+    for path in sorted(FOLDER.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-/* Made by tools/fit_coefficients.py: coefficients of polynomials, the constant one first, and parts of ln 2 and pi / 2. */
+/* Made by tools/fit_coefficients.py: polynomials, constants first, and parts of ln 2 and pi / 2. */
 #ifndef HESSQUIK_COEFFICIENTS_H
 #define HESSQUIK_COEFFICIENTS_H
 

@@ -180,14 +180,17 @@ class Translation:
         if scaling is not None:
             structure.alpha = scaling.alpha
             names |= {"by": scaling.by, "term": scaling.add, "term_by": scaling.add_by}
-            structure.scaled = self._write(scaling.out, width)
-        structure.out = self._write(out, width)
+        around = [view for view in (*beside, out) if view is not None]
+        structure.is_plain = all(_has_plain_columns(view) for view in around)
+        # Where columns lie apart somewhere, all arrays are written number by number.
+        write = self._write if structure.is_plain else self._numbers
+        structure.out = write(out, width)
+        structure.scaled = write(scaling.out if scaling else None, width)
         for name, view in names.items():
             setattr(structure, name, self._read(view, width))
-        operands = [structure.out, structure.scaled, *(getattr(structure, name) for name in names if name != "a")]
-        structure.is_plain = all(array.column == 1 or array.space == CONSTANTS["ABSENT"] for array in operands)
         if structure.is_merged and inner == 1:
-            for array in (structure.a, *operands):
+            for name in (*names, "out", "scaled"):
+                array = getattr(structure, name)
                 array.inner = array.row
         return structure  # type: ignore[no-any-return]
 
@@ -326,9 +329,9 @@ class Translation:
             raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
         return self._read(view, 0 if view is None else self._whole(view.shape[2]))
 
-    def _numbers(self, view: View) -> Any:
+    def _numbers(self, view: View | None, width: int = 0) -> Any:
         """Return an array that is written number by number, and its padding after it."""
-        array = self._write(view, view.shape[2])
+        array = self._write(view, 0 if view is None else view.shape[2])
         array.is_whole = False
         return array
 
@@ -346,6 +349,11 @@ _RULES: dict[type, Any] = {
 def _is_even(view: View) -> bool:
     """Return whether the inner entries of neighbouring rows follow each other."""
     return view.shape[1] == 1 or view.buffer.row_stride == view.shape[1] * view.strides[1]
+
+
+def _has_plain_columns(view: View) -> bool:
+    """Return whether columns are neighbours; those of a constant's copy always are."""
+    return view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
 
 
 def _is_run(view: View, width: int) -> bool:
