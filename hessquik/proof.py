@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessquik.backends import names
+from hessquik.backends import names as backend_names
 from hessquik.errors import DerivativeError
 from hessquik.evaluator import Evaluator
 from hessquik.networks import NN
-from hessquik.quantities import DIRECTIONAL, QUANTITIES
+from hessquik.quantities import DIRECTIONAL
 from hessquik.reference import ReferenceNetwork, user_defined
 from hessquik.utils import taylor
 
@@ -51,6 +51,8 @@ CALLS = (
     ("value", "gradient", "laplacian"),
     ("hessian_diagonal", "jvp", "hvp", "curvature"),
 )
+#: All of them at once. A quantity that a user registered has no reference here.
+ALL = tuple(dict.fromkeys(name for names in CALLS for name in names))
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -60,7 +62,7 @@ def backends() -> dict[str, dict[str, Any]]:
         >>> "torch" in backends()
         True
     """
-    return {name: {"backend": name} for name in names("cpu")}
+    return {name: {"backend": name} for name in backend_names("cpu")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Row:
     """One comparison.
 
     Attributes:
-        quantity: What was compared, a name out of :data:`hessquik.calculus.QUANTITIES`.
+        quantity: What was compared, a name out of :data:`hessquik.quantities.QUANTITIES`.
         computed_by: A backend of the Evaluator and its dtype, or a mode of the documented interface.
         reference: What it was compared with.
         measure: ``relative error``, to be at most the bound, or ``order``, to be at least the bound.
@@ -157,7 +159,7 @@ def prove(
         True
     """
     rows = []
-    calls = [*CALLS, tuple(QUANTITIES)]
+    calls = [*CALLS, ALL]
     trials = {
         dtype: _set_up(network, dtype, lower_bounds, upper_bounds, samples, seed)
         for dtype in (torch.float64, torch.float32)
@@ -301,9 +303,9 @@ def _against_autograd(
     worst: dict[str, float] = {}
     asked = [(names, False) for names in calls]
     if is_thorough:
-        asked += [(names, True) for names in calls] + [((name,), False) for name in QUANTITIES]
-    for call, is_weighted in asked:
-        quantities = _affordable(call, evaluate, x.shape[0])
+        asked += [(names, True) for names in calls] + [((name,), False) for name in ALL]
+    for names, is_weighted in asked:
+        quantities = _affordable(names, evaluate, x.shape[0])
         if not quantities:
             continue
         found = evaluate(

@@ -207,6 +207,7 @@ def pull_back(
     gradient = _per_sample(join(gu), n).mT
     if not do_Hessian:
         return gradient, None
+    assert here.d2sigma is not None
     dz, dy = here.push((_unit(y, sum(here.form.widths)),))
     hessian = congruence(_per_sample(dz, n), _per_sample(gs * here.d2sigma, n))
     if d2gd2f is not None:

@@ -18,6 +18,9 @@ from hessquik.layers.form import Form, Linearization, join
 
 __all__ = ["NN"]
 
+#: Multiplications that take as long as reading and writing one number of a large array, about.
+ACCESS = 20
+
 
 class NN(nn.Sequential):
     """Layers and networks one after the other: f = f_L ∘ … ∘ f_1.
@@ -158,18 +161,31 @@ class NN(nn.Sequential):
         return self.layers()[-1].output_widths()[0]
 
     def setup_forward_mode(self, **kwargs: Any) -> bool | None:
-        """Return ``kwargs["forward_mode"]`` or, if there is none, the mode with fewer operations.
+        """Return ``kwargs["forward_mode"]`` or, if there is none, the mode with less work for a Hessian.
 
-        ``True`` carries derivatives forward through the layers; ``False`` calls :meth:`backward` at the end;
-        ``None`` only keeps what a later :meth:`backward` needs, so that whole networks can be chained.
+        ``True`` carries derivatives forward through the layers; ``False`` pulls adjoints back at the end; ``None``
+        only keeps what a later :meth:`backward` needs, so that whole networks can be chained.
         """
         if "forward_mode" in kwargs:
             return cast("bool | None", kwargs["forward_mode"])
-        d, m, forward, backward = self.dim_input(), self.dim_output(), 0, 0
-        for layer in self.layers():
-            p, q = layer.dim_input(), layer.dim_output()
-            forward += d * d * p * q
-            backward += m * p * q * (p + q)
+        return self._is_forward_cheaper(self.forms(), "hessian")
+
+    def _is_forward_cheaper(self, forms: Sequence[Form], highest: str) -> bool:
+        """Return whether forward mode is less work for a sample, up to a Hessian, Laplacian or gradient.
+
+        With F multiplications for the value, W hidden units, t tangents that are carried at second order, and a
+        memory access that costs as much as some multiplications:
+            backward   m adjoints through F, d tangents through F, and dzᵀ diag(c) dz per layer
+            forward    d + t tangents through F, and their products
+        """
+        d, m = self.dim_input(), self.dim_output()
+        F, W = sum(map(_multiplications, forms)), sum(form.hidden for form in forms)
+        if highest == "gradient":
+            return d * (F + ACCESS * W) < m * (F + ACCESS * W)
+        t, backward = (d * (d + 1) // 2, d * d * W) if highest == "hessian" else (1, d * W)
+        sums = ACCESS * (d * W + len(forms) * d * d) * m if highest == "hessian" else ACCESS * d * W
+        backward = (m + d) * F + m * backward + 2 * ACCESS * (m + d) * W + sums
+        forward = (d + t) * F + ACCESS * (d + 4 * t) * W
         return forward < backward
 
     def forward(  # type: ignore[override]
@@ -213,7 +229,7 @@ class NN(nn.Sequential):
         before = dudx is not None or d2ud2x is not None
         if "forward_mode" not in kwargs:
             if v is None and not before and not hand_on:
-                return self._sum_over_hidden_units(x, do_gradient, do_Hessian, do_Laplacian)
+                return self._in_one_pass(x, do_gradient, do_Hessian, do_Laplacian)
             kwargs["forward_mode"] = before or (hand_on and v is None) or self.dim_input() < self.dim_output()
         forward_mode = self.setup_forward_mode(**kwargs)
         if do_Laplacian and not do_Hessian:
@@ -294,11 +310,17 @@ class NN(nn.Sequential):
             None if d2ud2x is None else d2ud2x[..., own],
         )
 
-    def _sum_over_hidden_units(self, x: Tensor, do_gradient: bool, do_Hessian: bool, do_Laplacian: bool) -> Triple:
-        """Compute the derivatives in one pass, see :mod:`hessquik.calculus`."""
+    def _in_one_pass(
+        self, x: Tensor, do_gradient: bool, do_Hessian: bool, do_Laplacian: bool, forward_mode: bool | None = None
+    ) -> Triple:
+        """Compute the derivatives by :mod:`hessquik.calculus`, in the cheaper mode if none is given."""
         second = "hessian" if do_Hessian else "laplacian" if do_Laplacian else None
         quantities = {"value"} | ({"gradient"} if do_gradient else set()) | ({second} if second else set())
-        found = calculus.evaluate(self.forms(), x, quantities)
+        forms = self.forms()
+        if forward_mode is None:
+            forward_mode = self._is_forward_cheaper(forms, second or "gradient")
+        mode = calculus.Forward if forward_mode else calculus.Backward
+        found = calculus.evaluate(forms, x, quantities, mode=mode)
         assert found.value is not None
         laplacian = None if found.laplacian is None else found.laplacian.unsqueeze(1)
         return found.value, found.gradient, laplacian if found.hessian is None else found.hessian
@@ -310,6 +332,11 @@ class NN(nn.Sequential):
         dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != dtype:
             raise ShapeError(f"points must be {dtype}, as the weights are, got {x.dtype}")
+
+
+def _multiplications(form: Form) -> int:
+    """Return how many multiplications by weights the value of a layer takes for a sample."""
+    return sum(part.numel() for part in (*form.into, *form.skip, form.out) if isinstance(part, Tensor))
 
 
 def _carry_back(

@@ -287,10 +287,23 @@ def test_automatic_differentiation_of_no_samples(wrapper):
 def test_the_automatic_mode_counts_operations():
     wide, narrow = net.fullyConnectedNN([17, 4, 2]), net.fullyConnectedNN([2, 4, 17])
     assert (wide.setup_forward_mode(), narrow.setup_forward_mode()) == (False, True)
-    # d < m alone would say backward; but that makes matrices as wide as the hidden layers.
-    assert net.fullyConnectedNN([4, 64, 64, 3]).setup_forward_mode() is True
+    # With m = 64 adjoints, backward is more than ten times the work.
+    assert net.fullyConnectedNN([2, 64, 64, 64]).setup_forward_mode() is True
+    # d < m alone would say forward; but that carries d(d + 1)/2 second derivatives through wide layers.
+    assert net.fullyConnectedNN([20, 64, 64, 24]).setup_forward_mode() is False
     for mode in (True, False, None):
         assert wide.setup_forward_mode(forward_mode=mode) is mode
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_automatic_mode_is_right_whichever_it_takes(name, forward_mode, monkeypatch):
+    network, x, (value, gradient, hessian) = case(name)
+    monkeypatch.setattr(net.NN, "_is_forward_cheaper", lambda self, forms, highest: forward_mode)
+    assert all(map(close, network(x, do_gradient=True, do_Hessian=True), (value, gradient, hessian)))
+    _, got, laplacian = network(x, do_gradient=True, do_Laplacian=True)
+    assert close(got, gradient)
+    assert close(laplacian, torch.einsum("naam->nm", hessian).unsqueeze(1))
 
 
 INCOMPATIBLE = {
