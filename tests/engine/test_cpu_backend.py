@@ -245,7 +245,8 @@ def test_primitives_are_accurate_in_float64(op, vector_bytes):
         for argument, result in zip(x.tolist(), found.tolist(), strict=True):
             truth = exact(mpmath.mpf(argument))
             unit = math.ulp(float(truth))
-            assert abs(float(truth - mpmath.mpf(result))) <= ULPS.get(op, MOST_ULPS) * unit, argument
+            bound = ULPS.get(op, MOST_ULPS) + (vector_bytes == 16 and op in ULPS)  # 16 bytes have no fused operations
+            assert abs(float(truth - mpmath.mpf(result))) <= bound * unit, argument
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -38,7 +38,8 @@ INLINE V NAME(exp_negative)(V y, V low) {
     VI vanishes = (VI)(y < lowest);
     V k, p = NAME(reduced_expm1)(SELECT(vanishes, lowest, y), low, &k);
     V scale = NAME(power_of_two)(__builtin_convertvector(k, VI));
-    return (V)((VI)(scale * p + scale) & ~vanishes);
+    /* Not scale p + scale: without fused operations the product would vanish near the smallest numbers. */
+    return (V)((VI)((p + 1) * scale) & ~vanishes);
 }
 
 /* exp(y) - 1 for y <= 0. */
