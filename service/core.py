@@ -119,6 +119,14 @@ class Core:
             milliseconds = int(header)
         return milliseconds
 
+    def expect_room(self) -> None:
+        """Refuse a request before it is read, if not even the smallest would find a place.
+
+        Raises:
+            Overloaded: as many requests wait as may.
+        """
+        self.scheduler.queue.expect_room()
+
     def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
         """Have a question answered; the model is held until it is.
 
