@@ -157,8 +157,10 @@ async def _read_list(field: str, text: bytes, max_rows: int) -> Array:
             raise _invalid(field, f"lists of numbers, all as long as each other ({width})", "others", row=rows)
         parts.append(part)
         rows += len(part)
-        if part.size == 0 or (nesting > 1 and rows > max_rows):
-            raise _invalid(field, f"1 to {max_rows} rows that are not empty", "others")
+        if part.size == 0:
+            raise _invalid(field, "rows of at least one number", "empty ones")
+        if nesting > 1 and rows > max_rows:
+            raise _invalid(field, f"1 to {max_rows} rows", f"{rows}" if next_start == last else f"{rows} and more")
         start = next_start
         await asyncio.sleep(0)
     return np.concatenate(parts)
