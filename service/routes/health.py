@@ -36,10 +36,10 @@ async def ready(request: Request, response: Response) -> Readiness:
 class MetricsText(Response):
     """Prometheus' text format."""
 
-    media_type = "text/plain; version=0.0.4"
+    media_type = "text/plain"
 
 
 @router.get("/metrics", response_class=MetricsText, responses=refusals(*ANY))
 async def metrics(core: CoreOf) -> Response:
     """Metrics in Prometheus' text format."""
-    return MetricsText(await core.metrics_text())
+    return MetricsText(await core.metrics_text(), media_type="text/plain; version=0.0.4")
