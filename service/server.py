@@ -48,12 +48,20 @@ class Server(uvicorn.Server):
         self.start_error: StartUpError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and start the service: until it has started, its routes answer 503."""
+        """Listen, and start the service: until it has started, its routes answer 503.
+
+        One of several front ends listens when it has started, so that the others get the connections until then.
+        """
+        if sockets is not None:
+            await self._app.start()
+            await super().startup(sockets)
+            logger.info("the front end serves")
+            return
         self._app.is_starting = True
         await super().startup(sockets)
-        self._starting = asyncio.get_running_loop().create_task(self._start(is_alone=sockets is None))
+        self._starting = asyncio.get_running_loop().create_task(self._start())
 
-    async def _start(self, is_alone: bool) -> None:
+    async def _start(self) -> None:
         try:
             await self._app.start()
         except StartUpError as error:
@@ -62,8 +70,6 @@ class Server(uvicorn.Server):
         except Exception:
             self.should_exit = True
             raise
-        if not is_alone:  # the supervisor says it once for all front ends
-            return
         port = self.servers[0].sockets[0].getsockname()[1]
         for line in describe(self._app, port):
             logger.info(line)
