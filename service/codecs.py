@@ -6,7 +6,6 @@ what was expected and what came.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,14 @@ import orjson
 import safetensors.numpy
 
 from service.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from service.http.negotiation import best
+from service.json_reader import expect_object, numbers
 from service.quantities import DIRECTIONAL, QUANTITIES
 from service.wire import Array
 
 __all__ = [
     "JSON",
+    "MAX_DIRECTIONS",
     "SAFETENSORS",
     "Piece",
     "Question",
@@ -32,11 +34,10 @@ __all__ = [
     "encode_json",
     "encode_safetensors",
     "json_rows",
-    "load_json",
     "make_question",
-    "numbers",
     "parse_json",
     "parse_safetensors",
+    "refuse_bombs",
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
@@ -45,11 +46,6 @@ _FIELDS = {"inputs": None, "quantities": None, "weights": None, "directions": No
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024
-#: Dimensions of the largest array: directions, (n, k, d).
-_MAX_NESTING = 3
-#: JSON that is shorter cannot take long to parse, whatever it holds.
-_SHORT_BYTES = 1 << 16
-
 
 #: A stretch of a reply's body.
 Piece = bytes | memoryview
@@ -97,36 +93,26 @@ def content_type(header: bytes) -> str:
     return media_type
 
 
-@lru_cache(maxsize=32)
 def accepted_type(header: bytes) -> str:
-    """The media type to reply in: the one that the header likes best, JSON if it does not care.
+    """Return the media type to reply in: the one that the header prefers, JSON if there is no preference.
 
     Raises:
-        NotAcceptable: it wants neither JSON nor safetensors.
+        NotAcceptable: it accepts neither JSON nor safetensors.
     """
     if not header:
         return JSON
-    liked: list[tuple[float, str]] = []
-    for item in header.decode("latin-1").lower().split(","):
-        media_range, *parameters = (part.strip() for part in item.split(";"))
-        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        try:
-            q = float(quality)
-        except ValueError:
-            continue
-        media_type = JSON if media_range in ("*/*", "application/*") else media_range
-        if media_type in (JSON, SAFETENSORS) and q > 0:
-            liked.append((q, media_type))
-    if not liked:
+    chosen = best(header, (JSON, SAFETENSORS))
+    if chosen is None:
         raise NotAcceptable(f"expected to be asked for {JSON} or {SAFETENSORS}")
-    return max(liked, key=lambda pair: pair[0])[1]
+    return chosen
 
 
-def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Question:
-    """Read a JSON body.
+def parse_json(document: Any, may_be_booleans: bool, fixed: str | None, shape: Shape) -> Question:
+    """Check a parsed JSON body.
 
     Args:
-        body: The bytes.
+        document: The body; long lists may be arrays already.
+        may_be_booleans: Whether it may hold any, which numpy would take for numbers.
         fixed: The quantity that the path names; ``None`` if the body may name several.
         shape: What it has to fit.
 
@@ -134,20 +120,15 @@ def parse_json(body: bytes | bytearray, fixed: str | None, shape: Shape) -> Ques
         MalformedBody: it is not a JSON object.
         InvalidInput: it does not fit.
     """
-    if len(body) > _SHORT_BYTES:
-        _refuse_bombs(body, shape)
-    document = load_json(body)
     if not isinstance(document, dict):
-        raise MalformedBody(f"expected a JSON object, got {_kind(document)}")
+        expect_object(document)
     if not document.keys() <= _FIELDS:
         raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
-    # Only a body that has these words can have a boolean, which numpy would take for a number.
-    has_booleans = b"true" in body or b"false" in body
     arrays = {}
     for name in ("inputs", "weights", "directions"):
         value = document.get(name)
         if value is not None:
-            arrays[name] = numbers(name, value, has_booleans)
+            arrays[name] = numbers(name, value, may_be_booleans)
     return make_question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
 
 
@@ -219,23 +200,15 @@ def encode_safetensors(
     return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def _refuse_bombs(body: bytes | bytearray, shape: Shape) -> None:
-    """Refuse, before it is parsed, JSON of more lists or numbers than any request that fits the model has."""
+def refuse_bombs(body: bytes, shape: Shape) -> None:
+    """Refuse, before it is parsed, JSON of more lists or numbers than any request that fits the model has.
+
+    Raises:
+        InvalidInput: it has more.
+    """
     lists, numbers = 4 * shape.max_rows + 4, (2 * shape.d + shape.m) * shape.max_rows + 16
     if body.count(b"[") > lists or body.count(b",") > numbers or body.count(b"{") > 1:
         raise _invalid("body", f"one object of at most {numbers} numbers in {lists} lists", "more")
-
-
-def load_json(body: bytes | bytearray) -> Any:
-    """Parse JSON. What the fast parser refuses is read again: NaN and 1e999 are then refused with their row."""
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(body.decode())
-    except (ValueError, RecursionError):
-        raise MalformedBody("expected a JSON object, got something that does not parse") from None
 
 
 def make_question(
@@ -302,69 +275,6 @@ def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in QUANTITIES if name in names)
 
 
-def numbers(field: str, value: Any, has_booleans: bool) -> Array:
-    """A nested list of numbers as an array."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        array = np.asarray(None)
-    if array.dtype.kind not in "iuf" or array.ndim == 0 or has_booleans:
-        _find_fault(field, value)
-    if array.ndim > _MAX_NESTING:
-        raise _invalid(field, f"lists nested at most {_MAX_NESTING} deep", "deeper ones")
-    if array.dtype.kind in "iuf":
-        return array
-    try:
-        return np.asarray(value, dtype=np.float64)  # whole numbers of more than 64 bits
-    except OverflowError:
-        row = next(row for row, entry in enumerate(value) if not _fits_float64(entry))
-        raise _invalid(field, "finite numbers in float64", "one that is not", row=row) from None
-    except (ValueError, TypeError):
-        raise _invalid(field, "lists of numbers, all as long as each other", "something else") from None
-
-
-def _fits_float64(entry: Any) -> bool:
-    """Whether no whole number of an entry is over the largest float64."""
-    try:
-        np.asarray(entry, dtype=np.float64)
-    except OverflowError:
-        return False
-    return True
-
-
-def _find_fault(field: str, value: Any) -> None:
-    """Refuse the first row that is not numbers, or not as long as the first."""
-    if not isinstance(value, list):
-        raise _invalid(field, "a list", _kind(value))
-    width: int | None = None
-    for row, entry in enumerate(value):
-        if isinstance(entry, list):
-            if width is None:
-                width = len(entry)
-            if len(entry) != width:
-                raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
-        elif width is not None:
-            raise _invalid(field, "a list of numbers, as in the rows before", _kind(entry), row=row)
-        got = _fault(entry, _MAX_NESTING - 1)
-        if got is not None:
-            raise _invalid(field, "numbers", got, row=row)
-
-
-def _fault(entry: Any, nesting: int) -> str | None:
-    """The kind of the first thing that is neither a number nor a list of them nested as deep as may be."""
-    if not isinstance(entry, list):
-        return None if _is_number(entry) else _kind(entry)
-    if set(map(type, entry)) <= {int, float}:
-        return None
-    if nesting == 0:
-        return "a list"
-    return next((got for item in entry if (got := _fault(item, nesting - 1)) is not None), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _converted(field: str, array: Array, dtype: str) -> Array:
     """The array in the dtype to compute in, refused where that is not finite."""
     wanted = DTYPES[dtype]
@@ -384,23 +294,6 @@ def _converted(field: str, array: Array, dtype: str) -> Array:
 
 def _describe(array: Array) -> str:
     return f"shape ({', '.join(map(str, array.shape))})"
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's kind, without the value."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
 
 
 #: The error for a field that does not fit.

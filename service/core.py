@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from service.codecs import Question
-from service.errors import ClientGone, InvalidInput, ReplyTooLarge, ServiceError
+from service.errors import InvalidInput, ReplyTooLarge, ServiceError
 from service.link import Links
 from service.metrics import Metrics
 from service.node import NodeLike
 from service.quantities import floats_per_row, row_shapes
 from service.repository import Served
-from service.scheduler import Answers, BatchKey, End, Job, Limits, LoopClock, Scheduler
+from service.scheduler import BatchKey, End, Job, Limits, LoopClock, Scheduler
 from service.settings import Settings
-from service.wire import Array
 from service.workers import WorkerProcess
 
 __all__ = ["Core"]
-
-Scope = MutableMapping[str, Any]
 
 #: Operations after which a batch is cut: a few milliseconds on one core.
 BATCH_COST = 1e8
@@ -125,14 +119,6 @@ class Core:
             milliseconds = int(header)
         return milliseconds
 
-    def deadline_s(self, header: bytes) -> float:
-        """Return when a request that came now has to be answered, on the monotonic clock.
-
-        Raises:
-            InvalidInput: the header is not a number of milliseconds within the limit.
-        """
-        return time.monotonic() + self.time_ms(header) / 1000
-
     def expect_room(self) -> None:
         """Refuse a request before it is read, if not even the smallest would find a place.
 
@@ -181,39 +167,6 @@ class Core:
     def abandon(self, job: Job, error: ServiceError) -> None:
         """End a job that nobody waits for any more; do nothing if it has ended."""
         self.scheduler.abandon(job, error)
-
-    async def answer(
-        self, served: Served, question: Question, deadline_s: float, scope: Scope, form: str = "arrays"
-    ) -> Answers:
-        """Wait for the results of :meth:`ask`; give up when the scope's client is gone.
-
-        Returns:
-            Per quantity, pieces in the order of the rows.
-
-        Raises:
-            ServiceError: as :meth:`ask`, or what the job has ended with.
-        """
-        answer: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
-
-        def end(job: Job) -> None:
-            if answer.done():
-                return
-            if job.failure is None:
-                answer.set_result(job.answers)
-            else:
-                answer.set_exception(job.failure.error())
-
-        job = self.ask(served, question, form, deadline_s, end)
-        scope["hessquik.abandon"] = partial(self.abandon, job)
-        try:
-            return await answer
-        finally:
-            self.abandon(job, ClientGone("nobody waits any more"))
-
-    async def arrays(self, served: Served, question: Question, deadline_s: float, scope: Scope) -> dict[str, Array]:
-        """Wait likewise for one array per quantity."""
-        answers = await self.answer(served, question, deadline_s, scope)
-        return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in answers.items()}
 
     def why_not_ready(self) -> list[str]:
         """Return the reasons why the service is not ready; none if it is."""

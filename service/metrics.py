@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
+from platform import python_version
+from time import monotonic
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-__all__ = ["Distribution", "Metrics", "Tally"]
+__all__ = ["REFUSED", "Distribution", "Metrics", "Tally"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+#: How what was refused before it was a request is counted.
+REFUSED = "refused"
 _POWERS = tuple(float(1 << power) for power in range(13))
 
 #: Gauges that are read off when Prometheus asks: a number, or a label and a number for each of its values.
@@ -62,7 +67,7 @@ class Tally(Collector):
         self._counts: dict[tuple[object, ...], int] = {}
 
     def add(self, *labels: object) -> None:
-        """It took place once more."""
+        """Increment the series with these labels."""
         self._counts[labels] = self._counts.get(labels, 0) + 1
 
     def collect(self) -> Iterable[Metric]:
@@ -125,38 +130,64 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = Tally("hessquik_requests", "Requests answered.", ("route", "status"))
         self._seconds = Distribution("hessquik_request_seconds", "Time from head to reply.", _SECONDS, "route")
+        self._model_requests = Tally("hessquik_model_requests", "Requests for a model.", ("model", "status"))
+        self._model_seconds = Distribution(
+            "hessquik_model_request_seconds", "Time from head to reply of requests for a model.", _SECONDS, "model"
+        )
         self._queue_seconds = Distribution("hessquik_queue_seconds", "Time in the queue.", _SECONDS)
+        self._model_queue_seconds = Distribution(
+            "hessquik_model_queue_seconds", "Time in the queue of requests for a model.", _SECONDS, "model"
+        )
         self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
         self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
-        of_our_own = (self._requests, self._seconds, self._queue_seconds, self._batch_rows, self._batch_requests)
-        for collector in of_our_own:
-            self._registry.register(collector)
+        for collector in vars(self).copy().values():
+            if isinstance(collector, Tally | Distribution):
+                self._registry.register(collector)
         self._rows = Counter("hessquik_rows", "Points computed.", registry=self._registry)
+        build = {"version": _version("hessquik-service"), "python": python_version(), "torch": _version("torch")}
+        Info("hessquik_build", "What runs here.", registry=self._registry).info(build)
 
     def read_off(self, gauges: Gauges) -> None:
         """Add gauges that are read off when asked for."""
         self._registry.register(_ReadOff(gauges))
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
-        self._requests.add(route, status)
-        self._seconds.observe(route, seconds)
+    def answered(self, route: str, model: str, status: int, began_s: float) -> None:
+        """Count a request that was answered.
 
-    def refused(self, status: int) -> None:
-        """Something was refused before it was a request."""
-        self._requests.add("refused", status)
+        Args:
+            route: Its path with placeholders.
+            model: The served model that was asked, empty if none was.
+            status: Of the reply.
+            began_s: When its head was complete, on the monotonic clock.
+        """
+        seconds = monotonic() - began_s
+        self._requests.add(route, status)
+        if route != REFUSED:
+            self._seconds.observe(route, seconds)
+        if model:
+            self._model_requests.add(model, status)
+            self._model_seconds.observe(model, seconds)
 
     def queued(self, model: str, seconds: float) -> None:
-        """A request left the queue."""
+        """Count a request that left the queue."""
         self._queue_seconds.observe("", seconds)
+        self._model_queue_seconds.observe(model, seconds)
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
-        """A batch was computed; of the many sets of quantities that may be asked together, all have one label."""
+        """Count a batch; of the many sets of quantities that may be asked together, all have one label."""
         label = quantities[0] if len(quantities) == 1 else "several"
         self._batch_rows.observe(label, rows)
         self._batch_requests.observe(label, requests)
         self._rows.inc(rows)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _version(package: str) -> str:
+    """Return an installed package's version, without loading the package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -9,19 +9,31 @@ Specification: https://github.com/kserve/open-inference-protocol and Triton's ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
-from service.codecs import Question, Shape, load_json, make_question, numbers
+from service.codecs import Piece, Question, Shape, json_rows, make_question
 from service.errors import InvalidInput, MalformedBody
+from service.http.messages import JSON, Reply
+from service.json_reader import numbers
 from service.quantities import QUANTITIES
 from service.wire import Array
 
-__all__ = ["DATATYPES", "INPUTS", "Inference", "describe_inputs", "describe_outputs", "encode", "parse"]
+__all__ = [
+    "DATATYPES",
+    "INPUTS",
+    "Inference",
+    "describe_inputs",
+    "describe_outputs",
+    "encode",
+    "parse",
+    "parse_raw",
+    "split",
+]
 
 #: Tensors of a request: the points, and what may go with them.
 INPUTS = ("inputs", "weights", "directions")
@@ -35,6 +47,8 @@ DATATYPES = {
 }
 _MODEL_DATATYPE = {"float32": "FP32", "float64": "FP64"}
 _MAX_RANK = 3
+#: Longer times to wait are as good as this one.
+MAX_TIMEOUT_US = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,76 +89,118 @@ def describe_outputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
 
 
-def parse(body: bytes, json_bytes: str, shape: Shape) -> Inference:
-    """Read a request.
+def split(body: bytes, json_bytes: bytes) -> tuple[bytes, memoryview]:
+    """Return a body's JSON, and what follows it.
 
     Args:
         body: The whole body.
         json_bytes: The header Inference-Header-Content-Length, empty if there is none.
-        shape: What it has to fit.
 
     Raises:
-        MalformedBody: it is not what the header says, or no JSON object.
-        InvalidInput: it does not fit the model.
+        MalformedBody: it is not what the header says.
     """
-    if json_bytes == "0":
-        return _parse_raw(body, shape)
     length = len(body)
     if json_bytes:
-        if not (json_bytes.isdigit() and len(json_bytes) < 12 and int(json_bytes) <= len(body)):
-            raise MalformedBody(f"expected Inference-Header-Content-Length from 0 to {len(body)}, got something else")
+        if not (json_bytes.isdigit() and len(json_bytes) < 12 and int(json_bytes) <= length):
+            raise MalformedBody(f"expected Inference-Header-Content-Length from 0 to {length}, got something else")
         length = int(json_bytes)
-    head = body[:length]
-    document = load_json(head)
-    if not isinstance(document, dict):
-        raise MalformedBody("expected a JSON object, got something else")
-    arrays = _read_inputs(document.get("inputs"), memoryview(body)[length:], b"true" in head or b"false" in head)
+    return body[:length], memoryview(body)[length:]
+
+
+def parse(document: Mapping[str, Any], rest: memoryview, may_be_booleans: bool, shape: Shape) -> Inference:
+    """Check a request.
+
+    Args:
+        document: Its JSON; long lists may be arrays already.
+        rest: What follows the JSON.
+        may_be_booleans: Whether the JSON may hold any, which numpy would take for numbers.
+        shape: What the question has to fit.
+
+    Raises:
+        InvalidInput: it does not fit the model.
+    """
+    arrays = _read_inputs(document.get("inputs"), rest, may_be_booleans)
     parameters = _object(document, "parameters")
     outputs = _read_outputs(document.get("outputs"), _flag(parameters, "binary_data_output", False))
     request_id = document.get("id")
-    if not isinstance(request_id, str | None):
+    if not isinstance(request_id, str | None) or not _is_text(request_id):
         raise InvalidInput.of("id", "a string", "something else")
     timeout_us = parameters.get("timeout", 0)
     if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
         raise InvalidInput.of("parameters.timeout", "a whole number of microseconds", "something else")
     question = make_question(arrays, list(outputs), None, parameters.get("dtype"), shape)
-    return Inference(question, outputs, request_id or None, timeout_us)
+    return Inference(question, outputs, request_id or None, min(timeout_us, MAX_TIMEOUT_US))
 
 
-def encode(
-    model: str, version: str, inference: Inference, answers: Mapping[str, Array]
-) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """The reply.
+def encode(model: str, version: str, m: int, inference: Inference, answers: Mapping[str, Sequence[Any]]) -> Reply:
+    """Write the reply.
 
-    Returns:
-        Its body, and the headers that say what it is.
+    Args:
+        model: The model's name.
+        version: Its version.
+        m: Its outputs.
+        inference: What was asked.
+        answers: Per quantity, stretches of rows: arrays, or flat text where no output is wanted as binary.
     """
-    outputs, tensors = [], []
+    question = inference.question
+    head: list[Piece] = [b'{"model_name":%b,"model_version":%b,"outputs":[' % (_text(model), _text(version))]
+    tensors: list[Piece] = []
+    separator = b""
     for name, is_binary in inference.outputs.items():
-        answer = answers[name]
-        array = np.ascontiguousarray(answer[0] if inference.question.is_single else answer)
-        output: dict[str, Any] = {
-            "name": name,
-            "datatype": _MODEL_DATATYPE[array.dtype.name],
-            "shape": list(array.shape),
-        }
+        dims = _dims(name, question, m)
+        given = (separator, _text(name), _MODEL_DATATYPE[question.dtype].encode(), _text(dims))
+        head.append(b'%b{"name":%b,"datatype":"%b","shape":%b,' % given)
+        separator = b","
+        parts = answers[name]
         if is_binary:
-            output["parameters"] = {"binary_data_size": array.nbytes}
-            tensors.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-        else:
-            output["data"] = array.astype(np.float64, copy=False).ravel()
-        outputs.append(output)
-    document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": outputs}
-    if inference.id is not None:
-        document["id"] = inference.id
-    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+            size = math.prod(dims) * np.dtype(question.dtype).itemsize
+            head.append(b'"parameters":{"binary_data_size":%d}}' % size)
+            tensors += [np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in parts]
+            continue
+        head.append(b'"data":[')
+        for part in parts:
+            text = json_rows(np.ascontiguousarray(part, np.float64).ravel()) if isinstance(part, np.ndarray) else part
+            head += (text, b",")
+        head[-1] = b"]}"
+    head.append(b"]}" if inference.id is None else b'],"id":%b}' % _text(inference.id))
     if not tensors:
-        return head, [(b"content-type", b"application/json")]
-    length = (b"inference-header-content-length", b"%d" % len(head))
-    return b"".join([head, *tensors]), [(b"content-type", b"application/octet-stream"), length]
+        return Reply(200, JSON, head)
+    length = (b"inference-header-content-length", b"%d" % sum(map(len, head)))
+    return Reply(200, b"application/octet-stream", [*head, *tensors], [length])
 
 
-def _parse_raw(body: bytes, shape: Shape) -> Inference:
+def _dims(name: str, question: Question, m: int) -> list[int]:
+    """Return the shape of an output."""
+    n, d = question.inputs.shape
+    outputs = m if question.weights is None else 1
+    k = 0 if question.directions is None else question.directions.shape[1]
+    axes = {
+        "value": (n, outputs),
+        "gradient": (n, d, outputs),
+        "hessian": (n, d, d, outputs),
+        "laplacian": (n, outputs),
+        "hessian_diagonal": (n, d, outputs),
+        "jvp": (n, k, outputs),
+        "hvp": (n, k, d, outputs),
+        "curvature": (n, k, outputs),
+    }[name]
+    return list(axes[1:] if question.is_single else axes)
+
+
+def _text(value: Any) -> bytes:
+    return orjson.dumps(value)
+
+
+def _is_text(value: str | None) -> bool:
+    """Return whether a string has no lone surrogates, which JSON can escape and UTF-8 cannot hold."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_raw(body: bytes, shape: Shape) -> Inference:
     """A body that is nothing but points in the model's own type; its answer is the value, as binary."""
     item_type = np.dtype(shape.dtype).newbyteorder("<")
     row_bytes = shape.d * item_type.itemsize
@@ -158,7 +214,7 @@ def _parse_raw(body: bytes, shape: Shape) -> Inference:
     return Inference(make_question({"inputs": points}, None, None, None, shape), {"value": True}, None, 0)
 
 
-def _read_inputs(listed: Any, rest: memoryview, has_booleans: bool) -> dict[str, Array]:
+def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[str, Array]:
     """The tensors of a request, from its JSON and from what follows."""
     if not isinstance(listed, list) or not all(isinstance(tensor, dict) for tensor in listed):
         raise InvalidInput.of("inputs", "a list of tensors", "something else")
@@ -175,15 +231,18 @@ def _read_inputs(listed: Any, rest: memoryview, has_booleans: bool) -> dict[str,
             raise InvalidInput.of(name, "data in the request", "shared memory, which is not served")
         size = parameters.get("binary_data_size")
         if size is None:
-            array = numbers(name, tensor.get("data"), has_booleans).ravel()
+            array = numbers(name, tensor.get("data"), may_be_booleans).ravel()
         else:
             expected = math.prod(dims) * item_type.itemsize
-            if isinstance(size, bool) or size != expected or size > len(rest) or "data" in tensor:
+            if type(size) is not int or size != expected or size > len(rest) or "data" in tensor:
                 raise InvalidInput.of(name, f"{expected} bytes of binary data and no other data", "something else")
             array, rest = np.frombuffer(rest[:size], item_type), rest[size:]
         if array.size != math.prod(dims):
             raise InvalidInput.of(name, f"{math.prod(dims)} numbers for its shape", f"{array.size}")
-        arrays[name] = array.reshape(dims)
+        try:
+            arrays[name] = array.reshape(dims)
+        except ValueError:  # such as 0 × 2⁶²
+            raise InvalidInput.of(name, "a shape that an array can have", "another one") from None
     if rest:
         raise InvalidInput.of("body", "no bytes after the last binary tensor", f"{len(rest)}")
     return arrays
@@ -208,7 +267,7 @@ def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
 
 def _read_shape(name: str, listed: Any) -> tuple[int, ...]:
     is_shape = isinstance(listed, list) and 0 < len(listed) <= _MAX_RANK
-    if not is_shape or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in listed):
+    if not is_shape or not all(type(size) is int and size >= 0 for size in listed):
         raise InvalidInput.of(name, f"a shape of 1 to {_MAX_RANK} whole numbers", "something else")
     return tuple(listed)
 

@@ -13,7 +13,7 @@ from ray import serve
 
 from service.app import create_app
 from service.core import Core
-from service.door import Message, Receive, Scope, Send
+from service.http.asgi import Message, Receive, Scope, Send
 from service.settings import Settings
 
 __all__ = ["Replica", "build"]

@@ -1,23 +1,61 @@
-"""The OpenAPI document: what the hand-written parsers of :mod:`service.codecs` take, and what routes answer.
+"""Bodies of requests and replies as pydantic models: what FastAPI validates, or documents.
 
-Requests do not pass through these models, which would cost more than computing a small network; a test holds that
-the document and the parsers agree.
+Numbers do not pass through these models, which would cost more than computing a small network: :mod:`service.codecs`
+reads and writes them. A test holds that the models and the codecs agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
 
-from service import errors
-from service.errors import ServiceError
-from service.quantities import QUANTITIES, Quantity
-from service.settings import Settings
+from service.quantities import Quantity
 
-__all__ = ["document"]
+__all__ = [
+    "Answer",
+    "Attempt",
+    "EvaluateRequest",
+    "Facts",
+    "IndexEntry",
+    "IndexRequest",
+    "InferenceError",
+    "InferenceOutput",
+    "InferenceReply",
+    "InferenceRequest",
+    "InferenceResult",
+    "InferenceTensor",
+    "Limits",
+    "Liveness",
+    "Loaded",
+    "ModelDetails",
+    "ModelList",
+    "ModelMetadata",
+    "ModelReady",
+    "ModelStatistics",
+    "Problem",
+    "QuantityRequest",
+    "Readiness",
+    "Ready",
+    "RepositoryRequest",
+    "ServerMetadata",
+    "Statistics",
+    "TensorMetadata",
+    "UMBridgeError",
+    "UMBridgeFault",
+    "UMBridgeGradient",
+    "UMBridgeHessian",
+    "UMBridgeInfo",
+    "UMBridgeInputSizes",
+    "UMBridgeJacobian",
+    "UMBridgeOutput",
+    "UMBridgeOutputSizes",
+    "UMBridgeOutputs",
+    "UMBridgePoint",
+    "UMBridgeRequest",
+    "UMBridgeSupport",
+    "Unloaded",
+]
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Row = Annotated[list[Number], Field(min_length=1)]
@@ -102,6 +140,7 @@ class Limits(BaseModel):
     """The most that one request may have."""
 
     rows: int
+    directions: int = Field(description="Per point; directions times points are at most the rows.")
     body_bytes: int
     reply_bytes: int
 
@@ -165,163 +204,232 @@ class Problem(BaseModel):
     got: str | None = None
 
 
-_MODELS = (QuantityRequest, EvaluateRequest, Answer, ModelList, ModelDetails, Loaded, Unloaded, Liveness, Readiness)
+# UM-Bridge 1.0.
 
-#: Errors of any path; then those of paths that name a model, take a body, compute, or administer.
-_ANY = (errors.Unauthorized, errors.MethodNotAllowed)
-_NAMED = (errors.ModelNotFound, errors.VersionNotFound, errors.InvalidInput)
-_ASKED = (
-    errors.MalformedBody,
-    errors.NotAcceptable,
-    errors.BodyTooLarge,
-    errors.ReplyTooLarge,
-    errors.UnsupportedMediaType,
-    errors.EvaluationFailed,
-    errors.NotReady,
-    errors.Overloaded,
-    errors.WorkerLost,
-    errors.DeadlineExceeded,
-)
-_ADMIN = (errors.ModelNotFound, errors.Forbidden, errors.NotReady)
-
-_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-_VERSION = {
-    "name": "version",
-    "in": "query",
-    "description": "The highest that is ready if not given.",
-    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"},
-}
-_DTYPE = {
-    "name": "dtype",
-    "in": "query",
-    "description": "For a binary body.",
-    "schema": {"enum": ["float32", "float64"]},
-}
-_LISTED = {
-    "name": "quantities",
-    "in": "query",
-    "description": "For a binary body: names separated by commas.",
-    "schema": {"type": "array", "items": {"enum": list(QUANTITIES)}, "uniqueItems": True},
-    "style": "form",
-    "explode": False,
-}
+Config = Annotated[
+    dict[Literal["version", "dtype"], Any] | None,
+    Field(description="At most version, and dtype: float32 or float64."),
+]
+Index = Annotated[Literal[0], Field(description="The only input or output vector that there is.")]
 
 
-def document(settings: Settings, version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a service with these settings."""
-    _, definitions = models_json_schema([(model, "validation") for model in (*_MODELS, Problem)], ref_template=_REF)
-    schemas = definitions["$defs"]
-    for request in ("QuantityRequest", "EvaluateRequest"):
-        batch = schemas[request]["properties"]["inputs"]["anyOf"][1]
-        batch["maxItems"] = settings.max_rows
-    deadline = {
-        "name": "X-Deadline-Ms",
-        "in": "header",
-        "description": "Milliseconds within which the answer has to be there.",
-        "schema": {"type": "integer", "minimum": 1, "maximum": settings.max_deadline_ms},
-    }
-    asking = [_MODEL, _VERSION, _DTYPE, deadline]
-    paths = {
-        "/v1/models": {"get": _operation("models", "Every model", "ModelList", _ANY)},
-        "/v1/models/{model}": {
-            "get": _operation("models", "One model", "ModelDetails", (*_ANY, *_NAMED), [_MODEL, _VERSION])
-        },
-        **{
-            f"/v1/models/{{model}}/{quantity}": {"post": _question(f"The {quantity}", "QuantityRequest", asking)}
-            for quantity in ("value", "gradient", "hessian", "laplacian")
-        },
-        "/v1/models/{model}/evaluate": {
-            "post": _question("Any set of quantities in one pass", "EvaluateRequest", [*asking, _LISTED])
-        },
-        "/v1/models/{model}/load": {
-            "post": _operation("models", "Read a model from disk again", "Loaded", (*_ANY, *_ADMIN), [_MODEL])
-        },
-        "/v1/models/{model}/unload": {
-            "post": _operation("models", "Stop serving a model", "Unloaded", (*_ANY, *_ADMIN), [_MODEL])
-        },
-        "/livez": {"get": {**_operation("operation", "Liveness", "Liveness", ()), "security": []}},
-        "/readyz": {"get": {**_operation("operation", "Readiness", "Readiness", ()), "security": []}},
-        "/metrics": {"get": _operation("operation", "Metrics in Prometheus' text format", None, _ANY)},
-    }
-    paths["/readyz"]["get"]["responses"]["503"] = _reply("Not ready, and why", "Readiness")
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "hessquik-service", "version": version, "description": _DESCRIPTION},
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        **({"security": [{"key": []}]} if settings.api_keys else {}),
-    }
+class UMBridgeRequest(BaseModel):
+    """The name of a model."""
+
+    name: str
+    config: Config = None
 
 
-_REF = "#/components/schemas/{model}"
-_SAFETENSORS = "application/x-safetensors"
-_DESCRIPTION = (
-    "Exact values, gradients, Hessians and more of saved networks. Every reply carries X-Request-Id. "
-    "The same server speaks UM-Bridge 1.0 (/Info, /ModelInfo, /Evaluate, …) and the Open Inference Protocol v2 "
-    "(/v2/…), which their own documents describe."
-)
+class UMBridgePoint(UMBridgeRequest):
+    """The model's input: a list of one vector of d numbers."""
+
+    input: Annotated[list[Row], Field(min_length=1, max_length=1)]
 
 
-def _operation(
-    tag: str, summary: str, reply: str | None, faults: Iterable[type[ServiceError]], parameters: Iterable[Any] = ()
-) -> dict[str, Any]:
-    """A path's method."""
-    return {
-        "tags": [tag],
-        "summary": summary,
-        "parameters": list(parameters),
-        "responses": {"200": _reply(summary, reply), **_faults(faults)},
-    }
+class UMBridgeGradient(UMBridgePoint):
+    """What the outputs are weighted with: m numbers."""
+
+    outWrt: Index  # noqa: N815 - the protocol's name
+    inWrt: Index  # noqa: N815
+    sens: Number | Row
 
 
-def _question(summary: str, request: str, parameters: list[Any]) -> dict[str, Any]:
-    """A method that computes."""
-    operation = _operation("derivatives", summary, "Answer", (*_ANY, *_NAMED, *_ASKED), parameters)
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    operation["requestBody"] = {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": _REF.format(model=request)}}, _SAFETENSORS: binary},
-    }
-    operation["responses"]["200"]["content"][_SAFETENSORS] = binary
-    return operation
+class UMBridgeJacobian(UMBridgePoint):
+    """A direction: d numbers."""
+
+    outWrt: Index  # noqa: N815
+    inWrt: Index  # noqa: N815
+    vec: Number | Row
 
 
-def _reply(description: str, model: str | None) -> dict[str, Any]:
-    if model is None:
-        return {"description": description, "content": {"text/plain": {"schema": {"type": "string"}}}}
-    content = {"application/json": {"schema": {"$ref": _REF.format(model=model)}}}
-    return {"description": description, "content": content}
+class UMBridgeHessian(UMBridgePoint):
+    """Weights of the outputs, and a direction."""
+
+    outWrt: Index  # noqa: N815
+    inWrt1: Index  # noqa: N815
+    inWrt2: Index  # noqa: N815
+    sens: Number | Row
+    vec: Number | Row
 
 
-def _faults(faults: Iterable[type[ServiceError]]) -> dict[str, Any]:
-    """Problem details by status, with the codes that each may have and an example of the first."""
-    by_status: dict[str, list[type[ServiceError]]] = {}
-    for fault in faults:
-        by_status.setdefault(str(fault.status), []).append(fault)
-    return {
-        status: {
-            "description": "; ".join(f"`{fault.code}`: {(fault.__doc__ or '').strip()}" for fault in same),
-            "content": {
-                "application/problem+json": {
-                    "schema": {"$ref": _REF.format(model="Problem")},
-                    "example": _example(same[0]),
-                }
-            },
-            **({"headers": {"Retry-After": {"schema": {"type": "integer"}}}} if same[0].retry_after_s else {}),
-        }
-        for status, same in sorted(by_status.items())
-    }
+class UMBridgeInfo(BaseModel):
+    """The models that are ready."""
+
+    protocolVersion: float  # noqa: N815
+    models: list[str]
 
 
-def _example(fault: type[ServiceError]) -> dict[str, Any]:
-    return {
-        "type": f"urn:hessquik:error:{fault.code}",
-        "title": fault.title,
-        "status": fault.status,
-        "detail": (fault.__doc__ or "").strip(),
-        "code": fault.code,
-        "request_id": "3f9a1c0b7d52-1",
-    }
+class UMBridgeSupport(BaseModel):
+    """What can be asked of a model."""
+
+    support: dict[Literal["Evaluate", "Gradient", "ApplyJacobian", "ApplyHessian"], bool]
+
+
+class UMBridgeInputSizes(BaseModel):
+    """Lengths of the input vectors."""
+
+    inputSizes: list[int]  # noqa: N815
+
+
+class UMBridgeOutputSizes(BaseModel):
+    """Lengths of the output vectors."""
+
+    outputSizes: list[int]  # noqa: N815
+
+
+class UMBridgeOutput(BaseModel):
+    """One vector of numbers."""
+
+    output: list[float]
+
+
+class UMBridgeOutputs(BaseModel):
+    """The model's output: a list of one vector."""
+
+    output: list[list[float]]
+
+
+class UMBridgeFault(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class UMBridgeError(BaseModel):
+    """An error as the protocol has it."""
+
+    error: UMBridgeFault
+
+
+# Open Inference Protocol v2.
+
+Parameters = dict[str, Any]
+
+
+class InferenceTensor(BaseModel):
+    """A tensor of a request."""
+
+    name: Literal["inputs", "weights", "directions"]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=3)]
+    datatype: str
+    parameters: Parameters | None = Field(None, description="binary_data_size, where the numbers follow the JSON.")
+    data: list[Any] | None = Field(None, description="Numbers in row-major order, nested or flat.")
+
+
+class InferenceOutput(BaseModel):
+    """A wanted output."""
+
+    name: Quantity
+    parameters: Parameters | None = Field(None, description="binary_data: whether it is wanted as binary.")
+
+
+class InferenceRequest(BaseModel):
+    """Tensors, and the outputs that are wanted of them; the value if none is named."""
+
+    id: str | None = None
+    inputs: list[InferenceTensor]
+    outputs: list[InferenceOutput] | None = None
+    parameters: Parameters | None = Field(None, description="binary_data_output, dtype, timeout in microseconds.")
+
+
+class InferenceResult(BaseModel):
+    """A tensor of a reply."""
+
+    name: Quantity
+    shape: list[int]
+    datatype: str
+    parameters: Parameters | None = None
+    data: list[Entry] | None = Field(None, description="Flat, in row-major order; null is not finite.")
+
+
+class InferenceReply(BaseModel):
+    """The outputs."""
+
+    model_name: str
+    model_version: Version
+    id: str | None = None
+    outputs: list[InferenceResult]
+
+
+class InferenceError(BaseModel):
+    """An error as the protocol has it."""
+
+    error: str
+
+
+class TensorMetadata(BaseModel):
+    """A tensor of a model; a length of −1 varies."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ServerMetadata(BaseModel):
+    """The server."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelMetadata(BaseModel):
+    """A model and its tensors."""
+
+    name: str
+    versions: list[Version]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class Ready(BaseModel):
+    """Whether the server can answer."""
+
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    """Whether a model can be asked."""
+
+    name: str
+    ready: bool
+
+
+class IndexRequest(BaseModel):
+    """Which models to list; the body may be empty."""
+
+    ready: bool | None = None
+
+
+class IndexEntry(BaseModel):
+    """A version in the folder."""
+
+    name: str
+    version: Version
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
+    reason: str
+
+
+class ModelStatistics(BaseModel):
+    """Counts of a version, as Triton's extension has them."""
+
+    name: str
+    version: Version
+    last_inference: int
+    inference_count: int
+    execution_count: int
+    inference_stats: dict[str, dict[str, int]]
+
+
+class Statistics(BaseModel):
+    """Counts of several versions."""
+
+    model_stats: list[ModelStatistics]
+
+
+class RepositoryRequest(BaseModel):
+    """Nothing: models come from the service's own folder. The body may be empty."""
+
+    parameters: Parameters | None = None

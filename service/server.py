@@ -1,4 +1,4 @@
-"""uvicorn with what it lacks: bounds on the head and on the time to receive and to send, a drain, exit codes."""
+"""The server's life, which is uvicorn's, with a drain and exit codes; its connections are ours."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.app import Application
-from service.core import Core
-from service.door import Scope
-from service.errors import ClientGone, MalformedBody, NotReady, Overloaded, ServiceError, StartUpError
-from service.exchange import Exchange, ShortHead, ShortWay
-from service.metrics import Metrics
+from service.errors import NotReady, StartUpError
+from service.http.connection import Connection, Limits, Listener
 from service.settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
@@ -31,234 +27,52 @@ EXIT_DRAINED = 0
 EXIT_FORCED = 1
 EXIT_START_UP = 3
 EXIT_GIVEN_UP = 70
-#: Most chunks of a chunked body: a body in more of them costs more to take apart than to compute.
-MAX_CHUNKS = 1 << 16
-#: The loop's timers are this exact.
-CLOCK_S = 0.001
 #: Descriptors that are needed for anything but connections.
 OTHER_DESCRIPTORS = 256
-#: Fields that announce a body.
-BODY_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
-
-
-def _nothing(_: ServiceError) -> None:
-    """What is done for a client that nothing was begun for."""
-
-
-def bounded_protocol(  # noqa: C901 - a class
-    settings: Settings, metrics: Metrics, short_way: ShortWay
-) -> type[asyncio.Protocol]:
-    """The protocol class for connections within the settings' bounds.
-
-    What is refused here is counted; small requests for derivatives go the short way.
-    """
-
-    class BoundedProtocol(HttpToolsProtocol):
-        """One connection."""
-
-        _head_bytes = 0
-        _unparsed_bytes = 0
-        _chunks = 0
-        _is_in_head = False
-        _is_receiving = False
-        _is_between = True
-        _arrived = b""
-        _idle_since_s = 0.0
-        _receive_timer: asyncio.TimerHandle | None = None
-        _send_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > settings.max_connections:
-                self._refuse(Overloaded(f"expected at most {settings.max_connections} connections; try again later"))
-                return
-            self._is_receiving = True
-            self._watch_receiving()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._receive_timer, self._send_timer):
-                if timer is not None:
-                    timer.cancel()
-            cycle: object = self.cycle if self.cycle is not None and not self.cycle.response_complete else None
-            super().connection_lost(exc)
-            self._unset_keepalive_if_required()
-            gone = ClientGone("the client is gone")
-            if isinstance(cycle, Exchange):
-                cycle.abandon(gone)
-            elif isinstance(cycle, RequestResponseCycle):
-                cast("Scope", cycle.scope).get("hessquik.abandon", _nothing)(gone)
-
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            if self.cycle is None or self.cycle.response_complete:
-                if self._is_between and (known := short_way.recall(data)) and not self.flow.write_paused:
-                    self._take_whole(*known)
-                    return
-                self._is_receiving = True  # whatever comes now has to become a request in time
-            self._arrived = data if self._is_between else b""
-            super().data_received(data)
-            self._arrived = b""
-            if self._is_in_head:
-                # The parser hands a field over when it is whole; until then it keeps it, however long.
-                self._unparsed_bytes += len(data)
-                if self._unparsed_bytes > settings.max_header_bytes and not self.transport.is_closing():
-                    self.send_400_response("")
-            self._watch_receiving()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._is_between = False
-            self._head_bytes = self._unparsed_bytes = self._chunks = 0
-            self._is_receiving = self._is_in_head = True
-
-        def on_url(self, url: bytes) -> None:
-            super().on_url(url)
-            self._count_head(len(url))
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._count_head(len(name) + len(value) + 4)
-            if not self._is_in_head:
-                return  # the trailer's fields are nobody's
-            name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-            self.headers.append((name, value))
-            if len(self.headers) > settings.max_headers:
-                raise ValueError("too many header fields")
-
-        def on_headers_complete(self) -> None:
-            self._is_in_head = False
-            is_upgrade = self.parser.should_upgrade()
-            if is_upgrade and any(name in BODY_FIELDS for name, _ in self.headers):
-                raise ValueError("a body is not read beside an offer of another protocol")
-            if not self._take_short_way():
-                super().on_headers_complete()
-            if is_upgrade:
-                self.cycle.keep_alive = False  # what follows would be in the other protocol
-
-        def on_chunk_header(self) -> None:
-            self._chunks += 1
-            if self._chunks > MAX_CHUNKS:
-                raise ValueError("too many chunks")
-
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._is_receiving, self._is_between = False, True
-            cycle: object = self.cycle
-            if isinstance(cycle, Exchange):
-                cycle.begin()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """Say nothing: offers of other protocols are ignored, as they may be."""
-
-        def on_response_complete(self) -> None:
-            self._idle_since_s = self.loop.time()
-            if self.pipeline or self.timeout_keep_alive_task is None or self.transport.is_closing():
-                super().on_response_complete()
-            else:  # the timer is left running: it looks at the time when it is over, so that a request needs none
-                self.server_state.total_requests += 1
-                self.flow.resume_reading()
-
-        def timeout_keep_alive_handler(self) -> None:
-            self.timeout_keep_alive_task = None
-            if self.cycle is not None and not self.cycle.response_complete:
-                return
-            rest_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
-            if rest_s > CLOCK_S:
-                self.timeout_keep_alive_task = self.loop.call_later(rest_s, self.timeout_keep_alive_handler)
-            else:
-                self.transport.abort()  # a close would wait, for ever, for a client that takes nothing of its reply
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._send_timer = self.loop.call_later(settings.send_timeout_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._send_timer is not None:
-                self._send_timer.cancel()
-                self._send_timer = None
-
-        def _take_short_way(self) -> bool:
-            """Have this request answered without a task, if it is one for that, and the only one under way."""
-            is_busy = self.cycle is not None and not self.cycle.response_complete
-            if is_busy or self.flow.write_paused or self.transport.is_closing():
-                return False
-            parser = self.parser
-            if parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
-                return False
-            head = short_way.read(self.url, self.headers, parser.should_keep_alive())
-            if head is None:
-                return False
-            short_way.remember(self._arrived, head, self.url)
-            self.cycle = cast("RequestResponseCycle", Exchange(short_way, self, head))
-            return True
-
-        def _take_whole(self, head: ShortHead, body: bytes) -> None:
-            """Answer a request that came in one piece and whose head was read before."""
-            self._is_receiving = False
-            self._watch_receiving()
-            exchange = Exchange(short_way, self, head)
-            self.cycle = cast("RequestResponseCycle", exchange)
-            exchange.body, exchange.more_body = body, False
-            exchange.begin()
-
-        def send_400_response(self, msg: str) -> None:
-            """Refuse what is no HTTP, or too much of it, as problem details."""
-            self._refuse(
-                MalformedBody(
-                    f"expected an HTTP/1.1 request with a head of at most {settings.max_header_bytes} bytes and "
-                    f"{settings.max_headers} fields and a body in at most {MAX_CHUNKS} chunks"
-                )
-            )
-
-        def _refuse(self, error: ServiceError) -> None:
-            """Answer without a request, and close."""
-            metrics.refused(error.status)
-            body = error.problem("")
-            headers = [
-                (b"content-type", b"application/problem+json"),
-                (b"content-length", b"%d" % len(body)),
-                (b"connection", b"close"),
-                *error.headers(),
-            ]
-            head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-            self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
-            self.transport.close()
-
-        def _count_head(self, size: int) -> None:
-            self._head_bytes += size
-            if self._head_bytes > settings.max_header_bytes:
-                raise ValueError("too large a head")
-
-        def _watch_receiving(self) -> None:
-            """A request that has begun has to be whole in time, measured from its first byte."""
-            if self._is_receiving and self._receive_timer is None:
-                self._receive_timer = self.loop.call_later(settings.receive_timeout_s, self.transport.abort)
-            elif not self._is_receiving and self._receive_timer is not None:
-                self._receive_timer.cancel()
-                self._receive_timer = None
-
-    return BoundedProtocol
+#: Models that are listed when the service has started.
+SHOWN_MODELS = 20
 
 
 class Server(uvicorn.Server):
-    """A server whose first signal drains and whose second ends at once; it keeps the exit status to itself."""
+    """A server that listens while the service starts, whose first signal drains and whose second ends at once.
 
-    def __init__(self, config: uvicorn.Config, core: Core) -> None:
-        """Keep the service, to tell it."""
+    Attributes:
+        start_error: Why the service could not start.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Application) -> None:
+        """Keep the application, to start and stop it."""
         super().__init__(config)
-        self._core = core
+        self._app = app
+        self._starting: asyncio.Task[None] | None = None
+        self.start_error: StartUpError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the service, so that what prevents it is one line, and then listen."""
-        try:
-            await self._core.start()
-        except StartUpError:
-            await self._core.stop()
-            raise
+        """Listen, and start the service: until it has started, its routes answer 503.
+
+        One of several front ends listens when it has started, so that the others get the connections until then.
+        """
+        if sockets is not None:
+            await self._app.start()
+            await super().startup(sockets)
+            logger.info("the front end serves")
+            return
+        self._app.is_starting = True
         await super().startup(sockets)
+        self._starting = asyncio.get_running_loop().create_task(self._start())
+
+    async def _start(self) -> None:
+        try:
+            await self._app.start()
+        except StartUpError as error:
+            self.start_error, self.should_exit = error, True
+            return
+        except Exception:
+            self.should_exit = True
+            raise
+        port = self.servers[0].sockets[0].getsockname()[1]
+        for line in describe(self._app, port):
+            logger.info(line)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -275,27 +89,49 @@ class Server(uvicorn.Server):
         """Drain; or, if that was asked for before, end."""
         if self.should_exit:
             self.force_exit = True
-        self._core.is_draining = True
+        self._app.core.is_draining = True
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain; what has no task to be cancelled when the time for it is over is ended by us."""
+        """Drain; answer with an error what is not answered when the time for it is over."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._end_exchanges)
+        timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._give_up)
         await super().shutdown(sockets)
         timer.cancel()
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._starting
+        if not self.force_exit:
+            await self._app.core.stop()
 
-    def _end_exchanges(self) -> None:
+    def _give_up(self) -> None:
         for connection in list(self.server_state.connections):
-            cycle: object = getattr(connection, "cycle", None)
-            if isinstance(cycle, Exchange) and not cycle.response_complete:
-                cycle.give_up(NotReady("expected to have time, the service is stopping"))
+            cast(Connection, connection).give_up(NotReady("expected to have time, the service is stopping"))
 
     async def on_tick(self, counter: int) -> bool:
         """Also stop when no worker can be kept alive."""
-        if self._core.is_given_up:
+        if self._app.core.is_given_up:
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def describe(app: Application, port: int) -> Iterator[str]:
+    """Yield lines that tell a person what is served, on what, and where to look at it."""
+    core, settings = app.core, app.core.settings
+    names = core.repository.names()
+    for name in names[:SHOWN_MODELS]:
+        for version, served in sorted(core.repository.versions(name).items()):
+            facts = served.facts
+            sizes = f"d = {facts['d']}, m = {facts['m']}, {facts['dtype']}" if facts else served.reason or ""
+            yield f"model {name} version {version}: {served.state}, {sizes}"
+    if len(names) > SHOWN_MODELS:
+        yield f"and {len(names) - SHOWN_MODELS} models more"
+    devices = core.node.health().devices
+    yield f"{len(devices)} worker{'s' * (len(devices) > 1)} on {', '.join(devices)}"
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    yield f"explorer: {url}/   interface: {url}/docs   ready: {url}/readyz"
 
 
 def _allow_connections(count: int) -> None:
@@ -323,28 +159,31 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
     Raises:
         StartUpError: the service cannot start.
     """
-    core: Core = app.state.core
+    core = app.core
+    limits = Limits(**{name: getattr(settings, name) for name in Limits._fields})
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=bounded_protocol(settings, core.metrics, app.short_way),
+        http=cast("type[asyncio.Protocol]", Listener(app, limits).connect),
         ws="none",
+        lifespan="off",  # the service is started beside it, see Server
         access_log=False,
         log_config=None,
         proxy_headers=False,
         server_header=False,
         limit_concurrency=None,
-        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
     _allow_connections(settings.max_connections)
-    server = Server(config, core)
+    server = Server(config, app)
     try:
         server.run(sockets)
     except SystemExit as exit_:
         return int(exit_.code or 0)
+    if server.start_error is not None:
+        raise server.start_error
     if core.is_given_up:
         return EXIT_GIVEN_UP
     return EXIT_FORCED if server.force_exit else EXIT_DRAINED

@@ -52,7 +52,13 @@ class Settings(BaseSettings):
     max_headers: int = Field(64, ge=8, description="Most header fields.")
     receive_timeout_s: float = Field(30.0, gt=0, description="Time within which a request has to arrive whole.")
     send_timeout_s: float = Field(30.0, gt=0, description="Time that a client may take nothing of its reply.")
+    keep_alive_s: float = Field(75.0, gt=0, description="Time that an idle connection is kept.")
     max_connections: int = Field(4096, ge=1, description="Most connections at once.")
+    max_held_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="Most bytes of large requests and replies held at once; above it large requests get 503.",
+    )
 
     deadline_ms: int = Field(30_000, ge=1, description="Time for a request that names no deadline.")
     max_deadline_ms: int = Field(120_000, ge=1, description="Longest deadline that a request may name.")

@@ -31,15 +31,15 @@ LAYERS = {
     """,
     "service": """
         service.errors service.metrics service.quantities service.settings service.statistics service.wire
+        service.http service.json_reader
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.schemas
         service.open_inference service.shared
         service.scheduler service.workers
-        service.dispatcher service.link service.repository
+        service.link service.repository
         service.node
-        service.core service.door
+        service.core
         service.routes
-        service.exchange
         service.app
         service.server service.worker
         service.frontend

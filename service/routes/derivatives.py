@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import time
-from typing import ClassVar, NamedTuple
-from urllib.parse import parse_qsl
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import orjson
+from fastapi import APIRouter, Query
 
 from service import codecs
-from service.codecs import JSON, Piece, Question, Shape
-from service.core import Core
-from service.dispatcher import Answers, End, Job
-from service.door import Receive, Reply, Scope, Send, read_body, send_reply
-from service.errors import InvalidInput, MethodNotAllowed, ServiceError
+from service.codecs import JSON, Question, Shape
+from service.http.messages import Cancel, Head, Reply, Request
+from service.json_reader import SHORT_BYTES, read_json, read_long_json
+from service.quantities import Quantity
 from service.repository import Served
+from service.routes.operation import (
+    ANY,
+    ASKED,
+    NAMED,
+    Deadline,
+    Direct,
+    ModelName,
+    VersionQuery,
+    read_query,
+    refusals,
+)
+from service.schemas import Answer, EvaluateRequest, QuantityRequest
 
-__all__ = ["Asked", "Derivatives", "Head"]
+if TYPE_CHECKING:
+    from service.app import Application
 
-#: Most parameters of a query.
-MAX_PARAMETERS = 16
+__all__ = ["router"]
 
 
-class Head(NamedTuple):
-    """What a request's head asks for: its bytes decide on all of it, so that it may be remembered.
+class Asked(NamedTuple):
+    """What a request's head asks for.
 
     Attributes:
         model: From the path.
@@ -29,6 +43,7 @@ class Head(NamedTuple):
         query: Parameters.
         media_type: Of the body.
         reply_type: Of the reply.
+        form: What the workers are to answer.
         time_s: For the whole request.
     """
 
@@ -37,144 +52,134 @@ class Head(NamedTuple):
     query: dict[str, str]
     media_type: str
     reply_type: str
+    form: str
     time_s: float
 
-    @property
-    def form(self) -> str:
-        """What the workers are to answer."""
-        return "json" if self.reply_type == JSON else "arrays"
 
-
-class Derivatives:
-    """Answers questions about models.
-
-    Args:
-        core: The service.
-    """
-
-    #: The last part of the path: a quantity, or ``evaluate`` for any set of them; and how it is counted.
-    ACTIONS: ClassVar = {
-        action: f"/v1/models/{{model}}/{action}"
-        for action in ("value", "gradient", "hessian", "laplacian", "evaluate")
-    }
-
-    def __init__(self, core: Core) -> None:
-        """Keep the service."""
-        self._core = core
-        self._max_rows = core.settings.max_rows
-
-    async def __call__(self, model: str, action: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read, check, compute, reply.
-
-        Raises:
-            ServiceError: any that a client may see.
-        """
-        head = self.read_head(model, action, scope)
-        deadline_s = time.monotonic() + head.time_s
-        served = self._ready(head)
-        with self._core.repository.holding(served):
-            body = await read_body(scope, receive, self._core.settings.max_body_bytes)
-            question = self._read_body(head, served, body)
-            answers = await self._core.answer(served, question, deadline_s, scope, head.form)
-        await send_reply(send, _reply(head, served, question, answers))
-
-    @classmethod
-    def target(cls, path: str) -> tuple[str, str] | None:
-        """Model and action, if this is a path for derivatives."""
-        _, *parts = path.split("/")
-        if len(parts) == 4 and parts[:2] == ["v1", "models"] and parts[3] in cls.ACTIONS:
-            return parts[2], parts[3]
-        return None
-
-    def ask(self, head: Head, body: bytes, end: End) -> Asked:
-        """The same without waiting, for a body that was read.
-
-        Args:
-            head: What is asked for.
-            body: All of it.
-            end: Called with the job when it has ended.
-
-        Raises:
-            ServiceError: any that a client may see.
-        """
-        deadline_s = time.monotonic() + head.time_s
-        served = self._ready(head)
-        question = self._read_body(head, served, body)
-        return Asked(head, served, question, self._core.ask(served, question, head.form, deadline_s, end))
-
-    def reply(self, asked: Asked) -> Reply:
-        """The reply to what was asked, once its job has ended.
-
-        Raises:
-            ServiceError: the job has ended with it.
-        """
-        head, served, question, job = asked
-        if job.error is not None:
-            raise job.error
-        return _reply(head, served, question, job.answers)
-
-    def abandon(self, asked: Asked, error: ServiceError) -> None:
-        """End what was asked with an error, unless it has ended."""
-        self._core.abandon(asked.job, error)
-
-    def read_head(self, model: str, action: str, scope: Scope) -> Head:
-        """What a request asks for.
-
-        Raises:
-            ServiceError: any that a client may see.
-        """
-        scope["hessquik.route"] = self.ACTIONS[action]
-        if scope["method"] != "POST":
-            raise MethodNotAllowed(f"expected POST here, got {scope['method']}")
-        given = scope["hessquik.headers"].get
-        time_s = self._core.time_ms(given(b"x-deadline-ms", b"")) / 1000
-        media_type = codecs.content_type(given(b"content-type", b""))
-        reply_type = codecs.accepted_type(given(b"accept", b""))
-        fixed = None if action == "evaluate" else action
-        return Head(model, fixed, parse_query(scope), media_type, reply_type, time_s)
-
-    def _ready(self, head: Head) -> Served:
-        """The model, if there is room for a request."""
-        self._core.expect_room()
-        return self._core.repository.ready(head.model, head.query.get("version"))
-
-    def _read_body(self, head: Head, served: Served, body: bytes) -> Question:
-        facts = served.facts
-        shape = Shape(facts["d"], facts["m"], facts["dtype"], self._max_rows)
-        if head.media_type == JSON:
-            return codecs.parse_json(body, head.fixed, shape)
-        return codecs.parse_safetensors(body, head.fixed, head.query, shape)
-
-
-class Asked(NamedTuple):
-    """A question that was asked, and its job."""
-
-    head: Head
-    served: Served
-    question: Question
-    job: Job
-
-
-def _reply(head: Head, served: Served, question: Question, answers: Answers) -> Reply:
-    encode = codecs.encode_json if head.reply_type == JSON else codecs.encode_safetensors
-    pieces: list[Piece] = encode(served.file.name, str(served.file.version), answers, question.is_single)
-    return Reply(200, head.reply_type.encode(), pieces)
-
-
-def parse_query(scope: Scope) -> dict[str, str]:
-    """The query's parameters, each given once at most.
+def read_head(application: Application, head: Head, names: Mapping[str, str], fixed: str | None) -> Asked:
+    """Read what a request asks for; refuse what will be refused whatever the body is.
 
     Raises:
-        InvalidInput: one is given twice, or there are too many.
+        ServiceError: any that a client may see.
     """
-    if not scope["query_string"]:
-        return {}
+    given = head.headers.get
+    time_s = application.core.time_ms(given(b"x-deadline-ms", b"")) / 1000
+    media_type = codecs.content_type(given(b"content-type", b""))
+    reply_type = codecs.accepted_type(given(b"accept", b""))
+    # The fields of a JSON body are not parameters, and would be ignored there.
+    known = {"version"} if media_type == JSON else {"version", "dtype", *(() if fixed else ("quantities",))}
+    query = read_query(head.query, known)
+    asked = Asked(
+        names["model"], fixed, query, media_type, reply_type, "json" if reply_type == JSON else "arrays", time_s
+    )
+    if head.length is None or head.length > SHORT_BYTES:
+        _ready(application, asked)  # or the body need not be sent
+    return asked
+
+
+def answer(application: Application, request: Request) -> Reply | Cancel:
+    """Read, check, and ask the workers."""
+    asked: Asked = request.head.target.asked
+    served = _ready(application, asked)
+    request.model = served.file.name
+    body = request.body
+    facts = served.facts
+    shape = Shape(facts["d"], facts["m"], facts["dtype"], application.core.settings.max_rows)
+    if asked.media_type != JSON:
+        return _ask(application, request, served, codecs.parse_safetensors(body, asked.fixed, asked.query, shape))
+    if len(body) > SHORT_BYTES:
+        return application.run(request, _answer_long(application, request, served, shape))
     try:
-        pairs = parse_qsl(
-            scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
-        )
-    except ValueError:
-        raise InvalidInput.of("query", f"at most {MAX_PARAMETERS} parameters", "more") from None
-    if len(dict(pairs)) != len(pairs):
-        raise InvalidInput.of("query", "each parameter once", "one twice")
-    return dict(pairs)
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        document = read_json(body)
+    may_be_booleans = b"true" in body or b"false" in body
+    return _ask(application, request, served, codecs.parse_json(document, may_be_booleans, asked.fixed, shape))
+
+
+async def _answer_long(application: Application, request: Request, served: Served, shape: Shape) -> Cancel:
+    """Read a long body a slice at a time, and ask the workers."""
+    body = request.body
+    codecs.refuse_bombs(body, shape)
+    with application.core.repository.holding(served):
+        document, may_be_booleans = await read_long_json(body, shape.max_rows)
+        question = codecs.parse_json(document, may_be_booleans, request.head.target.asked.fixed, shape)
+        return _ask(application, request, served, question)
+
+
+def _ready(application: Application, asked: Asked) -> Served:
+    """Return the model, if there is room for a request."""
+    core = application.core
+    core.expect_room()
+    return core.repository.ready(asked.model, asked.query.get("version"))
+
+
+def _ask(application: Application, request: Request, served: Served, question: Question) -> Cancel:
+    asked: Asked = request.head.target.asked
+    encode = codecs.encode_json if asked.reply_type == JSON else codecs.encode_safetensors
+    write = partial(
+        _write, encode, asked.reply_type.encode(), served.file.name, str(served.file.version), question.is_single
+    )
+    return application.ask(request, served, question, asked.form, request.began_s + asked.time_s, write)
+
+
+def _write(encode: Any, media_type: bytes, model: str, version: str, is_single: bool, answers: Any) -> Reply:
+    return Reply(200, media_type, encode(model, version, answers, is_single))
+
+
+def _parameters(
+    model: ModelName,
+    version: VersionQuery = None,
+    dtype: Annotated[
+        Literal["float32", "float64"] | None, Query(description="For a binary body; a JSON body has a field for it.")
+    ] = None,
+    x_deadline_ms: Deadline = None,
+) -> None:
+    """The parameters of a quantity."""
+
+
+def _evaluate_parameters(
+    model: ModelName,
+    version: VersionQuery = None,
+    dtype: Annotated[
+        Literal["float32", "float64"] | None, Query(description="For a binary body; a JSON body has a field for it.")
+    ] = None,
+    quantities: Annotated[
+        list[Quantity] | None, Query(description="For a binary body: names separated by commas.")
+    ] = None,
+    x_deadline_ms: Deadline = None,
+) -> None:
+    """The parameters of any set of quantities."""
+
+
+_BINARY = {"application/x-safetensors": {"schema": {"type": "string", "format": "binary"}}}
+
+
+def _route(action: str, fixed: str | None, body: Any, parameters: Any, text: str) -> Direct:
+    return Direct(
+        f"/v1/models/{{model}}/{action}",
+        answer,
+        partial(read_head, fixed=fixed),
+        body,
+        parameters,
+        methods=["POST"],
+        name=action,
+        operation_id=action,
+        summary=text,
+        text=text + ".",
+        tags=["derivatives"],
+        response_model=Answer,
+        response_description="One key per quantity.",
+        responses={200: {"content": _BINARY}, **refusals(*ANY, *NAMED, *ASKED)},
+        openapi_extra={"requestBody": {"content": _BINARY}},
+    )
+
+
+router = APIRouter()
+router.routes += [
+    *(
+        _route(quantity, quantity, QuantityRequest, _parameters, f"The {quantity}")
+        for quantity in ("value", "gradient", "hessian", "laplacian")
+    ),
+    _route("evaluate", None, EvaluateRequest, _evaluate_parameters, "Any set of quantities in one pass"),
+]

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-import orjson
+from fastapi import APIRouter, Request, Response
 
-from service.core import Core
-from service.door import Receive, Reply, Scope, Send, send_reply
+from service.routes.operation import ANY, CoreOf, refusals
+from service.schemas import Liveness, Readiness
 
-__all__ = ["Live", "MetricsText", "Ready"]
+__all__ = ["router"]
 
-
-class Live:
-    """GET /livez: the event loop answers."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Always 200."""
-        scope["hessquik.route"] = "/livez"
-        await send_reply(send, Reply(200, b"application/json", [b'{"live":true}']))
+router = APIRouter(tags=["operation"])
+_OPEN: dict[str, object] = {"security": []}
 
 
-class Ready:
-    """GET /readyz: a worker answered a real evaluation lately, and a model is ready."""
-
-    def __init__(self, core: Core) -> None:
-        """Keep the service."""
-        self._core = core
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """200, or 503 with the reasons."""
-        scope["hessquik.route"] = "/readyz"
-        reasons = self._core.why_not_ready()
-        body = orjson.dumps({"ready": not reasons, "reasons": reasons})
-        if reasons:
-            await send_reply(send, Reply(503, b"application/json", [body], [(b"retry-after", b"1")]))
-        else:
-            await send_reply(send, Reply(200, b"application/json", [body]))
+@router.get("/livez", openapi_extra=_OPEN, responses=refusals(*ANY[1:]))
+async def live() -> Liveness:
+    """Liveness: the event loop answers."""
+    return Liveness(live=True)
 
 
-class MetricsText:
-    """GET /metrics."""
+@router.get(
+    "/readyz",
+    openapi_extra=_OPEN,
+    responses={503: {"model": Readiness, "description": "Not ready, and why."}, **refusals(*ANY[1:])},
+)
+async def ready(request: Request, response: Response) -> Readiness:
+    """Readiness: a worker answered a real evaluation lately, and a model is ready."""
+    reasons = request.app.why_not_ready()
+    if reasons:
+        response.status_code = 503
+        response.headers["retry-after"] = "1"
+    return Readiness(ready=not reasons, reasons=reasons)
 
-    def __init__(self, core: Core) -> None:
-        """Keep the service."""
-        self._core = core
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The metrics in Prometheus' text format."""
-        scope["hessquik.route"] = "/metrics"
-        text = await self._core.metrics_text()
-        await send_reply(send, Reply(200, b"text/plain; version=0.0.4; charset=utf-8", [text]))
+class MetricsText(Response):
+    """Prometheus' text format."""
+
+    media_type = "text/plain"
+
+
+@router.get("/metrics", response_class=MetricsText, responses=refusals(*ANY))
+async def metrics(core: CoreOf) -> Response:
+    """Metrics in Prometheus' text format."""
+    return MetricsText(await core.metrics_text(), media_type="text/plain; version=0.0.4")

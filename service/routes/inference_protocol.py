@@ -6,283 +6,246 @@ inference are :mod:`service.open_inference`'s.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from starlette.routing import Route
+from fastapi import APIRouter
 
-from service import open_inference
-from service.codecs import Shape, load_json
-from service.core import Core
-from service.door import Dialect, Receive, Reply, Scope, Send, header, read_body, send_reply
-from service.errors import InvalidInput, MalformedBody, ServiceError
+from service import open_inference, schemas
+from service.codecs import Shape
+from service.errors import InvalidInput, ServiceError
+from service.http.messages import JSON, Cancel, Head, Reply, Request
+from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
 from service.repository import Served, find_files
+from service.routes.operation import Deadline, Dialect, Direct, ModelName, read_query, with_object
 from service.statistics import Total
 
-__all__ = ["DIALECT", "routes"]
+if TYPE_CHECKING:
+    from service.app import Application
 
-JSON = b"application/json"
+__all__ = ["DIALECT", "router"]
+
 PLATFORM = "hessquik"
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics", "parameters"]
 _TYPES = {"float32": "TYPE_FP32", "float64": "TYPE_FP64"}
 _STATES = {"ready": "READY", "loading": "LOADING", "failed": "UNAVAILABLE"}
 
 
-def routes(core: Core) -> list[Route]:
-    """The protocol's paths."""
-    gets: list[tuple[str, type[Endpoint]]] = [
-        ("/v2", ServerMetadata),
-        ("/v2/health/live", ServerLive),
-        ("/v2/health/ready", ServerReady),
-        ("/v2/models/stats", AllStatistics),
-    ]
-    posts: list[tuple[str, type[Endpoint]]] = [
-        ("/v2/repository/index", RepositoryIndex),
-        ("/v2/repository/models/{model}/load", Load),
-        ("/v2/repository/models/{model}/unload", Unload),
-    ]
-    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        gets += [
-            (model, ModelMetadata),
-            (f"{model}/ready", ModelReady),
-            (f"{model}/config", ModelConfiguration),
-            (f"{model}/stats", Statistics),
-        ]
-        posts.append((f"{model}/infer", Infer))
-    return [
-        *(Route(path, endpoint(core, path), methods=["GET"]) for path, endpoint in gets),
-        *(Route(path, endpoint(core, path), methods=["POST"]) for path, endpoint in posts),
-    ]
-
-
-def _owns(path: str) -> bool:
-    return path == "/v2" or path.startswith("/v2/")
-
-
 def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
-    """An error as one string; what does not fit the model is 400 here."""
+    """Write an error as one string; what does not fit the model is 400 here."""
     return 400 if error.status == 422 else error.status, orjson.dumps({"error": error.detail})
 
 
-DIALECT = Dialect(JSON, _owns, _write_error)
+DIALECT = Dialect(JSON, lambda path: path == "/v2" or path.startswith("/v2/"), _write_error)
 
 
-class Endpoint:
-    """One path of the protocol, as an ASGI application.
-
-    Args:
-        core: The service.
-        path: The path with its placeholders.
-    """
-
-    def __init__(self, core: Core, path: str) -> None:
-        """Keep them."""
-        self.core = core
-        self._path = path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reply in JSON with what :meth:`answer` makes."""
-        scope["hessquik.route"] = self._path
-        status, document = await self.answer(scope, receive)
-        await send_reply(send, Reply(status, JSON, [orjson.dumps(document)]))
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Status and document of the reply."""
-        raise NotImplementedError
-
-    def named(self, scope: Scope) -> Served:
-        """The version of the model that the path names, ready or not."""
-        path: dict[str, str] = scope["path_params"]
-        return self.core.repository.get(path["model"], path.get("version"))
-
-    def ready(self, scope: Scope) -> Served:
-        """The version of the model that the path names."""
-        path: dict[str, str] = scope["path_params"]
-        return self.core.repository.ready(path["model"], path.get("version"))
-
-    async def read_object(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        """The body's JSON object; an empty body is an empty one.
-
-        Raises:
-            MalformedBody: it is something else.
-        """
-        body = await read_body(scope, receive, self.core.settings.max_body_bytes)
-        document = load_json(body) if body else {}
-        if not isinstance(document, dict):
-            raise MalformedBody("expected a JSON object, got something else")
-        return document
+def _reply(document: Any, status: int = 200) -> Reply:
+    return Reply(status, JSON, [orjson.dumps(document)])
 
 
-class ServerLive(Endpoint):
-    """GET /v2/health/live."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Always."""
-        return 200, {"live": True}
+def _named(application: Application, request: Request) -> Served:
+    """Return the version of the model that the path names, ready or not."""
+    names = request.head.target.asked
+    return application.core.repository.get(names["model"], names.get("version"))
 
 
-class ServerReady(Endpoint):
-    """GET /v2/health/ready."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """As /readyz."""
-        is_ready = not self.core.why_not_ready()
-        return 200 if is_ready else 503, {"ready": is_ready}
+def _ready(application: Application, names: Mapping[str, str]) -> Served:
+    """Return the version of the model that the path names."""
+    return application.core.repository.ready(names["model"], names.get("version"))
 
 
-class ServerMetadata(Endpoint):
-    """GET /v2."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Name, version, and those extensions that are served."""
-        name = "hessquik-service"
-        return 200, {"name": name, "version": installed_version(name), "extensions": EXTENSIONS}
+def server_live(application: Application, request: Request) -> Reply:
+    """Whether the server answers."""
+    return _reply({"live": True})
 
 
-class ModelMetadata(Endpoint):
-    """GET /v2/models/{model}."""
+def server_ready(application: Application, request: Request) -> Reply:
+    """Whether the server can evaluate, as /readyz."""
+    is_ready = not application.why_not_ready()
+    return _reply({"ready": is_ready}, 200 if is_ready else 503)
 
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Tensors and their shapes."""
-        served = self.ready(scope)
-        name, shape = served.file.name, (served.d, served.m, served.facts["dtype"])
-        return 200, {
+
+def server_metadata(application: Application, request: Request) -> Reply:
+    """Name, version, and those extensions that are served."""
+    name = "hessquik-service"
+    return _reply({"name": name, "version": installed_version(name), "extensions": EXTENSIONS})
+
+
+def model_metadata(application: Application, request: Request) -> Reply:
+    """Tensors of a model and their shapes."""
+    served = _ready(application, request.head.target.asked)
+    name, shape = served.file.name, (served.d, served.m, served.facts["dtype"])
+    return _reply(
+        {
             "name": name,
-            "versions": [str(version) for version in sorted(self.core.repository.versions(name))],
+            "versions": [str(version) for version in sorted(application.core.repository.versions(name))],
             "platform": PLATFORM,
             "inputs": open_inference.describe_inputs(*shape),
             "outputs": open_inference.describe_outputs(*shape),
         }
+    )
 
 
-class ModelReady(Endpoint):
-    """GET /v2/models/{model}/ready."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Whether it can be evaluated."""
-        served = self.named(scope)
-        is_ready = served.state == "ready"
-        return 200 if is_ready else 503, {"name": served.file.name, "ready": is_ready}
+def model_ready(application: Application, request: Request) -> Reply:
+    """Whether a model can be evaluated."""
+    served = _named(application, request)
+    is_ready = served.state == "ready"
+    return _reply({"name": served.file.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
-class ModelConfiguration(Endpoint):
-    """GET /v2/models/{model}/config, as Triton's load generator reads it: shapes there are without the rows."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """The model as Triton's configuration would have it."""
-        served = self.ready(scope)
-        dtype = served.facts["dtype"]
-        shape = (served.d, served.m, dtype)
-        inputs = [
-            {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
-            | ({} if tensor["name"] == "inputs" else {"optional": True})
-            for tensor in open_inference.describe_inputs(*shape)
-        ]
-        outputs = [
-            {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
-            for tensor in open_inference.describe_outputs(*shape)
-        ]
-        return 200, {
+def model_configuration(application: Application, request: Request) -> Reply:
+    """A model as Triton's configuration has it, for its load generator: shapes there are without the rows."""
+    served = _ready(application, request.head.target.asked)
+    dtype = served.facts["dtype"]
+    shape = (served.d, served.m, dtype)
+    inputs = [
+        {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
+        | ({} if tensor["name"] == "inputs" else {"optional": True})
+        for tensor in open_inference.describe_inputs(*shape)
+    ]
+    outputs = [
+        {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
+        for tensor in open_inference.describe_outputs(*shape)
+    ]
+    return _reply(
+        {
             "name": served.file.name,
             "platform": PLATFORM,
             "backend": PLATFORM,
-            "max_batch_size": self.core.settings.max_rows,
+            "max_batch_size": application.core.settings.max_rows,
             "input": inputs,
             "output": outputs,
             "dynamic_batching": {},
         }
+    )
 
 
-class Statistics(Endpoint):
-    """GET /v2/models/{model}/stats."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Of one version, or of all of a model."""
-        served = self.named(scope)
-        is_one = "version" in scope["path_params"]
-        all_of_them = self.core.repository.versions(served.file.name).values()
-        return 200, {"model_stats": [_statistics(one) for one in ([served] if is_one else all_of_them)]}
+def model_statistics(application: Application, request: Request) -> Reply:
+    """Counts of one version, or of all of a model."""
+    served = _named(application, request)
+    is_one = "version" in request.head.target.asked
+    all_of_them = application.core.repository.versions(served.file.name).values()
+    return _reply({"model_stats": [_statistics(one) for one in ([served] if is_one else all_of_them)]})
 
 
-class AllStatistics(Endpoint):
-    """GET /v2/models/stats."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Of every version of every model."""
-        repository = self.core.repository
-        every = [served for name in repository.names() for served in repository.versions(name).values()]
-        return 200, {"model_stats": [_statistics(served) for served in every]}
+def statistics(application: Application, request: Request) -> Reply:
+    """Counts of every version of every model."""
+    repository = application.core.repository
+    every = [served for name in repository.names() for served in repository.versions(name).values()]
+    return _reply({"model_stats": [_statistics(served) for served in every]})
 
 
-class RepositoryIndex(Endpoint):
-    """POST /v2/repository/index."""
+def repository_index(application: Application, request: Request) -> Reply | Cancel:
+    """Every version in the folder and in service; only ready ones if the body says so."""
 
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Every version in the folder and in service; only ready ones if the body says so."""
-        document = await self.read_object(scope, receive)
-        repository = self.core.repository
-        index = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in find_files(repository.root)}
+    def index(document: dict[str, Any], _: bool = False) -> Reply:
+        repository = application.core.repository
+        found = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in find_files(repository.root)}
         for name in repository.names():
             for version, served in repository.versions(name).items():
-                index[name, version] = (_STATES[served.state], served.reason or "")
-        return 200, [
-            {"name": name, "version": str(version), "state": state, "reason": reason}
-            for (name, version), (state, reason) in sorted(index.items())
-            if state == "READY" or document.get("ready") is not True
-        ]
+                found[name, version] = (_STATES[served.state], served.reason or "")
+        return _reply(
+            [
+                {"name": name, "version": str(version), "state": state, "reason": reason}
+                for (name, version), (state, reason) in sorted(found.items())
+                if state == "READY" or document.get("ready") is not True
+            ]
+        )
+
+    return index({}) if not request.body else with_object(application, request, index)
 
 
-class Load(Endpoint):
-    """POST /v2/repository/models/{model}/load."""
+def load(application: Application, request: Request) -> Reply | Cancel:
+    """Read the model's files again."""
 
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Read the model's files again.
-
-        Raises:
-            InvalidInput: the body brings a model of its own, or a file is refused.
-        """
-        document = await self.read_object(scope, receive)
+    def begin(document: dict[str, Any], _: bool = False) -> Cancel:
         if document.get("parameters"):
             raise InvalidInput.of("parameters", "none, as models come from the service's own folder", "some")
-        for served in await self.core.load(scope["path_params"]["model"]):
-            if served.reason is not None:
-                raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")
-        return 200, {}
+        return application.run(request, _load(application, request.head.target.asked["model"]))
+
+    return begin({}) if not request.body else with_object(application, request, begin)
 
 
-class Unload(Endpoint):
-    """POST /v2/repository/models/{model}/unload."""
-
-    async def answer(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Stop serving the model; nothing depends on another, so that parameters have no meaning."""
-        await self.read_object(scope, receive)
-        await self.core.unload(scope["path_params"]["model"])
-        return 200, {}
+async def _load(application: Application, model: str) -> Reply:
+    for served in await application.core.load(model):
+        if served.reason is not None:
+            raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")
+    return _reply({})
 
 
-class Infer(Endpoint):
-    """POST /v2/models/{model}/infer."""
+def unload(application: Application, request: Request) -> Reply | Cancel:
+    """Stop serving the model; nothing depends on another, so that parameters have no meaning."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read, check, compute, reply, in JSON or with binary tensors."""
-        scope["hessquik.route"] = self._path
-        deadline_s = self.core.deadline_s(header(scope, b"x-deadline-ms"))
-        with self.core.repository.holding(self.ready(scope)) as served:
-            body = await read_body(scope, receive, self.core.settings.max_body_bytes)
-            shape = Shape(served.d, served.m, served.facts["dtype"], self.core.settings.max_rows)
-            json_bytes = header(scope, b"inference-header-content-length").decode("latin-1")
-            inference = open_inference.parse(body, json_bytes, shape)
-            if inference.timeout_us:
-                deadline_s = min(deadline_s, time.monotonic() + inference.timeout_us / 1e6)
-            answers = await self.core.arrays(served, inference.question, deadline_s, scope)
-        reply, headers = open_inference.encode(served.file.name, str(served.file.version), inference, answers)
-        await send_reply(send, Reply(200, headers[0][1], [reply], headers[1:]))
+    def begin(document: dict[str, Any], _: bool = False) -> Cancel:
+        return application.run(request, _unload(application, request.head.target.asked["model"]))
+
+    return begin({}) if not request.body else with_object(application, request, begin)
+
+
+async def _unload(application: Application, model: str) -> Reply:
+    await application.core.unload(model)
+    return _reply({})
+
+
+class Asked(NamedTuple):
+    """What the head of an inference asks for.
+
+    Attributes:
+        names: The model's and, if given, the version's.
+        json_bytes: The length of the JSON part as it was given, empty if it was not.
+        time_s: For the whole request.
+    """
+
+    names: Mapping[str, str]
+    json_bytes: bytes
+    time_s: float
+
+
+def _read_infer_head(application: Application, head: Head, names: Mapping[str, str]) -> Asked:
+    read_query(head.query)
+    time_s = application.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000
+    if head.length is None or head.length > SHORT_BYTES:
+        _ready(application, names)  # or the body need not be sent
+    return Asked(names, head.headers.get(b"inference-header-content-length", b""), time_s)
+
+
+def infer(application: Application, request: Request) -> Reply | Cancel:
+    """Evaluate, in JSON or with binary tensors."""
+    asked: Asked = request.head.target.asked
+    application.core.expect_room()
+    served = _ready(application, asked.names)
+    request.model = served.file.name
+    shape = Shape(served.d, served.m, served.facts["dtype"], application.core.settings.max_rows)
+    if asked.json_bytes == b"0":
+        return _ask(application, request, served, open_inference.parse_raw(request.body, shape))
+    text, rest = open_inference.split(request.body, asked.json_bytes)
+    if len(text) <= SHORT_BYTES:
+        inference = open_inference.parse(expect_object(read_json(text)), rest, has_booleans(text), shape)
+        return _ask(application, request, served, inference)
+
+    async def read() -> Cancel:
+        with application.core.repository.holding(served):
+            document, may_be_booleans = await read_long_json(text, shape.max_rows)
+            parsed = open_inference.parse(expect_object(document), rest, may_be_booleans, shape)
+            return _ask(application, request, served, parsed)
+
+    return application.run(request, read())
+
+
+def _ask(application: Application, request: Request, served: Served, inference: open_inference.Inference) -> Cancel:
+    time_s = request.head.target.asked.time_s
+    if inference.timeout_us:
+        time_s = min(time_s, inference.timeout_us / 1e6)
+    form = "arrays" if any(inference.outputs.values()) else "flat"
+    write = partial(open_inference.encode, served.file.name, str(served.file.version), served.m, inference)
+    return application.ask(request, served, inference.question, form, request.began_s + time_s, write)
 
 
 def _statistics(served: Served) -> dict[str, Any]:
-    """A version's counts in the extension's words."""
+    """Return a version's counts in the extension's words."""
     counts, unused = served.statistics, Total()
     totals = {
         "success": counts.success,
@@ -307,3 +270,113 @@ def _statistics(served: Served) -> dict[str, Any]:
         "batch_stats": [],
         "memory_usage": [],
     }
+
+
+def _model(model: ModelName) -> None:
+    """The parameters of a model."""
+
+
+def _model_version(model: ModelName, version: str) -> None:
+    """The parameters of a version."""
+
+
+def _infer(model: ModelName, x_deadline_ms: Deadline = None) -> None:
+    """The parameters of an inference."""
+
+
+def _infer_version(model: ModelName, version: str, x_deadline_ms: Deadline = None) -> None:
+    """The parameters of an inference with a version."""
+
+
+def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    descriptions = {
+        400: "The request does not fit.",
+        401: "A key is needed.",
+        403: "An admin key is needed.",
+        404: "There is no such model or version.",
+        405: "The path does not have this method.",
+        413: "The body or the reply is too large.",
+        415: "The body is encoded.",
+        500: "The model could not be evaluated.",
+        503: "The service is overloaded or not ready.",
+        504: "The answer was not there in time.",
+    }
+    return {
+        status: {"model": schemas.InferenceError, "description": descriptions[status]}
+        for status in (400, 401, 405, *statuses)
+    }
+
+
+def _routes() -> list[Direct]:
+    """Return the protocol's paths."""
+    tagged: dict[str, Any] = {"tags": ["Open Inference Protocol"]}
+    ready: dict[int | str, dict[str, Any]] = {503: {"model": schemas.Ready, "description": "Not ready."}}
+    model_is_ready: dict[int | str, dict[str, Any]] = {
+        503: {"model": schemas.ModelReady, "description": "Not ready."}
+    }
+
+    def get(path: str, handler: Any, reply: Any, parameters: Any = None, responses: Any = None) -> Direct:
+        faults = {**_faults(*(() if parameters is None else (404, 503))), **(responses or {})}
+        return Direct(
+            path,
+            handler,
+            parameters=parameters,
+            methods=["GET"],
+            response_model=reply,
+            responses=faults,
+            **tagged,
+        )
+
+    def post(path: str, handler: Any, body: Any, reply: Any, *statuses: int, **more: Any) -> Direct:
+        return Direct(
+            path,
+            handler,
+            body=body,
+            methods=["POST"],
+            response_model=reply,
+            responses=_faults(*statuses) | more.pop("responses", {}),
+            **more,
+            **tagged,
+        )
+
+    empty = {"requestBody": {"required": False}}
+    binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    routes = [
+        get("/v2", server_metadata, schemas.ServerMetadata),
+        get("/v2/health/live", server_live, schemas.Liveness),
+        get("/v2/health/ready", server_ready, schemas.Ready, responses=ready),
+        get("/v2/models/stats", statistics, schemas.Statistics),
+        post(
+            "/v2/repository/index", repository_index, schemas.IndexRequest, list[schemas.IndexEntry], 413, 415,
+            openapi_extra=empty,
+        ),
+    ]  # fmt: skip
+    for name, handler in (("load", load), ("unload", unload)):
+        path = f"/v2/repository/models/{{model}}/{name}"
+        routes.append(
+            post(
+                path, handler, schemas.RepositoryRequest, dict[str, Any], 403, 404, 413, 415, 503,
+                parameters=_model, openapi_extra=empty,
+            )
+        )  # fmt: skip
+    for prefix, parameters, asking in (
+        ("/v2/models/{model}", _model, _infer),
+        ("/v2/models/{model}/versions/{version}", _model_version, _infer_version),
+    ):
+        routes += [
+            get(prefix, model_metadata, schemas.ModelMetadata, parameters),
+            get(f"{prefix}/ready", model_ready, schemas.ModelReady, parameters, model_is_ready),
+            get(f"{prefix}/config", model_configuration, dict[str, Any], parameters),
+            get(f"{prefix}/stats", model_statistics, schemas.Statistics, parameters),
+            post(
+                f"{prefix}/infer", infer, schemas.InferenceRequest, schemas.InferenceReply,
+                404, 413, 415, 500, 503, 504,
+                read_head=_read_infer_head, parameters=asking, responses={200: {"content": binary}},
+                openapi_extra={"requestBody": {"content": binary}},
+            ),
+        ]  # fmt: skip
+    return routes
+
+
+router = APIRouter()
+router.routes += _routes()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
-from service.assets import load
-from service.door import Receive, Reply, Scope, Send, header, send_reply
+from fastapi import APIRouter
 
-__all__ = ["Page"]
+from service.assets import ASSETS, load
+from service.http.messages import Cancel, Reply, Request
+from service.http.negotiation import best
+from service.routes.operation import Direct
+
+if TYPE_CHECKING:
+    from service.app import Application
+
+__all__ = ["router"]
 
 #: The pages run their own files only and talk to this service only. Plotly and Swagger UI set inline styles.
 _HEADERS = (
@@ -24,18 +32,30 @@ _HEADERS = (
 )
 
 
-class Page:
-    """One file of the pages."""
+def page(application: Application, request: Request) -> Cancel:
+    """Send a file of the pages."""
+    return application.run(request, _answer(request))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, packed where that is accepted, or say that the client's copy is still good."""
-        scope["hessquik.route"] = "pages"
-        asset = await asyncio.to_thread(load, scope["path"])
-        headers = [*_HEADERS, (b"etag", asset.etag)]
-        if header(scope, b"if-none-match") == asset.etag:
-            await send_reply(send, Reply(304, asset.media_type, [b""], headers))
-        elif b"gzip" in header(scope, b"accept-encoding"):
-            headers.append((b"content-encoding", b"gzip"))
-            await send_reply(send, Reply(200, asset.media_type, [asset.packed], headers))
-        else:
-            await send_reply(send, Reply(200, asset.media_type, [asset.plain], headers))
+
+async def _answer(request: Request) -> Reply:
+    """Send a file, compressed where that is accepted, or say that the client's copy is still good."""
+    asset = await asyncio.to_thread(load, request.head.path)
+    given = request.head.headers.get
+    # A tag belongs to one form of the file (RFC 9110, 8.8.3).
+    coding = best(given(b"accept-encoding", b"identity"), ("gzip", "identity"))
+    is_packed = coding == "gzip"
+    etag = asset.etag[:-1] + b'-gzip"' if is_packed else asset.etag
+    headers = [*_HEADERS, (b"etag", etag)]
+    tags = [tag.strip().removeprefix(b"W/") for tag in given(b"if-none-match", b"").split(b",")]
+    # A client may hold the other form of the same file, which is as good.
+    if not {asset.etag, asset.etag[:-1] + b'-gzip"', b"*"}.isdisjoint(tags):
+        return Reply(304, asset.media_type, [], headers)
+    if is_packed:
+        headers.append((b"content-encoding", b"gzip"))
+    return Reply(200, asset.media_type, [asset.packed if is_packed else asset.plain], headers)
+
+
+router = APIRouter()
+router.routes += [
+    Direct(path, page, read_head=lambda *_: None, methods=["GET"], include_in_schema=False) for path in ASSETS
+]

@@ -17,8 +17,9 @@ import time
 from typing import Any
 
 from service import cli, workers
-from service.door import Door, Message, Receive, Reply, Scope, Send
-from service.exchange import Exchange
+from service.app import Application
+from service.http.connection import Connection
+from service.http.messages import Reply, Request
 
 HANG_S = 3.0
 
@@ -34,44 +35,34 @@ def audit() -> None:
 
 
 def leak() -> None:
-    """Keep something of every request, whichever way it goes and however it ends."""
+    """Keep something of every request, however it ends."""
     kept: list[bytearray] = []
-    count = Door.count
+    finish = Application.finish
     size = int(os.environ["CHAOS_LEAK_BYTES"])
 
-    def leaky(self: Door, scope: Scope, status: int, began: float) -> None:
+    def leaky(self: Application, request: Request, reply: Reply) -> None:
         kept.append(bytearray(b"x" * size))
-        count(self, scope, status, began)
+        finish(self, request, reply)
 
-    Door.count = leaky  # type: ignore[method-assign]
+    Application.finish = leaky  # type: ignore[method-assign]
 
 
 def count() -> None:
-    """Count the questions that came whole, on their short way and on the long one, and those that were answered."""
+    """Count the questions that came whole, and those that were answered."""
     counts = {"accepted": 0, "answered": 0}
-    call, begin, reply = Door.__call__, Exchange.begin, Exchange._reply
+    handle, respond = Application.handle, Connection.respond
 
-    async def counting(self: Door, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counting_send(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                counts["answered"] += 1
+    def counting_handle(self: Application, request: Request) -> None:
+        counts["accepted"] += request.head.method == "POST"
+        handle(self, request)
 
-        is_counted = scope["type"] == "http" and scope["method"] == "POST"
-        counts["accepted"] += is_counted
-        await call(self, scope, receive, counting_send if is_counted else send)
+    def counting_respond(self: Connection, request: Request, reply: Reply) -> bool:
+        is_sent = respond(self, request, reply)
+        counts["answered"] += is_sent and request.head.method == "POST"
+        return is_sent
 
-    def counting_begin(self: Exchange) -> None:
-        counts["accepted"] += 1
-        begin(self)
-
-    def counting_reply(self: Exchange, answer: Reply) -> None:
-        counts["answered"] += not (self.disconnected or self._connection.transport.is_closing())
-        reply(self, answer)
-
-    Door.__call__ = counting  # type: ignore[method-assign]
-    Exchange.begin = counting_begin  # type: ignore[method-assign]
-    Exchange._reply = counting_reply  # type: ignore[method-assign]
+    Application.handle = counting_handle  # type: ignore[method-assign]
+    Connection.respond = counting_respond  # type: ignore[method-assign]
     atexit.register(lambda: print(f"accepted {counts['accepted']}, answered {counts['answered']}", file=sys.stderr))  # noqa: T201
 
 

@@ -14,7 +14,7 @@ import yaml
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
 
-from service.door import OPEN_PATHS
+from service.app import OPEN_PATHS
 from service.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

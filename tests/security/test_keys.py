@@ -54,12 +54,8 @@ def locked(shipped_models: Path) -> Iterator[LiveServer]:
 
 def paths() -> list[str]:
     """Every path of the application, with a model's name in it."""
-    found = {getattr(route, "path", "") for route in create_app(Settings(device="cpu")).router.routes}
-    filled = {
-        re.sub(r"\{[^}]*\}", "1", path.replace("{model}", "peaks").replace("{quantity:quantity}", "value"))
-        for path in found
-        if path
-    }
+    found = create_app(Settings(device="cpu")).table()
+    filled = {re.sub(r"\{[^}]*\}", "1", path.replace("{model}", "peaks")) for path in found}
     return sorted(filled | {"/openapi.json", "/docs", "/metrics", "/nothing", "/"})
 
 

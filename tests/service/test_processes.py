@@ -188,7 +188,7 @@ def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: 
     is_over.set()
     asking.join()
     assert set(answered) == {200}
-    until(lambda: any("Application startup complete" in line for line in server.log[-3:]))
+    until(lambda: any("the front end serves" in line for line in server.log[-3:]))
     fronts = connect(server)
     assert victim.pid not in [front.pid for front in fronts]
     for front in fronts:

@@ -1,0 +1,284 @@
+"""The reader of JSON bodies of all dialects: it neither stalls the event loop nor takes memory out of proportion.
+
+A short body is parsed at once. Of a long one, the long lists of numbers are cut out and become arrays slice by slice,
+with a turn of the event loop in between; what is left is short::
+
+    {"inputs": [[0.5, 1.5], [2.0, …], …], "dtype": "float64"}   ─▶   {"inputs": "#0", "dtype": "float64"},  #0 = array
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.errors import InvalidInput, MalformedBody
+from service.wire import Array
+
+__all__ = ["SHORT_BYTES", "expect_object", "has_booleans", "numbers", "read_json", "read_long_json"]
+
+#: JSON that is shorter takes a few milliseconds to parse, whatever it holds.
+SHORT_BYTES = 1 << 16
+#: Bytes of a long list that are parsed at once, and the longest row.
+SLICE_BYTES = 1 << 16
+MAX_ROW_BYTES = 1 << 22
+#: Most strings in a long body.
+MAX_STRINGS = 256
+#: Dimensions of the largest array: directions, (n, k, d).
+MAX_NESTING = 3
+#: What a JSON parser takes.
+MAX_PARSED_NESTING = 1000
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_OPENING = re.compile(rb"(?:\s*\[)+")
+#: Where a list may be cut, by its nesting: behind group 1 and before group 2.
+_CUTS = {2: re.compile(rb"(\])\s*,\s*(?=(\[))"), 3: re.compile(rb"(\]\s*\])\s*,\s*(?=(\[\s*\[))")}
+#: Names of long lists in the dialects, as errors may repeat them.
+_FIELDS = {
+    b'"%b"' % name.encode(): name for name in ("inputs", "weights", "directions", "input", "sens", "vec", "data")
+}
+#: What stands for a list that was cut out; no client can know it.
+_MARK = f"{secrets.token_hex(16)}#"
+
+_invalid = InvalidInput.of
+
+
+def has_booleans(text: bytes) -> bool:
+    """Return whether JSON may hold booleans, which numpy would take for numbers."""
+    return b"true" in text or b"false" in text
+
+
+def expect_object(document: Any) -> dict[str, Any]:
+    """Return a JSON object, or refuse another value.
+
+    Raises:
+        MalformedBody: it is one.
+    """
+    if not isinstance(document, dict):
+        raise MalformedBody(f"expected a JSON object, got {kind(document)}")
+    return document
+
+
+def read_json(body: bytes) -> Any:
+    """Parse JSON. NaN and 1e999, which are not JSON, are read too, so that they can be refused with their row.
+
+    Raises:
+        MalformedBody: it is not JSON.
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(body.decode())
+    except (ValueError, RecursionError):
+        raise MalformedBody("expected a JSON object, got something that does not parse") from None
+
+
+async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
+    """Parse JSON whose long lists of numbers become arrays, a slice at a time.
+
+    Args:
+        body: The bytes.
+        max_rows: The most rows of a list of lists.
+
+    Returns:
+        The document, and whether what is not an array in it may hold booleans.
+
+    Raises:
+        MalformedBody: it is not JSON.
+        InvalidInput: it has long parts that are not lists of numbers, or a list that is no array.
+    """
+    body = body.strip()
+    short: list[bytes] = []
+    arrays: list[Array] = []
+    position = 0
+    for _ in range(MAX_STRINGS):
+        quote = body.find(b'"', position)
+        end = len(body) if quote < 0 else quote
+        if end - position > SHORT_BYTES:
+            field = _FIELDS.get(short[-1], "body") if short else "body"
+            start, stop = _find_list(body, position, end)
+            arrays.append(await _read_list(field, body[start:stop], max_rows))
+            short += [body[position:start], b'"%b%d"' % (_MARK.encode(), len(arrays) - 1), body[stop:end]]
+        else:
+            short.append(body[position:end])
+        if quote < 0:
+            text = b"".join(short)
+            return _put_back(read_json(text), arrays), has_booleans(text)
+        string = _STRING.match(body, quote, quote + SHORT_BYTES)
+        if string is None:
+            raise MalformedBody("expected a JSON object, got something that does not parse")
+        short.append(string[0])
+        position = string.end()
+    raise _invalid("body", f"at most {MAX_STRINGS} strings in a long body", "more")
+
+
+def _find_list(body: bytes, start: int, end: int) -> tuple[int, int]:
+    """Find the long list between two strings."""
+    first = body.find(b"[", start, end)
+    braces = (body.find(brace, max(first, start), end) for brace in (b"{", b"}"))
+    last = body.rfind(b"]", start, min((at for at in braces if at >= 0), default=end)) + 1
+    surplus = body.count(b"]", start, last) - body.count(b"[", start, last)
+    while surplus > 0 and last > 0:  # of lists around this one
+        last = body.rfind(b"]", start, last - 1) + 1
+        surplus -= 1
+    if surplus < 0 or (first >= 0 and b"]" not in body[-SHORT_BYTES:]):
+        raise MalformedBody("expected a JSON object, got something that does not parse")
+    if first < 0 or last <= first or surplus or end - last > SHORT_BYTES or first - start > SHORT_BYTES:
+        raise _invalid("body", "an object that is long because of its lists of numbers only", "something else")
+    return first, last
+
+
+async def _read_list(field: str, text: bytes, max_rows: int) -> Array:
+    """Make an array of a long list, slice by slice."""
+    opening = _OPENING.match(text, 0, SHORT_BYTES)
+    assert opening is not None
+    nesting = opening[0].count(b"[")
+    if nesting > MAX_PARSED_NESTING:
+        raise MalformedBody("expected a JSON object, got something that does not parse")
+    if nesting > MAX_NESTING:
+        raise _invalid(field, f"lists nested at most {MAX_NESTING} deep", "deeper ones")
+    rows = 0
+    parts: list[Array] = []
+    start, last = 1, len(text) - 1
+    while start < last:
+        stop, next_start = _next_cut(text, nesting, start + SLICE_BYTES, min(last, start + MAX_ROW_BYTES), last)
+        if stop - start > MAX_ROW_BYTES:
+            raise _invalid(field, f"rows of at most {MAX_ROW_BYTES} bytes of JSON", "a longer one", row=rows)
+        piece = b"[%b]" % text[start:stop]
+        part = numbers(field, read_json(piece), has_booleans(piece), rows)
+        if part.ndim != nesting or (parts and part.shape[1:] != parts[0].shape[1:]):
+            width = "rows before" if parts else f"{nesting} levels of lists"
+            raise _invalid(field, f"lists of numbers, all as long as each other ({width})", "others", row=rows)
+        parts.append(part)
+        rows += len(part)
+        if part.size == 0:
+            raise _invalid(field, "rows of at least one number", "empty ones")
+        if nesting > 1 and rows > max_rows:
+            raise _invalid(field, f"1 to {max_rows} rows", f"{rows}" if next_start == last else f"{rows} and more")
+        start = next_start
+        await asyncio.sleep(0)
+    return np.concatenate(parts)
+
+
+def _next_cut(text: bytes, nesting: int, start: int, stop: int, last: int) -> tuple[int, int]:
+    """Return where the next slice of a list ends, and where the one after it begins."""
+    if nesting == 1:
+        comma = text.find(b",", start, stop)
+        return (last, last) if comma < 0 else (comma, comma + 1)
+    found = _CUTS[nesting].search(text, start, stop)
+    return (last, last) if found is None else (found.end(1), found.start(2))
+
+
+def _put_back(document: Any, arrays: list[Array]) -> Any:
+    """Put the arrays in their places: in all dialects, members of the object, or of objects in its lists."""
+
+    def find(value: Any) -> Any:
+        return arrays[int(value[len(_MARK) :])] if isinstance(value, str) and value.startswith(_MARK) else value
+
+    def fill(members: Any) -> None:
+        if isinstance(members, dict):
+            for name, value in members.items():
+                members[name] = find(value)
+
+    fill(document)
+    if isinstance(document, dict):
+        for member in document.values():
+            if isinstance(member, list):
+                for item in member:
+                    fill(item)
+    return document
+
+
+def numbers(field: str, value: Any, may_be_booleans: bool, first_row: int = 0) -> Array:
+    """Make an array of a nested list of numbers; an array is returned as it is.
+
+    Args:
+        field: The field's name, for errors.
+        value: The parsed list.
+        may_be_booleans: Whether there may be booleans, which numpy would take for numbers.
+        first_row: The number of the list's first row, for errors.
+
+    Raises:
+        InvalidInput: there is something else in it, at the row that is named.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf" or array.ndim == 0 or may_be_booleans:
+        _find_fault(field, value, first_row)
+    if array.ndim > MAX_NESTING:
+        raise _invalid(field, f"lists nested at most {MAX_NESTING} deep", "deeper ones")
+    if array.dtype.kind in "iuf":
+        return array
+    try:
+        return np.asarray(value, dtype=np.float64)  # whole numbers of more than 64 bits
+    except OverflowError:
+        row = next(row for row, entry in enumerate(value) if not _fits_float64(entry))
+        raise _invalid(field, "finite numbers in float64", "one that is not", row=first_row + row) from None
+    except (ValueError, TypeError):
+        raise _invalid(field, "lists of numbers, all as long as each other", "something else") from None
+
+
+def _fits_float64(entry: Any) -> bool:
+    """Return whether no whole number of an entry is over the largest float64."""
+    try:
+        np.asarray(entry, dtype=np.float64)
+    except OverflowError:
+        return False
+    return True
+
+
+def _find_fault(field: str, value: Any, first_row: int) -> None:
+    """Refuse the first row that is not numbers, or not as long as the first."""
+    if not isinstance(value, list):
+        raise _invalid(field, "a list", kind(value))
+    width: int | None = None
+    for row, entry in enumerate(value, first_row):
+        if isinstance(entry, list):
+            if width is None:
+                width = len(entry)
+            if len(entry) != width:
+                raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
+        elif width is not None:
+            raise _invalid(field, "a list of numbers, as in the rows before", kind(entry), row=row)
+        got = _fault(entry, MAX_NESTING - 1)
+        if got is not None:
+            raise _invalid(field, "numbers", got, row=row)
+
+
+def _fault(entry: Any, nesting: int) -> str | None:
+    """Return the kind of the first thing that is neither a number nor a list of them nested as deep as may be."""
+    if not isinstance(entry, list):
+        is_number = isinstance(entry, int | float) and not isinstance(entry, bool)
+        return None if is_number else kind(entry)
+    if set(map(type, entry)) <= {int, float}:
+        return None
+    if nesting == 0:
+        return "a list"
+    return next((got for item in entry if (got := _fault(item, nesting - 1)) is not None), None)
+
+
+def kind(value: Any) -> str:
+    """Return a JSON value's kind, without the value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
