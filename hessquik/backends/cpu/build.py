@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from setuptools.command.build_ext import build_ext  # type: ignore[import-untyped]
+    from setuptools.command.build_ext import build_ext
 except ImportError:  # an installed kernel needs no setuptools
     build_ext = object
 
