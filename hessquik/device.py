@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CPU", "Device"]
+__all__ = ["CPU", "GPU", "Device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +44,14 @@ CPU = Device(
     operations_per_byte=2.0,
     smallest_tile_rows=4,
     largest_tile_rows=256,
+)
+
+#: A data-centre GPU. Tiles are large for torch's library; the Triton kernel chooses its own, by the number of rows.
+GPU = Device(
+    vector_bytes=16,
+    tile_bytes=256 << 20,
+    matrix_bytes=16 << 20,
+    operations_per_byte=10.0,
+    smallest_tile_rows=32,
+    largest_tile_rows=8192,
 )

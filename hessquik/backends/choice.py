@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hessquik.device import CPU, Device
+from hessquik.device import CPU, GPU, Device
 from hessquik.plan import Ask, Plan
+from hessquik.steps import Product
 
 __all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved"]
 
@@ -36,6 +38,10 @@ class Runner(Protocol):
         ...
 
 
+#: Columns of products from which a GPU computes them faster with torch's library, one launch for each.
+WIDE = 256
+
+
 def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Return the backends that a device has on this machine, the best first.
 
@@ -47,7 +53,7 @@ def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
     if torch.device(device).type == "cpu":
         return ("cpu", "torch") if cpu.is_available() else ("torch",)
-    return ("torch",)
+    return ("triton", "torch") if _has_triton(torch.device(device)) else ("torch",)
 
 
 def resolved(device: torch.device | str) -> torch.device:
@@ -72,13 +78,15 @@ def chosen(device: torch.device, backend: str | None) -> str:
 
 def device_value(device: torch.device) -> Device:
     """Return the numbers that planning needs of a device."""
-    return CPU
+    return GPU if device.type == "cuda" else CPU
 
 
 def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> Runner:
     """Return a plan ready to run."""
     if backend == "cpu":
         return _CpuRunner(plan, dtype)
+    if backend == "triton" and _widest(plan) < WIDE:
+        return _TritonRunner(plan, dtype, device)
     return _TorchRunner(plan, dtype, device)
 
 
@@ -90,6 +98,17 @@ class _CpuRunner:
         self.shared = _shared(plan.ask)
         self.ladder = tuple(sorted({1, plan.rows}))
         self._program = CpuProgram(plan.program, dtype, plan.rows)
+        self.run = self._program.run
+
+
+class _TritonRunner:
+    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        from hessquik.backends.triton import TritonProgram
+
+        self.plan = plan
+        self.shared = _shared(plan.ask)
+        self._program = TritonProgram(plan.program, dtype, device)
+        self.ladder = self._program.ladder
         self.run = self._program.run
 
 
@@ -105,6 +124,21 @@ class _TorchRunner:
     @property
     def ladder(self) -> tuple[int, ...]:
         return self._program.tile_rows
+
+
+def _has_triton(device: torch.device) -> bool:
+    """Return whether Triton is installed and compiles for a device."""
+    if device.type != "cuda" or not torch.cuda.is_available() or find_spec("triton") is None:
+        return False
+    from hessquik.backends import triton
+
+    return triton.is_available(resolved(device))
+
+
+def _widest(plan: Plan) -> int:
+    """Return the largest extent of the matrices that products read."""
+    products = (step for step in plan.program.steps if isinstance(step, Product))
+    return max((min(step.b.shape[1:]) for step in products), default=0)
 
 
 def _shared(ask: Ask) -> frozenset[str]:

@@ -1,0 +1,292 @@
+"""The pointwise primitives in Triton, accurate in float32 and float64.
+
+They are written from additions, products, divisions and bits, so that one source runs on a GPU and in Triton's
+interpreter; only sine and cosine, whose reduction of large arguments takes long tables, are the compiler's. Each docstring
+gives the formula; ulp is the distance between neighbouring numbers.
+
+Triton contracts a product and a sum to one rounding; the formulas hold either way.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["atan", "divide", "erf", "exp", "expm1", "log", "log1p", "ndtr", "sigmoid", "square_root", "tanh"]
+
+
+@triton.jit
+def divide(a, b):
+    """A / b, correctly rounded."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(x):
+    """√x, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _power_of_two(k, like):
+    """2ᵏ for exponents of normal numbers."""
+    if like.dtype == tl.float64:
+        return ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    else:
+        return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reduced_expm1(x):
+    """Integer k and eʳ − 1 with x = k ln 2 + r, |r| ≤ ln 2 / 2: r + r² (1/2! + r/3! + …)."""
+    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    if x.dtype == tl.float64:
+        r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10
+        q = r * (1 / 6227020800) + 1 / 479001600
+        q = q * r + 1 / 39916800
+        q = q * r + 1 / 3628800
+        q = q * r + 1 / 362880
+        q = q * r + 1 / 40320
+        q = q * r + 1 / 5040
+    else:
+        r = (x - k * 0.693359375) + k * 2.12194440054690583e-4
+        q = r * (1 / 40320) + 1 / 5040
+    q = q * r + 1 / 720
+    q = q * r + 1 / 120
+    q = q * r + 1 / 24
+    q = q * r + 1 / 6
+    q = q * r + 0.5
+    return k.to(tl.int32), r + r * r * q
+
+
+@triton.jit
+def _within(x, low: tl.constexpr, high: tl.constexpr):
+    """The nearest number of an interval; NaN becomes one of its ends."""
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def exp(x):
+    """Eˣ = 2ᵏ eʳ, to 1 ulp; 0 and infinity beyond the range of numbers."""
+    if x.dtype == tl.float64:
+        k, p = _reduced_expm1(_within(x, -746.0, 710.0))
+    else:
+        k, p = _reduced_expm1(_within(x, -104.5, 89.0))
+    half = k >> 1
+    y = (1.0 + p) * _power_of_two(half, x) * _power_of_two(k - half, x)
+    return tl.where(x != x, x, y)
+
+
+@triton.jit
+def expm1(x):
+    """Eˣ − 1 = 2ᵏ (eʳ − 1) + (2ᵏ − 1), to 2 ulp of the result."""
+    k, p = _reduced_expm1(_within(x, -60.0, 60.0))
+    s = _power_of_two(k, x)
+    y = s * p + (s - 1.0)
+    y = tl.where(x > 50.0, exp(x), y)
+    return tl.where((x != x) | (x == 0.0), x, y)
+
+
+@triton.jit
+def _log_of_normal(x):
+    """Log x = k ln 2 + log(1 + f), √½ ≤ 1 + f < √2; log(1 + f) = f − f²/2 + s (f²/2 + R), s = f / (2 + f).
+
+    R = 2 s² (1/3 + s²/5 + s⁴/7 + …), the series of the inverse hyperbolic tangent.
+    """
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        k = ((bits >> 52) - 1023).to(tl.int32)
+        m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        k = (bits >> 23) - 127
+        m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    is_upper = m > 1.4142135623730951
+    m = tl.where(is_upper, m * 0.5, m)
+    k = (k + is_upper.to(tl.int32)).to(x.dtype)
+    f = m - 1.0
+    s = divide(f, f + 2.0)
+    z = s * s
+    if x.dtype == tl.float64:
+        series = z * (2 / 23) + 2 / 21
+        series = series * z + 2 / 19
+        series = series * z + 2 / 17
+        series = series * z + 2 / 15
+        series = series * z + 2 / 13
+        series = series * z + 2 / 11
+    else:
+        series = z * (2 / 13) + 2 / 11
+    series = series * z + 2 / 9
+    series = series * z + 2 / 7
+    series = series * z + 2 / 5
+    series = series * z + 2 / 3
+    half = 0.5 * f * f
+    if x.dtype == tl.float64:
+        low = s * (half + series * z) + k * 1.90821492927058770002e-10
+        return k * 6.93147180369123816490e-01 - ((half - low) - f)
+    else:
+        low = s * (half + series * z) - k * 2.12194440054690583e-4
+        return k * 0.693359375 - ((half - low) - f)
+
+
+@triton.jit
+def log(x):
+    """Log x, to 1 ulp; of numbers below the normal ones as log(2⁶⁰ x) − 60 log 2."""
+    if x.dtype == tl.float64:
+        is_small = x < 2.2250738585072014e-308
+    else:
+        is_small = x < 1.1754943508222875e-38
+    y = _log_of_normal(tl.where(is_small, x * 1152921504606846976.0, x))
+    y = tl.where(is_small, y - 41.58883083359672, y)
+    y = tl.where(x == 0.0, -float("inf"), y)
+    y = tl.where(x == float("inf"), x, y)
+    return tl.where((x < 0.0) | (x != x), float("nan"), y)
+
+
+@triton.jit
+def log1p(x):
+    """Log(1 + x) = x log(u) / (u − 1) with the rounded u = 1 + x, to 2 ulp (W. Kahan)."""
+    u = 1.0 + x
+    y = log(u)
+    y = tl.where(u == float("inf"), y, divide(y * x, u - 1.0))
+    y = tl.where(u == 0.0, -float("inf"), y)
+    return tl.where(u == 1.0, x, y)
+
+
+@triton.jit
+def tanh(x):
+    """Tanh x = −t / (2 + t) with t = e^(−2|x|) − 1, and the sign of x."""
+    t = expm1(-2.0 * tl.abs(x))
+    y = divide(-t, 2.0 + t)
+    y = tl.where(x < 0.0, -y, y)
+    return tl.where((x == 0.0) | (x != x), x, y)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e⁻ˣ), by the exponential of −|x|, so that both tails keep their digits."""
+    e = exp(-tl.abs(x))
+    return divide(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def _erf_near_zero(x):
+    """Erf x for |x| ≤ 0.46875: x times a quotient of polynomials in x²."""
+    z = x * x
+    a = z * 1.85777706184603153e-1 + 3.16112374387056560
+    a = a * z + 1.13864154151050156e2
+    a = a * z + 3.77485237685302021e2
+    a = a * z + 3.20937758913846947e3
+    b = z + 2.36012909523441209e1
+    b = b * z + 2.44024637934444173e2
+    b = b * z + 1.28261652607737228e3
+    b = b * z + 2.84423683343917062e3
+    return x * divide(a, b)
+
+
+@triton.jit
+def _erfc_of_positive(y):
+    """1 − erf y for y ≥ 0.46875: e^(−y²) times a quotient of polynomials, in y up to 4 and in 1/y² beyond.
+
+    W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969). The square is split, as
+    its rounding error would be that of the exponent: y² = c² + (y − c)(y + c) with c = y to a sixteenth.
+    """
+    y = _within(y, 0.46875, 30.0)
+    a = y * 2.15311535474403846e-8 + 5.64188496988670089e-1
+    a = a * y + 8.88314979438837594
+    a = a * y + 6.61191906371416295e1
+    a = a * y + 2.98635138197400131e2
+    a = a * y + 8.81952221241769090e2
+    a = a * y + 1.71204761263407058e3
+    a = a * y + 2.05107837782607147e3
+    a = a * y + 1.23033935479799725e3
+    b = y + 1.57449261107098347e1
+    b = b * y + 1.17693950891312499e2
+    b = b * y + 5.37181101862009858e2
+    b = b * y + 1.62138957456669019e3
+    b = b * y + 3.29079923573345963e3
+    b = b * y + 4.36261909014324716e3
+    b = b * y + 3.43936767414372164e3
+    b = b * y + 1.23033935480374942e3
+    near = divide(a, b)
+    one = tl.full(y.shape, 1.0, y.dtype)
+    z = divide(one, y * y)
+    a = z * 1.63153871373020978e-2 + 3.05326634961232344e-1
+    a = a * z + 3.60344899949804439e-1
+    a = a * z + 1.25781726111229246e-1
+    a = a * z + 1.60837851487422766e-2
+    a = a * z + 6.58749161529837803e-4
+    b = z + 2.56852019228982242
+    b = b * z + 1.87295284992346047
+    b = b * z + 5.27905102951428412e-1
+    b = b * z + 6.05183413124413191e-2
+    b = b * z + 2.33520497626869185e-3
+    far = divide(5.6418958354775628695e-1 - z * divide(a, b), y)
+    c = tl.floor(y * 16.0) * 0.0625
+    return exp(-c * c) * exp(-(y - c) * (y + c)) * tl.where(y <= 4.0, near, far)
+
+
+@triton.jit
+def erf(x):
+    """Erf x, to 2 ulp."""
+    tail = 1.0 - _erfc_of_positive(tl.abs(x))
+    y = tl.where(x < 0.0, -tail, tail)
+    y = tl.where(tl.abs(x) <= 0.46875, _erf_near_zero(_within(x, -1.0, 1.0)), y)
+    return tl.where(x != x, x, y)
+
+
+@triton.jit
+def ndtr(x):
+    """Φ(x) = erfc(−x / √2) / 2, the normal distribution; its lower tail keeps its digits."""
+    t = x * 0.70710678118654752440
+    tail = 0.5 * _erfc_of_positive(tl.abs(t))
+    y = tl.where(t < 0.0, tail, 1.0 - tail)
+    y = tl.where(tl.abs(t) <= 0.46875, 0.5 + 0.5 * _erf_near_zero(_within(t, -1.0, 1.0)), y)
+    return tl.where(x != x, x, y)
+
+
+@triton.jit
+def atan(x):
+    """Arc tangent by its series after two reductions: 1/|x| above 1, then (t − 1) / (t + 1) above √2 − 1."""
+    y = tl.abs(x)
+    one = tl.full(y.shape, 1.0, y.dtype)
+    is_large = y > 1.0
+    t = tl.where(is_large, divide(one, y), y)
+    is_upper = t > 0.41421356237309503
+    t = tl.where(is_upper, divide(t - 1.0, t + 1.0), t)
+    z = t * t
+    if x.dtype == tl.float64:
+        series = z * (-1 / 43) + 1 / 41
+        series = series * z - 1 / 39
+        series = series * z + 1 / 37
+        series = series * z - 1 / 35
+        series = series * z + 1 / 33
+        series = series * z - 1 / 31
+        series = series * z + 1 / 29
+        series = series * z - 1 / 27
+        series = series * z + 1 / 25
+        series = series * z - 1 / 23
+        series = series * z + 1 / 21
+    else:
+        series = z * (-1 / 23) + 1 / 21
+    series = series * z - 1 / 19
+    series = series * z + 1 / 17
+    series = series * z - 1 / 15
+    series = series * z + 1 / 13
+    series = series * z - 1 / 11
+    series = series * z + 1 / 9
+    series = series * z - 1 / 7
+    series = series * z + 1 / 5
+    series = series * z - 1 / 3
+    angle = t + t * z * series
+    angle = tl.where(is_upper, 0.78539816339744830962 + angle, angle)
+    angle = tl.where(is_large, 1.57079632679489661923 - angle, angle)
+    angle = tl.where(x < 0.0, -angle, angle)
+    return tl.where((x == 0.0) | (x != x), x, angle)

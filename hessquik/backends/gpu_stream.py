@@ -1,0 +1,295 @@
+"""Arrays to and from a GPU: copies that overlap with computing, through bounded pinned memory.
+
+A call whose arrays are on the host goes in chunks of rows through two slots, which take turns:
+
+    copy in       [ chunk 0 ][ chunk 1 ]          [ chunk 2 ] …
+    compute                  [ chunk 0 ][ chunk 1 ]
+    copy out                            [ chunk 0 ][ chunk 1 ]
+
+Everything that only CUDA has stands behind :class:`Driver`, so that the order of events is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages"]
+
+#: Bytes of a chunk's inputs, and of its results, on the host; each slot has so much pinned memory twice.
+CHUNK_BYTES = 8 << 20
+#: Calls of so few bytes are not copied: the kernel reads and writes the pinned memory itself.
+DIRECT_BYTES = 32 << 10
+SLOTS = 2
+#: Stages that are kept for later calls, per device.
+IDLE_STAGES = 2
+
+
+class Driver(Protocol):
+    """What staging needs of CUDA, for one device. Streams and events are whatever the driver gives out."""
+
+    def stream(self) -> Any:
+        """Return a new stream."""
+        ...
+
+    def event(self) -> Any:
+        """Return a new event."""
+        ...
+
+    def caller(self) -> Any:
+        """Return the stream that the calling thread uses."""
+        ...
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Let an event happen when all work so far on a stream is done."""
+        ...
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Let later work on a stream begin after an event."""
+        ...
+
+    def synchronize(self, event: Any) -> None:
+        """Wait on the host for an event."""
+        ...
+
+    def copy(self, out: Tensor, source: Tensor, stream: Any) -> None:
+        """Copy between pinned memory and the device when the stream comes to it."""
+        ...
+
+    def pinned(self, count: int) -> Tensor:
+        """Return so many bytes of pinned memory."""
+        ...
+
+    def memory(self, count: int, stream: Any) -> Tensor:
+        """Return so many bytes of the device's memory, for use on a stream; free when it is dropped."""
+        ...
+
+    def is_host(self, array: Tensor) -> bool:
+        """Return whether an array is in the host's memory."""
+        ...
+
+
+class Cuda:
+    """The driver of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Keep the device."""
+        self.device = device
+
+    def stream(self) -> torch.cuda.Stream:
+        """Return a new stream."""
+        return torch.cuda.Stream(self.device)
+
+    def event(self) -> torch.cuda.Event:
+        """Return a new event."""
+        return torch.cuda.Event()
+
+    def caller(self) -> torch.cuda.Stream:
+        """Return the calling thread's stream."""
+        return torch.cuda.current_stream(self.device)
+
+    def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+        """Record an event."""
+        event.record(stream)
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        """Let a stream wait."""
+        stream.wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        """Wait on the host."""
+        event.synchronize()
+
+    def copy(self, out: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
+        """Copy asynchronously."""
+        with torch.cuda.stream(stream):
+            out.copy_(source, non_blocking=True)
+
+    def pinned(self, count: int) -> Tensor:
+        """Return pinned memory."""
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+
+    def memory(self, count: int, stream: torch.cuda.Stream) -> Tensor:
+        """Return memory of the device."""
+        with torch.cuda.stream(stream):
+            return torch.empty(count, dtype=torch.uint8, device=self.device)
+
+    def is_host(self, array: Tensor) -> bool:
+        """Return whether an array is in the host's memory."""
+        return array.device.type == "cpu"
+
+
+#: Launches rows ``start`` to ``stop`` of a call on a stream; arrays are where the device reaches them.
+Launch = Callable[[Mapping[str, Tensor], int, int, Any], None]
+
+
+@dataclass
+class _Slot:
+    """Memory for a chunk: on the host and on the device, inputs and results."""
+
+    done: Any
+    host: dict[str, Tensor] = field(default_factory=dict)
+    device: dict[str, Tensor] = field(default_factory=dict)
+    #: Results on the way: where they are wanted, and the pinned memory they come to.
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def drain(self, driver: Driver) -> None:
+        """Wait for the chunk and put its results where they are wanted."""
+        if self.waiting:
+            driver.synchronize(self.done)
+            for wanted, found in self.waiting:
+                wanted.copy_(found)
+            self.waiting.clear()
+
+
+class _Stage:
+    """Streams and slots that one call at a time uses."""
+
+    def __init__(self, driver: Driver, slots: int = SLOTS) -> None:
+        """Make the streams and events; memory comes with the calls."""
+        self.driver = driver
+        self.inward, self.compute, self.outward = driver.stream(), driver.stream(), driver.stream()
+        self.arrived, self.computed = driver.event(), driver.event()
+        self.slots = [_Slot(driver.event()) for _ in range(slots)]
+
+    def run(self, call: _Call, start: int, stop: int, launch: Launch) -> None:
+        """Run a call chunk by chunk."""
+        driver = self.driver
+        begun, ended = driver.event(), driver.event()
+        driver.record(begun, driver.caller())
+        driver.wait(self.compute, begun)
+        try:
+            for turn, first in enumerate(range(start, stop, call.rows)):
+                slot = self.slots[turn % len(self.slots)]
+                slot.drain(driver)
+                self._chunk(call, slot, first, min(stop, first + call.rows), launch)
+            for slot in self.slots:
+                slot.drain(driver)
+        except BaseException:
+            # What is on its way is waited for, as it reads and writes this stage's memory, and is of no use.
+            driver.record(ended, self.compute)
+            driver.synchronize(ended)
+            for slot in self.slots:
+                if slot.waiting:
+                    driver.synchronize(slot.done)
+                slot.waiting.clear()
+            raise
+        driver.record(ended, self.compute)
+        driver.wait(driver.caller(), ended)
+
+    def _chunk(self, call: _Call, slot: _Slot, first: int, last: int, launch: Launch) -> None:
+        """Begin with a chunk; the one before it in this slot is finished."""
+        driver, count = self.driver, last - first
+        arrays = dict(call.there)
+        is_direct = count * call.row_bytes + call.shared_bytes <= DIRECT_BYTES
+        for name in call.inputs:
+            given = call.here[name] if name in call.shared else call.here[name][first:last]
+            host = self._part(slot.host, name, given, driver.pinned)
+            host.copy_(given)
+            if is_direct:
+                arrays[name] = host
+                continue
+            arrays[name] = self._part(slot.device, name, given, self._device_memory)
+            driver.copy(arrays[name], host, self.inward)
+        driver.record(self.arrived, self.inward)
+        driver.wait(self.compute, self.arrived)
+        for name in call.outputs:
+            wanted = call.here[name][first:last]
+            host = self._part(slot.host, name, wanted, driver.pinned)
+            arrays[name] = host if is_direct else self._part(slot.device, name, wanted, self._device_memory)
+            slot.waiting.append((wanted, host))
+        # Arrays of the whole call are given from the chunk's first row on.
+        for name in call.there:
+            if name not in call.shared:
+                arrays[name] = call.there[name][first:last]
+        launch(arrays, 0, count, self.compute)
+        if is_direct:
+            driver.record(slot.done, self.compute)
+            return
+        driver.record(self.computed, self.compute)
+        driver.wait(self.outward, self.computed)
+        for name in call.outputs:
+            driver.copy(self._part(slot.host, name, call.here[name][first:last], driver.pinned), arrays[name], self.outward)
+        driver.record(slot.done, self.outward)
+
+    def _device_memory(self, count: int) -> Tensor:
+        return self.driver.memory(count, self.compute)
+
+    @staticmethod
+    def _part(kept: dict[str, Tensor], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:
+        """Return memory of a slot with an array's shape, made anew if what is kept is too small."""
+        size = like.numel() * like.element_size()
+        memory = kept.get(name)
+        if memory is None or memory.numel() < size:
+            memory = kept[name] = make(max(size, 4096))
+        return memory[:size].view(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call's arrays: those on the host, those on the device, and how many rows go at a time."""
+
+    here: Mapping[str, Tensor]
+    there: Mapping[str, Tensor]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    shared: frozenset[str]
+    rows: int
+    row_bytes: int
+    shared_bytes: int
+
+
+class Stages:
+    """The stages of one device; a call takes an idle one, or a new one if all are in use."""
+
+    def __init__(self, driver: Driver) -> None:
+        """Begin with none."""
+        self.driver = driver
+        self._lock = threading.Lock()
+        self._idle: list[_Stage] = []
+
+    def run(
+        self,
+        arrays: Mapping[str, Tensor],
+        outputs: frozenset[str],
+        shared: frozenset[str],
+        start: int,
+        stop: int,
+        launch: Launch,
+    ) -> None:
+        """Run rows of a call some of whose arrays are on the host; its results are in place on return."""
+        here = {name: array for name, array in arrays.items() if self.driver.is_host(array)}
+        there = {name: array for name, array in arrays.items() if name not in here}
+        inputs = [name for name in here if name not in outputs]
+        wanted = [name for name in here if name in outputs]
+        row_bytes, shared_bytes = 0, 0
+        largest = 1
+        for name, array in here.items():
+            size = array.numel() * array.element_size()
+            if name in shared:
+                shared_bytes += size
+            else:
+                per_row = size // max(1, array.shape[0])
+                row_bytes += per_row
+                largest = max(largest, per_row)
+        rows = max(1, CHUNK_BYTES // largest)
+        call = _Call(here, there, inputs, wanted, shared, rows, row_bytes, shared_bytes)
+        with self._lock:
+            stage = self._idle.pop() if self._idle else None
+        if stage is None:
+            stage = _Stage(self.driver)
+        stage.run(call, start, stop, launch)
+        with self._lock:
+            if len(self._idle) < IDLE_STAGES:
+                self._idle.append(stage)
+
+    def clear(self) -> None:
+        """Give back the memory of idle stages."""
+        with self._lock:
+            self._idle.clear()
+

@@ -1,0 +1,332 @@
+"""The Triton backend: one kernel that interprets any program, in one launch for any number of rows.
+
+The kernel is compiled once per dtype and processor generation, 10 to 15 seconds, when the first network is loaded or
+when an image is built (``python -m hessquik.backends.triton 90``), and found in Triton's cache on disk from then on. No
+request compiles anything.
+
+With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hessquik.backends.gpu_kernel import run_table
+from hessquik.backends.gpu_stream import Cuda, Stages
+from hessquik.backends.gpu_table import CALL_ARRAYS, Table
+from hessquik.steps import Map, Product, Program, Step, SumProducts, View
+
+__all__ = ["BLOCKS", "Blocks", "TritonProgram", "compile_kernel", "is_available"]
+
+_T = TypeVar("_T")
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+#: Oldest processor generation that is compiled for: 8.0, A100.
+OLDEST = (8, 0)
+#: Rows of a tile at most, and entries of one array of a tile: indices are exact below it.
+MOST_TILE_ROWS, MOST_ENTRIES = 32, 1 << 20
+#: Bytes that the memory of all instances may take.
+MEMORY_BYTES = 512 << 20
+BASES_BYTES, ALIGNMENT = 256, 128
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of the kernel's blocks, see :func:`hessquik.backends.gpu_kernel.run_table`; chosen by measuring on an H200."""
+
+    BM: int = 64
+    BN: int = 64
+    SMALL: int = 16
+    BK: int = 32
+    ME: int = 512
+    RB: int = 8
+    CB: int = 16
+    BW: int = 16
+    warps: int = 4
+    stages: int = 1
+    precision: str = "ieee"
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the kernel's compile-time arguments."""
+        names = ("BM", "BN", "SMALL", "BK", "ME", "RB", "CB", "BW")
+        return {"DTYPE": _TYPES[dtype], **{name: getattr(self, name) for name in names}, "PRECISION": self.precision}
+
+
+BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
+
+
+def is_interpreted() -> bool:
+    """Return whether Triton interprets the kernel on the host."""
+    return not isinstance(run_table, triton.JITFunction)
+
+
+def is_available(device: torch.device) -> bool:
+    """Return whether the kernel runs on a device."""
+    if device.type == "cuda":
+        return not is_interpreted() and torch.cuda.get_device_capability(device) >= OLDEST
+    return is_interpreted()
+
+
+def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) -> Any:
+    """Compile the kernel for a processor generation, or take it from Triton's cache; no GPU is needed.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.float64``.
+        arch: 80, 90 or 100.
+        blocks: Sizes of blocks; those of the dtype if not given.
+    """
+    blocks = blocks or BLOCKS[dtype]
+    constants = blocks.constants(dtype)
+    small = {"once", "steps", "tile_rows"}
+    signature: dict[str, Any] = {
+        name: "constexpr" if name in constants else "i32" if name in small else "i64" for name in run_table.arg_names
+    }
+    signature["addresses"] = ("i64",) * CALL_ARRAYS
+    source = ASTSource(run_table, signature, constants)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+class _Device:
+    """What all programs of one device share: kernels, stages and the constants of networks."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Read the device's numbers; kernels are compiled when they are first needed."""
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self.stages = Stages(Cuda(device)) if self.is_cuda else None
+        self._lock = threading.Lock()
+        self._kernels: dict[torch.dtype, Any] = {}
+        self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
+        self.processors, self.arch = 2, 0
+        if self.is_cuda:
+            properties = torch.cuda.get_device_properties(device)
+            self.processors = properties.multi_processor_count
+            self.arch = 10 * properties.major + properties.minor
+
+    def kernel(self, dtype: torch.dtype) -> Any:
+        """Return the compiled kernel, loaded on this device."""
+        with self._lock:
+            if dtype not in self._kernels:
+                self._kernels[dtype] = compile_kernel(dtype, self.arch)
+            return self._kernels[dtype]
+
+    def constant(self, view: View, dtype: torch.dtype) -> Tensor:
+        """Return a constant on the device, dense, with zeros up to whole vectors of 16 bytes behind its columns."""
+        data = view.buffer.data
+        assert data is not None
+        key = (data.data_ptr(), view.offset, view.shape, view.strides, dtype)
+        columns = view.shape[2]
+        with self._lock:
+            found = self._constants.get(key)
+            if found is None:
+                matrix = view.matrix
+                for axis, stride in enumerate(view.strides):
+                    if not stride:
+                        matrix = matrix.narrow(axis, 0, 1)
+                lanes = 16 // dtype.itemsize
+                padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[2] % lanes))
+                found = padded.to(self.device, dtype, memory_format=torch.contiguous_format).contiguous()
+                if found.data_ptr() == data.data_ptr():
+                    found = found.clone()
+                self._constants[key] = found
+        return found if view.strides[2] else found[..., :1].expand(*found.shape[:2], columns)
+
+    def free_memory(self) -> None:
+        """Give back what is kept for later calls, of all programs and of torch."""
+        if self.stages is not None:
+            self.stages.clear()
+            torch.cuda.empty_cache()
+
+
+_DEVICES: dict[torch.device, _Device] = {}
+_DEVICES_LOCK = threading.Lock()
+
+
+def _shared_state(device: torch.device) -> _Device:
+    with _DEVICES_LOCK:
+        if device not in _DEVICES:
+            _DEVICES[device] = _Device(device)
+        return _DEVICES[device]
+
+
+class TritonProgram:
+    """A program that the Triton kernel runs; threads may share it.
+
+    Args:
+        program: The program.
+        dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
+        device: A CUDA device with its index, or the CPU if Triton interprets.
+
+    Attributes:
+        ladder: Row counts of the tiles, ascending.
+
+    Raises:
+        ValueError: the program has an array that is too large for the kernel's indices.
+        torch.OutOfMemoryError: the device's memory does not hold the constants.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
+        """Write the table, and compile the kernel unless it is known."""
+        entries = max((_entries(step) for step in (*program.once, *program.steps)), default=1)
+        if entries > MOST_ENTRIES:
+            raise ValueError(f"a step may have {MOST_ENTRIES} entries per row, one has {entries}")
+        self._most_rows = max(1, min(MOST_TILE_ROWS, MOST_ENTRIES // entries))
+        self._program, self._dtype = program, dtype
+        self._state = _shared_state(device)
+        self._blocks = BLOCKS[dtype]
+        self._keep: list[Tensor] = []
+        self._table = _retried(self._write, self._state)
+        self.ladder = (1, self._most_rows) if self._most_rows > 1 else (1,)
+        if self._state.is_cuda:
+            self._kernel = self._state.kernel(dtype)
+            self._constants = tuple(
+                self._blocks.constants(dtype)[name] for name in run_table.arg_names if name in self._blocks.constants(dtype)
+            )
+
+    def _write(self) -> Table:
+        self._keep.clear()
+
+        def place(view: View) -> Tensor:
+            found = self._state.constant(view, self._dtype)
+            self._keep.append(found)
+            shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
+            return found[..., : shape[2]].expand(view.shape)
+
+        table = Table(self._program, place, 16 // self._dtype.itemsize)
+        self._numbers = torch.tensor(table.numbers, dtype=torch.int64).to(self._state.device)
+        return table
+
+    def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
+        """Compute rows ``start`` to ``stop``; other rows are left alone.
+
+        Results on the host are in place on return; those on the device follow in the caller's current stream.
+
+        Args:
+            arrays: Contiguous inputs and outputs by name, of the program's dtype, on the device or on the host.
+            start: The first row.
+            stop: The row after the last one.
+
+        Raises:
+            torch.OutOfMemoryError: the device's memory does not hold a tile of one row.
+        """
+        if start >= stop:
+            return
+        table, state = self._table, self._state
+        if not state.is_cuda:
+            self._launch(arrays, start, stop, None)
+            return
+        with torch.cuda.device(state.device):
+            used = {name: arrays[name] for name in table.names}
+            if all(array.device.type == "cuda" for array in used.values()):
+                self._launch(used, start, stop, torch.cuda.current_stream(state.device))
+                return
+            assert state.stages is not None
+            stages, outputs = state.stages, frozenset(table.outputs)
+            shared = frozenset(name for name, is_shared in table.inputs.items() if is_shared)
+            _retried(lambda: stages.run(used, outputs, shared, start, stop, self._launch), state)
+
+    def _launch(self, arrays: Mapping[str, Tensor], start: int, stop: int, stream: Any) -> None:
+        """Launch the kernel for some rows."""
+        n = stop - start
+        tile_rows, instances = self._shape(n)
+        while True:
+            sizes = self._memory(tile_rows)
+            try:
+                memory = _retried(lambda: self._scratch(instances * sizes[0], stream), self._state)  # noqa: B023
+                break
+            except torch.OutOfMemoryError:
+                if tile_rows == instances == 1:
+                    raise
+            # Not in the handler, which holds what failed.
+            tile_rows, instances = max(1, tile_rows // 2), max(1, instances // 2)
+        addresses = [self._address(name, arrays[name], start) for name in self._table.names]
+        addresses += [0] * (CALL_ARRAYS - len(addresses))
+        once, steps = len(self._program.once), len(self._program.steps)
+        given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory.data_ptr(), *sizes, tuple(addresses))
+        if stream is None:
+            run_table[(instances,)](*given, **self._blocks.constants(self._dtype))
+        else:
+            self._kernel[(instances, 1, 1)](*given, *self._constants, stream=stream.cuda_stream)
+
+    def _shape(self, n: int) -> tuple[int, int]:
+        """Return rows of a tile and instances: all processors, then two instances each with larger tiles."""
+        processors = self._state.processors
+        rows = -(-n // processors)
+        if rows > 8:
+            rows = max(8, -(-n // (2 * processors)))
+        rows = min(rows, self._most_rows)
+        while rows > 1 and 2 * processors * self._memory(rows)[0] > MEMORY_BYTES:
+            rows //= 2
+        tiles = -(-n // rows)
+        instances = min(tiles, 2 * processors, max(1, MEMORY_BYTES // self._memory(rows)[0]))
+        return rows, instances
+
+    def _memory(self, tile_rows: int) -> tuple[int, int, int]:
+        """Return an instance's bytes, and the offsets of SHARED memory and of spilled registers in it."""
+        size = self._dtype.itemsize
+
+        def whole(count: int) -> int:
+            return -(-count * size // ALIGNMENT) * ALIGNMENT
+
+        shared = BASES_BYTES + whole(self._program.tile_size * tile_rows)
+        spilled = shared + whole(self._program.shared_size)
+        return spilled + whole(self._table.spilled * self._blocks.ME), shared, spilled
+
+    def _scratch(self, count: int, stream: Any) -> Tensor:
+        if stream is None:
+            return torch.empty(count, dtype=torch.uint8)
+        with torch.cuda.stream(stream):
+            return torch.empty(count, dtype=torch.uint8, device=self._state.device)
+
+    def _address(self, name: str, array: Tensor, start: int) -> int:
+        """Return where a call's row ``start`` begins."""
+        if self._table.inputs.get(name, False):
+            return array.data_ptr()
+        return array.data_ptr() + start * (array.stride(0) if array.dim() else 0) * array.element_size()
+
+
+def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
+    """Try again once with all cached memory freed."""
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        pass
+    state.free_memory()
+    return attempt()
+
+
+def _entries(step: Step) -> int:
+    """Return up to what a step counts the entries of a row."""
+    if isinstance(step, Product):
+        return prod(step.a.shape[:2])
+    if isinstance(step, (Map, SumProducts)):
+        outer, inner, columns = next(step.writes()).shape
+        return outer * inner * (columns + 16)
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile the kernel for some processor generations into Triton's cache."""
+    parser = argparse.ArgumentParser(description="Compile the kernel into Triton's cache, without a GPU.")
+    parser.add_argument("arch", type=int, nargs="+", help="processor generations: 80, 90, 100")
+    for arch in parser.parse_args(arguments).arch:
+        for dtype in BLOCKS:
+            kernel = compile_kernel(dtype, arch)
+            print(f"sm_{arch} {dtype}: {kernel.metadata.shared} bytes of shared memory, {len(kernel.kernel)} bytes of code")
+
+
+if __name__ == "__main__":
+    main()

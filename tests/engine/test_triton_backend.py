@@ -1,0 +1,237 @@
+"""The Triton kernel, interpreted: random programs, every quantity, primitive and layer, bits, and what it compiles to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine import triton_interpreter  # noqa: F401
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the compiled kernel", allow_module_level=True)
+
+from hessquik import Evaluator
+from hessquik.backends import triton as backend
+from hessquik.backends.gpu_table import OPCODES
+from hessquik.backends.triton import TritonProgram
+from hessquik.layers import ICNNLayer, quadraticLayer
+from hessquik.networks import NN, fullyConnectedNN, resnetNN
+from hessquik.pointwise import PRIMITIVES
+from hessquik.steps import Buffer, Instruction, Map, Program, Space, View
+from tests.engine.step_reference import interpret, outputs_of, random_case
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+def run(program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Run a program into outputs that hold NaN before."""
+    arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()}
+    out = {name: torch.full((n, size), float("nan"), dtype=dtype) for name, size in outputs_of(program).items()}
+    TritonProgram(program, dtype, CPU).run({**arrays, **out}, 0, n)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs(seed: int) -> None:
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    case = random_case(seed, vector=4, count=8)
+    n = (5, 3, 0, 1)[seed % 4]
+    inputs = case.inputs(n)
+    expected = interpret(case.program, inputs, n, 3)
+    found = run(case.program, inputs, n, dtype)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(
+            found[name].double(), wanted, rtol=3000 * torch.finfo(dtype).eps, atol=3000 * torch.finfo(dtype).eps
+        )
+
+
+def _map_of(op: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
+    """Apply one primitive with the kernel."""
+    columns = operands[0].numel()
+    inputs = tuple(
+        View(Buffer(Space.INPUT, columns, f"x{i}"), (1, 1, columns), (0, 0, 1)) for i in range(len(operands))
+    )
+    out = View(Buffer(Space.OUTPUT, columns, "y"), (1, 1, columns), (0, 0, 1))
+    step = Map(inputs, (Instruction(op, tuple(range(len(operands)))),), ((len(operands), out),))
+    program = Program((), (step,), 0, 0, 4)
+    return run(program, {f"x{i}": x[None] for i, x in enumerate(operands)}, 1, dtype)["y"][0]
+
+
+SPECIAL = [0.0, -0.0, 1e30, -1e30, float("inf"), -float("inf"), float("nan"), 1e-30, -1e-8, 88.0, -88.0, 1.0, -1.0, 20.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", sorted(PRIMITIVES))
+def test_primitives_agree_with_their_definition(op: str, dtype: torch.dtype) -> None:
+    assert op in OPCODES
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.tensor(SPECIAL), torch.randn(60, generator=generator), 12 * torch.randn(54, generator=generator)])
+    operands = [x.roll(3 * i).to(dtype) for i in range(PRIMITIVES[op].arity)]
+    found = _map_of(op, dtype, *operands)
+    expected = PRIMITIVES[op].on_tensors(*operands)
+    # The argument of the error function is rounded, so the tail's relative error grows with its square.
+    bound = 4.0 + (x.double() ** 2).clamp(max=1400.0) if op == "ndtr" else torch.full_like(x, 4.0).double()
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    close = (found - expected).abs().double() <= bound * eps * expected.abs().double() + tiny
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    assert (close | same).all(), (x[~(close | same)], found[~(close | same)], expected[~(close | same)])
+
+
+EXACT = {
+    "exp": mpmath.exp, "expm1": mpmath.expm1, "log": mpmath.log, "log1p": mpmath.log1p, "tanh": mpmath.tanh,
+    "erf": mpmath.erf, "atan": mpmath.atan, "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", sorted(EXACT))
+def test_primitives_are_accurate_to_two_units_in_the_last_place(op: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.cat([scale * torch.randn(48, generator=generator) for scale in (1e-3, 1.0, 10.0)]).to(dtype)
+    x = x.abs() if op in {"log", "log1p"} else x
+    found = _map_of(op, dtype, x)
+    with mpmath.workdps(40):
+        for argument, value in zip(x.tolist(), found.tolist(), strict=True):
+            exact = EXACT[op](mpmath.mpf(argument))
+            assert abs(mpmath.mpf(value) - exact) <= 2 * torch.finfo(dtype).eps * abs(exact), argument
+
+
+def _networks() -> dict[str, NN]:
+    torch.manual_seed(3)
+    return {
+        "full": fullyConnectedNN([5, 18, 7, 2]),
+        "residual": resnetNN(3, 8, 2),
+        "convex": NN(ICNNLayer(4, None, 6), ICNNLayer(4, 6, 5), quadraticLayer(9, 2)),
+    }
+
+
+ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
+
+
+@pytest.mark.parametrize("name", ["full", "residual", "convex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_quantities(name: str, dtype: torch.dtype) -> None:
+    network = _networks()[name].double()
+    evaluate = Evaluator(network, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, evaluate.d, generator=generator).to(dtype)
+    v = torch.randn(2, evaluate.d, generator=generator).to(dtype)
+    plan = evaluate.plan(ALL, directions=v)
+    expected = evaluate(x, ALL, directions=v)
+    out = {quantity: torch.full_like(getattr(expected, quantity), float("nan")) for quantity in ALL}
+    TritonProgram(plan.program, dtype, CPU).run({"x": x, "directions": v, **out}, 0, 3)
+    for quantity, found in out.items():
+        wanted = getattr(expected, quantity)
+        bound = 200 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * (1 + wanted.abs().max().item()))
+
+
+def test_bits_do_not_depend_on_company_position_or_tile() -> None:
+    evaluate = Evaluator(fullyConnectedNN([3, 20, 20, 1]), dtype=torch.float32)
+    quantities = ("value", "gradient", "hessian")
+    program = TritonProgram(evaluate.plan(quantities).program, torch.float32, CPU)
+    x = torch.randn(37, 3, generator=torch.Generator().manual_seed(4))
+
+    def evaluated(rows: Tensor) -> Tensor:
+        shapes = {"value": (1,), "gradient": (3, 1), "hessian": (3, 3, 1)}
+        out = {name: torch.full((len(rows), *shape), float("nan")) for name, shape in shapes.items()}
+        program.run({"x": rows, **out}, 0, len(rows))
+        return torch.cat([array.flatten(1) for array in out.values()], 1)
+
+    whole = evaluated(x)
+    assert torch.equal(evaluated(x[36:]), whole[36:])
+    assert torch.equal(evaluated(x.flip(0)[:7]), whole.flip(0)[:7])
+
+
+def test_other_rows_are_left_alone() -> None:
+    evaluate = Evaluator(fullyConnectedNN([2, 4, 1]), dtype=torch.float64)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    value = torch.full((6, 1), 7.0, dtype=torch.float64)
+    TritonProgram(evaluate.plan(("value",)).program, torch.float64, CPU).run({"x": x, "value": value}, 2, 4)
+    assert torch.equal(value[[0, 1, 4, 5]], torch.full((4, 1), 7.0, dtype=torch.float64))
+    torch.testing.assert_close(value[2:4], evaluate(x[2:4]).value)
+
+
+def test_maps_with_more_values_than_registers() -> None:
+    columns, count = 5, 12
+    inputs = tuple(View(Buffer(Space.INPUT, columns, f"x{i}"), (1, 1, columns), (0, 0, 1)) for i in range(count))
+    out = View(Buffer(Space.OUTPUT, columns, "y"), (1, 1, columns), (0, 0, 1))
+    instructions = [Instruction("exp", (i,)) for i in range(count)]
+    total = count
+    for i in range(1, count):
+        instructions.append(Instruction("add", (total, count + i)))
+        total = count + len(instructions) - 1
+    program = Program((), (Map(inputs, tuple(instructions), ((total, out),)),), 0, 0, 4)
+    given = {f"x{i}": torch.randn(2, columns, dtype=torch.float64) for i in range(count)}
+    found = run(program, given, 2, torch.float64)["y"]
+    torch.testing.assert_close(found, sum(x.exp() for x in given.values()))
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    evaluate = Evaluator(fullyConnectedNN([2, 4, 1]), dtype=torch.float64)
+    program = TritonProgram(evaluate.plan(("value",)).program, torch.float64, CPU)
+    make, asked, freed = program._scratch, [], []
+
+    def scratch(count: int, stream: object) -> Tensor:
+        asked.append(count)
+        if len(asked) <= failures:
+            raise torch.OutOfMemoryError("no memory")
+        return make(count, stream)
+
+    monkeypatch.setattr(program, "_scratch", scratch)
+    monkeypatch.setattr(program._state, "free_memory", lambda: freed.append(len(asked)))
+    x = torch.randn(40, 2, dtype=torch.float64)
+    value = torch.full((40, 1), float("nan"), dtype=torch.float64)
+    program.run({"x": x, "value": value}, 0, 40)
+    torch.testing.assert_close(value, evaluate(x).value)
+    assert freed[0] == 1, "cached memory is given back before tiles become smaller"
+    assert asked[-1] < asked[0] or failures == 1
+    monkeypatch.setattr(program, "_scratch", lambda count, stream: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        program.run({"x": x, "value": value}, 0, 40)
+
+
+_COMPILE = """
+import json, sys, torch
+from hessquik.backends.triton import BLOCKS, compile_kernel
+found = {}
+for arch in map(int, sys.argv[1:]):
+    for dtype in BLOCKS:
+        kernel = compile_kernel(dtype, arch)
+        found[f"{arch} {dtype}"] = {"shared": kernel.metadata.shared, "code": len(kernel.kernel), "tf32": "tf32" in kernel.asm["ptx"]}
+print(json.dumps(found))
+"""
+
+
+def test_it_compiles_for_a_gpu_without_one() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _COMPILE, "90"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert not ran.returncode, ran.stderr
+    for name, kernel in json.loads(ran.stdout).items():
+        assert kernel["shared"] <= 160 << 10, name
+        assert not kernel["tf32"], f"{name}: products must be in full precision"
+
+
+def test_what_is_too_large_for_its_indices_is_refused() -> None:
+    columns = 1 << 20
+    x = View(Buffer(Space.INPUT, columns, "x"), (1, 1, columns), (0, 0, 1))
+    y = View(Buffer(Space.OUTPUT, columns, "y"), (1, 1, columns), (0, 0, 1))
+    step = Map((x,), (Instruction("neg", (0,)),), ((1, y),))
+    with pytest.raises(ValueError, match="entries per row"):
+        TritonProgram(Program((), (step,), 0, 0, 4), torch.float32, CPU)
+
+
+def test_backend_names_its_kernel_once() -> None:
+    assert backend.is_available(CPU)
+    assert not backend.is_available(torch.device("meta"))
