@@ -181,7 +181,9 @@ def _product(
     The inner entries of all rows are the rows of one matrix. Where strides or a B of its own forbid that, there is one
     matrix for each row and outer entry.
     """
-    width = _number(table, at + 4) + tl.maximum(_number(table, at + 8 + 3 * VIEW + 9), _number(table, at + 8 + 7 * VIEW + 9))
+    width = _number(table, at + 4) + tl.maximum(
+        _number(table, at + 8 + 3 * VIEW + 9), _number(table, at + 8 + 7 * VIEW + 9)
+    )
     outers, inner = _number(table, at + 2), _number(table, at + 3)
     in_groups = (tl.load(table + at + 1) & IN_GROUPS) != 0
     length = tl.where(in_groups, inner, live * inner)
@@ -237,9 +239,13 @@ def _sum_products(table, at, bases, first, tile_rows, live, ME: tl.constexpr, dt
         o = t - r * outer
         mask = (e < total) & (w < columns)
         left = _view(table, a_view, bases, first, tile_rows, dtype)
-        left = left + (r * _number(table, a_view + 4) + o * _number(table, a_view + 5) + w * _number(table, a_view + 7))
+        left = left + (
+            r * _number(table, a_view + 4) + o * _number(table, a_view + 5) + w * _number(table, a_view + 7)
+        )
         right = _view(table, b_view, bases, first, tile_rows, dtype)
-        right = right + (r * _number(table, b_view + 4) + o * _number(table, b_view + 5) + w * _number(table, b_view + 7))
+        right = right + (
+            r * _number(table, b_view + 4) + o * _number(table, b_view + 5) + w * _number(table, b_view + 7)
+        )
         result = tl.zeros((ME,), dtype)
         for _i in range(inner):
             x = tl.load(left, mask=mask, other=0.0)

@@ -214,7 +214,9 @@ class _Stage:
         driver.record(self.computed, self.compute)
         driver.wait(self.outward, self.computed)
         for name in call.outputs:
-            driver.copy(self._part(slot.host, name, call.here[name][first:last], driver.pinned), arrays[name], self.outward)
+            driver.copy(
+                self._part(slot.host, name, call.here[name][first:last], driver.pinned), arrays[name], self.outward
+            )
         driver.record(slot.done, self.outward)
 
     def _device_memory(self, count: int) -> Tensor:
@@ -292,4 +294,3 @@ class Stages:
         """Give back the memory of idle stages."""
         with self._lock:
             self._idle.clear()
-

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
@@ -86,7 +85,16 @@ class Table:
             return [MAP, is_flat, outer, inner, columns, count, one_row, 0, at, padded]
         if isinstance(step, SumProducts):
             flags = HAS_B if step.b is not None else 0
-            return [SUM_PRODUCTS, flags, *step.a.shape, 0, one_row, 0, *self._views(step.a, step.b), *self._out(step.out)]
+            return [
+                SUM_PRODUCTS,
+                flags,
+                *step.a.shape,
+                0,
+                one_row,
+                0,
+                *self._views(step.a, step.b),
+                *self._out(step.out),
+            ]
         if isinstance(step, Contract):
             (_, k, w), m = step.a.shape, step.b.shape[1]
             # The result's axes i, j and m are inner, columns and none.
@@ -248,7 +256,8 @@ class _MapWriter:
             if is_last:
                 self._registers[i] = None
         register = self._free(now, set())
-        self._emit(OPCODES[instruction.op], register, *(places * 2)[:2], number=number)
+        first, second = (places * 2)[:2]
+        self._emit(OPCODES[instruction.op], register, first, second, number)
         self._registers[register] = value
         self._store(value, now)
 
@@ -280,7 +289,9 @@ class _MapWriter:
         """Return a register that may be written."""
         if None in self._registers:
             return self._registers.index(None)
-        candidates = [i for i, holds in enumerate(self._registers) if holds is not None and holds >= 0 and holds not in held]
+        candidates = [
+            i for i, holds in enumerate(self._registers) if holds is not None and holds >= 0 and holds not in held
+        ]
 
         def next_use(i: int) -> int:
             holds = self._registers[i]
@@ -308,5 +319,3 @@ class _MapWriter:
 def _bits(number: float) -> int:
     """Return the bits of a float64 as an integer."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-

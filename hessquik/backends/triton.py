@@ -1,8 +1,8 @@
 """The Triton backend: one kernel that interprets any program, in one launch for any number of rows.
 
 The kernel is compiled once per dtype and processor generation, 10 to 15 seconds, when the first network is loaded or
-when an image is built (``python -m hessquik.backends.triton 90``), and found in Triton's cache on disk from then on. No
-request compiles anything.
+when an image is built (``python -m hessquik.backends.triton 90``), and found in Triton's cache on disk from then on.
+No request compiles anything.
 
 With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, for tests.
 """
@@ -44,7 +44,7 @@ BASES_BYTES, ALIGNMENT = 256, 128
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of the kernel's blocks, see :func:`hessquik.backends.gpu_kernel.run_table`; chosen by measuring on an H200."""
+    """Sizes of the blocks of :func:`hessquik.backends.gpu_kernel.run_table`; chosen by measuring on an H200."""
 
     BM: int = 64
     BN: int = 64
@@ -193,7 +193,9 @@ class TritonProgram:
         if self._state.is_cuda:
             self._kernel = self._state.kernel(dtype)
             self._constants = tuple(
-                self._blocks.constants(dtype)[name] for name in run_table.arg_names if name in self._blocks.constants(dtype)
+                self._blocks.constants(dtype)[name]
+                for name in run_table.arg_names
+                if name in self._blocks.constants(dtype)
             )
 
     def _write(self) -> Table:
@@ -325,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for arch in parser.parse_args(arguments).arch:
         for dtype in BLOCKS:
             kernel = compile_kernel(dtype, arch)
-            print(f"sm_{arch} {dtype}: {kernel.metadata.shared} bytes of shared memory, {len(kernel.kernel)} bytes of code")
+            shared, code = kernel.metadata.shared, len(kernel.kernel)
+            print(f"sm_{arch} {dtype}: {shared} bytes of shared memory, {code} bytes of code")
 
 
 if __name__ == "__main__":
