@@ -186,8 +186,8 @@ class WorkerProcess:
         elif self.loading and now - self._load_since_s > settings.load_timeout_s:
             self._workers.refuse(self.loading[0], f"expected a network that loads in {settings.load_timeout_s:g} s")
             self.kill("loading a model took too long", is_counted=False)
-        elif self.is_ready and now - self._heard_s > settings.batch_timeout_s:
-            self.kill(f"it has not answered for {settings.batch_timeout_s:g} s", is_counted=False)
+        elif self.is_ready and now - self._heard_s > max(settings.batch_timeout_s, FRESH_S):
+            self.kill(f"it has not answered for {now - self._heard_s:.1f} s", is_counted=False)
         elif self.is_ready and not self._is_asked:
             self._is_asked = True
             self._write({"op": "ping"})

@@ -76,11 +76,13 @@ class Front:
 
 
 def front_processes(server: LiveServer) -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(server.process.pid).children()
-        if any("service.frontend" in part for part in child.cmdline())
-    ]
+    return [child for child in psutil.Process(server.process.pid).children() if is_front(child)]
+
+
+def is_front(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, say
+        return any("service.frontend" in part for part in process.cmdline())
+    return False
 
 
 def connect(server: LiveServer, count: int = 2) -> list[Front]:
