@@ -170,7 +170,9 @@ class Table:
             slot, more = SHARED, more + buffer.offset
         else:
             slot, call_row = CALL + self._name(view), row
-        return [slot, per_row, more, call_row, row, *view.strides, 0, 0]
+        outer, inner, column = view.strides
+        # Zeros behind a single column lie beside it, whatever its stride.
+        return [slot, per_row, more, call_row, row, outer, inner, column if view.shape[2] > 1 else 1, 0, 0]
 
     def _name(self, view: View) -> int:
         buffer = view.buffer

@@ -76,7 +76,7 @@ def is_available(device: torch.device) -> bool:
     """Return whether the kernel runs on a device."""
     if device.type == "cuda":
         return not is_interpreted() and torch.cuda.get_device_capability(device) >= OLDEST
-    return is_interpreted()
+    return device.type == "cpu" and is_interpreted()
 
 
 def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) -> Any:
