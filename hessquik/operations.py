@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hessquik.algebra import congruence, pairs, unpack
 from hessquik.graph import Node
@@ -14,11 +15,19 @@ from hessquik.pointwise import PRIMITIVES
 
 __all__ = ["compute_node", "fold"]
 
+#: Numbers of a whole vector. Libraries compute what is left of a vector, or begins within one, by other instructions and
+#: in another order. Where a row's bits would depend on its place, arrays are therefore padded with zeros to whole vectors.
+WHOLE = 16
+
 
 def compute_node(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     """Return a node's array (rows, …) from those of its inputs; a leading axis of 1 stands for all rows."""
     if node.op in PRIMITIVES:
-        return PRIMITIVES[node.op].on_tensors(*_aligned(inputs))
+        primitive = PRIMITIVES[node.op].on_tensors
+        if len(inputs) > 1:
+            return primitive(*_aligned(inputs))
+        flat = inputs[0].reshape(-1)
+        return primitive(pad(flat, (0, -len(flat) % (4 * WHOLE))))[: len(flat)].reshape(inputs[0].shape)
     return _OPERATIONS[node.op](*inputs, *node.arguments)
 
 
@@ -30,18 +39,26 @@ def _aligned(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if b.ndim == 3 and b.shape[0] == 1 and a.ndim >= 3:
-        return (a.reshape(-1, a.shape[-1]) @ b[0]).reshape(*a.shape[:-1], b.shape[-1])
+        depth, columns = b.shape[-2:]
+        matrix = pad(b[0], (0, -columns % WHOLE, 0, -depth % WHOLE))
+        product = _whole(a).reshape(-1, matrix.shape[0]) @ matrix
+        return product[:, :columns].reshape(*a.shape[:-1], columns)
     a, b = _aligned((a, b))
     return a @ b
 
 
+def _whole(array: Tensor) -> Tensor:
+    """Return an array with columns of zeros behind its own, up to a whole vector."""
+    return pad(array, (0, -array.shape[-1] % WHOLE))
+
+
 def _contract(*arrays: Tensor) -> Tensor:
-    left, right = _joined(arrays)
+    left, right = map(_whole, _joined(arrays))
     return left @ right.mT
 
 
 def _congruence(*arrays: Tensor) -> Tensor:
-    return congruence(*_joined(arrays))
+    return congruence(*map(_whole, _joined(arrays)))
 
 
 def _joined(arrays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -172,11 +172,10 @@ class _Stage:
                 slot.drain(driver)
         except BaseException:
             # What is on its way is waited for, as it reads and writes this stage's memory, and is of no use.
-            driver.record(ended, self.compute)
-            driver.synchronize(ended)
+            for stream in (self.inward, self.compute, self.outward):
+                driver.record(ended, stream)
+                driver.synchronize(ended)
             for slot in self.slots:
-                if slot.waiting:
-                    driver.synchronize(slot.done)
                 slot.waiting.clear()
             raise
         driver.record(ended, self.compute)
@@ -220,7 +219,9 @@ class _Stage:
         driver.record(slot.done, self.outward)
 
     def _device_memory(self, count: int) -> Tensor:
-        return self.driver.memory(count, self.compute)
+        # The first to write there is the inward stream. The computing stream's memory may still be in use, by a
+        # launch whose temporary memory was given back when it was queued.
+        return self.driver.memory(count, self.inward)
 
     @staticmethod
     def _part(kept: dict[str, Tensor], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:

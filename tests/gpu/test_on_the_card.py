@@ -23,7 +23,7 @@ def networks() -> dict[str, NN]:
     return {
         "full": fullyConnectedNN([10, 64, 64, 64, 1]),
         "narrow": fullyConnectedNN([3, 7, 18, 2]),
-        "residual": resnetNN(5, 32, 3),
+        "residual": resnetNN(5, 3, 0.5),
         "wide": fullyConnectedNN([4, 300, 300, 1]),
     }
 

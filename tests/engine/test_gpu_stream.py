@@ -1,0 +1,160 @@
+"""Staging under a driver that does as little as events allow, or everything at once: results never depend on luck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hessquik.backends import gpu_stream
+from hessquik.backends.gpu_stream import Stages
+
+
+@dataclass
+class Stream:
+    """Work in order; what is done of it."""
+
+    work: list[Callable[[], object]] = field(default_factory=list)
+    done: int = 0
+
+    def advance(self, until: int) -> None:
+        while self.done < until:
+            work = self.work[self.done]
+            self.done += 1
+            work()
+
+
+@dataclass
+class Event:
+    """A place in a stream."""
+
+    stream: Stream | None = None
+    place: int = 0
+
+    def happen(self) -> None:
+        if self.stream is not None:
+            self.stream.advance(self.place)
+
+
+class FakeDriver:
+    """A driver whose streams work only when somebody waits for them, or at once."""
+
+    def __init__(self, is_eager: bool) -> None:
+        self.is_eager, self.own, self.pinned_bytes = is_eager, Stream(), 0
+        self.streams: list[Stream] = []
+
+    def queue(self, stream: Stream, work: Callable[[], object]) -> None:
+        stream.work.append(work)
+        if self.is_eager:
+            stream.advance(len(stream.work))
+
+    def stream(self) -> Stream:
+        self.streams.append(Stream())
+        return self.streams[-1]
+
+    def event(self) -> Event:
+        return Event()
+
+    def caller(self) -> Stream:
+        return self.own
+
+    def record(self, event: Event, stream: Stream) -> None:
+        event.stream, event.place = stream, len(stream.work)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        now = Event(event.stream, event.place)
+        self.queue(stream, now.happen)
+
+    def synchronize(self, event: Event) -> None:
+        event.happen()
+
+    def copy(self, out: Tensor, source: Tensor, stream: Stream) -> None:
+        self.queue(stream, lambda: out.copy_(source))
+
+    def pinned(self, count: int) -> Tensor:
+        self.pinned_bytes += count
+        return torch.full((count,), 255, dtype=torch.uint8)
+
+    def memory(self, count: int, stream: Any) -> Tensor:
+        return torch.full((count,), 255, dtype=torch.uint8)
+
+    def is_host(self, array: Tensor) -> bool:
+        return True
+
+
+@pytest.fixture(params=[False, True], ids=["lazy", "eager"])
+def driver(request: pytest.FixtureRequest) -> FakeDriver:
+    return FakeDriver(request.param)
+
+
+def launch_on(driver: FakeDriver) -> gpu_stream.Launch:
+    """Compute y = 2 x + s."""
+
+    def launch(arrays: Mapping[str, Tensor], start: int, stop: int, stream: Stream) -> None:
+        given = {name: array[start:stop] if name != "s" else array for name, array in arrays.items()}
+        driver.queue(stream, lambda: given["y"].copy_(2 * given["x"] + given["s"]))
+
+    return launch
+
+
+def run(stages: Stages, driver: FakeDriver, n: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    x, s = torch.randn(n, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    y = torch.full_like(x, float("nan"))
+    stages.run({"x": x, "s": s, "y": y}, frozenset("y"), frozenset("s"), start, stop or n, launch_on(driver))
+    return y, 2 * x + s
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 23])
+def test_results_are_in_place_on_return(driver: FakeDriver, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stream, "CHUNK_BYTES", 4 * 24)
+    monkeypatch.setattr(gpu_stream, "DIRECT_BYTES", 0)
+    stages = Stages(driver)
+    for _ in range(3):  # the memory of the call before is used again
+        found, expected = run(stages, driver, n)
+        assert torch.equal(found, expected)
+
+
+def test_small_calls_use_the_pinned_memory_itself(driver: FakeDriver) -> None:
+    found, expected = run(Stages(driver), driver, 4)
+    assert torch.equal(found, expected)
+    inward, _, outward = driver.streams
+    assert not inward.work
+    assert not outward.work
+
+
+def test_other_rows_are_left_alone(driver: FakeDriver) -> None:
+    found, expected = run(Stages(driver), driver, 9, 2, 7)
+    assert torch.equal(found[2:7], expected[2:7])
+    assert found[:2].isnan().all()
+    assert found[7:].isnan().all()
+
+
+def test_memory_is_bounded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stream, "CHUNK_BYTES", 8 << 10)
+    run(Stages(driver), driver, 4000)
+    # x, s and y, each of the smallest size or a chunk, in two slots.
+    assert driver.pinned_bytes <= 2 * (2 * (8 << 10) + 4096)
+
+
+def test_a_failed_call_leaves_nothing_behind(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stream, "CHUNK_BYTES", 4 * 24)
+    monkeypatch.setattr(gpu_stream, "DIRECT_BYTES", 0)
+    stages, good, turns = Stages(driver), launch_on(driver), []
+
+    def launch(*arguments: Any) -> None:
+        turns.append(1)
+        if len(turns) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        good(*arguments)
+
+    x = torch.randn(20, 3, dtype=torch.float64)
+    arrays = {"x": x, "s": torch.zeros(3, dtype=torch.float64), "y": torch.zeros_like(x)}
+    with pytest.raises(torch.OutOfMemoryError):
+        stages.run(arrays, frozenset("y"), frozenset("s"), 0, 20, launch)
+    assert all(stream.done == len(stream.work) for stream in driver.streams)
+    found, expected = run(stages, driver, 20)
+    assert torch.equal(found, expected)
