@@ -228,7 +228,7 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Matrices) *p, I i
         V copy[MOST_SUMS];
         UNROLL for (int i = 0; i < mr * nv; i++) copy[i] = sum[i];
         NAME(write_apart)(p, mr, nv, i0, j0, copy);
-    } else if (p->columns - j0 < nv * VL) NAME(write)(mr, nv, 1, p, i0, j0, sum);
+    } else if (nv <= 2 && p->columns - j0 < nv * VL) NAME(write)(mr, nv, 1, p, i0, j0, sum); /* wider ones are full */
     else NAME(write)(mr, nv, 0, p, i0, j0, sum); /* unrolled and without calls, the sums stay in registers */
 }
 
@@ -310,8 +310,8 @@ static void NAME(product)(const Call *call, const Product *s) {
 /* The sums over w of rows of A times rows of B, as many as a vector has lanes, in order. */
 INLINE V NAME(across)(V *sums) {
     /* Each round adds the two halves of every vector and leaves half as many vectors, interleaved. */
-    for (I count = VL; count > 1; count /= 2)
-        for (I i = 0; i < count / 2; i++) {
+    UNROLL for (I count = VL; count > 1; count /= 2)
+        UNROLL for (I i = 0; i < count / 2; i++) {
             V a = sums[i], b = sums[i + count / 2];
             sums[i] = (V)SHUFFLE(a, b, JOINED(LOW_, LANES)) + (V)SHUFFLE(a, b, JOINED(HIGH_, LANES));
         }
@@ -323,16 +323,16 @@ INLINE void NAME(dots)(
     const int rows, const int columns, I width, const REAL *const *a, const REAL *const *b, REAL *out
 ) {
     V sum[BLOCK * BLOCK];
-    for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
+    UNROLL for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
     for (I w = 0; w < width; w += VL) {
         V right[BLOCK];
-        for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
-        for (int i = 0; i < rows; i++) {
+        UNROLL for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
+        UNROLL for (int i = 0; i < rows; i++) {
             V left = NAME(load)(a[i] + w);
-            for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
+            UNROLL for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
         }
     }
-    for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
+    UNROLL for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
 }
 
 /* One output after the other: the weighted rows J_a c_m times the rows J_b. */
