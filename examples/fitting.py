@@ -155,7 +155,8 @@ def fit(network: NN, target: Target, x: Tensor, rounds: int) -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        found = Derivatives(*network(x, do_gradient=True, do_Hessian=True))
+        names = ("value", "gradient", "hessian")
+        found = Derivatives(**dict(zip(names, network(x, do_gradient=True, do_Hessian=True), strict=True)))
         loss = torch.stack([error**2 for error in relative_errors(found, exact, unit).values()]).sum()
         loss.backward()
         return loss

@@ -15,8 +15,8 @@ from hessquik.pointwise import PRIMITIVES
 
 __all__ = ["compute_node", "fold"]
 
-#: Numbers of a whole vector. Libraries compute what is left of a vector, or begins within one, by other instructions and
-#: in another order. Where a row's bits would depend on its place, arrays are therefore padded with zeros to whole vectors.
+#: Numbers of a whole vector. Libraries compute what is left of a vector, or begins within one, by other instructions
+#: and in another order. Where a row's bits would depend on its place, arrays are padded with zeros to whole vectors.
 WHOLE = 16
 
 

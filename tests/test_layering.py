@@ -51,6 +51,8 @@ LAYERS = {
 }
 #: What the engine may import besides the standard library.
 ENGINE_NEEDS = {"torch", "safetensors"}
+#: Modules that import Triton, which comes with torch where there are GPUs; nothing imports them elsewhere.
+TRITON = {f"hessquik.backends.{name}" for name in ("gpu_kernel", "gpu_math", "gpu_stream", "gpu_table", "triton")}
 #: What must not be loaded when the client is imported, or its base install would not do.
 NOT_FOR_THE_CLIENT = {"torch", "fastapi", "starlette", "uvicorn", "pydantic"}
 
@@ -152,8 +154,9 @@ def test_imports_have_no_circles(package):
 
 
 def test_the_engine_imports_torch_and_safetensors_only():
-    built_with = {"hessquik.backends.cpu.build"}
-    paths = [path for name, path in sources("hessquik") if name not in built_with]
+    optional = {"setuptools": {"hessquik.backends.cpu.build"}, "triton": TRITON}
+    apart = set().union(*optional.values())
+    paths = [path for name, path in sources("hessquik") if name not in apart]
     found = {module.split(".")[0] for path in paths for module, _ in imports(path)}
     assert found - sys.stdlib_module_names - {"hessquik"} == ENGINE_NEEDS
 

@@ -29,7 +29,7 @@ from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
 from hessquik.steps import Map, Product, Program, Step, SumProducts, View
 
-__all__ = ["BLOCKS", "Blocks", "TritonProgram", "compile_kernel", "is_available"]
+__all__ = ["BLOCKS", "Blocks", "TritonProgram", "compile_kernel", "is_available", "is_interpreted", "main"]
 
 _T = TypeVar("_T")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}

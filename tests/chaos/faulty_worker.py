@@ -12,11 +12,13 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hessquik import calculus, evaluator
+from hessquik.layers.form import Form
 from service import wire, worker
 from tests.service.faulty_worker import FaultyWorker
 
@@ -68,7 +70,23 @@ def as_they_come(
     between: object = None,
 ) -> calculus.Derivatives:
     """All rows at once, by whatever kernels torch takes for that many."""
-    return calculus.evaluate(self._forms, x, quantities, weights, directions)
+    forms = [_converted(form, self.dtype) for form in self._forms]
+    given = [None if array is None else array.to(self.dtype) for array in (weights, directions)]
+    return calculus.evaluate(forms, x.to(self.dtype), quantities, *given)
+
+
+def _converted(form: Form, dtype: torch.dtype) -> Form:
+    """Return a layer in another dtype."""
+
+    def moved(linear: object) -> object:
+        return linear.to(dtype) if isinstance(linear, torch.Tensor) else linear
+
+    return replace(
+        form,
+        into=tuple(map(moved, form.into)),
+        skip=tuple(map(moved, form.skip)),
+        **{name: moved(getattr(form, name)) for name in ("bias", "out", "offset")},
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def every() -> Iterator[Vector]:
             f"quantities {kind}", f"{EVALUATE}?quantities={query}", _file(inputs=point), 422, "quantities", BINARY
         )
     yield Vector(
-        "quantities, which the path has", f"{VALUE}?quantities=value", _file(inputs=point), 422, "quantities", BINARY
+        "quantities, which the path has", f"{VALUE}?quantities=value", _file(inputs=point), 422, "query", BINARY
     )
     for text in ("float16", "", "F64", "FLOAT32"):
         yield Vector(f"dtype {text!r}", f"{VALUE}?dtype={text}", _file(inputs=point), 422, "dtype", BINARY)
