@@ -192,7 +192,7 @@ class Application(FastAPI):
     def fail(self, request: Request, error: Exception) -> None:
         """Answer with an error in the path's dialect; what is nobody's fault but ours goes to the log."""
         id_ = request.id.decode()
-        context = {"request_id": id_, "trace": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
+        context = {"request_id": id_, "traceparent": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
         if not isinstance(error, ServiceError):
             logger.error("request %s failed", id_, exc_info=error, extra=context)
             error = InternalError("something went wrong; the log has it under this request id")
