@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -103,6 +104,7 @@ def answer(application: Application, request: Request) -> Reply | Cancel:
 async def _answer_long(application: Application, request: Request, served: Served, shape: Shape) -> Cancel:
     """Read a long body a slice at a time, and ask the workers."""
     body = request.body
+    await asyncio.sleep(0)  # each look at all of a long body takes tens of milliseconds
     codecs.refuse_bombs(body, shape)
     with application.core.repository.holding(served):
         document, may_be_booleans = await read_long_json(body, shape.max_rows)
