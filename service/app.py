@@ -43,7 +43,6 @@ from service.http import asgi
 from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
 from service.metrics import REFUSED
 from service.node import Node, NodeLike
-from service.quantities import floats_per_row
 from service.repository import Served
 from service.routes import derivatives, health, inference_protocol, models, pages, umbridge
 from service.routes.operation import NATIVE, Dialect, Direct
@@ -65,8 +64,8 @@ UNMATCHED = "unmatched"
 NO_STATUS = 499
 #: After refusing a larger body, the memory that it took is returned to the system.
 RETURNED_BYTES = 1 << 20
-#: Bytes of a number in JSON, for estimates.
-TEXT_BYTES = 24
+#: How many times larger than in binary numbers are in JSON, for estimates.
+TEXT_FACTOR = 3
 #: When the collector looks at young objects: hundreds of requests hold thousands of them, none in a cycle.
 COLLECT = (20_000, 20, 20)
 
@@ -193,7 +192,7 @@ class Application(FastAPI):
     def fail(self, request: Request, error: Exception) -> None:
         """Answer with an error in the path's dialect; what is nobody's fault but ours goes to the log."""
         id_ = request.id.decode()
-        context = {"request_id": id_, "trace": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
+        context = {"request_id": id_, "traceparent": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
         if not isinstance(error, ServiceError):
             logger.error("request %s failed", id_, exc_info=error, extra=context)
             error = InternalError("something went wrong; the log has it under this request id")
@@ -258,15 +257,14 @@ class Application(FastAPI):
             else:
                 self.finish(request, reply)
 
-        inputs, directions = question.inputs, question.directions
-        k = 0 if directions is None else directions.shape[1]
-        is_weighted = question.weights is not None
-        floats = floats_per_row(question.quantities, inputs.shape[1], served.facts["m"], k, is_weighted)
-        reply_bytes = len(inputs) * floats * (inputs.itemsize if form == "arrays" else TEXT_BYTES)
-        if reply_bytes > LARGE_BYTES:
-            self.budget.take(reply_bytes)
-            request.held_bytes += reply_bytes
         job = self.core.ask(served, question, form, deadline_s, end)
+        reply_bytes = job.rows * job.key.row_bytes * (1 if form == "arrays" else TEXT_FACTOR)
+        if reply_bytes > LARGE_BYTES:
+            try:
+                self.budget.take(reply_bytes)
+                request.held_bytes += reply_bytes
+            except ServiceError as error:
+                self.core.abandon(job, error)  # which answers the request
         request.body = b""
         return partial(self.core.abandon, job)
 

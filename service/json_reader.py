@@ -102,8 +102,12 @@ async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
         end = len(body) if quote < 0 else quote
         if end - position > SHORT_BYTES:
             field = _FIELDS.get(short[-1], "body") if short else "body"
-            start, stop = _find_list(body, position, end)
-            arrays.append(await _read_list(field, body[start:stop], max_rows))
+            await asyncio.sleep(0)  # each look at all of a long body takes tens of milliseconds
+            first, before = _find_start(body, position, end)
+            await asyncio.sleep(0)
+            start, stop = _find_list(body, position, end, first, before)
+            await asyncio.sleep(0)
+            arrays.append(await _read_list(field, body, start, stop, max_rows))
             short += [body[position:start], b'"%b%d"' % (_MARK.encode(), len(arrays) - 1), body[stop:end]]
         else:
             short.append(body[position:end])
@@ -118,11 +122,16 @@ async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
     raise _invalid("body", f"at most {MAX_STRINGS} strings in a long body", "more")
 
 
-def _find_list(body: bytes, start: int, end: int) -> tuple[int, int]:
-    """Find the long list between two strings."""
+def _find_start(body: bytes, start: int, end: int) -> tuple[int, int]:
+    """Find where the long list between two strings begins, and what it ends before."""
     first = body.find(b"[", start, end)
     braces = (body.find(brace, max(first, start), end) for brace in (b"{", b"}"))
-    last = body.rfind(b"]", start, min((at for at in braces if at >= 0), default=end)) + 1
+    return first, min((at for at in braces if at >= 0), default=end)
+
+
+def _find_list(body: bytes, start: int, end: int, first: int, before: int) -> tuple[int, int]:
+    """Find the long list between two strings, given where it begins and what it ends before."""
+    last = body.rfind(b"]", start, before) + 1
     surplus = body.count(b"]", start, last) - body.count(b"[", start, last)
     while surplus > 0 and last > 0:  # of lists around this one
         last = body.rfind(b"]", start, last - 1) + 1
@@ -134,9 +143,9 @@ def _find_list(body: bytes, start: int, end: int) -> tuple[int, int]:
     return first, last
 
 
-async def _read_list(field: str, text: bytes, max_rows: int) -> Array:
+async def _read_list(field: str, text: bytes, start: int, end: int, max_rows: int) -> Array:
     """Make an array of a long list, slice by slice."""
-    opening = _OPENING.match(text, 0, SHORT_BYTES)
+    opening = _OPENING.match(text, start, start + SHORT_BYTES)
     assert opening is not None
     nesting = opening[0].count(b"[")
     if nesting > MAX_PARSED_NESTING:
@@ -145,7 +154,7 @@ async def _read_list(field: str, text: bytes, max_rows: int) -> Array:
         raise _invalid(field, f"lists nested at most {MAX_NESTING} deep", "deeper ones")
     rows = 0
     parts: list[Array] = []
-    start, last = 1, len(text) - 1
+    start, last = start + 1, end - 1
     while start < last:
         stop, next_start = _next_cut(text, nesting, start + SLICE_BYTES, min(last, start + MAX_ROW_BYTES), last)
         if stop - start > MAX_ROW_BYTES:

@@ -66,9 +66,9 @@ class Tally(Collector):
         self._name, self._text, self._labels = name, text, labels
         self._counts: dict[tuple[object, ...], int] = {}
 
-    def add(self, *labels: object) -> None:
+    def add(self, *labels: object, times: int = 1) -> None:
         """Increment the series with these labels."""
-        self._counts[labels] = self._counts.get(labels, 0) + 1
+        self._counts[labels] = self._counts.get(labels, 0) + times
 
     def collect(self) -> Iterable[Metric]:
         """The counter now."""
@@ -109,6 +109,13 @@ class Distribution(Collector):
         self._counts[label][bisect_left(self._bounds, value)] += 1
         self._sums[label] += value
 
+    def add(self, label: str, counts: Sequence[int], total: float) -> None:
+        """Add values that were counted elsewhere, by bucket, and their sum."""
+        if label not in self._counts:
+            self._begin(label)
+        self._counts[label] = [mine + more for mine, more in zip(self._counts[label], counts, strict=True)]
+        self._sums[label] += total
+
     def _begin(self, label: str) -> None:
         self._counts[label], self._sums[label] = [0] * (len(self._bounds) + 1), 0.0
 
@@ -122,18 +129,47 @@ class Distribution(Collector):
         yield family
 
 
+class _Answers(Collector):
+    """Requests by route and by model, counted in one step: each family adds up what it does not tell apart."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, int], int] = {}
+        self._buckets: dict[tuple[str, str], list[int]] = {}
+        self._sums: dict[tuple[str, str], float] = {}
+
+    def add(self, route: str, model: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        counts, key, pair = self._counts, (route, model, status), (route, model)
+        counts[key] = counts.get(key, 0) + 1
+        buckets = self._buckets.get(pair)
+        if buckets is None:
+            buckets, self._sums[pair] = self._buckets.setdefault(pair, [0] * (len(_SECONDS) + 1)), 0.0
+        buckets[bisect_left(_SECONDS, seconds)] += 1
+        self._sums[pair] += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the families by route and by model."""
+        for axis, prefix, text in ((0, "hessquik", ""), (1, "hessquik_model", " for a model")):
+            label = ("route", "model")[axis]
+            requests = Tally(f"{prefix}_requests", f"Requests answered{text}.", (label, "status"))
+            for key, total in self._counts.items():
+                if key[axis]:
+                    requests.add(key[axis], key[2], times=total)
+            seconds = Distribution(f"{prefix}_request_seconds", f"Time from head to reply{text}.", _SECONDS, label)
+            for pair, buckets in self._buckets.items():
+                if pair[axis] and pair[0] != REFUSED:
+                    seconds.add(pair[axis], buckets, self._sums[pair])
+            yield from requests.collect()
+            yield from seconds.collect()
+
+
 class Metrics:
     """The service's counters and histograms."""
 
     def __init__(self) -> None:
         """Start at zero."""
         self._registry = CollectorRegistry()
-        self._requests = Tally("hessquik_requests", "Requests answered.", ("route", "status"))
-        self._seconds = Distribution("hessquik_request_seconds", "Time from head to reply.", _SECONDS, "route")
-        self._model_requests = Tally("hessquik_model_requests", "Requests for a model.", ("model", "status"))
-        self._model_seconds = Distribution(
-            "hessquik_model_request_seconds", "Time from head to reply of requests for a model.", _SECONDS, "model"
-        )
+        self._answers = _Answers()
         self._queue_seconds = Distribution("hessquik_queue_seconds", "Time in the queue.", _SECONDS)
         self._model_queue_seconds = Distribution(
             "hessquik_model_queue_seconds", "Time in the queue of requests for a model.", _SECONDS, "model"
@@ -141,7 +177,7 @@ class Metrics:
         self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
         self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
         for collector in vars(self).copy().values():
-            if isinstance(collector, Tally | Distribution):
+            if isinstance(collector, _Answers | Distribution):
                 self._registry.register(collector)
         self._rows = Counter("hessquik_rows", "Points computed.", registry=self._registry)
         build = {"version": _version("hessquik-service"), "python": python_version(), "torch": _version("torch")}
@@ -160,13 +196,7 @@ class Metrics:
             status: Of the reply.
             began_s: When its head was complete, on the monotonic clock.
         """
-        seconds = monotonic() - began_s
-        self._requests.add(route, status)
-        if route != REFUSED:
-            self._seconds.observe(route, seconds)
-        if model:
-            self._model_requests.add(model, status)
-            self._model_seconds.observe(model, seconds)
+        self._answers.add(route, model, status, monotonic() - began_s)
 
     def queued(self, model: str, seconds: float) -> None:
         """Count a request that left the queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -73,18 +74,21 @@ def read_head(application: Application, head: Head, names: Mapping[str, str], fi
         names["model"], fixed, query, media_type, reply_type, "json" if reply_type == JSON else "arrays", time_s
     )
     if head.length is None or head.length > SHORT_BYTES:
-        _ready(application, asked)  # or the body need not be sent
+        application.core.expect_room()  # or the body need not be sent
+        application.core.repository.ready(asked.model, query.get("version"))
     return asked
 
 
 def answer(application: Application, request: Request) -> Reply | Cancel:
     """Read, check, and ask the workers."""
     asked: Asked = request.head.target.asked
-    served = _ready(application, asked)
+    core = application.core
+    core.expect_room()
+    served = core.repository.ready(asked.model, asked.query.get("version"))
     request.model = served.file.name
     body = request.body
     facts = served.facts
-    shape = Shape(facts["d"], facts["m"], facts["dtype"], application.core.settings.max_rows)
+    shape = Shape(facts["d"], facts["m"], facts["dtype"], core.settings.max_rows)
     if asked.media_type != JSON:
         return _ask(application, request, served, codecs.parse_safetensors(body, asked.fixed, asked.query, shape))
     if len(body) > SHORT_BYTES:
@@ -100,18 +104,12 @@ def answer(application: Application, request: Request) -> Reply | Cancel:
 async def _answer_long(application: Application, request: Request, served: Served, shape: Shape) -> Cancel:
     """Read a long body a slice at a time, and ask the workers."""
     body = request.body
+    await asyncio.sleep(0)  # each look at all of a long body takes tens of milliseconds
     codecs.refuse_bombs(body, shape)
     with application.core.repository.holding(served):
         document, may_be_booleans = await read_long_json(body, shape.max_rows)
         question = codecs.parse_json(document, may_be_booleans, request.head.target.asked.fixed, shape)
         return _ask(application, request, served, question)
-
-
-def _ready(application: Application, asked: Asked) -> Served:
-    """Return the model, if there is room for a request."""
-    core = application.core
-    core.expect_room()
-    return core.repository.ready(asked.model, asked.query.get("version"))
 
 
 def _ask(application: Application, request: Request, served: Served, question: Question) -> Cancel:
