@@ -63,7 +63,7 @@ UNMATCHED = "unmatched"
 #: What is counted when the client was gone before its reply.
 NO_STATUS = 499
 #: After refusing a larger body, the memory that it took is returned to the system.
-RETURNED_BYTES = 1 << 20
+RETURNED_BYTES = 1 << 18
 #: How many times larger than in binary numbers are in JSON, for estimates.
 TEXT_FACTOR = 3
 #: When the collector looks at young objects: hundreds of requests hold thousands of them, none in a cycle.
@@ -205,7 +205,8 @@ class Application(FastAPI):
         if isinstance(error, MethodNotAllowed) and target is not None:
             allowed = target.methods | {"HEAD"} if "GET" in target.methods else target.methods
             headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
-        was_large = len(request.body) > RETURNED_BYTES
+        # Of a body that did not arrive whole only the pieces were there.
+        was_large = max(len(request.body), request.held_bytes) > RETURNED_BYTES
         self.finish(request, Reply(status, dialect.media_type, [body], headers))
         if was_large:
             request.body = b""

@@ -116,6 +116,8 @@ async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
             return _put_back(read_json(text), arrays), has_booleans(text)
         string = _STRING.match(body, quote, quote + SHORT_BYTES)
         if string is None:
+            if body.find(b'"', quote + 1) - quote >= SHORT_BYTES:
+                raise _invalid("body", f"strings of at most {SHORT_BYTES} bytes in a long body", "a longer one")
             raise MalformedBody("expected a JSON object, got something that does not parse")
         short.append(string[0])
         position = string.end()
