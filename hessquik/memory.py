@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -93,5 +94,6 @@ def _pages(size: int) -> mmap.mmap:
     """Fresh memory in whole huge pages."""
     size = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -106,6 +106,16 @@ OURS = "evaluate(x, ('value', 'gradient', 'hessian'))"
 UNTILED = "network(x, do_gradient=True, do_Hessian=True)"
 
 
+def test_a_system_without_huge_pages_has_large_arrays_too(monkeypatch):
+    class Refusing(memory.mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Refusing)
+    array = memory.empty((memory.LARGE_BYTES,), torch.float32, torch.device("cpu")).fill_(3.0)
+    assert float(array.mean()) == 3.0
+
+
 def mebibytes_beyond_inputs_and_results(n, call, backend):
     run = subprocess.run(
         [sys.executable, "-c", PEAK.format(n=n, call=call, backend=backend)],

@@ -16,6 +16,8 @@ from tests.engine.step_reference import interpret, outputs_of, random_case
 ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float64]
+#: Rounding that networks amplify: 32 steps of size 3 make that of torch itself on a CPU 2,540 in float32.
+EPSILONS = {"residual, deep": 3000}
 
 
 def networks() -> dict[str, NN]:
@@ -24,6 +26,7 @@ def networks() -> dict[str, NN]:
         "full": fullyConnectedNN([10, 64, 64, 64, 1]),
         "narrow": fullyConnectedNN([3, 7, 18, 2]),
         "residual": resnetNN(5, 3, 0.5),
+        "residual, deep": resnetNN(5, 32, 3),
         "wide": fullyConnectedNN([4, 300, 300, 1]),
     }
 
@@ -60,7 +63,7 @@ def test_all_quantities(name: str, n: int, dtype: torch.dtype, where: str) -> No
         wanted, result = getattr(expected, quantity), getattr(found, quantity)
         assert result.device.type == where
         scale = 1 + (wanted.abs().max().item() if n else 0.0)
-        bound = 300 * torch.finfo(dtype).eps * scale
+        bound = EPSILONS.get(name, 300) * torch.finfo(dtype).eps * scale
         torch.testing.assert_close(result.cpu().double(), wanted, rtol=0, atol=bound)
 
 
