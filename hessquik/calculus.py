@@ -60,7 +60,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked at a batch of points.
+    """A question at a batch of points.
 
     Attributes:
         x: Points (n, 1, d).

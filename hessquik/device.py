@@ -11,7 +11,7 @@ __all__ = ["CPU", "GPU", "Device"]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What planning has to know of a processor and of the backend that uses it.
+    """The numbers of a processor, and of the backend that uses it, that planning depends on.
 
     Attributes:
         vector_bytes: Arrays are padded to whole vectors of that many bytes.

@@ -28,7 +28,7 @@ __all__ = ["Evaluator"]
 
 Given = Tensor | Sequence[int] | None
 
-#: What is computed in.
+#: Supported dtypes.
 DTYPES = (torch.float32, torch.float64)
 #: Operations on one core after which a caller may do something else.
 OPERATIONS_BETWEEN = 2e7

@@ -57,12 +57,12 @@ class Node:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is a constant of zeros."""
+        """Return whether it is a constant of zeros."""
         return self.data is not None and not self.data.any()
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it is a primitive of :mod:`hessquik.pointwise`."""
+        """Return whether it is a primitive of :mod:`hessquik.pointwise`."""
         return self.op in PRIMITIVES
 
     @property
@@ -103,7 +103,7 @@ class Graph:
         return "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other has the same operations on equal constants."""
+        """Return whether the other has the same operations on equal constants."""
         if not isinstance(other, Graph):
             return NotImplemented
         return str(self) == str(other) and all(
@@ -163,7 +163,7 @@ class Builder:
         return Graph(tuple(self.nodes), dict(outputs))
 
 
-#: What a rewriting does with a node: its inputs are indices in the new graph, and so is what it returns; ``None``
+#: A rewriting of one node: its inputs are indices in the new graph, and so is the result; ``None``
 #: leaves the node as it is.
 Rule = Callable[[Builder, Node], int | None]
 

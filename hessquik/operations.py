@@ -1,4 +1,4 @@
-"""What the operations of a graph do to tensors (rows, …): the definition that every backend follows."""
+"""The operations of a graph on tensors (rows, …): the definition that every backend follows."""
 
 from __future__ import annotations
 

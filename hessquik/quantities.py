@@ -34,7 +34,7 @@ class Quantity:
 
     @property
     def is_directional(self) -> bool:
-        """Whether it needs directions."""
+        """Return whether it needs directions."""
         return "k" in self.axes
 
     def shape(self, d: int, m: int, k: int = 0) -> tuple[int, ...]:

@@ -291,7 +291,7 @@ def _number_like(number: float) -> Callable[..., Array]:
     return lambda x, **_: Array(x.builder, x.builder.constant(torch.tensor([[number]])))
 
 
-#: How the functions of torch that can be traced are recorded.
+#: The handler that records each of torch's functions that can be traced.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 

@@ -58,20 +58,20 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 _ADMIN_ACTIONS = ("/load", "/unload")
 DIALECTS = (umbridge.DIALECT, inference_protocol.DIALECT, NATIVE)
-#: How requests are counted that match no route.
+#: Route label of requests that match no route.
 UNMATCHED = "unmatched"
-#: What is counted when the client was gone before its reply.
+#: Status label of requests whose client was gone before the reply.
 NO_STATUS = 499
 #: After refusing a larger body, the memory that it took is returned to the system.
 RETURNED_BYTES = 1 << 18
-#: How many times larger than in binary numbers are in JSON, for estimates.
+#: Size of numbers in JSON over their size in binary, an estimate.
 TEXT_FACTOR = 3
 #: When the collector looks at young objects: hundreds of requests hold thousands of them, none in a cycle.
 COLLECT = (20_000, 20, 20)
 
 
 class Target(NamedTuple):
-    """What a head was resolved to.
+    """The target that a head was resolved to.
 
     Attributes:
         route: The path with its placeholders, as requests are counted.
@@ -141,7 +141,7 @@ class Application(FastAPI):
         reasons = self.core.why_not_ready()
         return reasons if not self.is_starting else ["the service is still loading its models", *reasons]
 
-    # What every request passes.
+    # Steps that every request takes.
 
     def admit(self, head: Head) -> None:
         """Resolve a head's target, and decide whether the body is read.
@@ -219,7 +219,7 @@ class Application(FastAPI):
         else:
             request.cancel(error)
 
-    # What handlers call.
+    # Methods that handlers call.
 
     def ask(
         self,

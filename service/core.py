@@ -26,7 +26,7 @@ BATCH_COST = 1e8
 BATCH_BYTES = 8 << 20
 #: Batch keys that are kept for a model.
 MAX_KEYS = 1024
-#: How often shared memory that nobody uses is looked for.
+#: Interval between searches for unused shared memory.
 TIDY_S = 1.0
 
 
@@ -102,7 +102,7 @@ class Core:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether workers cannot be kept alive."""
+        """Return whether workers cannot be kept alive."""
         return self.scheduler.is_given_up
 
     def time_ms(self, header: bytes) -> int:

@@ -31,7 +31,7 @@ MAX_ROW_BYTES = 1 << 22
 MAX_STRINGS = 256
 #: Dimensions of the largest array: directions, (n, k, d).
 MAX_NESTING = 3
-#: What a JSON parser takes.
+#: Deepest nesting that a JSON parser accepts.
 MAX_PARSED_NESTING = 1000
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _OPENING = re.compile(rb"(?:\s*\[)+")
@@ -41,7 +41,7 @@ _CUTS = {2: re.compile(rb"(\])\s*,\s*(?=(\[))"), 3: re.compile(rb"(\]\s*\])\s*,\
 _FIELDS = {
     b'"%b"' % name.encode(): name for name in ("inputs", "weights", "directions", "input", "sens", "vec", "data")
 }
-#: What stands for a list that was cut out; no client can know it.
+#: Placeholder of a list that was cut out; no client can know it.
 _MARK = f"{secrets.token_hex(16)}#"
 
 _invalid = InvalidInput.of

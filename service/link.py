@@ -119,7 +119,7 @@ class Link:
 
     @property
     def is_preemptible(self) -> bool:
-        """Whether it computes a preemptible batch and nothing else."""
+        """Return whether it computes a preemptible batch and nothing else."""
         return len(self.running) == 1 and next(iter(self.running.values())).is_preemptible
 
     def run(self, batch: Batch, is_preemptible: bool) -> None:

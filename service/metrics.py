@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 __all__ = ["REFUSED", "Distribution", "Metrics", "Tally"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-#: How what was refused before it was a request is counted.
+#: Route label of what was refused before it was a request.
 REFUSED = "refused"
 _POWERS = tuple(float(1 << power) for power in range(13))
 

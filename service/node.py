@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Health(NamedTuple):
-    """How the workers are.
+    """The state of the workers.
 
     Attributes:
         is_loaded: Whether the first load of the folder is over.
@@ -37,7 +37,7 @@ class Health(NamedTuple):
 
 
 class User(Protocol):
-    """Who computes with the workers."""
+    """The user of the workers."""
 
     def attach(self, worker: WorkerProcess) -> None:
         """Use a worker that has become ready."""
@@ -47,11 +47,11 @@ class User(Protocol):
 
 
 class NodeLike(Protocol):
-    """What :class:`~service.core.Core` needs of a node: this process's own, or the supervisor's."""
+    """The interface of a node that :class:`~service.core.Core` uses: this process's own, or the supervisor's."""
 
     @property
     def repository(self) -> Table:
-        """What is served."""
+        """The repository of models."""
 
     async def start(self, user: Any) -> None:
         """Start the workers and load the models, unless that is done."""

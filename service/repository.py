@@ -37,7 +37,7 @@ MAX_FILE_BYTES = 512 << 20
 #: Files that are read and loaded at a time.
 CONCURRENT_LOADS = 4
 
-#: What changes when a file does: its path, time, size and inode.
+#: A fingerprint of a file: its path, time, size and inode.
 Stamp = tuple[str, int, int, int]
 
 
@@ -195,7 +195,7 @@ class Served:
 
 
 class Table:
-    """What is served, by name and version.
+    """The served models, by name and version.
 
     Args:
         root: The folder that it comes from.

@@ -258,7 +258,7 @@ Reason = str
 
 
 class Worker(Protocol):
-    """What computes batches. It answers with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
+    """The workers, which compute batches. They answer with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
 
     def run(self, batch: Batch, is_preemptible: bool) -> None:
         """Begin with a batch; small batches may run between its tiles if it is preemptible."""
@@ -268,7 +268,7 @@ class Worker(Protocol):
 
 
 class Workers(Protocol):
-    """Where the scheduler finds workers."""
+    """The pool that the scheduler takes workers from."""
 
     def idle(self) -> Worker | None:
         """Return a worker that computes nothing."""
@@ -281,7 +281,7 @@ class Workers(Protocol):
 
 
 class Observer(Protocol):
-    """Where queueing and computing are counted."""
+    """The counters of queueing and computing."""
 
     def queued(self, model: str, seconds: float) -> None:
         """Count a job that left the queue."""

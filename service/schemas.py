@@ -227,7 +227,7 @@ class UMBridgePoint(UMBridgeRequest):
 
 
 class UMBridgeGradient(UMBridgePoint):
-    """What the outputs are weighted with: m numbers."""
+    """The weights of the outputs: m numbers."""
 
     outWrt: Index  # noqa: N815 - the protocol's name
     inWrt: Index  # noqa: N815
@@ -260,7 +260,7 @@ class UMBridgeInfo(BaseModel):
 
 
 class UMBridgeSupport(BaseModel):
-    """What can be asked of a model."""
+    """The quantities that can be asked of a model."""
 
     support: dict[Literal["Evaluate", "Gradient", "ApplyJacobian", "ApplyHessian"], bool]
 
@@ -290,7 +290,7 @@ class UMBridgeOutputs(BaseModel):
 
 
 class UMBridgeFault(BaseModel):
-    """What went wrong."""
+    """An error message."""
 
     type: str
     message: str
@@ -391,7 +391,7 @@ class Ready(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """Whether a model can be asked."""
+    """Readiness of a model."""
 
     name: str
     ready: bool

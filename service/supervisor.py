@@ -31,7 +31,7 @@ __all__ = ["Supervisor", "add_up", "supervise"]
 logger = logging.getLogger(__name__)
 
 EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
-#: How often front ends are told how the workers are, and what has changed in the table.
+#: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
 #: Time for a front end to take note of a change, or to report.
 ANSWER_S = 5.0
@@ -40,7 +40,7 @@ GRACE_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 #: Deaths of front ends in a row, without one that comes up in between, after which none can be kept alive.
 MAX_DEATHS = 8
-#: What all front ends say alike: metrics that are not added up.
+#: Metrics that all front ends report alike, which are not added up.
 SHARED_METRICS = tuple(f"hessquik_{name}" for name in ("workers", "device_memory", "worker_restarts", "build_info"))
 
 

@@ -1,4 +1,4 @@
-"""What runs inside a worker process: it owns one device, holds the networks, and answers frames.
+"""A worker process: it owns one device, holds the networks, and answers frames.
 
 Three threads: one computes; one loads models, so that answering goes on meanwhile; one listens to the supervisor.
 

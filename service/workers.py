@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 #: The module that worker processes run.
 WORKER_MODULE = "service.worker"
-#: How often workers are looked at, and asked how they are.
+#: Intervals at which workers are checked and pinged.
 TICK_S = 0.25
 #: A worker that was well within this time is well.
 FRESH_S = 2.0
@@ -51,7 +51,7 @@ OUR_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class State(StrEnum):
-    """Where a worker is in its life."""
+    """The state of a worker."""
 
     STARTING = "starting"
     LOADING = "loading"
@@ -74,7 +74,7 @@ class LoadError(Exception):
 
 
 class Owner(Protocol):
-    """Who uses the workers."""
+    """The user of the workers."""
 
     def attach(self, worker: WorkerProcess) -> None:
         """Take a worker that has become ready, by :meth:`WorkerProcess.connect`."""
@@ -145,12 +145,12 @@ class WorkerProcess:
 
     @property
     def is_up(self) -> bool:
-        """Whether it can be sent models."""
+        """Return whether it can be sent models."""
         return self.state in (State.LOADING, State.READY, State.BUSY)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can compute."""
+        """Return whether it can compute."""
         return self.state in (State.READY, State.BUSY)
 
     def become(self, state: State) -> None:
@@ -335,7 +335,7 @@ class Workers:
         await asyncio.gather(*(loop.run_in_executor(None, worker.reap) for worker in self.workers))
 
     def is_fresh(self) -> bool:
-        """Whether a worker was well lately."""
+        """Return whether a worker answered lately."""
         well_s = max((worker.well_s for worker in self.workers if worker.is_ready), default=float("-inf"))
         return self.now() - well_s <= FRESH_S
 

@@ -1,4 +1,4 @@
-"""What runs programs: one module per backend, and the choice among them."""
+"""Backends, which run programs: one module each, and the choice among them."""
 
 from hessquik.backends.choice import Runner, chosen, device_value, make_runner, names, resolved
 

@@ -31,7 +31,7 @@ IDLE_STAGES = 2
 
 
 class Driver(Protocol):
-    """What staging needs of CUDA, for one device. Streams and events are whatever the driver gives out."""
+    """The part of CUDA that staging uses, for one device. Streams and events are those of the driver."""
 
     def stream(self) -> Any:
         """Return a new stream."""

@@ -100,7 +100,7 @@ def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) 
 
 
 class _Device:
-    """What all programs of one device share: kernels, stages and the constants of networks."""
+    """The state that all programs of one device share: kernels, stages and the constants of networks."""
 
     def __init__(self, device: torch.device) -> None:
         """Read the device's numbers; kernels are compiled when they are first needed."""

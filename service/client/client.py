@@ -27,7 +27,7 @@ DocumentsT = TypeVar("DocumentsT")
 
 
 class _Service(Generic[DocumentT, DocumentsT]):
-    """What the blocking and the asynchronous client have in common."""
+    """Base of the blocking and the asynchronous client."""
 
     def __init__(self, url: str, api_key: str | None, deadline_s: float, retries: int, concurrency: int) -> None:
         if httpx.URL(url).scheme not in {"http", "https"}:

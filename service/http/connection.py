@@ -59,7 +59,7 @@ class Limits(NamedTuple):
 
 
 class Listener:
-    """What the connections of a server share.
+    """The state that the connections of a server share.
 
     Args:
         application: What answers.

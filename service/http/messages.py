@@ -151,7 +151,7 @@ class Budget:
 
 
 class Application(Protocol):
-    """What answers requests."""
+    """An application, which answers requests."""
 
     budget: Budget
 

@@ -36,7 +36,7 @@ __all__ = ["router"]
 
 
 class Asked(NamedTuple):
-    """What a request's head asks for.
+    """The question in a request's head.
 
     Attributes:
         model: From the path.

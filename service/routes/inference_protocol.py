@@ -58,7 +58,7 @@ def _ready(application: Application, names: Mapping[str, str]) -> Served:
 
 
 def server_live(application: Application, request: Request) -> Reply:
-    """Whether the server answers."""
+    """Return 200 while the server answers."""
     return _reply({"live": True})
 
 
@@ -90,7 +90,7 @@ def model_metadata(application: Application, request: Request) -> Reply:
 
 
 def model_ready(application: Application, request: Request) -> Reply:
-    """Whether a model can be evaluated."""
+    """Return 200 if a model can be evaluated."""
     served = _named(application, request)
     is_ready = served.state == "ready"
     return _reply({"name": served.file.name, "ready": is_ready}, 200 if is_ready else 503)
@@ -191,7 +191,7 @@ async def _unload(application: Application, model: str) -> Reply:
 
 
 class Asked(NamedTuple):
-    """What the head of an inference asks for.
+    """The question in the head of an inference.
 
     Attributes:
         names: The model's and, if given, the version's.

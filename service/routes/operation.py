@@ -66,7 +66,7 @@ CoreOf = Annotated[Core, Depends(_core)]
 
 
 class Dialect(NamedTuple):
-    """How errors are written on the paths of one dialect.
+    """A dialect: how errors are written on its paths.
 
     Attributes:
         media_type: Of the bodies.

@@ -176,7 +176,7 @@ def _apply_hessian(call: Call) -> Cancel:
 
 
 def _model_info(call: Call) -> Reply:
-    """What can be asked of a model."""
+    """The quantities that can be asked of a model."""
     return _reply({"support": dict.fromkeys(FEATURES, True)})
 
 
