@@ -121,7 +121,9 @@ class _Trial:
         size = expected if size is None else size
         unit = torch.stack([size.abs().max(), NEGLIGIBLE * self.expected["value"].abs().max()]).max()
         error = float((got - expected).abs().max())
-        return error / float(unit) if error else 0.0
+        if not error:
+            return 0.0
+        return error / float(unit) if float(unit) else math.inf
 
     def value(self, x: Tensor) -> Tensor:
         """Return Σⱼ λⱼ fⱼ (n,) by the documented interface."""

@@ -96,6 +96,24 @@ def test_each_wrong_quantity_is_refused(quantity, change, monkeypatch):
         prove_quickly(f.double())
 
 
+def test_a_wrong_hessian_of_a_network_that_is_zero_is_refused(monkeypatch):
+    """There is no size that the error could be relative to."""
+    f = network()
+    for parameter in f.parameters():
+        torch.nn.init.zeros_(parameter)
+    prove_quickly(f)
+    right = Evaluator.__call__
+
+    def wrong(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
+        kept = {name: getattr(found, name) for name in QUANTITIES if getattr(found, name) is not None}
+        return calculus.Derivatives(**(kept | {"hessian": kept["hessian"] + 1.0} if "hessian" in kept else kept))
+
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    with pytest.raises(DerivativeError, match="hessian"):
+        prove_quickly(f)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", proof.backends())
 def test_each_wrong_backend_is_refused(backend, dtype, monkeypatch):
@@ -140,12 +158,17 @@ def test_the_evaluator_that_is_given_is_the_one_that_is_proven(monkeypatch):
     prove_quickly(f)
 
 
+@pytest.mark.parametrize("flushes", [False, True], ids=["denormal numbers", "without denormal numbers"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_results_that_are_not_finite_are_refused(dtype):
+def test_results_that_are_not_finite_are_refused(dtype, flushes):
     """softplus with β = 1e-320 is ∞ at the points; so is a sum of exponentials beyond 709."""
     f = net.fullyConnectedNN([2, 4, 1], softplusActivation(1e-320), dtype=dtype)
-    with pytest.raises(DerivativeError, match="value"):
-        prove_quickly(f)
+    torch.set_flush_denormal(flushes)
+    try:
+        with pytest.raises(DerivativeError, match="value"):
+            prove_quickly(f)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_what_overflows_in_float32_only_is_refused_in_float32_only():
