@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hessquik.device import CPU, GPU, Device
-from hessquik.plan import Ask, Plan
+from hessquik.plan import Plan
 from hessquik.steps import Product
 
 __all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved"]
 
 
-class Runner(Protocol):
-    """A plan that is ready to run.
+class Runner:
+    """A plan that is ready to run; threads may share it.
+
+    Args:
+        plan: The plan.
+        run: Computes rows ``start`` to ``stop`` of the results; inputs and results are in ``arrays`` by name.
+        ladder: Returns the row counts of its tiles, ascending, which change when memory runs short.
 
     Attributes:
-        plan: The plan.
-        ladder: Row counts of the tiles, ascending.
         shared: Names of the inputs that all rows share.
     """
 
-    plan: Plan
-    shared: frozenset[str]
+    def __init__(
+        self,
+        plan: Plan,
+        run: Callable[[Mapping[str, Tensor], int, int], None],
+        ladder: Callable[[], tuple[int, ...]],
+    ) -> None:
+        """Name the shared inputs."""
+        self.plan = plan
+        self.run = run
+        given = {"weights": plan.ask.weights, "directions": plan.ask.directions}
+        self.shared = frozenset(name for name, how in given.items() if how == "shared")
+        self._ladder = ladder
 
     @property
     def ladder(self) -> tuple[int, ...]:
         """Row counts of the tiles, ascending."""
-        ...
-
-    def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop`` of the results; inputs and results are in ``arrays`` by name."""
-        ...
+        return self._ladder()
 
 
 #: Columns of products from which a GPU computes them faster with torch's library, one launch for each.
@@ -84,46 +92,18 @@ def device_value(device: torch.device) -> Device:
 def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> Runner:
     """Return a plan ready to run."""
     if backend == "cpu":
-        return _CpuRunner(plan, dtype)
-    if backend == "triton" and _widest(plan) < WIDE:
-        return _TritonRunner(plan, dtype, device)
-    return _TorchRunner(plan, dtype, device)
-
-
-class _CpuRunner:
-    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         from hessquik.backends.cpu import CpuProgram
 
-        self.plan = plan
-        self.shared = _shared(plan.ask)
-        self.ladder = tuple(sorted({1, plan.rows}))
-        self._program = CpuProgram(plan.program, dtype, plan.rows)
-        self.run = self._program.run
-
-
-class _TritonRunner:
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        return Runner(plan, CpuProgram(plan.program, dtype, plan.rows).run, lambda: tuple(sorted({1, plan.rows})))
+    if backend == "triton" and _widest(plan) < WIDE:
         from hessquik.backends.triton import TritonProgram
 
-        self.plan = plan
-        self.shared = _shared(plan.ask)
-        self._program = TritonProgram(plan.program, dtype, device)
-        self.ladder = self._program.ladder
-        self.run = self._program.run
+        on_card = TritonProgram(plan.program, dtype, device)
+        return Runner(plan, on_card.run, lambda: on_card.ladder)
+    from hessquik.backends.torch import TorchProgram
 
-
-class _TorchRunner:
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-        from hessquik.backends.torch import TorchProgram
-
-        self.plan = plan
-        self.shared = _shared(plan.ask)
-        self._program = TorchProgram(plan.graph, dtype, device, plan.rows)
-        self.run = self._program.run
-
-    @property
-    def ladder(self) -> tuple[int, ...]:
-        return self._program.tile_rows
+    program = TorchProgram(plan.graph, dtype, device, plan.rows)
+    return Runner(plan, program.run, lambda: program.tile_rows)
 
 
 def _has_triton(device: torch.device) -> bool:
@@ -139,9 +119,3 @@ def _widest(plan: Plan) -> int:
     """Return the largest extent of the matrices that products read."""
     products = (step for step in plan.program.steps if isinstance(step, Product))
     return max((min(step.b.shape[1:]) for step in products), default=0)
-
-
-def _shared(ask: Ask) -> frozenset[str]:
-    """Return the inputs that are the same for all rows."""
-    given = {"weights": ask.weights, "directions": ask.directions}
-    return frozenset(name for name, how in given.items() if how == "shared")
