@@ -10,6 +10,8 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constra
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
+# Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve test bench chaos check format docs lock image image-test clean
 
