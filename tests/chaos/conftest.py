@@ -53,5 +53,6 @@ def busy(start: Start) -> LiveServer:
 
 
 def all_ready(server: LiveServer) -> bool:
-    """Whether no worker is being started or was lost."""
-    return not any(server.metric(f'hessquik_workers{{state="{state}"}}') for state in ("starting", "dead"))
+    """Whether every worker computes: none is being started, loads its first models, or was lost."""
+    states = ("starting", "loading", "dead")
+    return not any(server.metric(f'hessquik_workers{{state="{state}"}}') for state in states)

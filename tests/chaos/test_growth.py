@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 import psutil
 import pytest
 
-from tests.chaos.conftest import Start
+from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Question, Traffic, run
-from tests.live import LiveServer
+from tests.live import START_S, LiveServer
 from tests.whole import Note, choose
 
 DRIFT_BYTES = 16 << 20
 REQUESTS = choose(1600, 100_000)
 #: So much of every request is kept by the control, which has to pass the limit in half of the requests.
 LEAK_BYTES = choose(48 << 10, 1 << 10)
+#: Time for the service to note that clients are gone; what it still holds of them then, it has kept.
+GONE_WITHIN_S = 10.0
 
 
 def sizes(server: LiveServer) -> tuple[int, int, int, int]:
@@ -29,14 +33,32 @@ def sizes(server: LiveServer) -> tuple[int, int, int, int]:
     )
 
 
+def wait_for(condition: Callable[[], bool], within_s: float = GONE_WITHIN_S) -> None:
+    """Wait for a while; whoever measures afterwards sees whether that was in vain."""
+    until_s = time.monotonic() + within_s
+    while not condition() and time.monotonic() < until_s:
+        time.sleep(0.05)
+
+
 def soak(server: LiveServer, asked: list[Question]) -> tuple[int, int, int, int]:
-    """How much each size grew over the second half of the requests."""
+    """How much each size grew over the second half of the requests.
+
+    The sizes are those of a service that is whole and that nobody is connected to: a worker that comes up between
+    the two measurements, or a connection that is still being closed, is no growth.
+    """
+
+    def is_unconnected() -> bool:
+        return not any(one.laddr.port == server.port and one.raddr for one in front.net_connections("tcp"))
 
     async def half(seed: int) -> None:
         traffic = Traffic(server.port, asked, disconnects=0.05, malformed=0.05, seed=seed)
         ledger = await traffic.run(clients=8, requests=REQUESTS // 2)
         assert ledger.wrong + ledger.lost + ledger.failed + ledger.closed == 0, ledger
         await asyncio.sleep(0.5)
+        wait_for(is_unconnected)
+
+    front = psutil.Process(server.process.pid)
+    wait_for(lambda: all_ready(server), START_S)
 
     run(half(13))
     before = sizes(server)

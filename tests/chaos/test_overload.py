@@ -18,6 +18,7 @@ from hessquik.layers import singleLayer
 from hessquik.networks import NN, resnetNN
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Connection, Ledger, Traffic, flood, questions, run
+from tests.live import LiveServer
 from tests.whole import Note, choose
 
 #: In the short form the driver and other tests take most of the two cores.
@@ -46,9 +47,11 @@ def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: No
     # So heavy to compute that the driver, at three times the capacity, leaves the service its share of the cores.
     heavy = questions(tmp_path, 24, seed=8, rows=(16,))
     seconds = choose(4.0, 30.0)
+    # What the same machine gives a service that was never overloaded, at the time when it is asked.
+    control = start(folder=tmp_path, max_queue_requests=64)
     front = psutil.Process(server.process.pid)
 
-    async def closed_loop(seconds: float) -> Ledger:
+    async def closed_loop(seconds: float, server: LiveServer = server) -> Ledger:
         end = time.perf_counter() + seconds
         traffic = Traffic(server.port, heavy, is_over=lambda: time.perf_counter() > end)
         return await traffic.run(clients=32, requests=10**9)  # more than fit one batch: the most there is
@@ -74,6 +77,7 @@ def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: No
 
     async def work() -> tuple[Ledger, Ledger, list[float], list[float], int, float]:
         await closed_loop(1.0)
+        await closed_loop(1.0, control)
         normal = await closed_loop(choose(2.0, 5.0))
         usual = await watch(closed_loop(choose(1.0, 5.0)))
         before = front.memory_info().rss
@@ -81,9 +85,11 @@ def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: No
         waited = await watch(flood(server.port, heavy, 3 * normal.right / choose(2.0, 5.0), seconds, ledger))
         grown = front.memory_info().rss - before
         began = time.monotonic()
-        while (await closed_loop(0.5)).p(50) > 1.5 * normal.p(50):
-            assert time.monotonic() - began < 60
-        return normal, ledger, usual, waited, grown, time.monotonic() - began - 0.5
+        while True:
+            back_s = time.monotonic() - began
+            if (await closed_loop(0.5)).p(50) <= 1.5 * (await closed_loop(0.5, control)).p(50):
+                return normal, ledger, usual, waited, grown, back_s
+            assert back_s < 60
 
     normal, ledger, usual, waited, grown, back_s = run(work())
     capacity, goodput = normal.right / choose(2.0, 5.0), ledger.right / seconds

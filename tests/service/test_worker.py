@@ -142,30 +142,38 @@ def test_small_batches_are_answered_between_the_tiles_of_a_large_one(form: str) 
         }
 
 
-def test_a_large_batch_of_another_front_waits_and_what_failed_before_is_left_alone() -> None:
-    points = np.random.default_rng(0).uniform(-1, 1, (500_000, 2))
-    large = {**HEAD, "form": "arrays", "sizes": [500_000], "is_small": False}
+def test_a_large_batch_of_another_front_waits_and_what_failed_before_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both have arrived while the first is computed, and the order is that in which the worker begins to reply."""
+    points = np.random.default_rng(0).uniform(-1, 1, (20_000, 2))
+    large = {**HEAD, "form": "arrays", "sizes": [len(points)], "is_small": False}
     small = {**HEAD, "form": "arrays", "sizes": [1], "is_small": True}
     worker = loaded()
     front, other = Front(worker), Front(worker)
-    order: list[str] = []
+    order: list[int] = []
+    between, send = worker._between, worker_module.Connection.send
 
-    def note(name: str, asked: Front, count: int) -> None:
-        for _ in range(count):
-            order.append(f"{name}{asked.receive()[0][0]['number']}")
+    def between_with_both_waiting() -> None:
+        while worker._is_alone and len(worker._waiting) < 2:
+            worker._look()
+        between()
 
-    readers = [threading.Thread(target=note, args=one) for one in (("front", front, 1), ("other", other, 2))]
-    for reader in readers:
-        reader.start()
+    def send_and_note(connection: worker_module.Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        order.append(head["number"])
+        send(connection, head, fields)
+
+    monkeypatch.setattr(worker, "_between", between_with_both_waiting)
+    monkeypatch.setattr(worker_module.Connection, "send", send_and_note)
     with serving(worker):
         front.send({**large, "number": 1, "is_alone": True}, {"inputs": points})
         while not worker._busy_since_s:
             time.sleep(0.001)
-        other.send({**large, "number": 1}, {"inputs": points})
+        other.send({**large, "number": 3}, {"inputs": points})
         other.send({**small, "number": 2}, {"inputs": points[:1]})
-        for reader in readers:
-            reader.join(30)
-    assert order == ["front1", "other2", "other1"]
+        front.receive()
+        other.receive(2)
+    assert order == [1, 2, 3]
 
 
 def test_a_batch_that_takes_too_long_is_stopped_between_tiles_and_costs_no_worker() -> None:
