@@ -41,6 +41,20 @@ def save_wide_network(folder: Path) -> None:
     hessquik.save(network, folder / "wide.safetensors", lower_bounds=[-1.0] * 10, upper_bounds=[1.0] * 10)
 
 
+async def watch_life(port: int, until: asyncio.Event) -> list[float]:
+    """Ask /livez again and again; return what each answer took."""
+    waited = []
+    connection = await Connection.open(port)
+    while not until.is_set():
+        began = time.perf_counter()
+        status, _, _ = await connection.ask(LIVE, 10)
+        waited.append(time.perf_counter() - began)
+        assert status == 200
+        await asyncio.sleep(0.02)
+    connection.abort()
+    return waited
+
+
 def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: Note) -> None:
     save_wide_network(tmp_path)
     server = start(folder=tmp_path, max_queue_requests=64)
@@ -56,21 +70,9 @@ def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: No
         traffic = Traffic(server.port, heavy, is_over=lambda: time.perf_counter() > end)
         return await traffic.run(clients=32, requests=10**9)  # more than fit one batch: the most there is
 
-    async def watch_life(until: asyncio.Event) -> list[float]:
-        waited = []
-        connection = await Connection.open(server.port)
-        while not until.is_set():
-            began = time.perf_counter()
-            status, _, _ = await connection.ask(LIVE, 10)
-            waited.append(time.perf_counter() - began)
-            assert status == 200
-            await asyncio.sleep(0.02)
-        connection.abort()
-        return waited
-
     async def watch(work: Coroutine[Any, Any, Any]) -> list[float]:
         until = asyncio.Event()
-        watching = asyncio.create_task(watch_life(until))
+        watching = asyncio.create_task(watch_life(server.port, until))
         await work
         until.set()
         return await watching
