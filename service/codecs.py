@@ -284,7 +284,8 @@ def _converted(field: str, array: Array, dtype: str) -> Array:
         with np.errstate(over="ignore"):
             converted = np.ascontiguousarray(array, dtype=wanted)
     # No sum of squares is finite that has one that is not; the sum alone may be too large.
-    if not math.isfinite(np.vdot(converted, converted)):
+    numbers = converted.reshape(-1)
+    if not math.isfinite(numbers.dot(numbers)):
         finite = np.isfinite(converted)
         if not finite.all():
             row = int(np.argwhere(~finite)[0][0])

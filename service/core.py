@@ -145,9 +145,11 @@ class Core:
             NotReady: workers cannot be kept alive.
             TooExpensive: a row takes longer than a batch may.
         """
-        inputs, _, _, _, weights, directions = question
+        inputs, _, quantities, dtype, weights, directions = question
+        k = 0 if directions is None else directions.shape[1]
+        known = (dtype, quantities, weights is not None, k, form)
         try:
-            key = self._key(served, question, form)
+            key = served.kinds.get(known) or self._key(served, question, known)
             reply_bytes, most = len(inputs) * key.row_bytes, self.settings.max_reply_bytes
             if reply_bytes > most:
                 raise ReplyTooLarge(
@@ -155,7 +157,9 @@ class Core:
                     limit_bytes=most,
                     reply_bytes=reply_bytes,
                 )
-            payload_bytes = sum(array.nbytes for array in (inputs, weights, directions) if array is not None)
+            payload_bytes = inputs.nbytes
+            payload_bytes += 0 if weights is None else weights.nbytes
+            payload_bytes += 0 if directions is None else directions.nbytes
             job = Job(key, len(inputs), inputs, weights, directions, payload_bytes, deadline_s, end)
             self.scheduler.submit(job)
         except ServiceError:
@@ -181,14 +185,11 @@ class Core:
             reasons.append("no model is ready")
         return reasons
 
-    def _key(self, served: Served, question: Question, form: str) -> BatchKey:
-        """Return what a question has in common with those that may share its batch."""
-        k = 0 if question.directions is None else question.directions.shape[1]
-        is_weighted = question.weights is not None
-        known = (question.dtype, question.quantities, is_weighted, k, form)
-        key: BatchKey | None = served.kinds.get(known)
-        if key is not None:
-            return key
+    def _key(
+        self, served: Served, question: Question, known: tuple[str, tuple[str, ...], bool, int, str]
+    ) -> BatchKey:
+        """Make what questions have in common that may share a batch, and keep it with the model."""
+        _, _, is_weighted, k, form = known
         repository, statistics = self.repository, served.statistics
 
         def ended(job: Job) -> None:

@@ -61,8 +61,12 @@ class Links:
         return found
 
     def preemptible(self) -> Link | None:
-        """Return a worker that computes a preemptible batch and nothing else."""
-        return next((link for link in self._links if link.is_preemptible), None)
+        """Return a worker that has preemptible batches and nothing else."""
+        return next((link for link in self._links if 0 < link.preemptible == len(link.running)), None)
+
+    def unsupplied(self) -> Link | None:
+        """Return a worker that computes a preemptible batch and has no other to go on with."""
+        return next((link for link in self._links if 1 == link.preemptible == len(link.running)), None)
 
     def alive(self) -> Link | None:
         """Return any worker."""
@@ -80,16 +84,6 @@ class Links:
         self._links.clear()
 
 
-class _Running:
-    """A batch that a worker has, and where its results go."""
-
-    __slots__ = ("batch", "buffer", "is_preemptible", "sent_s")
-
-    def __init__(self, batch: Batch, buffer: Buffer | None, is_preemptible: bool) -> None:
-        self.batch, self.buffer, self.is_preemptible = batch, buffer, is_preemptible
-        self.sent_s = time.monotonic()
-
-
 class Link:
     """A worker that is alive, as the scheduler sees it.
 
@@ -100,7 +94,9 @@ class Link:
         on_lost: Called when the worker is gone.
 
     Attributes:
-        running: What it computes, by number: a batch, and perhaps a small one between the tiles of a large one.
+        running: What it computes, by number: a batch, perhaps a small one between the tiles of a large one, and the
+            large one that is next.
+        preemptible: How many of these are preemptible.
         since_s: When it began or stopped computing.
     """
 
@@ -108,26 +104,22 @@ class Link:
         self, sock: socket.socket, scheduler: Scheduler, links: Links, on_lost: Callable[[], None] | None
     ) -> None:
         """Begin with an idle worker."""
-        self.running: dict[int, _Running] = {}
+        self.running: dict[int, Batch] = {}
+        self.preemptible = 0
         self.since_s = time.monotonic()
         self.buffers = Buffers(self._drop)
-        self._arriving: dict[int, _Running] = {}
+        self._arriving: dict[int, Batch] = {}
         self._plans: dict[int, BatchKey] = {}
         self._numbers = count(1)
         self._scheduler, self._links, self._report_loss = scheduler, links, on_lost
         self._channel = Channel(sock, self._on_frame, self._on_lost, self._on_head)
 
-    @property
-    def is_preemptible(self) -> bool:
-        """Return whether it computes a preemptible batch and nothing else."""
-        return len(self.running) == 1 and next(iter(self.running.values())).is_preemptible
-
-    def run(self, batch: Batch, is_preemptible: bool) -> None:
+    def run(self, batch: Batch) -> None:
         """Send a batch."""
-        key = batch.key
+        key, number = batch.key, next(self._numbers)
         head: dict[str, Any] = {
             "op": "evaluate",
-            "number": next(self._numbers),
+            "number": number,
             "model": key.model,
             "dtype": key.dtype,
             "quantities": key.quantities,
@@ -136,18 +128,24 @@ class Link:
             "is_alone": batch.is_retry,
             "is_small": not batch.is_retry and batch.cost <= PREEMPTING_COST,
         }
-        buffer: Buffer | None = None
         fds: tuple[int, ...] = ()
         if key.form == "arrays" and batch.rows * key.row_bytes >= SHARED_BYTES:
-            places, size = offsets(_shapes(batch), np.dtype(key.dtype).itemsize)
-            buffer = self.buffers.lend(size)
-        if buffer is not None:
-            head["buffer"] = [buffer.number, buffer.size, *places]
-            fds = () if buffer.is_sent else (buffer.fd,)
-            buffer.is_sent = True
-        self.running[head["number"]] = _Running(batch, buffer, is_preemptible)
-        self.since_s = time.monotonic()
+            fds = self._lend(batch, head)
+        self.running[number] = batch
+        self.preemptible += batch.is_preemptible
+        self.since_s = batch.sent_s = time.monotonic()
         self._channel.write(head, _arrays(batch), fds)
+
+    def _lend(self, batch: Batch, head: dict[str, Any]) -> tuple[int, ...]:
+        """Lend a batch a buffer for its results, if there is one; return the descriptor if the worker has not got it."""
+        places, size = offsets(_shapes(batch), np.dtype(batch.key.dtype).itemsize)
+        buffer = batch.buffer = self.buffers.lend(size)
+        if buffer is None:
+            return ()
+        head["buffer"] = [buffer.number, buffer.size, *places]
+        fds = () if buffer.is_sent else (buffer.fd,)
+        buffer.is_sent = True
+        return fds
 
     def plan(self, key: BatchKey) -> None:
         """Ask for the cost of a row."""
@@ -165,35 +163,40 @@ class Link:
         self._channel.write({"op": "drop", "buffer": buffer.number}, {})
 
     def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
-        number = _number(head)
-        match head.get("op"):
-            case "planned" if number in self._plans:
-                self._on_planned(self._plans.pop(number), head)
-            case "done" if number in self._arriving or number in self.running:
-                running = self._arriving.pop(number, None) or self._computed(number)
-                self._on_done(running, head, fields)
-            case _:
-                raise WireError("expected an answer to what was asked")
+        number, op = head.get("number"), head.get("op")
+        if type(number) is not int:
+            raise WireError("expected the number of what is answered")
+        if op == "done" and (batch := self._arriving.pop(number, None) or self._computed(number)) is not None:
+            self._on_done(batch, head, fields)
+        elif op == "planned" and number in self._plans:
+            self._on_planned(self._plans.pop(number), head)
+        else:
+            raise WireError("expected an answer to what was asked")
 
     def _on_head(self, head: dict[str, Any]) -> None:
         """Let the worker compute the next batch while the results of this one arrive."""
-        number = _number(head)
-        if head.get("op") == "done" and number in self.running:
-            self._arriving[number] = self._computed(number)
+        number = head.get("number")
+        if head.get("op") == "done" and type(number) is int and (batch := self._computed(number)) is not None:
+            self._arriving[number] = batch
             self._scheduler.dispatch()
 
-    def _computed(self, number: int) -> _Running:
-        self.since_s = time.monotonic()
-        return self.running.pop(number)
+    def _computed(self, number: int) -> Batch | None:
+        """Take a batch that is computed, if there is one of this number."""
+        batch = self.running.pop(number, None)
+        if batch is not None:
+            self.preemptible -= batch.is_preemptible
+            self.since_s = time.monotonic()
+        return batch
 
-    def _on_done(self, running: _Running, head: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-        batch, parts = running.batch, None
-        if "error" not in head and batch.key.form != "arrays":
-            parts = _texts(batch, head, fields)
-        elif "error" not in head:
-            parts = _results(batch, running.buffer, head, fields)
-        if running.buffer is not None and (parts is None or fields):
-            running.buffer.give_back()
+    def _on_done(self, batch: Batch, head: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+        parts, buffer = None, batch.buffer
+        batch.buffer = None
+        if "error" not in head:
+            parts = (
+                _texts(batch, head, fields) if batch.key.form != "arrays" else _results(batch, buffer, head, fields)
+            )
+        if buffer is not None and (parts is None or fields):
+            buffer.give_back()
         if parts is None:
             self._scheduler.fail(batch, _reason(head))
         else:
@@ -211,19 +214,14 @@ class Link:
         self._links.remove(self)
         self.buffers.close()
         lost = [*self._arriving.values(), *self.running.values()]
-        for running in lost:
-            took_s = time.monotonic() - running.sent_s
-            self._scheduler.fail(running.batch, "late" if took_s > LATE_SHARE * self._links.batch_s else "lost")
+        for batch in lost:
+            took_s = time.monotonic() - batch.sent_s
+            self._scheduler.fail(batch, "late" if took_s > LATE_SHARE * self._links.batch_s else "lost")
         for key in self._plans.values():
             self._scheduler.fail_plan(key, "lost")
-        self.running, self._arriving, self._plans = {}, {}, {}
+        self.running, self._arriving, self._plans, self.preemptible = {}, {}, {}, 0
         if self._report_loss is not None:
             self._report_loss()
-
-
-def _number(head: Mapping[str, Any]) -> int:
-    number = head.get("number")
-    return number if type(number) is int else 0
 
 
 def _reason(head: Mapping[str, Any]) -> Reason:
@@ -237,15 +235,20 @@ def _shapes(batch: Batch) -> list[tuple[int, ...]]:
 
 
 def _texts(batch: Batch, head: Mapping[str, Any], fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The text of each slice's rows by quantity, or ``None`` if some is missing."""
-    names, slices = batch.key.quantities, len(batch.slices)
+    """Return the text of each slice's rows by quantity, or ``None`` if some is missing."""
     lengths, text = head.get("lengths"), fields.get("text", b"")
-    if not isinstance(lengths, list) or len(lengths) != slices * len(names):
+    if not isinstance(lengths, list) or len(lengths) != len(batch.slices) * len(batch.key.quantities):
         return None
-    if not all(type(length) is int and length >= 0 for length in lengths) or sum(lengths) != len(text):
-        return None
-    pieces = cut(text, lengths)
-    return [dict(zip(names, pieces[i::slices], strict=True)) for i in range(slices)]
+    parts: list[dict[str, Any]] = [{} for _ in batch.slices] if len(batch.slices) > 1 else [{}]
+    start, sizes = 0, iter(lengths)
+    for name in batch.key.quantities:
+        for part in parts:
+            length = next(sizes)
+            if type(length) is not int or length < 0:
+                return None
+            part[name] = text[start : start + length]
+            start += length
+    return parts if start == len(text) else None
 
 
 def _results(
@@ -267,19 +270,23 @@ def _results(
 
 
 def _arrays(batch: Batch) -> dict[str, Array]:
-    """The inputs of a batch."""
+    """Return the inputs of a batch."""
     arrays = {}
+    (first, start, stop), *others = batch.slices
     for name in ("inputs", "weights", "directions"):
-        parts = [_rows(getattr(job, name), start, stop) for job, start, stop in batch.slices]
-        if parts[0] is not None:
-            arrays[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        array = getattr(first, name)
+        if array is None:
+            continue
+        if others:
+            array = np.concatenate([_rows(getattr(job, name), *rows) for job, *rows in batch.slices])
+        elif len(array) != stop - start:
+            array = _rows(array, start, stop)
+        arrays[name] = array
     return arrays
 
 
-def _rows(array: Array | None, start: int, stop: int) -> Any:
-    """Rows of an array that has one row per point, or one for all of them."""
-    if array is None:
-        return None
+def _rows(array: Array, start: int, stop: int) -> Any:
+    """Return rows of an array that has one row per point, or one for all of them."""
     if len(array) == 1 < stop - start:
         return np.broadcast_to(array, (stop - start, *array.shape[1:]))
     return array if len(array) == 1 else array[start:stop]

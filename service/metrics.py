@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,7 @@ from itertools import accumulate
 from platform import python_version
 from time import monotonic
 
-from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
+from prometheus_client import CollectorRegistry, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -104,20 +105,28 @@ class Distribution(Collector):
 
     def observe(self, label: str, value: float) -> None:
         """Count a value in the series with this label."""
-        if label not in self._counts:
-            self._begin(label)
-        self._counts[label][bisect_left(self._bounds, value)] += 1
+        counts = self._counts.get(label)
+        if counts is None:
+            counts = self._begin(label)
+        counts[bisect_left(self._bounds, value)] += 1
         self._sums[label] += value
 
     def add(self, label: str, counts: Sequence[int], total: float) -> None:
         """Add values that were counted elsewhere, by bucket, and their sum."""
-        if label not in self._counts:
-            self._begin(label)
-        self._counts[label] = [mine + more for mine, more in zip(self._counts[label], counts, strict=True)]
+        mine = self._counts.get(label) or self._begin(label)
+        mine[:] = map(operator.add, mine, counts)
         self._sums[label] += total
 
-    def _begin(self, label: str) -> None:
-        self._counts[label], self._sums[label] = [0] * (len(self._bounds) + 1), 0.0
+    def merged(self, name: str, text: str) -> Distribution:
+        """Return the same values without their label."""
+        whole = Distribution(name, text, self._bounds)
+        for label, counts in self._counts.items():
+            whole.add("", counts, self._sums[label])
+        return whole
+
+    def _begin(self, label: str) -> list[int]:
+        self._sums[label] = 0.0
+        return self._counts.setdefault(label, [0] * (len(self._bounds) + 1))
 
     def collect(self) -> Iterable[Metric]:
         """The histogram now."""
@@ -163,6 +172,15 @@ class _Answers(Collector):
             yield from seconds.collect()
 
 
+class _Queueing(Distribution):
+    """Times in the queue by model, and those of all models together."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Return both families."""
+        yield from self.merged("hessquik_queue_seconds", "Time in the queue.").collect()
+        yield from super().collect()
+
+
 class Metrics:
     """The service's counters and histograms."""
 
@@ -170,16 +188,16 @@ class Metrics:
         """Start at zero."""
         self._registry = CollectorRegistry()
         self._answers = _Answers()
-        self._queue_seconds = Distribution("hessquik_queue_seconds", "Time in the queue.", _SECONDS)
-        self._model_queue_seconds = Distribution(
+        self._queue_seconds = _Queueing(
             "hessquik_model_queue_seconds", "Time in the queue of requests for a model.", _SECONDS, "model"
         )
         self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
         self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
+        self._rows = Tally("hessquik_rows", "Points computed.", ())
+        self._rows.add(times=0)
         for collector in vars(self).copy().values():
-            if isinstance(collector, _Answers | Distribution):
+            if isinstance(collector, _Answers | Distribution | Tally):
                 self._registry.register(collector)
-        self._rows = Counter("hessquik_rows", "Points computed.", registry=self._registry)
         build = {"version": _version("hessquik-service"), "python": python_version(), "torch": _version("torch")}
         Info("hessquik_build", "What runs here.", registry=self._registry).info(build)
 
@@ -200,15 +218,14 @@ class Metrics:
 
     def queued(self, model: str, seconds: float) -> None:
         """Count a request that left the queue."""
-        self._queue_seconds.observe("", seconds)
-        self._model_queue_seconds.observe(model, seconds)
+        self._queue_seconds.observe(model, seconds)
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
         """Count a batch; of the many sets of quantities that may be asked together, all have one label."""
         label = quantities[0] if len(quantities) == 1 else "several"
         self._batch_rows.observe(label, rows)
         self._batch_requests.observe(label, requests)
-        self._rows.inc(rows)
+        self._rows.add(times=rows)
 
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""

@@ -249,6 +249,11 @@ class Table:
             VersionNotFound: it has no such version.
             NotReady: it is being loaded, or failed to load.
         """
+        versions = self._table.get(name)
+        if version is None and versions is not None and len(versions) == 1:
+            (served,) = versions.values()
+            if served.facts and served.reason is None:
+                return served
         served = self.get(name, version)
         if served.state != "ready":
             raise NotReady(f"expected a model that is ready, this one is {served.state}")

@@ -74,6 +74,8 @@ CLOCK_S = 0.001
 Answers = dict[str, list[Any]]
 #: Called once with a job that has ended.
 End = Callable[["Job"], None]
+#: Called with the results of a job's next rows, by quantity.
+OnRows = Callable[[Mapping[str, Any]], None]
 
 
 class Clock(Protocol):
@@ -154,6 +156,8 @@ class Job:
         payload_bytes: Bytes of these arrays.
         deadline_s: On the scheduler's clock.
         end: Called once when it has ended; ``answers`` and ``error`` may be read until it returns.
+        on_rows: If set, called with results as soon as they are there, in the order of the rows, before ``end``;
+            ``answers`` stays empty.
         answers: Results, if it has ended well.
         failure: Why it has ended otherwise.
     """
@@ -166,6 +170,7 @@ class Job:
     payload_bytes: int
     deadline_s: float
     end: End | None
+    on_rows: OnRows | None = None
     answers: Answers = field(default_factory=dict, init=False)
     failure: Failure | None = field(default=None, init=False)
     is_closed: bool = field(default=False, init=False)
@@ -175,7 +180,8 @@ class Job:
     start: float = field(default=0.0, init=False)
     order: int = field(default=0, init=False)
     missing_rows: int = field(default=0, init=False)
-    parts: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list, init=False)
+    next_row: int = field(default=0, init=False)
+    parts: list[tuple[int, int, Mapping[str, Any]]] = field(default_factory=list, init=False)
 
     @property
     def error(self) -> ServiceError | None:
@@ -189,43 +195,71 @@ class Job:
 
     def receive(self, start: int, rows: int, part: Mapping[str, Any]) -> bool:
         """Take the results of some rows; return whether all are there."""
-        self.parts.append((start, part))
+        parts = self.parts
+        parts.append((start, rows, part))
         self.missing_rows -= rows
-        if self.missing_rows > 0:
-            return False
-        self.parts.sort(key=itemgetter(0))
-        self.answers = {name: [part[name] for _, part in self.parts] for name in self.key.quantities}
-        return True
+        if self.on_rows is not None:
+            parts.sort(key=itemgetter(0))
+            while parts and parts[0][0] == self.next_row:
+                _, rows, part = parts.pop(0)
+                self.next_row += rows
+                self.on_rows(part)
+        elif self.missing_rows == 0:
+            parts.sort(key=itemgetter(0))
+            for name in self.key.quantities:
+                pieces = self.answers[name] = []
+                for _, _, part in parts:
+                    pieces.append(part[name])
+        return self.missing_rows == 0
 
 
-class Slice(NamedTuple):
-    """Rows ``start`` to ``stop`` of a job."""
-
-    job: Job
-    start: int
-    stop: int
+#: A job, and the rows of it from a first one to before another.
+Slice = tuple[Job, int, int]
 
 
-@dataclass(slots=True, eq=False)
 class Batch:
-    """What a worker computes at once: slices of jobs with one key, and how often just these rows failed before."""
+    """What a worker computes at once.
 
-    key: BatchKey
-    slices: list[Slice]
-    is_retry: bool = False
-    failures: int = 0
-    sizes: list[int] = field(init=False)
-    rows: int = field(init=False)
+    Args:
+        key: What its jobs have in common.
+        slices: Rows of jobs with this key.
+        is_retry: Whether these rows failed before, with others or alone.
+        failures: How often just these rows failed.
 
-    def __post_init__(self) -> None:
+    Attributes:
+        sizes: Rows of each slice.
+        rows: All rows.
+        cost: Operations.
+        is_preemptible: Whether small batches may run between its tiles. One that failed before may fail again, and no
+            other is to fail with it.
+        buffer: Where the worker puts the results, if not on the wire.
+        sent_s: When the worker was sent it, on the monotonic clock.
+    """
+
+    __slots__ = (
+        "buffer",
+        "cost",
+        "failures",
+        "is_preemptible",
+        "is_retry",
+        "key",
+        "rows",
+        "sent_s",
+        "sizes",
+        "slices",
+    )
+
+    def __init__(self, key: BatchKey, slices: list[Slice], is_retry: bool = False, failures: int = 0) -> None:
         """Count the rows."""
-        self.sizes = [stop - start for _, start, stop in self.slices]
+        self.key, self.slices, self.is_retry, self.failures = key, slices, is_retry, failures
+        self.sizes: list[int] = []
+        for _, start, stop in slices:
+            self.sizes.append(stop - start)
         self.rows = sum(self.sizes)
-
-    @property
-    def cost(self) -> float:
-        """Operations."""
-        return self.rows * (self.key.row_cost or 1.0)
+        self.cost = self.rows * (key.row_cost or 1.0)
+        self.is_preemptible = not is_retry and self.cost > PREEMPTIBLE_COST
+        self.buffer: Any = None
+        self.sent_s = 0.0
 
     @property
     def place(self) -> tuple[float, int, int]:
@@ -234,13 +268,13 @@ class Batch:
 
     def without_closed(self) -> Batch | None:
         """Return the batch without jobs that have ended, or ``None`` if none is left."""
-        slices = [part for part in self.slices if not part.job.is_closed]
+        slices = [part for part in self.slices if not part[0].is_closed]
         return Batch(self.key, slices, self.is_retry, self.failures) if slices else None
 
     def pieces(self) -> list[Batch]:
         """Cut a failed batch of several rows into halves, or into rows if it is small."""
         if self.rows <= SINGLE_ROWS:
-            rows = [Slice(job, row, row + 1) for job, start, stop in self.slices for row in range(start, stop)]
+            rows = [(job, row, row + 1) for job, start, stop in self.slices for row in range(start, stop)]
             return [Batch(self.key, [row], is_retry=True) for row in rows]
         middle = self.rows // 2
         first: list[Slice] = []
@@ -248,8 +282,8 @@ class Batch:
         for job, start, stop in self.slices:
             cut = min(stop, start + max(0, middle))
             middle -= stop - start
-            first += [Slice(job, start, cut)] if start < cut else []
-            second += [Slice(job, cut, stop)] if cut < stop else []
+            first += [(job, start, cut)] if start < cut else []
+            second += [(job, cut, stop)] if cut < stop else []
         return [Batch(self.key, first, is_retry=True), Batch(self.key, second, is_retry=True)]
 
 
@@ -260,8 +294,8 @@ Reason = str
 class Worker(Protocol):
     """The workers, which compute batches. They answer with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
 
-    def run(self, batch: Batch, is_preemptible: bool) -> None:
-        """Begin with a batch; small batches may run between its tiles if it is preemptible."""
+    def run(self, batch: Batch) -> None:
+        """Begin with a batch, or do so after the preemptible one that it has."""
 
     def plan(self, key: BatchKey) -> None:
         """Find the cost of a row; answered with :meth:`Scheduler.learn_cost` or :meth:`Scheduler.fail_plan`."""
@@ -274,7 +308,10 @@ class Workers(Protocol):
         """Return a worker that computes nothing."""
 
     def preemptible(self) -> Worker | None:
-        """Return a worker that computes a preemptible batch and nothing else."""
+        """Return a worker that has preemptible batches and nothing else."""
+
+    def unsupplied(self) -> Worker | None:
+        """Return a worker that computes a preemptible batch and has no other to go on with."""
 
     def alive(self) -> Worker | None:
         """Return any worker."""
@@ -387,7 +424,8 @@ class Queue:
         line = self._lines.get(job.key)
         if line is not None and job.taken < job.rows:
             line.remove(job)
-            self._drop_if_empty(job.key, line)
+            if not line.fresh and not line.begun:
+                del self._lines[job.key]
         job.is_closed = True
         job.inputs = job.weights = job.directions = None
         job.parts = []
@@ -397,12 +435,13 @@ class Queue:
     def take(self) -> Batch | None:
         """Cut the next batch; ``None`` if nothing waits whose cost is known."""
         first = self._first()
-        retry = min(self._retries, key=lambda batch: batch.place, default=None)
-        if retry is not None and (first is None or retry.place < first.place):
-            self._retries.remove(retry)
-            for job, start, stop in retry.slices:
-                self._charge(job, (stop - start) * (retry.key.row_cost or 1.0))
-            return retry
+        if self._retries:
+            retry = min(self._retries, key=lambda batch: batch.place)
+            if first is None or retry.place < first.place:
+                self._retries.remove(retry)
+                for job, start, stop in retry.slices:
+                    self._charge(job, (stop - start) * (retry.key.row_cost or 1.0))
+                return retry
         return None if first is None else self._cut(first.key, self.limits.batch_cost)
 
     def take_small(self, most_cost: float) -> Batch | None:
@@ -411,6 +450,21 @@ class Queue:
         if first is None or first.rows * (first.key.row_cost or 1.0) > most_cost:
             return None
         return self._cut(first.key, most_cost)
+
+    def take_large(self, least_cost: float) -> Batch | None:
+        """Cut a batch of several rows and of more than this cost; ``None`` if the next would be another or a retry."""
+        first, most_cost = self._first(), self.limits.batch_cost
+        if first is None or self._retries:
+            return None
+        row_cost = first.key.row_cost or 1.0
+        if (first.rows - first.taken) * row_cost <= least_cost or 2 * row_cost > most_cost:
+            return None
+        return self._cut(first.key, most_cost)
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether rows or failed batches wait."""
+        return self.rows > 0 or bool(self._retries)
 
     def waiting(self, key: BatchKey) -> list[Job]:
         """Return the waiting jobs of a key."""
@@ -437,8 +491,11 @@ class Queue:
             rows = min(job.rows - job.taken, max(int(room), int(not slices)))
             if rows == 0:
                 break
-            slices.append(Slice(job, job.taken, job.taken + rows))
-            line.remove(job)
+            slices.append((job, job.taken, job.taken + rows))
+            if job.taken:
+                del line.begun[job]
+            else:
+                del line.fresh[job]
             job.taken += rows
             self.rows -= rows
             self._charge(job, rows * row_cost)
@@ -447,17 +504,14 @@ class Queue:
             if job.taken < job.rows:
                 line.begun[job] = None
                 break
-        self._drop_if_empty(key, line)
+        if not line.fresh and not line.begun:
+            del self._lines[key]
         return Batch(key, slices)
 
     def _charge(self, job: Job, cost: float) -> None:
         """Move the job's start and the clock on by what the job receives."""
         job.start += cost
         self._clock += cost / max(1, self.requests)
-
-    def _drop_if_empty(self, key: BatchKey, line: _Line) -> None:
-        if not line.fresh and not line.begun:
-            del self._lines[key]
 
 
 class Scheduler:
@@ -516,23 +570,27 @@ class Scheduler:
             self._close(job)
 
     def dispatch(self) -> None:
-        """Give idle workers what waits, and preemptible ones what is small."""
+        """Give idle workers what waits, preemptible ones what is small, and those the next large batch in time.
+
+        A worker that has its next batch does not wait while the front sends the results of the last one.
+        """
         while self._unplanned and (worker := self._workers.alive()) is not None:
             key = next(iter(self._unplanned))
             del self._unplanned[key]
             worker.plan(key)
-        while True:
-            if (worker := self._workers.idle()) is not None:
-                batch = self.queue.take()
-            elif (worker := self._workers.preemptible()) is not None:
-                batch = self.queue.take_small(PREEMPTING_COST)
-            else:
-                return
-            if batch is None:
+        queue, workers = self.queue, self._workers
+        while queue.rows or queue.has_work:
+            batch = None
+            if (worker := workers.idle()) is not None:
+                batch = queue.take()
+            elif (worker := workers.preemptible()) is not None:
+                batch = queue.take_small(PREEMPTING_COST)
+                if batch is None and (worker := workers.unsupplied()) is not None:
+                    batch = queue.take_large(PREEMPTIBLE_COST)
+            if worker is None or batch is None:
                 return
             self._note_queueing(batch)
-            # A batch that failed before may fail again, and no other is to fail with it.
-            worker.run(batch, is_preemptible=not batch.is_retry and batch.cost > PREEMPTIBLE_COST)
+            worker.run(batch)
 
     def finish(self, batch: Batch, parts: Sequence[Mapping[str, Any]]) -> None:
         """Hand a batch's results, one part per slice, to its jobs."""
@@ -540,7 +598,7 @@ class Scheduler:
         self._observer.computed(key.quantities, batch.rows, len(batch.slices))
         key.statistics.batches += 1
         for (job, start, stop), part in zip(batch.slices, parts, strict=True):
-            if not job.is_closed and job.receive(start, stop - start, part):
+            if not job.is_closed and job.receive(start, stop - start, part) and not job.is_closed:
                 self._close(job)
 
     def fail(self, batch: Batch, reason: Reason) -> None:
@@ -604,7 +662,7 @@ class Scheduler:
         self.queue.close(job)
         self._open.discard(job)
         job.key.ended(job)
-        end, job.end = job.end, None
+        end, job.end, job.on_rows = job.end, None, None
         assert end is not None
         end(job)
         job.answers = {}

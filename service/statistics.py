@@ -47,6 +47,6 @@ class ModelStatistics:
         """A request got its numbers."""
         self.rows += rows
         self.last_answer_ms = time.time_ns() // 1_000_000
-        self.success.add(queue_s + compute_s)
-        self.queue.add(queue_s)
-        self.compute.add(compute_s)
+        for total, seconds in ((self.success, queue_s + compute_s), (self.queue, queue_s), (self.compute, compute_s)):
+            total.count += 1
+            total.seconds += seconds

@@ -17,7 +17,7 @@ import socket
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -56,7 +56,6 @@ MOST_UNCLAIMED_FDS = 64
 _FD_BYTES = array("i").itemsize
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "uint8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PLAIN = _DTYPES["uint8"]
 
 
 class WireError(Exception):
@@ -86,15 +85,6 @@ def encode(head: Mapping[str, Any], fields: Mapping[str, Field]) -> list[bytes |
     return [prefix + text, *filter(len, data)]
 
 
-def _lengths(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
-    head_bytes, body_bytes = _LENGTHS.unpack(prefix)
-    if head_bytes > MAX_HEAD_BYTES or body_bytes > MAX_BODY_BYTES:
-        raise WireError(
-            f"expected at most {MAX_HEAD_BYTES} and {MAX_BODY_BYTES} bytes, got {head_bytes}, {body_bytes}"
-        )
-    return head_bytes, body_bytes
-
-
 def _decode_head(text: memoryview) -> dict[str, Any]:
     try:
         head = orjson.loads(text)
@@ -106,26 +96,25 @@ def _decode_head(text: memoryview) -> dict[str, Any]:
 
 
 def _decode(frame: Array, head_bytes: int) -> Frame:
-    """Head and fields, which are views into the frame."""
+    """Return head and fields, which are views into the frame."""
     text = frame.data
     head = _decode_head(text[:head_bytes])
-    try:
-        table = [(str(name), _DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in head.pop("fields")]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WireError(f"expected a JSON head with a table of fields ({type(error).__name__})") from None
     fields: dict[str, Any] = {}
     start = head_bytes
-    for name, dtype, shape in table:
-        if min(shape, default=0) < 0:
-            raise WireError("expected no negative lengths")
-        stop = start + math.prod(shape) * dtype.itemsize
-        if stop > frame.size:
-            raise WireError(f"expected fields within {frame.size - head_bytes} bytes, got {stop - head_bytes}")
-        try:
-            fields[name] = text[start:stop] if dtype is _PLAIN else np.ndarray(shape, dtype, frame, start)
-        except ValueError:  # such as 0 × 2⁶³
-            raise WireError("expected a shape that an array can have") from None
-        start = stop
+    try:
+        for name, dtype, shape in head.pop("fields"):
+            if not isinstance(name, str) or min(shape, default=0) < 0:
+                raise WireError("expected names, and no negative lengths")
+            stop = start + math.prod(shape) * _DTYPES[dtype].itemsize
+            if stop > frame.size:
+                raise WireError(f"expected fields within {frame.size - head_bytes} bytes, got {stop - head_bytes}")
+            if dtype == "uint8":
+                fields[name] = text[start:stop]
+            else:
+                fields[name] = np.ndarray(shape, _DTYPES[dtype], frame, start)
+            start = stop
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # such as a shape of 0 × 2⁶³
+        raise WireError(f"expected a JSON head with a table of fields ({type(error).__name__})") from None
     if start != frame.size:
         raise WireError(f"expected {frame.size - head_bytes} bytes of fields, got {start - head_bytes}")
     return head, fields
@@ -151,51 +140,54 @@ class FrameReader:
     def __init__(self) -> None:
         """Wait for the first frame."""
         self._scratch = memoryview(bytearray(SMALL_BYTES))
-        self._start = self._end = 0
+        self._end = 0
         self._frame: Array | None = None
         self._head_bytes = self._filled = 0
 
     def space(self) -> memoryview:
-        """Where the next bytes go; never empty."""
+        """Return where the next bytes go; never empty."""
         if self._frame is not None:
             return self._frame.data[self._filled :]
         return self._scratch[self._end :]
 
-    def received(self, count: int) -> Iterator[Frame]:
-        """Take note of bytes that were put there, and yield the frames that are whole.
+    def received(self, count: int) -> list[Frame]:
+        """Take note of bytes that were put there, and return the frames that are whole.
 
         Raises:
             WireError: what came is no frame.
         """
-        if self._frame is None:
-            self._end += count
-        else:
+        if self._frame is not None:
             self._filled += count
-        while self._next():
-            assert self._frame is not None
+            if self._filled < self._frame.size:
+                return []
             frame, self._frame = self._frame, None
-            yield _decode(frame, self._head_bytes)
+            return [_decode(frame, self._head_bytes)]
+        frames = []
+        scratch, start, end = self._scratch, 0, self._end + count
+        while end - start >= _LENGTHS.size:
+            head_bytes, body_bytes = _LENGTHS.unpack_from(scratch, start)
+            if head_bytes > MAX_HEAD_BYTES or body_bytes > MAX_BODY_BYTES:
+                most = f"{MAX_HEAD_BYTES} and {MAX_BODY_BYTES}"
+                raise WireError(f"expected at most {most} bytes, got {head_bytes}, {body_bytes}")
+            start += _LENGTHS.size
+            frame = np.empty(head_bytes + body_bytes, np.uint8)
+            here = min(frame.size, end - start)
+            frame.data[:here] = scratch[start : start + here]
+            start += here
+            if here < frame.size:
+                self._frame, self._head_bytes, self._filled = frame, head_bytes, here
+                break
+            frames.append(_decode(frame, head_bytes))
+        self._end = end - start
+        if self._end:
+            scratch[: self._end] = bytes(scratch[start:end])
+        return frames
 
     def head(self) -> dict[str, Any] | None:
         """The head of the frame that is arriving, once all of it is there."""
         if self._frame is None or self._filled < self._head_bytes:
             return None
         return _decode_head(self._frame[: self._head_bytes].data)
-
-    def _next(self) -> bool:
-        """Whether a whole frame is there; begins one if none is begun."""
-        if self._frame is None:
-            rest = self._scratch[self._start : self._end]
-            if len(rest) < _LENGTHS.size:
-                self._scratch[: len(rest)] = bytes(rest)
-                self._start, self._end = 0, len(rest)
-                return False
-            self._head_bytes, body_bytes = _lengths(rest[: _LENGTHS.size])
-            self._frame = np.empty(self._head_bytes + body_bytes, np.uint8)
-            self._filled = min(self._frame.size, len(rest) - _LENGTHS.size)
-            self._frame.data[: self._filled] = rest[_LENGTHS.size : _LENGTHS.size + self._filled]
-            self._start += _LENGTHS.size + self._filled
-        return self._filled == self._frame.size
 
 
 def send(sock: socket.socket, head: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
@@ -216,7 +208,7 @@ class Receiver:
         """Wait for the first frame."""
         self._sock = sock
         self._reader = FrameReader()
-        self._ancillary_bytes = socket.CMSG_SPACE(most_fds * _FD_BYTES) if most_fds else 0
+        self._most_fds = most_fds
         self._fds: deque[int] = deque()
 
     def receive(self, flags: int = 0) -> list[Frame] | None:
@@ -227,18 +219,14 @@ class Receiver:
             WireError: what came is no frame.
         """
         space = self._reader.space()
-        if self._ancillary_bytes:
-            count, ancillary, _, _ = self._sock.recvmsg_into([space], self._ancillary_bytes, flags)
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self._fds.extend(array("i", data[: len(data) - len(data) % _FD_BYTES]))
-        else:
-            count = self._sock.recv_into(space, 0, flags)
+        count = self._receive_with_fds(space, flags) if self._most_fds else self._sock.recv_into(space, 0, flags)
         if not count:
             return None
-        if len(self._fds) > MOST_UNCLAIMED_FDS:
-            raise WireError("expected descriptors with frames that mention them, got others")
-        return [self._with_fds(*frame) for frame in self._reader.received(count)]
+        frames = self._reader.received(count)
+        for head, _ in frames:
+            if "fds" in head:
+                head["fds"] = self._claim(head["fds"])
+        return frames
 
     def head(self) -> dict[str, Any] | None:
         """Return the head of the frame that is arriving, once all of it is there."""
@@ -250,14 +238,21 @@ class Receiver:
         while self._fds:
             os.close(self._fds.popleft())
 
-    def _with_fds(self, head: dict[str, Any], fields: dict[str, Any]) -> Frame:
-        """Replace the number of descriptors in a head by the descriptors."""
-        count = head.get("fds", 0)
+    def _receive_with_fds(self, space: memoryview, flags: int) -> int:
+        ancillary_bytes = socket.CMSG_SPACE(self._most_fds * _FD_BYTES)
+        count, ancillary, _, _ = self._sock.recvmsg_into([space], ancillary_bytes, flags)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array("i", data[: len(data) - len(data) % _FD_BYTES]))
+        if len(self._fds) > MOST_UNCLAIMED_FDS:
+            raise WireError("expected descriptors with frames that mention them, got others")
+        return count
+
+    def _claim(self, count: object) -> list[int]:
+        """Return the descriptors that a frame says it brings."""
         if type(count) is not int or not 0 <= count <= len(self._fds):
             raise WireError(f"expected as many descriptors as the head says, got {len(self._fds)}")
-        if count:
-            head["fds"] = [self._fds.popleft() for _ in range(count)]
-        return head, fields
+        return [self._fds.popleft() for _ in range(count)]
 
 
 class Channel:
@@ -294,8 +289,19 @@ class Channel:
         """Send a frame, with duplicates of some descriptors; what the socket does not take now waits its turn."""
         if self.is_closed:
             return
-        pieces = [memoryview(piece) for piece in encode({**head, "fds": len(fds)} if fds else head, fields)]
-        self._waiting.append((pieces, [os.dup(fd) for fd in fds]))
+        pieces: list[Any] = encode({**head, "fds": len(fds)} if fds else head, fields)
+        if len(pieces) == 1 and not fds and not self._waiting:
+            try:
+                sent = self._sock.send(pieces[0])
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self._loop.call_soon(self._lose)
+                return
+            if sent == len(pieces[0]):
+                return
+            pieces = [memoryview(pieces[0])[sent:]]
+        self._waiting.append((list(map(memoryview, pieces)), [os.dup(fd) for fd in fds]))
         if len(self._waiting) == 1 and not self._send():
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
 
@@ -351,10 +357,11 @@ class Channel:
             for head, fields in frames:
                 self._is_announced = False
                 self._on_frame(head, fields)
-            begun = None if self._on_head is None or self._is_announced else self._receiver.head()
-            if begun is not None and self._on_head is not None:
-                self._is_announced = True
-                self._on_head(begun)
+            if not frames and self._on_head is not None and not self._is_announced:
+                begun = self._receiver.head()
+                if begun is not None:
+                    self._is_announced = True
+                    self._on_head(begun)
         except WireError:
             self._lose()
 

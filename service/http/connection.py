@@ -42,6 +42,8 @@ PROBE_S = 0.03
 MALFORMED_LINGER_S, MALFORMED_LINGER_BYTES = 2.0, 1 << 20
 #: Bodies up to this size are discarded after a refusal, so that the connection can be kept.
 DISCARDED_BYTES = LARGE_BYTES
+#: The status whose replies have no body.
+NOT_MODIFIED = 304
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 
@@ -500,7 +502,7 @@ class Connection(asyncio.Protocol):
             more += b"connection: close\r\n"
         elif head.version == "1.0":
             more += b"connection: keep-alive\r\n"
-        if status != HTTPStatus.NOT_MODIFIED:
+        if status != NOT_MODIFIED:
             more = b"content-type: %b\r\ncontent-length: %d\r\n%b" % (media_type, size, more)
         text = b"%b%b%bx-request-id: %b\r\n\r\n" % (
             _STATUS_LINES[status],

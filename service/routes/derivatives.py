@@ -83,7 +83,7 @@ def answer(application: Application, request: Request) -> Reply | Cancel:
     """Read, check, and ask the workers."""
     asked: Asked = request.head.target.asked
     core = application.core
-    core.expect_room()
+    core.scheduler.queue.expect_room()
     served = core.repository.ready(asked.model, asked.query.get("version"))
     request.model = served.file.name
     body = request.body

@@ -73,11 +73,11 @@ class SimulatedWorker:
         self.pool = pool
         self.running: list[tuple[Batch, bool]] = []
 
-    def run(self, batch: Batch, is_preemptible: bool) -> None:
+    def run(self, batch: Batch) -> None:
         pool = self.pool
         assert len(self.running) <= 1, "at most one batch and one that preempts it"
         pool.batches.append(batch)
-        self.running.append((batch, is_preemptible))
+        self.running.append((batch, batch.is_preemptible))
         reason = pool.fails(batch)
         took_s = pool.limit_s if reason == "late" else batch.cost / SPEED
         pool.clock.call_at(pool.clock.now + took_s, lambda: self.end(batch, reason))
@@ -142,6 +142,9 @@ class SimulatedWorkers:
 
     def preemptible(self) -> SimulatedWorker | None:
         return next((one for one in self.workers if len(one.running) == 1 and one.running[0][1]), None)
+
+    def unsupplied(self) -> None:
+        return None
 
     def alive(self) -> SimulatedWorker | None:
         return next(iter(self.workers), None)

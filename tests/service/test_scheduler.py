@@ -96,7 +96,7 @@ def test_a_small_request_overtakes_a_bulk_one_that_was_served() -> None:
     sim.clock.run(1e-9)
     small = sim.submit(sim.key(row_cost=2e7))  # too large to preempt
     sim.clock.run()
-    assert [batch.slices[0].job for batch in sim.batches[:3]] == [bulk, small, bulk]
+    assert [batch.slices[0][0] for batch in sim.batches[:3]] == [bulk, small, bulk]
 
 
 def test_a_bulk_request_moves_on_although_small_ones_keep_coming() -> None:
@@ -308,7 +308,7 @@ def test_a_poisoned_row_costs_its_caller_only() -> None:
     good = [sim.submit(key) for _ in range(3)]
     bad = sim.submit(key, 5)
     good += [sim.submit(key) for _ in range(3)]
-    sim.fails = lambda batch: "error" if any(part.job is bad and part.stop > 3 for part in batch.slices) else None
+    sim.fails = lambda batch: "error" if any(part[0] is bad and part[2] > 3 for part in batch.slices) else None
     sim.clock.run()
     assert [sim.code(job) for job in good] == ["ok"] * 6
     assert sim.code(bad) == "evaluation_failed"
@@ -345,7 +345,7 @@ def test_what_failed_before_is_computed_alone_and_is_not_preempted() -> None:
     assert retries
     sim.submit(key)
     sim.clock.run()
-    assert all(len({part.job for part in batch.slices}) == 1 for batch in sim.batches if batch.is_retry)
+    assert all(len({part[0] for part in batch.slices}) == 1 for batch in sim.batches if batch.is_retry)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_whatever_happens_every_job_ends_once_and_right(seed: int) -> None:
     bad: set[Job] = set()
     sim.fails = lambda batch: (
         "error"
-        if any(part.job in bad and part.start == 0 for part in batch.slices)
+        if any(part[0] in bad and part[1] == 0 for part in batch.slices)
         else random_.choices((None, "lost", "memory"), (97, 2, 1))[0]
     )
     jobs: list[Job] = []
