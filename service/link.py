@@ -137,7 +137,7 @@ class Link:
         self._channel.write(head, _arrays(batch), fds)
 
     def _lend(self, batch: Batch, head: dict[str, Any]) -> tuple[int, ...]:
-        """Lend a batch a buffer for its results, if there is one; return the descriptor if the worker has not got it."""
+        """Lend a batch a buffer for its results; return its descriptor if the worker has not got it."""
         places, size = offsets(_shapes(batch), np.dtype(batch.key.dtype).itemsize)
         buffer = batch.buffer = self.buffers.lend(size)
         if buffer is None:

@@ -452,7 +452,7 @@ class Queue:
         return self._cut(first.key, most_cost)
 
     def take_large(self, least_cost: float) -> Batch | None:
-        """Cut a batch of several rows and of more than this cost; ``None`` if the next would be another or a retry."""
+        """Cut a batch of several rows and of more than this cost; ``None`` if the next is none such."""
         first, most_cost = self._first(), self.limits.batch_cost
         if first is None or self._retries:
             return None

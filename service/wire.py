@@ -301,7 +301,7 @@ class Channel:
             if sent == len(pieces[0]):
                 return
             pieces = [memoryview(pieces[0])[sent:]]
-        self._waiting.append((list(map(memoryview, pieces)), [os.dup(fd) for fd in fds]))
+        self._waiting.append(([memoryview(piece) for piece in pieces], [os.dup(fd) for fd in fds]))
         if len(self._waiting) == 1 and not self._send():
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
 

@@ -72,15 +72,20 @@ class SimulatedWorker:
     def __init__(self, pool: SimulatedWorkers) -> None:
         self.pool = pool
         self.running: list[tuple[Batch, bool]] = []
+        self.free_s = 0.0
 
     def run(self, batch: Batch) -> None:
         pool = self.pool
-        assert len(self.running) <= 1, "at most one batch and one that preempts it"
+        others = sum(not is_preemptible for _, is_preemptible in self.running)
+        assert len(self.running) <= 2, "at most one batch, one that preempts it, and the next"
+        assert others == 0 or (not pool.looks_ahead and len(self.running) <= 1) or batch.is_preemptible
         pool.batches.append(batch)
         self.running.append((batch, batch.is_preemptible))
         reason = pool.fails(batch)
         took_s = pool.limit_s if reason == "late" else batch.cost / SPEED
-        pool.clock.call_at(pool.clock.now + took_s, lambda: self.end(batch, reason))
+        began_s = max(pool.clock.now, self.free_s) if batch.is_preemptible else pool.clock.now
+        self.free_s = max(self.free_s, began_s + took_s)
+        pool.clock.call_at(began_s + took_s, lambda: self.end(batch, reason))
 
     def end(self, batch: Batch, reason: str | None) -> None:
         self.running = [one for one in self.running if one[0] is not batch]
@@ -115,10 +120,12 @@ class SimulatedWorkers:
         batch_cost: float = 1e8,
         limit_s: float = 10.0,
         row_cost: float = 1e5,
+        looks_ahead: bool = False,
     ) -> None:
         self.clock = SimulatedClock()
         self.limit_s = limit_s
         self.row_cost = row_cost
+        self.looks_ahead = looks_ahead
         self.batches: list[Batch] = []
         self.plans: list[BatchKey] = []
         self.failures = 0
@@ -141,10 +148,12 @@ class SimulatedWorkers:
         return next((worker for worker in self.workers if not worker.running), None)
 
     def preemptible(self) -> SimulatedWorker | None:
-        return next((one for one in self.workers if len(one.running) == 1 and one.running[0][1]), None)
+        return next((one for one in self.workers if one.running and all(large for _, large in one.running)), None)
 
-    def unsupplied(self) -> None:
-        return None
+    def unsupplied(self) -> SimulatedWorker | None:
+        if not self.looks_ahead:
+            return None
+        return next((one for one in self.workers if len(one.running) == 1 and one.running[0][1]), None)
 
     def alive(self) -> SimulatedWorker | None:
         return next(iter(self.workers), None)
@@ -171,4 +180,4 @@ class SimulatedWorkers:
         assert job not in self.ended, "a job ended twice"
         error: ServiceError | None = job.error
         self.ended[job] = self.clock.now, "ok" if error is None else error.code
-        self.answers[job] = None if error is not None else job.answers["value"]
+        self.answers[job] = None if error is not None else job.answers.get("value")

@@ -55,6 +55,54 @@ def test_a_batch_is_cut_at_its_cost_and_a_bulk_request_goes_on_later() -> None:
     assert [rows_of(batch) for batch in sim.batches] == [[(job, 0, 10)], [(job, 10, 20)], [(job, 20, 25)]]
 
 
+def test_a_worker_has_its_next_large_batch_in_time() -> None:
+    sim = SimulatedWorkers(batch_cost=1e8, looks_ahead=True)
+    job = sim.submit(sim.key(1e6), 350)
+    sim.clock.run(0.001)
+    assert [rows_of(batch) for batch in sim.batches] == [[(job, 0, 100)], [(job, 100, 200)]]
+    sim.clock.run()
+    assert [batch.rows for batch in sim.batches] == [100, 100, 100, 50]
+    assert sim.code(job) == "ok"
+
+
+def test_a_small_request_goes_before_the_large_batch_that_waits_at_the_worker() -> None:
+    sim = SimulatedWorkers(batch_cost=1e8, looks_ahead=True)
+    bulk = sim.submit(sim.key(1e6), 1000)
+    sim.clock.run(0.001)
+    small = sim.submit(sim.key(1e6, model=2), 1)
+    sim.clock.run()
+    assert sim.ended[small][0] < 0.002 < sim.ended[bulk][0]
+
+
+@pytest.mark.parametrize(("rows", "row_cost"), [(30, 1e6), (100, 6e7)], ids=["too small", "one row a batch"])
+def test_no_other_batch_waits_at_a_worker(rows: int, row_cost: float) -> None:
+    """A batch that could share with what comes, or one whose failure would be blamed on a row."""
+    sim = SimulatedWorkers(batch_cost=1e8, looks_ahead=True)
+    sim.submit(sim.key(1e6), 100)
+    sim.clock.run(0.0)
+    sim.submit(sim.key(row_cost, model=2), rows)
+    sim.clock.run(0.001)
+    assert [batch.rows for batch in sim.batches] == [100]
+
+
+def test_results_are_handed_on_in_the_order_of_the_rows() -> None:
+    """As they come, with several workers of which one fails; and not again at the end."""
+    sim = SimulatedWorkers(workers=3, batch_cost=1e8, looks_ahead=True)
+    failures = iter([None, "lost", None, "error"])
+    sim.fails = lambda batch: next(failures, None)
+    job, seen = sim.job(sim.key(1e6), 1000), []
+    job.on_rows = lambda part: seen.append(part["value"])
+    sim.scheduler.submit(job)
+    sim.clock.run(0.025)
+    assert len(seen) > 0
+    assert job not in sim.ended
+    sim.clock.run()
+    assert sim.code(job) == "ok"
+    assert np.array_equal(np.concatenate(seen)[:, 0], np.arange(1000.0))
+    assert job.answers == {}
+    assert job.parts == []
+
+
 def test_a_batch_is_cut_at_its_bytes() -> None:
     sim = SimulatedWorkers()
     sim.submit(sim.key(row_cost=1.0, row_bytes=1 << 28), 9)
