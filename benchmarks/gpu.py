@@ -8,7 +8,10 @@ Times are medians of CUDA events, inputs and results on the device; every measur
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
+import pstats
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 
 from hessquik import Evaluator
+from hessquik.backends.gpu_unrolled import Unrolling
+from hessquik.backends.triton import UNROLLINGS
 from hessquik.networks import fullyConnectedNN
 
 SECOND = ("value", "gradient", "hessian")
@@ -86,10 +91,67 @@ def with_jax(widths: list[int], quantities: tuple[str, ...], weights: list[Any],
     return statistics.median(times) * 1e6
 
 
+def host_path(calls: int = 500) -> str:
+    """Return where a call's time goes for one row on the host, by the profiler, which itself takes its share."""
+    evaluate = Evaluator(fullyConnectedNN([10, 64, 64, 64, 64, 64, 1]).double(), "cuda", torch.float32)
+    x = torch.randn(1, 10)
+    plain = latency(lambda: evaluate(x, SECOND), calls)
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(calls):
+        evaluate(x, SECOND)
+    profile.disable()
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(40)
+    return f"{plain:.1f} microseconds a call; {calls} calls under the profiler:\n{text.getvalue()}"
+
+
+def measured(
+    widths: list[int], quantities: tuple[str, ...], n: int, dtype: torch.dtype, has_jax: bool
+) -> dict[str, Any]:
+    """Return the times and errors of a workload."""
+    network = fullyConnectedNN(widths).double()
+    begin = time.perf_counter()
+    evaluate = Evaluator(network, "cuda", dtype)
+    ready = time.perf_counter() - begin
+    x = torch.randn(n, widths[0], dtype=dtype, device="cuda")
+    here = x.cpu()
+    row: dict[str, Any] = {
+        "network": "-".join(map(str, widths)), "quantities": " ".join(quantities),
+        "n": n, "dtype": str(dtype)[6:],
+        "ready_s": ready, "operations": evaluate.plan(quantities).operations,
+    }  # fmt: skip
+    row["device_us"] = microseconds(lambda: evaluate(x, quantities))
+    row["latency_us"] = latency(lambda: evaluate(x, quantities), 100 if n < 5000 else 10)
+    row["host_us"] = latency(lambda: evaluate(here, quantities), 100 if n < 5000 else 5)
+    row["million_rows_per_s"] = n / row["device_us"]
+    row["tflops"] = row["operations"] * n / row["device_us"] * 1e-6
+    sample = x[: min(n, 256)]
+    exact = Evaluator(network, "cpu", torch.float64)(sample.double().cpu(), quantities)
+    found = evaluate(x, quantities)
+    row["error"] = max(
+        ((getattr(found, q)[: len(sample)].cpu().double() - getattr(exact, q)).abs().max()
+         / getattr(exact, q).abs().max()).item() for q in quantities
+    )  # fmt: skip
+    if has_jax:
+        import numpy as np
+
+        layers = [(p.K, p.b) for p in _layers(network)]
+        parameters = [(k.detach().to(dtype).numpy(), b.detach().to(dtype).numpy()) for k, b in layers]
+        try:
+            row["jax_us"] = with_jax(widths, quantities, parameters, n, np.asarray(here))
+        except Exception as error:
+            row["jax_error"] = repr(error)[:200]
+    return row
+
+
 def main() -> None:
-    """Measure and write ``gpu.json`` and ``gpu.md``."""
+    """Measure and write ``gpu.json``, or ``gpu-unrolled.json``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--first", type=int, default=len(WORKLOADS), help="number of workloads")
+    parser.add_argument("--unrolled", action="store_true", help="each plan on kernels of its own")
+    parser.add_argument("--profile", action="store_true", help="where the host's time goes for one row")
     parser.add_argument("--seconds", type=float, default=150.0, help="after which nothing new is begun")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -105,44 +167,23 @@ def main() -> None:
         has_jax = True
     except ImportError:
         has_jax = False
-    for widths, quantities, n, dtype in WORKLOADS:
+    name = "gpu"
+    if given.unrolled:
+        name, has_jax = "gpu-unrolled", False
+        for each in UNROLLINGS:
+            UNROLLINGS[each] = (
+                Unrolling(rows=1, depth=64, warps=8), Unrolling(rows=8, depth=64, warps=8),
+                Unrolling(rows=16, warps=8, instances=2),
+            )  # fmt: skip
+    if given.profile:
+        (given.output / f"{name}-host.txt").write_text(host_path())
+    for widths, quantities, n, dtype in WORKLOADS[: given.first]:
         if time.monotonic() - began > given.seconds:
             break
-        network = fullyConnectedNN(widths).double()
-        begin = time.perf_counter()
-        evaluate = Evaluator(network, "cuda", dtype)
-        ready = time.perf_counter() - begin
-        x = torch.randn(n, widths[0], dtype=dtype, device="cuda")
-        here = x.cpu()
-        row: dict[str, Any] = {
-            "network": "-".join(map(str, widths)), "quantities": " ".join(quantities),
-            "n": n, "dtype": str(dtype)[6:],
-            "ready_s": ready, "operations": evaluate.plan(quantities).operations,
-        }  # fmt: skip
-        row["device_us"] = microseconds(lambda: evaluate(x, quantities))  # noqa: B023
-        row["latency_us"] = latency(lambda: evaluate(x, quantities), 100 if n < 5000 else 10)  # noqa: B023
-        row["host_us"] = latency(lambda: evaluate(here, quantities), 100 if n < 5000 else 5)  # noqa: B023
-        row["million_rows_per_s"] = n / row["device_us"]
-        row["tflops"] = row["operations"] * n / row["device_us"] * 1e-6
-        sample = x[: min(n, 256)]
-        exact = Evaluator(network, "cpu", torch.float64)(sample.double().cpu(), quantities)
-        found = evaluate(x, quantities)
-        row["error"] = max(
-            ((getattr(found, q)[: len(sample)].cpu().double() - getattr(exact, q)).abs().max()
-             / getattr(exact, q).abs().max()).item() for q in quantities
-        )  # fmt: skip
-        if has_jax:
-            import numpy as np
-
-            layers = [(p.K, p.b) for p in _layers(network)]
-            parameters = [(k.detach().to(dtype).numpy(), b.detach().to(dtype).numpy()) for k, b in layers]
-            try:
-                row["jax_us"] = with_jax(widths, quantities, parameters, n, np.asarray(here))
-            except Exception as error:
-                row["jax_error"] = repr(error)[:200]
+        row = measured(widths, quantities, n, dtype, has_jax)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        (given.output / "gpu.json").write_text(
+        (given.output / f"{name}.json").write_text(
             json.dumps({"card": card, "torch": torch.__version__, "rows": rows}, indent=1)
         )
 

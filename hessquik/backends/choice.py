@@ -96,9 +96,9 @@ def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.devi
 
         return Runner(plan, CpuProgram(plan.program, dtype, plan.rows).run, lambda: tuple(sorted({1, plan.rows})))
     if backend == "triton" and _widest(plan) < WIDE:
-        from hessquik.backends.triton import TritonProgram
+        from hessquik.backends.triton import ready_program
 
-        on_card = TritonProgram(plan.program, dtype, device)
+        on_card = ready_program(plan.program, dtype, device)
         return Runner(plan, on_card.run, lambda: on_card.ladder)
     from hessquik.backends.torch import TorchProgram
 

@@ -137,14 +137,20 @@ class _Slot:
     device: dict[str, Tensor] = field(default_factory=dict)
     #: Results on the way: where they are wanted, and the pinned memory they come to.
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    is_used: bool = False
 
     def drain(self, driver: Driver) -> None:
-        """Wait for the chunk and put its results where they are wanted."""
-        if self.waiting:
+        """Wait until nothing reads or writes the memory, and put the chunk's results where they are wanted."""
+        if self.is_used:
             driver.synchronize(self.done)
             for wanted, found in self.waiting:
                 wanted.copy_(found)
-            self.waiting.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the results."""
+        self.waiting.clear()
+        self.is_used = False
 
 
 class _Stage:
@@ -160,9 +166,10 @@ class _Stage:
     def run(self, call: _Call, start: int, stop: int, launch: Launch) -> None:
         """Run a call chunk by chunk."""
         driver = self.driver
-        begun, ended = driver.event(), driver.event()
-        driver.record(begun, driver.caller())
-        driver.wait(self.compute, begun)
+        if call.there:
+            begun = driver.event()
+            driver.record(begun, driver.caller())
+            driver.wait(self.compute, begun)
         try:
             for turn, first in enumerate(range(start, stop, call.rows)):
                 slot = self.slots[turn % len(self.slots)]
@@ -172,14 +179,17 @@ class _Stage:
                 slot.drain(driver)
         except BaseException:
             # What is on its way is waited for, as it reads and writes this stage's memory, and is of no use.
+            ended = driver.event()
             for stream in (self.inward, self.compute, self.outward):
                 driver.record(ended, stream)
                 driver.synchronize(ended)
             for slot in self.slots:
-                slot.waiting.clear()
+                slot.forget()
             raise
-        driver.record(ended, self.compute)
-        driver.wait(driver.caller(), ended)
+        if call.there:
+            ended = driver.event()
+            driver.record(ended, self.compute)
+            driver.wait(driver.caller(), ended)
 
     def _chunk(self, call: _Call, slot: _Slot, first: int, last: int, launch: Launch) -> None:
         """Begin with a chunk; the one before it in this slot is finished."""
@@ -195,8 +205,9 @@ class _Stage:
                 continue
             arrays[name] = self._part(slot.device, name, given, self._device_memory)
             driver.copy(arrays[name], host, self.inward)
-        driver.record(self.arrived, self.inward)
-        driver.wait(self.compute, self.arrived)
+        if not is_direct:
+            driver.record(self.arrived, self.inward)
+            driver.wait(self.compute, self.arrived)
         for name in call.outputs:
             wanted = call.here[name][first:last]
             host = self._part(slot.host, name, wanted, driver.pinned)
@@ -207,6 +218,7 @@ class _Stage:
             if name not in call.shared:
                 arrays[name] = call.there[name][first:last]
         launch(arrays, 0, count, self.compute)
+        slot.is_used = True
         if is_direct:
             driver.record(slot.done, self.compute)
             return

@@ -13,7 +13,7 @@ import argparse
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -27,9 +27,22 @@ from triton.compiler import ASTSource
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
+from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, made, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts, View
 
-__all__ = ["BLOCKS", "Blocks", "TritonProgram", "compile_kernel", "is_available", "is_interpreted", "main"]
+__all__ = [
+    "BLOCKS",
+    "UNROLLINGS",
+    "Blocks",
+    "TritonProgram",
+    "UnrolledProgram",
+    "compile_kernel",
+    "compile_unrolled",
+    "is_available",
+    "is_interpreted",
+    "main",
+    "ready_program",
+]
 
 _T = TypeVar("_T")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -65,6 +78,8 @@ class Blocks:
 
 
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
+#: Sizes of the kernels that each plan gets of its own, tiles ascending; with none, one kernel interprets all plans.
+UNROLLINGS: dict[torch.dtype, tuple[Unrolling, ...]] = {torch.float32: (), torch.float64: ()}
 
 
 def is_interpreted() -> bool:
@@ -99,6 +114,18 @@ def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) 
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def compile_unrolled(kernel: Unrolled, sizes: Unrolling, arch: int) -> Any:
+    """Compile a kernel made for one program, or take it from Triton's cache; no GPU is needed."""
+    signature = {
+        name: "i32" if name in {"once", "steps", "rows", "tile_rows"} else "i64" for name in kernel.arguments
+    }
+    options: dict[str, Any] = {"num_warps": sizes.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if sizes.registers is not None:
+        options["maxnreg"] = sizes.registers
+    source = ASTSource(made(kernel.text), signature, {})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
 class _Device:
     """The state that all programs of one device share: kernels, stages and the constants of networks."""
 
@@ -109,6 +136,7 @@ class _Device:
         self.stages = Stages(Cuda(device)) if self.is_cuda else None
         self._lock = threading.Lock()
         self._kernels: dict[torch.dtype, Any] = {}
+        self._unrolled: dict[tuple[str, Unrolling], Any] = {}
         self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
         self.processors, self.arch = 2, 0
         if self.is_cuda:
@@ -122,6 +150,14 @@ class _Device:
             if dtype not in self._kernels:
                 self._kernels[dtype] = compile_kernel(dtype, self.arch)
             return self._kernels[dtype]
+
+    def unrolled(self, kernel: Unrolled, sizes: Unrolling) -> Any:
+        """Return the kernel of a source, loaded on this device."""
+        key = (kernel.text, sizes)
+        with self._lock:
+            if key not in self._unrolled:
+                self._unrolled[key] = compile_unrolled(kernel, sizes, self.arch)
+            return self._unrolled[key]
 
     def constant(self, view: View, dtype: torch.dtype) -> Tensor:
         """Return a constant on the device, dense, with zeros up to whole vectors of 16 bytes behind its columns."""
@@ -188,26 +224,27 @@ class TritonProgram:
         self._state = _shared_state(device)
         self._blocks = BLOCKS[dtype]
         self._keep: list[Tensor] = []
-        self._table = _retried(self._write, self._state)
+        self._arrays: Table | Unrolled = _retried(self._write, self._state)
         self.ladder = (1, self._most_rows) if self._most_rows > 1 else (1,)
+        self._compile()
+
+    def _compile(self) -> None:
         if self._state.is_cuda:
-            self._kernel = self._state.kernel(dtype)
-            self._constants = tuple(
-                self._blocks.constants(dtype)[name]
-                for name in run_table.arg_names
-                if name in self._blocks.constants(dtype)
-            )
+            self._kernel = self._state.kernel(self._dtype)
+            constants = self._blocks.constants(self._dtype)
+            self._constants = tuple(constants[name] for name in run_table.arg_names if name in constants)
+
+    def _place(self, view: View) -> Tensor:
+        """Return a constant on the device, which is kept as long as the program."""
+        found = self._state.constant(view, self._dtype)
+        self._keep.append(found)
+        shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
+        return found[..., : shape[2]].expand(view.shape)
 
     def _write(self) -> Table:
         self._keep.clear()
-
-        def place(view: View) -> Tensor:
-            found = self._state.constant(view, self._dtype)
-            self._keep.append(found)
-            shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
-            return found[..., : shape[2]].expand(view.shape)
-
-        table = Table(self._program, place, 16 // self._dtype.itemsize)
+        table = Table(self._program, self._place, 16 // self._dtype.itemsize)
+        self._spilled = table.spilled
         self._numbers = torch.tensor(table.numbers, dtype=torch.int64).to(self._state.device)
         return table
 
@@ -226,7 +263,7 @@ class TritonProgram:
         """
         if start >= stop:
             return
-        table, state = self._table, self._state
+        table, state = self._arrays, self._state
         if not state.is_cuda:
             self._launch(arrays, start, stop, None)
             return
@@ -245,19 +282,24 @@ class TritonProgram:
         n = stop - start
         tile_rows, instances = self._shape(n)
         while True:
-            sizes = self._memory(tile_rows)
+            size = self._memory(tile_rows)[0]
             try:
-                memory = _retried(lambda: self._scratch(instances * sizes[0], stream), self._state)  # noqa: B023
+                memory = _retried(lambda: self._scratch(instances * size, stream), self._state)  # noqa: B023
                 break
             except torch.OutOfMemoryError:
                 if tile_rows == instances == 1:
                     raise
             # Not in the handler, which holds what failed.
             tile_rows, instances = max(1, tile_rows // 2), max(1, instances // 2)
-        addresses = [self._address(name, arrays[name], start) for name in self._table.names]
+        addresses = [self._address(name, arrays[name], start) for name in self._arrays.names]
+        self._begin(instances, n, tile_rows, memory.data_ptr(), addresses, stream)
+
+    def _begin(self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: Any) -> None:
+        """Start the kernel."""
         addresses += [0] * (CALL_ARRAYS - len(addresses))
         once, steps = len(self._program.once), len(self._program.steps)
-        given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory.data_ptr(), *sizes, tuple(addresses))
+        sizes = self._memory(tile_rows)
+        given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory, *sizes, tuple(addresses))
         if stream is None:
             run_table[(instances,)](*given, **self._blocks.constants(self._dtype))
         else:
@@ -285,7 +327,7 @@ class TritonProgram:
 
         shared = BASES_BYTES + whole(self._program.tile_size * tile_rows)
         spilled = shared + whole(self._program.shared_size)
-        return spilled + whole(self._table.spilled * self._blocks.ME), shared, spilled
+        return spilled + whole(self._spilled * self._blocks.ME), shared, spilled
 
     def _scratch(self, count: int, stream: Any) -> Tensor:
         if stream is None:
@@ -295,9 +337,85 @@ class TritonProgram:
 
     def _address(self, name: str, array: Tensor, start: int) -> int:
         """Return where a call's row ``start`` begins."""
-        if self._table.inputs.get(name, False):
+        if self._arrays.inputs.get(name, False):
             return array.data_ptr()
         return array.data_ptr() + start * (array.stride(0) if array.dim() else 0) * array.element_size()
+
+
+class UnrolledProgram(TritonProgram):
+    """A program with kernels of its own, one per size of a tile.
+
+    Args:
+        program: The program.
+        dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
+        device: A CUDA device with its index, or the CPU if Triton interprets.
+        sizes: Sizes of the kernels' blocks, tiles ascending.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Sequence[Unrolling]
+    ) -> None:
+        """Write the kernels and compile them unless they are known."""
+        self._sizes = tuple(sizes)
+        super().__init__(program, dtype, device)
+
+    def _write(self) -> Unrolled:  # type: ignore[override]
+        self._keep.clear()
+        itemsize, is_interpreted = self._dtype.itemsize, not self._state.is_cuda
+        fitting = MEMORY_BYTES // (2 * self._state.processors * max(1, self._program.tile_size) * itemsize)
+        most = max(1, min(self._most_rows, fitting))
+        kept = [sizes for sizes in self._sizes if sizes.rows <= most]
+        self._sizes = tuple(kept) or (replace(self._sizes[0], rows=1),)
+        self._sources = [source(self._program, itemsize, sizes, is_interpreted) for sizes in self._sizes]
+        self._most_rows = self._sizes[-1].rows
+        self._tables = [
+            torch.tensor(kernel.table(self._address_of), dtype=torch.int64).to(self._state.device)
+            for kernel in self._sources
+        ]
+        return self._sources[0]
+
+    def _address_of(self, view: View) -> int:
+        return self._place(view).data_ptr()
+
+    def _compile(self) -> None:
+        if self._state.is_cuda:
+            pairs = zip(self._sources, self._sizes, strict=True)
+            self._unrolled = [self._state.unrolled(source, sizes) for source, sizes in pairs]
+        else:
+            self._unrolled = [made(source.text) for source in self._sources]
+
+    def _place_of(self, tile_rows: int) -> int:
+        return next(i for i, sizes in enumerate(self._sizes) if sizes.rows >= tile_rows)
+
+    def _shape(self, n: int) -> tuple[int, int]:
+        """Return rows of a tile and instances."""
+        processors = self._state.processors
+        rows = -(-n // processors)
+        if rows > 8:
+            rows = max(8, -(-n // (self._sizes[-1].instances * processors)))
+        rows = min(rows, self._most_rows)
+        at = self._place_of(rows)
+        most = max(1, MEMORY_BYTES // self._sources[at].bytes)
+        return rows, min(-(-n // rows), self._sizes[at].instances * processors, most)
+
+    def _memory(self, tile_rows: int) -> tuple[int, int, int]:
+        return self._sources[self._place_of(tile_rows)].bytes, 0, 0
+
+    def _begin(self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: Any) -> None:
+        at = self._place_of(tile_rows)
+        kernel, once, steps = self._unrolled[at], len(self._program.once), len(self._program.steps)
+        given = (self._tables[at].data_ptr(), once, steps, n, tile_rows, memory, *addresses)
+        if stream is None:
+            kernel[(instances,)](*given)
+        else:
+            kernel[(instances, 1, 1)](*given, stream=stream.cuda_stream)
+
+
+def ready_program(program: Program, dtype: torch.dtype, device: torch.device) -> TritonProgram:
+    """Return a program ready to run, on kernels of its own if :data:`UNROLLINGS` has sizes for them."""
+    if UNROLLINGS[dtype]:
+        return UnrolledProgram(program, dtype, device, UNROLLINGS[dtype])
+    return TritonProgram(program, dtype, device)
 
 
 def _retried(attempt: Callable[[], _T], state: _Device) -> _T:

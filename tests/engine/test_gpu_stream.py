@@ -46,6 +46,8 @@ class FakeDriver:
     def __init__(self, is_eager: bool) -> None:
         self.is_eager, self.own, self.pinned_bytes = is_eager, Stream(), 0
         self.streams: list[Stream] = []
+        #: Arrays of the device; the others are the host's.
+        self.there: list[Tensor] = []
 
     def queue(self, stream: Stream, work: Callable[[], object]) -> None:
         stream.work.append(work)
@@ -83,7 +85,7 @@ class FakeDriver:
         return torch.full((count,), 255, dtype=torch.uint8)
 
     def is_host(self, array: Tensor) -> bool:
-        return True
+        return not any(array is one for one in self.there)
 
 
 @pytest.fixture(params=[False, True], ids=["lazy", "eager"])
@@ -121,9 +123,25 @@ def test_results_are_in_place_on_return(driver: FakeDriver, n: int, monkeypatch:
 def test_small_calls_use_the_pinned_memory_itself(driver: FakeDriver) -> None:
     found, expected = run(Stages(driver), driver, 4)
     assert torch.equal(found, expected)
-    inward, _, outward = driver.streams
+    inward, compute, outward = driver.streams
     assert not inward.work
     assert not outward.work
+    assert len(compute.work) == 1, "the launch waits for nothing"
+    assert not driver.own.work, "the caller's stream has nothing to do with arrays of the host"
+
+
+def test_arrays_of_the_device_are_ready_before_and_after(driver: FakeDriver) -> None:
+    stages, wanted, found = Stages(driver), [], []
+    for _ in range(2):  # the second call uses the first one's memory, and may not be early
+        x, s, given = torch.full((6, 3), float("nan")), torch.randn(3), torch.randn(6, 3)
+        y = torch.full_like(x, float("nan"))
+        driver.there = [x, y]
+        driver.queue(driver.own, lambda x=x, given=given: x.copy_(given))
+        stages.run({"x": x, "s": s, "y": y}, frozenset("y"), frozenset("s"), 0, 6, launch_on(driver))
+        wanted.append(2 * given + s)
+        found.append(y)
+    driver.own.advance(len(driver.own.work))
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_other_rows_are_left_alone(driver: FakeDriver) -> None:

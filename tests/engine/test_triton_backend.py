@@ -20,7 +20,8 @@ if torch.cuda.is_available():
 from hessquik import Evaluator
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
-from hessquik.backends.triton import TritonProgram
+from hessquik.backends.gpu_unrolled import Unrolling
+from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.layers import ICNNLayer, quadraticLayer
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from hessquik.pointwise import PRIMITIVES
@@ -31,11 +32,18 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-def run(program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+#: A kernel for each of these sizes of a tile.
+SIZES = (Unrolling(rows=1, depth=64), Unrolling(rows=4, pair_rows=2), Unrolling(rows=32))
+
+
+def run(
+    program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype, *, is_unrolled: bool = False
+) -> dict[str, Tensor]:
     """Run a program into outputs that hold NaN before."""
     arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()}
     out = {name: torch.full((n, size), float("nan"), dtype=dtype) for name, size in outputs_of(program).items()}
-    TritonProgram(program, dtype, CPU).run({**arrays, **out}, 0, n)
+    ready = UnrolledProgram(program, dtype, CPU, SIZES) if is_unrolled else TritonProgram(program, dtype, CPU)
+    ready.run({**arrays, **out}, 0, n)
     return out
 
 
@@ -51,6 +59,20 @@ def test_random_programs(seed: int) -> None:
         torch.testing.assert_close(
             found[name].double(), wanted, rtol=3000 * torch.finfo(dtype).eps, atol=3000 * torch.finfo(dtype).eps
         )
+    unrolled = run(case.program, inputs, n, dtype, is_unrolled=True)
+    assert all(torch.equal(unrolled[name], array) for name, array in found.items()), "both kernels give the same bits"
+
+
+@pytest.mark.parametrize("seed", range(4, 12))
+def test_kernels_made_for_random_programs(seed: int) -> None:
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    case = random_case(seed, vector=4, count=8)
+    n = (1, 9, 3, 70)[seed % 4]
+    inputs = case.inputs(n)
+    found = run(case.program, inputs, n, dtype, is_unrolled=True)
+    bound = 3000 * torch.finfo(dtype).eps
+    for name, wanted in interpret(case.program, inputs, n, 3).items():
+        torch.testing.assert_close(found[name].double(), wanted, rtol=bound, atol=bound)
 
 
 def _map_of(op: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
@@ -149,16 +171,22 @@ def test_all_quantities(name: str, dtype: torch.dtype) -> None:
     expected = evaluate(x, ALL, directions=v)
     out = {quantity: torch.full_like(getattr(expected, quantity), float("nan")) for quantity in ALL}
     TritonProgram(plan.program, dtype, CPU).run({"x": x, "directions": v, **out}, 0, 3)
+    unrolled = {quantity: torch.full_like(array, float("nan")) for quantity, array in out.items()}
+    UnrolledProgram(plan.program, dtype, CPU, SIZES).run({"x": x, "directions": v, **unrolled}, 0, 3)
     for quantity, found in out.items():
         wanted = getattr(expected, quantity)
         bound = 200 * torch.finfo(dtype).eps
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * (1 + wanted.abs().max().item()))
+        assert torch.equal(unrolled[quantity], found), "both kernels give the same bits"
 
 
-def test_bits_do_not_depend_on_company_position_or_tile() -> None:
+@pytest.mark.parametrize("is_unrolled", [False, True])
+def test_bits_do_not_depend_on_company_position_or_tile(is_unrolled: bool) -> None:
     evaluate = Evaluator(fullyConnectedNN([3, 20, 20, 1]), dtype=torch.float32)
     quantities = ("value", "gradient", "hessian")
     program = TritonProgram(evaluate.plan(quantities).program, torch.float32, CPU)
+    if is_unrolled:
+        program = UnrolledProgram(evaluate.plan(quantities).program, torch.float32, CPU, SIZES)
     x = torch.randn(37, 3, generator=torch.Generator().manual_seed(4))
 
     def evaluated(rows: Tensor) -> Tensor:

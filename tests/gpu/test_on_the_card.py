@@ -9,7 +9,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from hessquik import Evaluator
-from hessquik.backends.triton import TritonProgram
+from hessquik.backends.gpu_unrolled import Unrolling
+from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from tests.engine.step_reference import interpret, outputs_of, random_case
 
@@ -48,8 +49,29 @@ def test_random_programs(seed: int, dtype: torch.dtype) -> None:
         assert error <= 3000 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_kernels_made_for_random_programs(seed: int) -> None:
+    dtype = DTYPES[seed % 2]
+    case, n = random_case(seed, vector=4, count=8), 70
+    inputs = case.inputs(n)
+    expected = interpret(case.program, inputs, n, 7)
+    arrays = {name: array.to(CUDA, dtype).contiguous() for name, array in inputs.items()}
+    sizes, found = outputs_of(case.program), []
+    for program in (
+        TritonProgram(case.program, dtype, CUDA),
+        UnrolledProgram(case.program, dtype, CUDA, [Unrolling(rows=16, warps=8)]),
+    ):
+        out = {name: torch.full((n, size), float("nan"), dtype=dtype, device=CUDA) for name, size in sizes.items()}
+        program.run({**arrays, **out}, 0, n)
+        found.append(out)
+    for name, wanted in expected.items():
+        error = ((found[1][name].cpu().double() - wanted).abs() / (1 + wanted.abs())).max()
+        assert error <= 3000 * torch.finfo(dtype).eps, name
+        assert torch.equal(found[0][name], found[1][name]), f"{name}: both kernels give the same bits"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["full", "narrow", "residual", "wide"])
+@pytest.mark.parametrize("name", ["full", "narrow", "residual", "residual, deep", "wide"])
 @pytest.mark.parametrize("n", [0, 1, 5, 300, 5000])
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_all_quantities(name: str, n: int, dtype: torch.dtype, where: str) -> None:

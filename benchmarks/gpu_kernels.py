@@ -1,0 +1,253 @@
+"""The kernels of programs on a GPU: what they compile to, and the time that each of several block sizes takes.
+
+    python -m benchmarks.gpu_kernels --compile-only          # no GPU is needed
+    python -m benchmarks.gpu_kernels --output build          # times, on a GPU
+
+Every timed kernel is compared with float64 on a CPU and, bit by bit, with the kernel that interprets and with itself
+on single rows. Results are written line by line as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.gpu import microseconds
+from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, source
+from hessquik.backends.triton import TritonProgram, UnrolledProgram, compile_kernel, compile_unrolled
+from hessquik.device import GPU
+from hessquik.networks import fullyConnectedNN
+from hessquik.plan import Ask, Plan, choose
+
+SECOND = ("value", "gradient", "hessian")
+NARROW, HESSIAN, LAPLACIAN = [10, 64, 64, 64, 64, 64, 1], [32, 64, 64, 64, 1], [100, 64, 64, 64, 1]
+F32, F64 = torch.float32, torch.float64
+Case = tuple[list[int], tuple[str, ...], torch.dtype, int, Unrolling | None]
+
+#: Network, quantities, dtype, rows and block sizes (None: the kernel that interprets), the most important first.
+CASES: list[Case] = [
+    *((NARROW, SECOND, F32, 65536, sizes) for sizes in (
+        None,
+        Unrolling(rows=32, instances=4),
+        Unrolling(rows=16, instances=4),
+        Unrolling(rows=8, instances=4, registers=128),
+        Unrolling(rows=16, warps=8, instances=2),
+    )),
+    *((NARROW, SECOND, F32, 1, sizes) for sizes in (
+        None,
+        Unrolling(rows=1, depth=64, warps=8),
+        Unrolling(rows=1, depth=64),
+    )),
+    *((NARROW, SECOND, F32, 1024, sizes) for sizes in (
+        None,
+        Unrolling(rows=8, depth=64, warps=8),
+        Unrolling(rows=8),
+    )),
+    *((NARROW, SECOND, F32, 65536, sizes) for sizes in (
+        Unrolling(rows=32, instances=3),
+        Unrolling(rows=32, instances=2),
+        Unrolling(rows=16, instances=3),
+        Unrolling(rows=16, instances=2),
+        Unrolling(rows=8, instances=3),
+        Unrolling(rows=16, warps=8, instances=3),
+        Unrolling(rows=32, warps=8, instances=2),
+        Unrolling(rows=16, instances=4, keeps_b=True, registers=128),
+        Unrolling(rows=16, instances=4, pair_rows=4, pair_depth=64, registers=128),
+        Unrolling(rows=16, instances=4, pair_rows=16, pair_depth=16, registers=128),
+        Unrolling(rows=16, instances=5, registers=96),
+        Unrolling(rows=16, instances=4, depth=16),
+        Unrolling(rows=16, instances=4, cheap_entries=1024, registers=128),
+        Unrolling(rows=16, instances=4, skips_barriers=False, registers=128),
+        Unrolling(rows=16, instances=4, product_rows=32),
+        Unrolling(rows=12, instances=4, registers=128),
+    )),
+    *((NARROW, SECOND, F64, 65536, sizes) for sizes in (
+        None,
+        Unrolling(rows=16, warps=8, instances=2, registers=128),
+        Unrolling(rows=8, warps=8, instances=2, registers=128),
+        Unrolling(rows=16, instances=2),
+        Unrolling(rows=32, warps=8, instances=1),
+    )),
+    *((NARROW, SECOND, F64, 1, sizes) for sizes in (None, Unrolling(rows=1, depth=64, warps=8))),
+    *((HESSIAN, SECOND, F32, 4096, sizes) for sizes in (
+        None, Unrolling(rows=8, instances=4), Unrolling(rows=16, instances=2, warps=8))),
+    *((LAPLACIAN, ("laplacian",), F32, 4096, sizes) for sizes in (
+        None, Unrolling(rows=8, instances=4), Unrolling(rows=16, instances=2, warps=8))),
+]  # fmt: skip
+
+
+def plan_of(widths: Sequence[int], quantities: Sequence[str], dtype: torch.dtype) -> Plan:
+    """Return the plan of a benchmark's network."""
+    torch.manual_seed(0)
+    network = fullyConnectedNN(list(widths)).double()
+    return choose(network.forms(), Ask(frozenset(quantities)), dtype, widths[-1], GPU)
+
+
+def compiled(case: Case, arch: int) -> tuple[Any, Unrolled | None]:
+    """Compile the kernel of a case, or take it from the cache on disk."""
+    widths, quantities, dtype, _, sizes = case
+    if sizes is None:
+        return compile_kernel(dtype, arch), None
+    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes)
+    return compile_unrolled(kernel, sizes, arch), kernel
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return registers, bytes on the stack (spilled registers) and instructions of a kernel."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", run.stdout)}
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code.stdout, re.MULTILINE))
+    return {"registers": found["REG"], "stack": found["STACK"], "instructions": instructions}
+
+
+def describe(case: Case, arch: int) -> dict[str, Any]:
+    """Compile a case and return what it compiles to."""
+    widths, quantities, dtype, n, sizes = case
+    began = time.perf_counter()
+    kernel, written = compiled(case, arch)
+    row = {
+        "network": "-".join(map(str, widths)), "quantities": " ".join(quantities), "dtype": str(dtype)[6:], "n": n,
+        "arch": arch, "kernel": "interprets" if sizes is None else changed(sizes),
+        "compile_s": round(time.perf_counter() - began, 1), "shared": kernel.metadata.shared,
+        "forms": len({form for form, *_ in written.steps}) if written else None,
+    }  # fmt: skip
+    return {**row, **resources(kernel.asm["cubin"])}
+
+
+def changed(sizes: Unrolling) -> str:
+    """Return the sizes that are not the usual ones."""
+    usual = asdict(Unrolling())
+    return " ".join(f"{name}={value}" for name, value in asdict(sizes).items() if value != usual[name]) or "usual"
+
+
+class Bench:
+    """Runs cases on the card, and remembers what results should be."""
+
+    def __init__(self) -> None:
+        """Begin with no results."""
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._expected: dict[Any, dict[str, Any]] = {}
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Run a case; return its time and error, and whether its bits are those of others and of single rows."""
+        widths, quantities, dtype, n, sizes = case
+        plan = plan_of(widths, quantities, dtype)
+        x = torch.randn(n, widths[0], generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype).to(self.device)
+
+        def outputs(count: int) -> dict[str, torch.Tensor]:
+            return {
+                name: torch.full((count, *plan.shapes[name]), float("nan"), dtype=dtype, device=self.device)
+                for name in quantities
+            }
+
+        table = TritonProgram(plan.program, dtype, self.device)
+        program = table if sizes is None else UnrolledProgram(plan.program, dtype, self.device, (sizes,))
+        found = outputs(n)
+        program.run({"x": x, **found}, 0, n)
+        torch.cuda.synchronize()
+        expected = self._wanted(plan, x, table, outputs(n))
+        row: dict[str, Any] = {
+            "error": max(
+                ((found[name][:256].cpu().double() - expected["exact"][name]).abs().max()
+                 / expected["exact"][name].abs().max()).item() for name in quantities
+            ),
+            "equals_interpreter": all(torch.equal(found[name], expected["table"][name]) for name in quantities),
+        }  # fmt: skip
+        alone = True
+        for at in {0, n // 3, n - 1}:
+            single = outputs(1)
+            program.run({"x": x[at : at + 1].contiguous(), **single}, 0, 1)
+            alone &= all(torch.equal(single[name][0], found[name][at]) for name in quantities)
+        row["equals_alone"] = alone
+        row["us"] = microseconds(lambda: program.run({"x": x, **found}, 0, n))
+        row["tile_rows"], row["launched"] = program._shape(n)
+        return row
+
+    def _wanted(
+        self, plan: Plan, x: torch.Tensor, table: TritonProgram, out: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        key = (plan.operations, *x.shape, x.dtype)
+        if key not in self._expected:
+            from hessquik.backends.torch import TorchProgram
+
+            table.run({"x": x, **out}, 0, len(x))
+            some = x[:256].double().cpu()
+            exact = {name: torch.empty((len(some), *array.shape[1:]), dtype=F64) for name, array in out.items()}
+            TorchProgram(plan.graph, F64, torch.device("cpu"), 64).run({"x": some, **exact}, 0, len(some))
+            self._expected[key] = {"table": out, "exact": exact}
+        return self._expected[key]
+
+
+def main() -> None:
+    """Write ``kernels.jsonl``, or ``compiled.jsonl``, one line per kernel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which no kernel is measured")
+    parser.add_argument("--compile-only", action="store_true", help="on any machine")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90, 100], help="processor generations to compile for"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="that compile at a time")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    arches = given.arch
+    if not given.compile_only:
+        major, minor = torch.cuda.get_device_capability()
+        arches = [10 * major + minor]
+    work = [(case, arch) for arch in arches for case in CASES]
+    with (
+        (given.output / ("compiled.jsonl" if given.compile_only else "kernels.jsonl")).open("w") as out,
+        ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool,
+    ):
+
+        def write(row: dict[str, Any]) -> None:
+            print(json.dumps(row), file=out, flush=True)
+            print(" ".join(f"{value}" for value in row.values()), flush=True)
+
+        futures = [pool.submit(describe, *each) for each in work]
+        bench = None if given.compile_only else Bench()
+        for (case, _), future in zip(work, futures, strict=True):
+            if bench is not None and time.monotonic() - began > given.seconds:
+                break
+            row = {}
+            try:
+                limit = None if bench is None else max(1.0, given.seconds - time.monotonic() + began)
+                row = future.result(limit)
+                if bench is not None:
+                    row |= bench.measure(case)
+            except Exception as error:
+                widths, _, dtype, n, sizes = case
+                row |= {
+                    "network": widths,
+                    "dtype": str(dtype),
+                    "n": n,
+                    "kernel": str(sizes),
+                    "failed": repr(error)[:300],
+                }
+            write(row)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
