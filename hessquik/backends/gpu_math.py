@@ -13,7 +13,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["atan", "divide", "erf", "exp", "expm1", "log", "log1p", "ndtr", "sigmoid", "square_root", "tanh"]
+__all__ = [
+    "atan",
+    "divide",
+    "erf",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "ndtr",
+    "plain_product",
+    "rounded_product",
+    "sigmoid",
+    "square_root",
+    "tanh",
+]
 
 
 @triton.jit
@@ -23,6 +37,21 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """A b, rounded, also where a sum follows."""
+    if a.dtype == tl.float64:
+        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
+def plain_product(a, b):
+    """A b; the interpreter rounds it."""
+    return a * b
 
 
 @triton.jit

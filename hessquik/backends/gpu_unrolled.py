@@ -68,21 +68,6 @@ class Unrolling:
     registers: int | None = None
 
 
-@triton.jit
-def rounded_product(a, b):  # type: ignore[no-untyped-def]
-    """A b, rounded, also where a sum follows."""
-    if a.dtype == tl.float64:
-        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
-    else:
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
-
-
-@triton.jit
-def plain_product(a, b):  # type: ignore[no-untyped-def]
-    """A b; the interpreter rounds it."""
-    return a * b
-
-
 @dataclass
 class Unrolled:
     """A kernel's source and what a call gives it.
@@ -153,7 +138,7 @@ class _Writer:
         """Begin with nothing written."""
         self.program, self.itemsize, self.sizes = program, itemsize, sizes
         self.dtype = {4: "tl.float32", 8: "tl.float64"}[itemsize]
-        self.product_of = "plain_product" if is_interpreted else "rounded_product"
+        self.product_of = "gpu_math.plain_product" if is_interpreted else "gpu_math.rounded_product"
         self.lines: list[str] = []
         self.depth = 0
         self.tile_bytes = self.whole(program.tile_size * sizes.rows)
@@ -620,9 +605,6 @@ def made(text: str) -> Any:
     """Return the function of a source, for Triton to compile or interpret."""
     name = f"<kernel {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    space: dict[str, Any] = {
-        "__name__": __name__, "tl": tl, "gpu_math": gpu_math,
-        "rounded_product": rounded_product, "plain_product": plain_product,
-    }  # fmt: skip
+    space: dict[str, Any] = {"__name__": __name__, "tl": tl, "gpu_math": gpu_math}
     exec(compile(text, name, "exec"), space)
     return triton.jit(space["run_plan"])
