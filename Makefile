@@ -13,7 +13,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test bench chaos check format docs lock image image-test clean
+.PHONY: serve test bench chaos check format docs wheels lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -56,6 +56,11 @@ bench: $(STAMP)  ## engine and service against their peers; tables and plots int
 
 docs: $(STAMP)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheels: $(STAMP)  ## wheels for x86-64 and aarch64 with the kernel, and the source distribution, into dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wheels]'
+	$(BIN)/python deploy/wheels/build.py
+	$(BIN)/python -m pytest deploy/wheels
 
 lock: $(STAMP)  ## lock what the images install, CPU and CUDA, and list it in bills of materials
 	$(LOCK) $(TORCH_CPU) --output-file requirements/cpu.lock

@@ -48,6 +48,8 @@ def test_the_python_examples_print_what_is_documented(server: LiveServer, code: 
 
 
 def test_every_link_of_the_top_documents_leads_somewhere() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md"):
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / document).read_text()):
-            assert target.startswith("http") or (ROOT / target).exists(), f"{document}: {target}"
+    documents = sorted([*ROOT.glob("*.md"), *ROOT.glob("paper/*.md")])
+    assert len(documents) >= 6
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"

@@ -1,0 +1,97 @@
+"""What `make wheels` built: contents, kernels, and use from a clean environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DIST = Path(os.environ.get("DIST", ROOT / "dist"))
+WHEELS = sorted(DIST.glob("*.whl"))
+KERNEL = "hessquik/backends/cpu/_kernel.abi3.so"
+
+
+def tracked(*folders: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split("\n")) - {""}
+
+
+def wheel_for(machine: str) -> Path:
+    (wheel,) = [path for path in WHEELS if path.stem.endswith(machine)]
+    return wheel
+
+
+@pytest.mark.parametrize(("machine", "elf"), [("x86_64", 62), ("aarch64", 183)])
+def test_wheels_have_the_packages_and_a_kernel_of_their_architecture(machine: str, elf: int) -> None:
+    wheel = wheel_for(machine)
+    assert "-cp311-abi3-manylinux" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+        header = archive.read(KERNEL)[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == elf
+    assert names - {KERNEL} == {name for name in tracked("hessquik", "service") if "generated" not in name}
+    assert wheel.stat().st_size < 2 * 2**20
+
+
+def test_source_distribution_has_all_that_tests_need() -> None:
+    (path,) = DIST.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert tracked("hessquik", "service", "tests", "models", "docs", "deploy", "examples", "benchmarks") <= names
+    assert {"Makefile", "constraints.txt", "README.md", "mkdocs.yml", "Dockerfile"} <= names
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean environment with the wheel alone, and what it requires."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    wheel = wheel_for(platform.machine())
+    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def test_the_base_install_is_the_client(installed: Path, tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [installed / "bin" / "python", "-m", "pip", "list", "--format", "freeze", "--disable-pip-version-check"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    packages = {line.split("==")[0].lower() for line in listed.stdout.split()}
+    assert {"numpy", "httpx", "safetensors", "hessquik-service"} <= packages
+    assert not {"torch", "fastapi", "pydantic"} & packages
+    code = "from service.client import Client; Client('http://127.0.0.1:9').close(); print('client')"
+    ended = subprocess.run([installed / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("client\n", "")
+
+
+def test_the_kernel_of_the_wheel_is_used(tmp_path: Path) -> None:
+    """The wheel's packages before those of this checkout, torch from this environment."""
+    with zipfile.ZipFile(wheel_for(platform.machine())) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import hessquik, torch; from hessquik.backends import names; from hessquik.proof import prove\n"
+        "from hessquik.networks import fullyConnectedNN\n"
+        "rows = prove(fullyConnectedNN([3, 16, 2]).double())\n"
+        "print(hessquik.__file__, names(), all(row.passed for row in rows))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == f"{tmp_path}/hessquik/__init__.py ('cpu', 'torch') True\n"

@@ -1,0 +1,70 @@
+"""What outsiders start from: forms, workflows, the citation and CONTRIBUTING.md are valid and name what exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.live import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def make_targets(text: str) -> set[str]:
+    return set(re.findall(r"\bmake ([a-z][\w-]*)(?= {2,}|\n|`|$)", text))
+
+
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        ("vendor.github-workflows", [str(path.relative_to(ROOT)) for path in WORKFLOWS]),
+        ("vendor.dependabot", [".github/dependabot.yml"]),
+        ("vendor.citation-file-format", ["CITATION.cff"]),
+    ],
+)
+def test_files_fit_their_schemas(schema: str, names: list[str]) -> None:
+    assert names
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *names]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in WORKFLOWS)])
+def test_make_targets_exist(name: str) -> None:
+    for target in make_targets((ROOT / name).read_text()):
+        assert re.search(rf"^{target}:", MAKEFILE, flags=re.M), f"{name}: make {target}"
+
+
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:hessquik|service|tests|docs|deploy|benchmarks)/[\w./-]+)`", text))
+    assert len(named) > 15
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert missing == set()
+
+
+def test_workflows_hold_no_more_rights_than_they_need() -> None:
+    for path in WORKFLOWS:
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for name, job in workflow["jobs"].items():
+            # Only a release may write, and only where it publishes.
+            writes = {scope for scope, right in job.get("permissions", {}).items() if right == "write"}
+            assert not writes or path.name == "release.yml", f"{path.name}: {name} may write {writes}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.name)
+def test_issue_forms_ask_for_something(path) -> None:
+    form = yaml.safe_load(path.read_text())
+    if path.name == "config.yml":
+        assert form == {"blank_issues_enabled": True}
+        return
+    assert {"name", "description", "body"} <= set(form)
+    identifiers = [item["id"] for item in form["body"] if item["type"] != "markdown"]
+    assert len(set(identifiers)) == len(identifiers) >= 3
+    assert any(item.get("validations", {}).get("required") for item in form["body"])
