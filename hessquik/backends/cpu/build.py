@@ -32,7 +32,10 @@ class BuildKernel(build_ext):  # type: ignore[misc]
     """Compiles the sources with their fingerprint."""
 
     def build_extension(self, ext: Any) -> None:
-        """Define HESSQUIK_SOURCES, which the module shows as ``sources``; fail if the kernel is required and does not build."""
+        """Define HESSQUIK_SOURCES, which the module shows as ``sources``.
+
+        With ``HESSQUIK_KERNEL=required`` in the environment a kernel that does not build is an error.
+        """
         ext.optional = os.environ.get("HESSQUIK_KERNEL") != "required"
         ext.define_macros.append(("HESSQUIK_SOURCES", f'"{fingerprint()}"'))
         super().build_extension(ext)
