@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -57,6 +59,8 @@ CASES: list[Case] = [
         Unrolling(rows=8),
     )),
     *((NARROW, SECOND, F32, 65536, sizes) for sizes in (
+        Unrolling(rows=8, warps=2, instances=8),
+        Unrolling(rows=16, warps=8, instances=2, entries=1024),
         Unrolling(rows=32, instances=3),
         Unrolling(rows=32, instances=2),
         Unrolling(rows=16, instances=3),
@@ -122,14 +126,11 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def describe(case: Case, arch: int) -> dict[str, Any]:
     """Compile a case and return what it compiles to."""
-    widths, quantities, dtype, n, sizes = case
     began = time.perf_counter()
     kernel, written = compiled(case, arch)
     row = {
-        "network": "-".join(map(str, widths)), "quantities": " ".join(quantities), "dtype": str(dtype)[6:], "n": n,
-        "arch": arch, "kernel": "interprets" if sizes is None else changed(sizes),
-        "compile_s": round(time.perf_counter() - began, 1), "shared": kernel.metadata.shared,
-        "forms": len({form for form, *_ in written.steps}) if written else None,
+        **head(case), "arch": arch, "compile_s": round(time.perf_counter() - began, 1),
+        "shared": kernel.metadata.shared, "forms": len({form for form, *_ in written.steps}) if written else None,
     }  # fmt: skip
     return {**row, **resources(kernel.asm["cubin"])}
 
@@ -198,55 +199,65 @@ class Bench:
         return self._expected[key]
 
 
+def head(case: Case) -> dict[str, Any]:
+    """Return what a case is about."""
+    widths, quantities, dtype, n, sizes = case
+    return {
+        "network": "-".join(map(str, widths)), "quantities": " ".join(quantities), "dtype": str(dtype)[6:], "n": n,
+        "kernel": "interprets" if sizes is None else changed(sizes),
+    }  # fmt: skip
+
+
+def write(row: dict[str, Any], path: Path) -> None:
+    """Print a row and add it to a file."""
+    with path.open("a") as out:
+        print(json.dumps(row), file=out)
+    print(*row.values(), flush=True)
+
+
+def compile_all(path: Path, arches: Sequence[int], processes: int) -> None:
+    """Compile all cases in several processes and write what they compile to."""
+    path.unlink(missing_ok=True)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(describe, case, arch): case for arch in arches for case in CASES}
+        for future in as_completed(futures):
+            failure = future.exception()
+            write({**head(futures[future]), "failed": repr(failure)} if failure else future.result(), path)
+
+
+def measure_all(path: Path, begin: int, seconds: float) -> None:
+    """Measure the cases from ``begin`` on; a new process goes on after a fault of the device."""
+    began, bench = time.monotonic(), Bench()
+    for place, case in enumerate(CASES[begin:], begin):
+        left = seconds - time.monotonic() + began
+        if left < 0:
+            break
+        row = head(case)
+        try:
+            row |= bench.measure(case)
+        except Exception as error:
+            row["failed"] = repr(error)[:300]
+        write(row, path)
+        if "CUDA error" in row.get("failed", ""):
+            again = ["--output", str(path.parent), "--begin", str(place + 1), "--seconds", str(left)]
+            os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_kernels", *again])
+
+
 def main() -> None:
     """Write ``kernels.jsonl``, or ``compiled.jsonl``, one line per kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build"))
     parser.add_argument("--seconds", type=float, default=60.0, help="after which no kernel is measured")
+    parser.add_argument("--begin", type=int, default=0, help="the first kernel to measure")
     parser.add_argument("--compile-only", action="store_true", help="on any machine")
-    parser.add_argument(
-        "--arch", type=int, nargs="+", default=[80, 90, 100], help="processor generations to compile for"
-    )
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="processors to compile for")
     parser.add_argument("--processes", type=int, default=1, help="that compile at a time")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    arches = given.arch
-    if not given.compile_only:
-        major, minor = torch.cuda.get_device_capability()
-        arches = [10 * major + minor]
-    work = [(case, arch) for arch in arches for case in CASES]
-    with (
-        (given.output / ("compiled.jsonl" if given.compile_only else "kernels.jsonl")).open("w") as out,
-        ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool,
-    ):
-
-        def write(row: dict[str, Any]) -> None:
-            print(json.dumps(row), file=out, flush=True)
-            print(" ".join(f"{value}" for value in row.values()), flush=True)
-
-        futures = [pool.submit(describe, *each) for each in work]
-        bench = None if given.compile_only else Bench()
-        for (case, _), future in zip(work, futures, strict=True):
-            if bench is not None and time.monotonic() - began > given.seconds:
-                break
-            row = {}
-            try:
-                limit = None if bench is None else max(1.0, given.seconds - time.monotonic() + began)
-                row = future.result(limit)
-                if bench is not None:
-                    row |= bench.measure(case)
-            except Exception as error:
-                widths, _, dtype, n, sizes = case
-                row |= {
-                    "network": widths,
-                    "dtype": str(dtype),
-                    "n": n,
-                    "kernel": str(sizes),
-                    "failed": repr(error)[:300],
-                }
-            write(row)
-        pool.shutdown(wait=False, cancel_futures=True)
+    if given.compile_only:
+        compile_all(given.output / "compiled.jsonl", given.arch, given.processes)
+    else:
+        measure_all(given.output / "kernels.jsonl", given.begin, given.seconds)
 
 
 if __name__ == "__main__":
