@@ -1,6 +1,6 @@
 """Build the source distribution and wheels for x86-64 and aarch64 with the kernel compiled in: ``make wheels``.
 
-The kernel is compiled by zig's clang, which brings the C libraries of both targets, against Python's stable interface, so
+The kernel is compiled by zig's clang, which brings the C libraries of both targets, against Python's stable ABI:
 one wheel serves every Python from 3.11 on. auditwheel checks what the wheels need of the system, twine what they say.
 Wheels are built from the source distribution, so what that lacks is noticed.
 """
