@@ -2,21 +2,28 @@
 
 Layers and networks are in :mod:`hessquik.layers` and :mod:`hessquik.networks`, activations in
 :mod:`hessquik.activations`; :class:`Evaluator` is the fast way to evaluate one, :func:`save` and :func:`load` keep
-it in a file.
+it in a file. The names below are imported when they are first used, so that ``hessquik.quantities``, which needs the
+standard library alone, can be imported where there is no torch.
 """
 
-from hessquik.calculus import Derivatives
-from hessquik.errors import (
-    ArchitectureError,
-    CompositionError,
-    DerivativeError,
-    FormatError,
-    HessQuikError,
-    OrderError,
-    ShapeError,
-)
-from hessquik.evaluator import Evaluator
-from hessquik.storage import load, save
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hessquik.calculus import Derivatives
+    from hessquik.errors import (
+        ArchitectureError,
+        CompositionError,
+        DerivativeError,
+        FormatError,
+        HessQuikError,
+        OrderError,
+        ShapeError,
+    )
+    from hessquik.evaluator import Evaluator
+    from hessquik.storage import load, save
 
 __all__ = [
     "ArchitectureError",
@@ -31,3 +38,18 @@ __all__ = [
     "load",
     "save",
 ]
+
+_MODULES = {"Derivatives": "calculus", "Evaluator": "evaluator", "load": "storage", "save": "storage"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'hessquik' has no attribute {name!r}")
+    value = getattr(import_module(f"hessquik.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["congruence", "pairs", "unpack"]
+__all__ = ["congruence", "pack", "pairs", "unpack"]
 
 
 def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -66,6 +66,24 @@ def pairs(a: Tensor) -> Tensor:
     """
     i, j = torch.tril_indices(a.shape[-2], a.shape[-2], device=a.device)
     return a[..., i, :] * a[..., j, :]
+
+
+@_traceable
+def pack(full: Tensor) -> Tensor:
+    """Return the lower triangles of symmetric matrices, row by row.
+
+    Args:
+        full: (n, k, k, m).
+
+    Returns:
+        (n, k(k+1)/2, m).
+
+    Example:
+        >>> pack(torch.tensor([[[[4.0], [6.0]], [[6.0], [9.0]]]])).flatten()
+        tensor([4., 6., 9.])
+    """
+    i, j = torch.tril_indices(full.shape[-3], full.shape[-3], device=full.device)
+    return full[..., i, j, :]
 
 
 @_traceable

@@ -4,7 +4,7 @@ Linearise every layer where the one before it leaves the features, carry tangent
 dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z), every quantity is a sum over hidden units:
 
     gradient           the adjoint of x
-    Hessian            Σ dzᵀ diag(c) dz                      a sum of congruences
+    Hessian            Σ dzᵀ diag(c) dz                      a sum of congruences; packed, its lower triangle
     Laplacian          Σ c · ‖dz‖²                           column norms, no Hessian
     Hessian diagonal   Σ c · dz²
     Jv                 v · gradient
@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessquik.algebra import congruence, pairs, unpack
+from hessquik.algebra import congruence, pack, pairs, unpack
 from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, join
 from hessquik.quantities import DIRECTIONAL, QUANTITIES, highest_order
@@ -155,6 +155,11 @@ class Backward:
         return hessian
 
     @property
+    def hessian_packed(self) -> Tensor:
+        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        return pack(self.hessian)
+
+    @property
     def laplacian(self) -> Tensor:
         """Δf (n, 1, m): Σ c · ‖dz‖²."""
         return _total((dz * dz).sum(-2, keepdim=True) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
@@ -263,7 +268,7 @@ class Forward:
     def _choose_products(self) -> Any:
         """Return which pairs of tangents have second derivatives: all, each with itself, or the sum of those."""
         asked = set(self._question.quantities)
-        whole = {name for name in asked if QUANTITIES[name].order == 2 and "dd" in QUANTITIES[name].axes}
+        whole = {name for name in asked if QUANTITIES[name].is_whole}
         if whole or (self._question.basis is not None and "hessian_diagonal" in asked):
             return pairs
         if asked & {"hessian_diagonal", "curvature"}:
@@ -297,6 +302,11 @@ class Forward:
         half = basis @ middle
         hessian: Tensor = (basis @ half.flatten(-2)).unflatten(-1, tuple(half.shape[-2:]))
         return hessian
+
+    @property
+    def hessian_packed(self) -> Tensor:
+        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        return self._d2y if self._question.basis is None else pack(self.hessian)
 
     @property
     def laplacian(self) -> Tensor:
@@ -351,7 +361,8 @@ class Derivatives:
     """The quantities that were asked for, by name; a quantity that was not asked for is ``None``.
 
     Shapes: value (n, m), gradient (n, d, m), hessian (n, d, d, m), laplacian (n, m), hessian_diagonal (n, d, m), jvp
-    (n, k, m), hvp (n, k, d, m), curvature (n, k, m), and those of :data:`hessquik.quantities.QUANTITIES`.
+    (n, k, m), hvp (n, k, d, m), curvature (n, k, m), hessian_packed (n, d(d+1)/2, m), and what else
+    :data:`hessquik.quantities.QUANTITIES` has.
 
     Example:
         >>> found = Derivatives(value=torch.zeros(5, 1))

@@ -11,6 +11,7 @@ features; Hessians are (d, d, m). A node that depends on constants and on inputs
     sum          over the last axis but one, which stays with extent 1
     pairs        a[i] ⊙ a[j] for j ≤ i, row by row of the lower triangle
     unpack       such pairs (k(k+1)/2, m) → both triangles (k, k, m)
+    pack         symmetric (k, k, m) → their lower triangles (k(k+1)/2, m)
     cat, slice   along the last axis
     permute, reshape, diagonal
     …            and the pointwise primitives of :mod:`hessquik.pointwise`, which broadcast
@@ -222,6 +223,7 @@ _SHAPES: dict[str, Callable[..., Shape]] = {
     "sum": lambda shapes: (*shapes[0][:-2], 1, shapes[0][-1]),
     "pairs": lambda shapes: (shapes[0][0] * (shapes[0][0] + 1) // 2, shapes[0][1]),
     "unpack": lambda shapes: (_side(shapes[0][0]), _side(shapes[0][0]), shapes[0][1]),
+    "pack": lambda shapes: (shapes[0][0] * (shapes[0][0] + 1) // 2, shapes[0][2]),
     "cat": lambda shapes: (*_broadcast([shape[:-1] for shape in shapes]), sum(shape[-1] for shape in shapes)),
     "slice": lambda shapes, start, stop: (*shapes[0][:-1], stop - start),
     "permute": lambda shapes, *axes: tuple(shapes[0][axis] for axis in axes),

@@ -557,6 +557,16 @@ class _Layout:
             step = Map((row.view(),), (), ((0, below.view()), (0, beside.view())))
             self.position[i] = self.append(step, node.is_shared)
 
+    def emit_pack(self, i: int) -> None:
+        """Add copies of the rows of the lower triangle."""
+        node = self.nodes[i]
+        source, out = self.read(node.inputs[0]), self.home(i)
+        for a in range(self.nodes[node.inputs[0]].shape[0]):
+            place = out.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
+            row = source.part(0, a, a + 1).part(1, 0, a + 1).reshaped(place.shape)
+            assert row is not None
+            self.position[i] = self.append(Map((row.view(),), (), ((0, place.view()),)), node.is_shared)
+
     def emit_cat(self, i: int) -> None:
         """Add copies of the parts, from left to right, so that no padding is left between them."""
         node, out = self.nodes[i], self.home(i)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hessquik.algebra import congruence, pairs, unpack
+from hessquik.algebra import congruence, pack, pairs, unpack
 from hessquik.graph import Node
 from hessquik.pointwise import PRIMITIVES
 
@@ -83,6 +83,7 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "sum": lambda a: a.sum(-2, keepdim=True),
     "pairs": pairs,
     "unpack": unpack,
+    "pack": pack,
     "cat": _cat,
     "slice": lambda a, start, stop: a[..., start:stop],
     "permute": lambda a, *axes: a.permute(0, *(axis + 1 for axis in axes)),

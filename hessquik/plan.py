@@ -134,7 +134,7 @@ def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iter
             continue
         # Pairs of tangents in place of adjoints: with many more of them than outputs they cannot be cheaper.
         tangents = (d if columns is None else columns.shape[1]) if all_axes else 0
-        is_packed = any(quantity.order == 2 and "d" in quantity.axes for quantity in asked)
+        is_packed = any(quantity.order == 2 and not {"d", "p"}.isdisjoint(quantity.axes) for quantity in asked)
         pairs = tangents * (tangents + 1) // 2 if is_packed else 0
         if pairs <= device.pairs_per_output * outputs:
             yield Forward, start, columns

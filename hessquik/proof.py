@@ -24,7 +24,7 @@ from hessquik.backends import names as backend_names
 from hessquik.errors import DerivativeError
 from hessquik.evaluator import Evaluator
 from hessquik.networks import NN
-from hessquik.quantities import DIRECTIONAL
+from hessquik.quantities import DIRECTIONAL, QUANTITIES
 from hessquik.reference import ReferenceNetwork, user_defined
 from hessquik.utils import taylor
 
@@ -49,7 +49,7 @@ DIRECTIONS = 3
 CALLS = (
     ("value", "gradient", "hessian"),
     ("value", "gradient", "laplacian"),
-    ("hessian_diagonal", "jvp", "hvp", "curvature"),
+    ("hessian_diagonal", "jvp", "hvp", "curvature", "hessian_packed"),
 )
 #: All of them at once. A quantity that a user registered has no reference here.
 ALL = tuple(dict.fromkeys(name for names in CALLS for name in names))
@@ -331,9 +331,9 @@ def _against_autograd(
 
 
 def _affordable(names: Sequence[str], evaluate: Evaluator, n: int) -> tuple[str, ...]:
-    """Return the quantities without the Hessian if it would be too large."""
+    """Return the quantities without those that have a whole Hessian if it would be too large."""
     is_large = n * evaluate.d**2 * evaluate.m * evaluate.dtype.itemsize > MAX_BYTES
-    return tuple(name for name in names if not (is_large and name == "hessian"))
+    return tuple(name for name in names if not (is_large and QUANTITIES[name].is_whole))
 
 
 def _weighted(result: Tensor, weights: Tensor) -> Tensor:
@@ -370,13 +370,21 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
         natural = hessian * scale * scale.unsqueeze(-1)
         return torch.cat([v @ natural, natural.diagonal(dim1=1, dim2=2).unsqueeze(1)], dim=1)
 
+    def packed_sections(packed: Tensor) -> Tensor:
+        # Entry (a, b) of the lower triangle stands at a(a+1)/2 + b.
+        a = torch.arange(len(scale))
+        high, low = torch.maximum(a, a.unsqueeze(-1)), torch.minimum(a, a.unsqueeze(-1))
+        return sections(packed[:, high * (high + 1) // 2 + low])
+
+    whole = torch.cat([hv, diagonal.unsqueeze(1)], dim=1)
     return {
         "value": _Comparison(lambda got: got, trial.expected["value"], "value"),
         "gradient": _Comparison(lambda got: got * scale, gradient, "gradient"),
         "jvp": _Comparison(lambda got: got, (v @ gradient.unsqueeze(-1)).squeeze(-1), "gradient"),
         "hvp": _Comparison(lambda got: got * scale, hv, "hvp"),
         "curvature": _Comparison(lambda got: got, (v * hv).sum(-1), "hvp"),
-        "hessian": _Comparison(sections, torch.cat([hv, diagonal.unsqueeze(1)], dim=1), "hvp"),
+        "hessian": _Comparison(sections, whole, "hvp"),
+        "hessian_packed": _Comparison(packed_sections, whole, "hvp"),
         "hessian_diagonal": _Comparison(lambda got: got * scale**2, diagonal, "hessian_diagonal"),
         "laplacian": _Comparison(lambda got: got * unit, terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)),
     }

@@ -33,6 +33,11 @@ class Quantity:
     text: str = ""
 
     @property
+    def is_whole(self) -> bool:
+        """Return whether it has the second derivatives of all pairs of inputs."""
+        return self.order == 2 and ("dd" in self.axes or "p" in self.axes)
+
+    @property
     def is_directional(self) -> bool:
         """Return whether it needs directions."""
         return "k" in self.axes
@@ -76,6 +81,7 @@ for _quantity in (
     Quantity("jvp", "km", 1, lambda at: at.jvp, "J v"),
     Quantity("hvp", "kdm", 2, lambda at: at.hvp, "H v"),
     Quantity("curvature", "km", 2, lambda at: at.curvature, "vᵀ H v"),
+    Quantity("hessian_packed", "pm", 2, lambda at: at.hessian_packed, "∂²f / ∂x_a ∂x_b for b ≤ a, row by row"),
 ):
     register(_quantity)
 

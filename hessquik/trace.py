@@ -346,6 +346,7 @@ def _fill_table() -> None:
     _register(lambda a, b: _apply("congruence", a, b), algebra.congruence)
     _register(lambda a: a._then("pairs"), algebra.pairs)
     _register(lambda a: a._then("unpack"), algebra.unpack)
+    _register(lambda a: a._then("pack"), algebra.pack)
     _register(_number_like(1.0), torch.ones_like)
     _register(_number_like(0.0), torch.zeros_like)
 

@@ -37,6 +37,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
     processes: Annotated[int | None, typer.Option(help="Front ends that share the port, each a process.")] = None,
+    outside: Annotated[
+        str | None, typer.Option(help="What is done about points outside a model's bounds: allow or refuse.")
+    ] = None,
 ) -> None:
     """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""
     from service.app import create_app
@@ -48,7 +51,7 @@ def serve(
     from service.supervisor import supervise
 
     flags: dict[str, Any] = {"models": models, "host": host, "port": port, "device": device, "workers": workers}
-    flags["processes"] = processes
+    flags |= {"processes": processes, "outside": outside}
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:

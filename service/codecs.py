@@ -16,7 +16,8 @@ import numpy as np
 import orjson
 import safetensors.numpy
 
-from service.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from service.domain import OUTSIDE, Domain
+from service.errors import InvalidInput, MalformedBody, NotAcceptable, OutsideDomain, UnsupportedMediaType
 from service.http.negotiation import best
 from service.json_reader import expect_object, numbers
 from service.quantities import DIRECTIONAL, QUANTITIES
@@ -42,7 +43,7 @@ __all__ = [
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
-_FIELDS = {"inputs": None, "quantities": None, "weights": None, "directions": None, "dtype": None}.keys()
+_FIELDS = dict.fromkeys(("inputs", "quantities", "weights", "directions", "dtype", "outside")).keys()
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024
@@ -52,12 +53,23 @@ Piece = bytes | memoryview
 
 
 class Shape(NamedTuple):
-    """What a question has to fit: the model's sizes and dtype, and the most rows."""
+    """What a question has to fit.
+
+    Attributes:
+        d: Inputs of the model.
+        m: Outputs.
+        dtype: The model's own.
+        max_rows: Most points.
+        domain: Where the model was fitted, if it says so.
+        outside: What is done about points outside where the request does not say.
+    """
 
     d: int
     m: int
     dtype: str
     max_rows: int
+    domain: Domain | None = None
+    outside: str = "allow"
 
 
 class Question(NamedTuple):
@@ -129,7 +141,8 @@ def parse_json(document: Any, may_be_booleans: bool, fixed: str | None, shape: S
         value = document.get(name)
         if value is not None:
             arrays[name] = numbers(name, value, may_be_booleans)
-    return make_question(arrays, document.get("quantities"), fixed, document.get("dtype"), shape)
+    given = document.get
+    return make_question(arrays, given("quantities"), fixed, given("dtype"), shape, given("outside"))
 
 
 def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
@@ -153,7 +166,8 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
         if array.dtype.name not in DTYPES:
             raise _invalid(name, "a tensor of F32 or F64", "another dtype")
     listed = query.get("quantities")
-    return make_question(arrays, listed.split(",") if listed else None, fixed, query.get("dtype"), shape)
+    names = listed.split(",") if listed else None
+    return make_question(arrays, names, fixed, query.get("dtype"), shape, query.get("outside"))
 
 
 def json_rows(array: Array) -> bytes:
@@ -212,9 +226,14 @@ def refuse_bombs(body: bytes, shape: Shape) -> None:
 
 
 def make_question(
-    arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape
+    arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape, outside: Any = None
 ) -> Question:
-    """Check that everything fits the model."""
+    """Check that everything fits the model.
+
+    Raises:
+        InvalidInput: something does not.
+        OutsideDomain: a point is outside the model's bounds, and that is refused.
+    """
     if dtype is None:
         dtype = shape.dtype
     elif not isinstance(dtype, str) or dtype not in DTYPES:
@@ -248,7 +267,31 @@ def make_question(
         if k > most:
             raise _invalid("directions", f"at most {most} for {n} points", f"{k}")
         directions = _converted("directions", directions if directions.ndim == 3 else directions[None], dtype)
-    return Question(_converted("inputs", inputs, dtype), is_single, asked, dtype, weights, directions)
+    inputs = _converted("inputs", inputs, dtype)
+    _check_domain(inputs, outside, shape)
+    return Question(inputs, is_single, asked, dtype, weights, directions)
+
+
+def _check_domain(inputs: Array, outside: Any, shape: Shape) -> None:
+    """Refuse points outside the model's bounds, if the request or the service wants that."""
+    if outside is None:
+        outside = shape.outside
+    elif not isinstance(outside, str) or outside not in OUTSIDE:
+        raise _invalid("outside", " or ".join(OUTSIDE), "something else")
+    domain = shape.domain
+    if outside == "allow" or domain is None or (found := domain.first_outside(inputs)) is None:
+        return
+    row, a = found
+    lower, upper, name = float(domain.lower[a]), float(domain.upper[a]), domain.names[a]
+    raise OutsideDomain(
+        f"inputs, row {row}: expected {name} from {lower:g} to {upper:g}, got a number outside",
+        field="inputs",
+        row=row,
+        input=a,
+        name=name,
+        lower=lower,
+        upper=upper,
+    )
 
 
 def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:

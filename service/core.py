@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from service.codecs import Question
+from service.codecs import Question, Shape
+from service.domain import Domain
 from service.errors import InvalidInput, ReplyTooLarge, ServiceError
 from service.link import Links
 from service.metrics import Metrics
@@ -126,6 +127,16 @@ class Core:
             Overloaded: as many requests wait as may.
         """
         self.scheduler.queue.expect_room()
+
+    def shape(self, served: Served) -> Shape:
+        """Return what questions about a model have to fit."""
+        shape: Shape | None = served.kinds.get("shape")
+        if shape is None:
+            facts, settings = served.facts, self.settings
+            domain = Domain.of(facts["metadata"])
+            shape = Shape(facts["d"], facts["m"], facts["dtype"], settings.max_rows, domain, settings.outside)
+            served.kinds["shape"] = shape
+        return shape
 
     def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
         """Have a question answered; the model is held until it is.

@@ -32,6 +32,7 @@ __all__ = [
     "NotAcceptable",
     "NotFound",
     "NotReady",
+    "OutsideDomain",
     "Overloaded",
     "ReplyTooLarge",
     "ServiceError",
@@ -220,6 +221,12 @@ class InvalidInput(ServiceError):
         where = field if row is None else f"{field}, row {row}"
         extra: dict[str, Any] = {} if row is None else {"row": row}
         return cls(f"{where}: expected {expected}, got {got}", field=field, expected=expected, got=got, **extra)
+
+
+class OutsideDomain(ServiceError):
+    """A point is outside the model's bounds, and the request or the service refuses such."""
+
+    status, code, title = 422, "outside_domain", "Outside the domain"
 
 
 class TooExpensive(ServiceError):

@@ -20,7 +20,7 @@ from service.codecs import Piece, Question, Shape, json_rows, make_question
 from service.errors import InvalidInput, MalformedBody
 from service.http.messages import JSON, Reply
 from service.json_reader import numbers
-from service.quantities import QUANTITIES
+from service.quantities import QUANTITIES, row_shapes
 from service.wire import Array
 
 __all__ = [
@@ -76,17 +76,10 @@ def describe_inputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
 
 def describe_outputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
     """The output tensors of a model, as :func:`describe_inputs`; with weights, m is 1."""
-    shapes = {
-        "value": [-1, m],
-        "gradient": [-1, d, m],
-        "hessian": [-1, d, d, m],
-        "laplacian": [-1, m],
-        "hessian_diagonal": [-1, d, m],
-        "jvp": [-1, -1, m],
-        "hvp": [-1, -1, d, m],
-        "curvature": [-1, -1, m],
-    }
-    return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
+    return [
+        {"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": [-1, *shape]}
+        for name, shape in zip(QUANTITIES, row_shapes(QUANTITIES, d, m, -1, False), strict=True)
+    ]
 
 
 def split(body: bytes, json_bytes: bytes) -> tuple[bytes, memoryview]:
@@ -128,7 +121,8 @@ def parse(document: Mapping[str, Any], rest: memoryview, may_be_booleans: bool, 
     timeout_us = parameters.get("timeout", 0)
     if isinstance(timeout_us, bool) or not isinstance(timeout_us, int) or timeout_us < 0:
         raise InvalidInput.of("parameters.timeout", "a whole number of microseconds", "something else")
-    question = make_question(arrays, list(outputs), None, parameters.get("dtype"), shape)
+    given = parameters.get
+    question = make_question(arrays, list(outputs), None, given("dtype"), shape, given("outside"))
     return Inference(question, outputs, request_id or None, min(timeout_us, MAX_TIMEOUT_US))
 
 
@@ -172,19 +166,9 @@ def encode(model: str, version: str, m: int, inference: Inference, answers: Mapp
 def _dims(name: str, question: Question, m: int) -> list[int]:
     """Return the shape of an output."""
     n, d = question.inputs.shape
-    outputs = m if question.weights is None else 1
     k = 0 if question.directions is None else question.directions.shape[1]
-    axes = {
-        "value": (n, outputs),
-        "gradient": (n, d, outputs),
-        "hessian": (n, d, d, outputs),
-        "laplacian": (n, outputs),
-        "hessian_diagonal": (n, d, outputs),
-        "jvp": (n, k, outputs),
-        "hvp": (n, k, d, outputs),
-        "curvature": (n, k, outputs),
-    }[name]
-    return list(axes[1:] if question.is_single else axes)
+    (row,) = row_shapes((name,), d, m, k, question.weights is not None)
+    return [*row] if question.is_single else [n, *row]
 
 
 def _text(value: Any) -> bytes:

@@ -1,29 +1,55 @@
-"""The quantities that can be asked for, and their sizes: shared by service and client, and free of packages."""
+"""The quantities that can be asked for, and their sizes, as service and client need them.
+
+They are those of :mod:`hessquik.quantities`, which is imported without torch, and ``domain_distance``, which follows
+from a model's bounds without its network.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["AXES", "DIRECTIONAL", "QUANTITIES", "Quantity", "floats_per_row", "row_shapes"]
+from hessquik import quantities as engine
+from hessquik.quantities import DIRECTIONAL
 
+__all__ = [
+    "AXES",
+    "DIRECTIONAL",
+    "DOMAIN_DISTANCE",
+    "QUANTITIES",
+    "TEXTS",
+    "Quantity",
+    "describe_shape",
+    "floats_per_row",
+    "row_shapes",
+]
+
+DOMAIN_DISTANCE = "domain_distance"
+_DISTANCE = engine.Quantity(
+    DOMAIN_DISTANCE, "", 0, lambda at: None, "0 within the bounds, else the largest excess over an input's range"
+)
+REGISTERED = {**engine.QUANTITIES, DOMAIN_DISTANCE: _DISTANCE}
 #: Everything that can be asked for, in the order of replies.
-Quantity = Literal["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
-QUANTITIES: tuple[str, ...] = get_args(Quantity)
-#: The axes of each quantity at one point: d inputs, k directions, m outputs.
-AXES: dict[str, str] = {
-    "value": "m",
-    "gradient": "dm",
-    "hessian": "ddm",
-    "laplacian": "m",
-    "hessian_diagonal": "dm",
-    "jvp": "km",
-    "hvp": "kdm",
-    "curvature": "km",
-}
-#: The quantities that need directions.
-DIRECTIONAL = frozenset(name for name, axes in AXES.items() if "k" in axes)
+QUANTITIES: tuple[str, ...] = tuple(REGISTERED)
+#: The axes of each quantity at one point: d inputs, k directions, m outputs, p entries of a triangle.
+AXES: dict[str, str] = {name: quantity.axes for name, quantity in REGISTERED.items()}
+#: The formula of each quantity, for readers.
+TEXTS: dict[str, str] = {name: quantity.text for name, quantity in REGISTERED.items()}
+if TYPE_CHECKING:
+    Quantity = str
+else:
+    Quantity = Literal[QUANTITIES]
+
+
+def describe_shape(quantity: str) -> str:
+    """Return the shape of a quantity of a batch, in letters.
+
+    Example:
+        >>> describe_shape("hessian_packed")
+        '(n, d(d+1)/2, m)'
+    """
+    return f"({', '.join(['n', *('d(d+1)/2' if axis == 'p' else axis for axis in AXES[quantity])])})"
 
 
 @lru_cache(maxsize=1024)
@@ -34,8 +60,7 @@ def row_shapes(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted:
         >>> row_shapes(("value", "hvp"), d=3, m=2, k=5, is_weighted=False)
         ((2,), (5, 3, 2))
     """
-    sizes = {"d": d, "k": k, "m": 1 if is_weighted else m}
-    return tuple(tuple(sizes[axis] for axis in AXES[quantity]) for quantity in quantities)
+    return tuple(REGISTERED[name].shape(d, 1 if is_weighted else m, k) for name in quantities)
 
 
 def floats_per_row(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted: bool) -> int:

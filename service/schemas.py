@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from service.quantities import Quantity
+from service.domain import Outside
+from service.quantities import AXES, QUANTITIES, TEXTS, Quantity, describe_shape
 
 __all__ = [
     "Answer",
@@ -83,6 +84,9 @@ class QuantityRequest(BaseModel):
     )
     directions: Rows | Stack | None = Field(None, description="(k, d) or (n, k, d), for jvp, hvp and curvature.")
     dtype: Dtype | None = Field(None, description="What to compute in; the model's own if not given.")
+    outside: Outside | None = Field(
+        None, description="What is done about points outside the model's bounds; the service's setting if not given."
+    )
 
 
 class EvaluateRequest(QuantityRequest):
@@ -97,19 +101,25 @@ class EvaluateRequest(QuantityRequest):
     )
 
 
-class Answer(BaseModel):
-    """One key per quantity. Axes: n points (absent for a single point), d inputs, k directions, m outputs."""
-
+class _Answered(BaseModel):
     model: str
     version: Version
-    value: Vector | Matrix | None = Field(None, description="(n, m)")
-    gradient: Matrix | Cube | None = Field(None, description="(n, d, m): ∂f_j/∂x_a")
-    hessian: Cube | Tesseract | None = Field(None, description="(n, d, d, m): ∂²f_j/∂x_a∂x_b")
-    laplacian: Vector | Matrix | None = Field(None, description="(n, m): Σ_a ∂²f_j/∂x_a²")
-    hessian_diagonal: Matrix | Cube | None = Field(None, description="(n, d, m): ∂²f_j/∂x_a²")
-    jvp: Matrix | Cube | None = Field(None, description="(n, k, m): vᵀ∇f_j")
-    hvp: Cube | Tesseract | None = Field(None, description="(n, k, d, m): ∇²f_j v")
-    curvature: Matrix | Cube | None = Field(None, description="(n, k, m): vᵀ∇²f_j v")
+
+
+def _result(quantity: str) -> Any:
+    """Return the field of a quantity in an answer: lists for one point, or for a batch."""
+    rank = len(AXES[quantity])
+    text = f"{describe_shape(quantity)}: {TEXTS[quantity]}"
+    return _LISTS[rank] | _LISTS[rank + 1] | None, Field(None, description=text)
+
+
+_LISTS: list[Any] = [Entry, Vector, Matrix, Cube, Tesseract]
+Answer = create_model(
+    "Answer",
+    __base__=_Answered,
+    __doc__="One key per quantity. Axes: n points (absent for a single point), d inputs, k directions, m outputs.",
+    **{quantity: _result(quantity) for quantity in QUANTITIES},
+)
 
 
 class Facts(BaseModel):
@@ -202,13 +212,17 @@ class Problem(BaseModel):
     row: int | None = Field(None, description="Its first row at fault.")
     expected: str | None = None
     got: str | None = None
+    input: int | None = Field(None, description="The input of a point outside the domain, counted from 0.")
+    name: str | None = Field(None, description="Its name.")
+    lower: float | None = Field(None, description="Its bounds.")
+    upper: float | None = None
 
 
 # UM-Bridge 1.0.
 
 Config = Annotated[
-    dict[Literal["version", "dtype"], Any] | None,
-    Field(description="At most version, and dtype: float32 or float64."),
+    dict[Literal["version", "dtype", "outside"], Any] | None,
+    Field(description="At most version; dtype: float32 or float64; outside: allow or refuse."),
 ]
 Index = Annotated[Literal[0], Field(description="The only input or output vector that there is.")]
 
@@ -330,7 +344,9 @@ class InferenceRequest(BaseModel):
     id: str | None = None
     inputs: list[InferenceTensor]
     outputs: list[InferenceOutput] | None = None
-    parameters: Parameters | None = Field(None, description="binary_data_output, dtype, timeout in microseconds.")
+    parameters: Parameters | None = Field(
+        None, description="binary_data_output, dtype, outside, timeout in microseconds."
+    )
 
 
 class InferenceResult(BaseModel):

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.domain import Outside
+
 __all__ = ["Settings"]
 
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
@@ -47,6 +49,9 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body.")
     max_reply_bytes: int = Field(256 << 20, ge=1024, description="Largest reply, counted as binary.")
+    outside: Outside = Field(
+        "allow", description="What is done about points outside a model's bounds where a request does not say."
+    )
     max_rows: int = Field(1 << 16, ge=1, description="Most points in one request.")
     max_header_bytes: int = Field(16 << 10, ge=256, description="Largest request head.")
     max_headers: int = Field(64, ge=8, description="Most header fields.")

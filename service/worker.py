@@ -51,6 +51,8 @@ from hessquik import Evaluator, HessQuikError, storage
 from hessquik.proof import prove_quickly
 from service import wire
 from service.codecs import json_rows
+from service.domain import Domain
+from service.quantities import DOMAIN_DISTANCE
 
 __all__ = ["main"]
 
@@ -92,6 +94,7 @@ class Model:
         self.threads = threads
         self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
         self.operation_s = 0.0
+        self.domain = Domain.of(saved.metadata)
         self._evaluators: dict[torch.dtype, Evaluator] = {}
         self.dtype = self.evaluator(None).dtype
 
@@ -122,12 +125,29 @@ class Model:
                 took_s = (time.perf_counter() - began) / (rows * evaluate.plan(asked).operations)
                 self.operation_s = min(self.operation_s or took_s, took_s)
 
+    def evaluate(
+        self, given: dict[str, wire.Array], dtype: torch.dtype, quantities: list[str], between: Callable[[], None]
+    ) -> dict[str, wire.Array]:
+        """Return the quantities at points."""
+        arrays = {name: torch.from_numpy(array) for name, array in given.items()}
+        computed = [name for name in quantities if name != DOMAIN_DISTANCE]
+        evaluate = self.evaluator(dtype)
+        results: dict[str, wire.Array] = {}
+        if computed:
+            found = evaluate(arrays["inputs"], computed, arrays.get("weights"), arrays.get("directions"), between)
+            results = {name: getattr(found, name).cpu().numpy() for name in computed}
+        if DOMAIN_DISTANCE in quantities:
+            x = given["inputs"]
+            results[DOMAIN_DISTANCE] = np.zeros(len(x), x.dtype) if self.domain is None else self.domain.distance(x)
+        return {name: results[name] for name in quantities}
+
     def plan(self, head: dict[str, Any]) -> dict[str, Any]:
         """Return what a row costs, in operations and in seconds."""
         evaluate, k = self.evaluator(_DTYPES[head["dtype"]]), head["k"]
         weights = (1, evaluate.m) if head["is_weighted"] else None
         directions = (1, k, evaluate.d) if k else None
-        cost = evaluate.plan(head["quantities"], weights, directions).operations
+        computed = [name for name in head["quantities"] if name != DOMAIN_DISTANCE]
+        cost = evaluate.plan(computed, weights, directions).operations if computed else evaluate.d
         return {"row_cost": cost, "row_s": cost * self.operation_s}
 
     def facts(self) -> dict[str, Any]:
@@ -364,13 +384,9 @@ class Worker:
         """Compute; errors that a request may cause become a reply."""
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
-        given = {name: torch.from_numpy(array) for name, array in fields.items()}
+        model, dtype = self.models[head["model"]], _DTYPES[head["dtype"]]
         try:
-            evaluate = self.models[head["model"]].evaluator(_DTYPES[head["dtype"]])
-            found = evaluate(
-                given["inputs"], head["quantities"], given.get("weights"), given.get("directions"), self._between
-            )
-            return {"op": "done"}, {name: getattr(found, name).cpu().numpy() for name in head["quantities"]}
+            return {"op": "done"}, model.evaluate(fields, dtype, head["quantities"], self._between)
         except (HessQuikError, MemoryError, RuntimeError, ValueError, Late) as error:
             return {"op": "done", "error": _reason(error)}, {}
 

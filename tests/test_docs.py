@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from service import cli
+from service.quantities import QUANTITIES, describe_shape
 from tests.live import ROOT, LiveServer
 
 pytestmark = pytest.mark.xdist_group("docs")
@@ -87,6 +88,12 @@ def run(language: str, text: str, expected: str | None, namespace: dict[str, obj
             pass  # formulas, and what Python blocks print
         case _:
             raise AssertionError(f"nobody runs {language}")
+
+
+@pytest.mark.parametrize("page", ["clients.md", "reference/http.md"])
+def test_tables_of_quantities_have_all_of_them(page: str) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\(n.*?\)) \|", (DOCS / page).read_text(), flags=re.M))
+    assert rows == {name: describe_shape(name) for name in QUANTITIES}
 
 
 def check_shell(text: str) -> None:

@@ -30,7 +30,8 @@ LAYERS = {
         hessquik
     """,
     "service": """
-        service.errors service.metrics service.quantities service.settings service.statistics service.wire
+        service.domain service.errors service.metrics service.quantities service.statistics service.wire
+        service.settings
         service.http service.json_reader
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.schemas
@@ -177,6 +178,15 @@ def test_the_client_loads_neither_torch_nor_the_server():
     assert run.stdout.split() == []
 
 
+@pytest.mark.parametrize("module", ["hessquik", "hessquik.quantities", "service.quantities"])
+def test_quantities_are_known_without_any_package(module):
+    """A front end and a client need the table of quantities, and not what computes them."""
+    program = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert loaded - sys.stdlib_module_names == {"hessquik", module.split(".")[0]}
+
+
 def test_the_rules_refuse_what_breaks_them(tmp_path):
     (tmp_path / "low.py").write_text("import numpy\ndef f():\n    import high\n")
     assert list(imports(tmp_path / "low.py")) == [("numpy", None), ("high", None)]
@@ -199,14 +209,15 @@ def test_all_names_are_the_exports(name):
     module = import_module(name)
     tree = ast.parse(Path(module.__file__).read_text())
     made = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    when_used = [inner for node in tree.body if is_type_checking(node) for inner in node.body]
     handed_on = {
         alias.asname or alias.name
-        for node in tree.body
+        for node in [*tree.body, *when_used]
         if isinstance(node, ast.ImportFrom) and node.module.startswith("hessquik")
         for alias in node.names
     }
     public = {name for name in made if not name.startswith("_")}
-    if hasattr(module, "__path__") and not made:
+    if hasattr(module, "__path__") and not public:
         public |= handed_on
     assert all(hasattr(module, exported) for exported in module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)

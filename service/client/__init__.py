@@ -22,6 +22,7 @@ from service.client.errors import (
     NotAcceptable,
     NotFound,
     NotReady,
+    OutsideDomain,
     Overloaded,
     ReplyTooLarge,
     ServiceError,
@@ -33,6 +34,7 @@ from service.client.errors import (
     WorkerLost,
 )
 from service.client.messages import Answer
+from service.client.steps import OutsideDomainWarning
 
 __all__ = [
     "Answer",
@@ -55,6 +57,8 @@ __all__ = [
     "NotAcceptable",
     "NotFound",
     "NotReady",
+    "OutsideDomain",
+    "OutsideDomainWarning",
     "Overloaded",
     "ReplyTooLarge",
     "ServiceError",

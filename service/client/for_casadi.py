@@ -17,6 +17,7 @@ import numpy as np
 
 from service.client.client import Model
 from service.client.memo import LastPoint
+from service.domain import Outside
 
 __all__ = ["RemoteFunction"]
 
@@ -79,10 +80,12 @@ class RemoteFunction(_Callback):
     Args:
         name: What CasADi calls it.
         model: The model, which is asked for its sizes at once.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
-    def __init__(self, name: str, model: Model) -> None:
+    def __init__(self, name: str, model: Model, outside: Outside | None = None) -> None:
         """Ask for the sizes and construct the function."""
+        model = model.with_options(outside=outside)
         facts = model.describe()
         self.model = model
         self.d, self.m = int(facts["d"]), int(facts["m"])

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from service.client.client import Model
+from service.domain import Outside
 
 __all__ = ["remote_function"]
 
 
-def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
+def remote_function(model: Model, outside: Outside | None = None) -> Callable[[jax.Array], jax.Array]:
     """Return f: (d,) → (m,), computed by the service in the dtype of the point; differentiable twice.
 
     Each order is a host callback with a derivative rule of its own: value → Jacobian → Hessian. Under ``vmap`` a
@@ -25,7 +26,9 @@ def remote_function(model: Model) -> Callable[[jax.Array], jax.Array]:
 
     Args:
         model: The model, which is asked for its sizes at once.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
+    model = model.with_options(outside=outside)
     facts = model.describe()
     d, m = int(facts["d"]), int(facts["m"])
 

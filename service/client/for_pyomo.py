@@ -15,6 +15,7 @@ from scipy.sparse import coo_matrix
 from service.client.client import Model
 from service.client.memo import LastPoint
 from service.client.messages import Array, ArrayLike
+from service.domain import Outside
 
 __all__ = ["RemoteGreyBox"]
 
@@ -24,10 +25,12 @@ class RemoteGreyBox(ExternalGreyBoxModel):  # type: ignore[misc]
 
     Args:
         model: The model, which is asked for its sizes and names at once.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, outside: Outside | None = None) -> None:
         """Ask for sizes and names."""
+        model = model.with_options(outside=outside)
         facts = model.describe()
         self._inputs: Sequence[str] = facts["metadata"].get("input_names") or [f"x{a}" for a in range(facts["d"])]
         self._outputs: Sequence[str] = facts["metadata"].get("output_names") or [f"y{j}" for j in range(facts["m"])]
@@ -62,8 +65,9 @@ class RemoteGreyBox(ExternalGreyBoxModel):  # type: ignore[misc]
 
     def evaluate_hessian_outputs(self) -> Any:
         """Lower triangle of Σ_j λ_j ∂²f_j/∂x_a∂x_b, (d, d), sparse; weighted on the server."""
-        hessian = self._model.hessian(self._x, weights=self._multipliers, dtype=np.float64)[..., 0]
-        return _all_entries(hessian, *np.tril_indices(len(self._x)))
+        packed = self._model.hessian_packed(self._x, weights=self._multipliers, dtype=np.float64)[:, 0]
+        d = len(self._x)
+        return coo_matrix((packed, np.tril_indices(d)), shape=(d, d))
 
 
 def _all_entries(dense: Array, rows: Any, columns: Any) -> Any:

@@ -16,6 +16,7 @@ from scipy import optimize
 from service.client.client import Model
 from service.client.memo import LastPoint
 from service.client.messages import Array, ArrayLike
+from service.domain import Outside
 
 __all__ = ["Objective", "bounds", "constraint", "minimize_from"]
 
@@ -34,10 +35,18 @@ class Objective:
         weights: (m,); may be left out for a model of one output.
         has_hessian: Whether the Hessian comes along; without it, :meth:`hessp` asks for each product, which is the
             better choice for many inputs and methods such as ``trust-ncg``.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
-    def __init__(self, model: Model, weights: ArrayLike | None = None, has_hessian: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        weights: ArrayLike | None = None,
+        has_hessian: bool = True,
+        outside: Outside | None = None,
+    ) -> None:
         """Nothing is asked yet."""
+        model = model.with_options(outside=outside)
         self._model = model
         self._weights = weights
         self._has_hessian = has_hessian
@@ -77,7 +86,11 @@ class Objective:
 
 
 def constraint(
-    model: Model, lower: ArrayLike, upper: ArrayLike, keep_feasible: bool = False
+    model: Model,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    keep_feasible: bool = False,
+    outside: Outside | None = None,
 ) -> optimize.NonlinearConstraint:
     """The constraint lower ≤ f(x) ≤ upper, its Hessian weighted by the multipliers on the server.
 
@@ -86,7 +99,9 @@ def constraint(
         lower: (m,) or a number.
         upper: (m,) or a number.
         keep_feasible: As SciPy has it.
+        outside: As for :class:`Objective`.
     """
+    model = model.with_options(outside=outside)
     at = LastPoint(model, ("value", "gradient"))
 
     def weighted_hessian(x: Array, multipliers: Array) -> Array:
@@ -115,7 +130,13 @@ def bounds(model: Model) -> optimize.Bounds:
 
 
 def minimize_from(
-    starts: ArrayLike, model: Model, weights: ArrayLike | None = None, best: int = 8, threads: int = 8, **options: Any
+    starts: ArrayLike,
+    model: Model,
+    weights: ArrayLike | None = None,
+    best: int = 8,
+    threads: int = 8,
+    outside: Outside | None = None,
+    **options: Any,
 ) -> Sequence[optimize.OptimizeResult]:
     """Minimise from the best of many starts.
 
@@ -128,6 +149,7 @@ def minimize_from(
         weights: (m,); may be left out for a model of one output.
         best: From how many starts to minimise.
         threads: How many at once.
+        outside: As for :class:`Objective`.
         options: What ``scipy.optimize.minimize`` takes, such as ``method`` and ``bounds``. Derivatives come along
             as far as the method uses them; a method of one's own gets all of them.
 
@@ -135,7 +157,7 @@ def minimize_from(
         The results, lowest first.
     """
     points = np.asarray(starts, dtype=np.float64)
-    values = model.value(points, weights=weights, dtype=np.float64)[:, 0]
+    values = model.value(points, weights=weights, dtype=np.float64, outside=outside)[:, 0]
     chosen = points[np.argsort(values, kind="stable")[:best]]
     method = options.get("method")
     is_own = callable(method)
@@ -143,7 +165,7 @@ def minimize_from(
     has_hessian = is_own or name in WITH_HESSIAN
 
     def minimize(start: Array) -> optimize.OptimizeResult:
-        objective = Objective(model, weights, has_hessian)
+        objective = Objective(model, weights, has_hessian, outside)
         jac = None if name in WITHOUT_GRADIENT else objective.jac
         return optimize.minimize(objective, start, jac=jac, hess=objective.hess if has_hessian else None, **options)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from service.client.client import Model
+from service.domain import Outside
 
 __all__ = ["RemoteNetwork"]
 
@@ -27,12 +28,13 @@ class RemoteNetwork(torch.nn.Module):
 
     Args:
         model: The model.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, outside: Outside | None = None) -> None:
         """Ask for nothing yet."""
         super().__init__()
-        self._model = model
+        self._model = model.with_options(outside=outside)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x).

@@ -18,7 +18,8 @@ import safetensors
 import safetensors.numpy
 
 from service.client.errors import BY_CODE, ServiceError, UnexpectedReply
-from service.quantities import AXES, DIRECTIONAL, QUANTITIES, floats_per_row
+from service.domain import OUTSIDE, Domain
+from service.quantities import DIRECTIONAL, QUANTITIES, floats_per_row, row_shapes
 
 __all__ = [
     "Answer",
@@ -47,8 +48,8 @@ DTYPES = ("float32", "float64")
 HEADER_BYTES = 4096
 #: Bytes of a description, which repeats the header of a model's file, and of an error.
 DOCUMENT_BYTES = 4 << 20
-#: Bytes of the answer about one point by a model that has not been described yet, and of one output of it.
-UNSEEN_BYTES, UNSEEN_OUTPUT_BYTES = 1 << 20, 4096
+#: Bytes of an answer by a model whose sizes are not known, since it is being loaded.
+UNSEEN_BYTES = 1 << 20
 #: Directions per point where the service does not say how many it takes.
 MAX_DIRECTIONS = 1024
 #: A field's shapes by their number of axes: the same for all points, or a batch's with a row per point.
@@ -100,6 +101,7 @@ class Facts:
         directions: Most directions per point in a request.
         body_bytes: Largest request body.
         reply_bytes: Largest reply.
+        domain: Where the model was fitted, if its file says so.
     """
 
     version: str
@@ -110,6 +112,7 @@ class Facts:
     directions: int
     body_bytes: int
     reply_bytes: int
+    domain: Domain | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Question:
         weights: (m,) or (n, m) or ``None``.
         directions: (k, d) or (n, k, d) or ``None``.
         dtype: ``float32`` or ``float64``; ``None`` is the model's own.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; ``None`` is the service's own choice.
         is_single: One point was given without an n axis, and its answer has none.
     """
 
@@ -130,6 +134,7 @@ class Question:
     weights: Array | None = None
     directions: Array | None = None
     dtype: str | None = None
+    outside: str | None = None
     is_single: bool = False
 
     @property
@@ -149,29 +154,20 @@ class Question:
 
     def shape(self, quantity: str, m: int) -> tuple[int, ...]:
         """Return the shape of a quantity, n axis included, for a model of m outputs."""
-        sizes = {"d": self.inputs.shape[-1], "k": self.k, "m": 1 if self.weights is not None else m}
-        return (self.rows, *(sizes[axis] for axis in AXES[quantity]))
+        (row,) = row_shapes((quantity,), self.inputs.shape[-1], m, self.k, self.weights is not None)
+        return (self.rows, *row)
 
 
 class Answer:
     """The service's answer: an attribute per quantity that was asked for, also by name, ``answer["hessian"]``.
 
-    Shapes for a batch; a single point's have no n axis. With weights, m is 1.
+    The shapes are those of :func:`service.quantities.describe_shape`, such as (n, d, m) for the gradient of a batch;
+    a single point's have no n axis. With weights, m is 1.
 
     Args:
         model: The model's name.
         version: The version that answered.
         arrays: The quantities.
-
-    Attributes:
-        value: (n, m).
-        gradient: (n, d, m).
-        hessian: (n, d, d, m).
-        laplacian: (n, m).
-        hessian_diagonal: (n, d, m).
-        jvp: (n, k, m), derivatives along directions.
-        hvp: (n, k, d, m), Hessians times directions.
-        curvature: (n, k, m), vᵀHv.
 
     Example:
         >>> answer = Answer("peaks", "1", {"value": np.zeros((5, 1))})
@@ -181,15 +177,6 @@ class Answer:
         Traceback (most recent call last):
         AttributeError: hessian: expected a quantity that was asked for: value
     """
-
-    value: Array
-    gradient: Array
-    hessian: Array
-    laplacian: Array
-    hessian_diagonal: Array
-    jvp: Array
-    hvp: Array
-    curvature: Array
 
     def __init__(self, model: str, version: str, arrays: Mapping[str, Array]) -> None:
         """Hold the arrays, which belong to the caller."""
@@ -227,6 +214,7 @@ def ask(
     weights: ArrayLike | None = None,
     directions: ArrayLike | None = None,
     dtype: npt.DTypeLike | None = None,
+    outside: str | None = None,
 ) -> Question:
     """Return a question about numbers of any kind.
 
@@ -243,6 +231,8 @@ def ask(
     wanted = None if dtype is None else np.dtype(dtype).name
     if wanted not in (None, *DTYPES):
         raise ValueError(f"dtype: expected float32 or float64, got {wanted}")
+    if outside not in (None, *OUTSIDE):
+        raise ValueError(f"outside: expected {' or '.join(OUTSIDE)}, got {outside!r}")
     points = _array("inputs", inputs)
     is_directional = directions is not None and not DIRECTIONAL.isdisjoint(names)
     question = Question(
@@ -251,6 +241,7 @@ def ask(
         None if weights is None else _array("weights", weights),
         _array("directions", directions) if is_directional else None,
         wanted,
+        outside,
         points.ndim == 1,
     )
     for name, array, own in (("weights", question.weights, 2), ("directions", question.directions, 3)):
@@ -266,6 +257,7 @@ def build_request(model: str, version: str | None, question: Question, facts: Fa
         {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
     )
     query = {"quantities": ",".join(question.quantities), "dtype": question.dtype, "version": version}
+    query["outside"] = question.outside
     target = f"/v1/models/{quote(model, safe='')}/evaluate?{_encode(query)}"
     headers = {"content-type": SAFETENSORS, "accept": SAFETENSORS}
     if facts is None or facts.m is None:
@@ -342,11 +334,31 @@ def parse_facts(reply: Reply, model: str, version: str | None) -> tuple[dict[str
         "dtype": dtype is not None and dtype not in DTYPES,
         "metadata": metadata is not None and not isinstance(metadata, dict),
         "limits": not all(map(_is_count, most)),
+        "bounds": not _has_bounds(metadata, sizes[0]),
     }
     if any(faults.values()):
         fault = next(name for name, is_fault in faults.items() if is_fault)
         raise unexpected(reply, f"a description of model {model}, version {version or 'any'}, got a wrong {fault}")
-    return document, Facts(str(answered), sizes[0], sizes[1], dtype, *most)
+    d, m = sizes
+    rows, directions, body_bytes, reply_bytes = most
+    domain = _domain(metadata, d)
+    return document, Facts(str(answered), d, m, dtype, rows, directions, body_bytes, reply_bytes, domain)
+
+
+def _has_bounds(metadata: Any, d: Any) -> bool:
+    """Return whether the bounds in a model's metadata are numbers for its inputs, or there are none."""
+    given = metadata if isinstance(metadata, dict) else {}
+    bounds = [given[name] for name in ("lower_bounds", "upper_bounds") if given.get(name) is not None]
+    return len(bounds) != 1 and all(
+        isinstance(listed, list) and len(listed) == d and all(type(one) in (int, float) for one in listed)
+        for listed in bounds
+    )
+
+
+def _domain(metadata: Mapping[str, Any] | None, d: int | None) -> Domain | None:
+    names = (metadata or {}).get("input_names")
+    is_named = isinstance(names, list) and len(names) == d and all(isinstance(name, str) for name in names)
+    return Domain.of(metadata if is_named or metadata is None else {**metadata, "input_names": None})
 
 
 def error_in(reply: Reply) -> ServiceError | None:

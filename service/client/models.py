@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from copy import copy
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import numpy.typing as npt
 
 from service.client import progress as bars
 from service.client.messages import Answer, Array, ArrayLike, Question, ask
 from service.client.steps import Conversation, Persistence, Steps
+from service.domain import Outside
 
 __all__ = ["AsyncModel", "Model", "Options", "RemoteModel"]
 
@@ -24,11 +26,14 @@ class Options(TypedDict, total=False):
     Attributes:
         weights: (m,) or (n, m): derivatives of Σ_j weights_j f_j, and m becomes 1.
         dtype: ``float32`` or ``float64`` to compute in; the model's own if not given.
+        outside: ``allow`` points outside the model's bounds, or ``refuse`` them with
+            :class:`~service.client.errors.OutsideDomain`; the service's setting if not given.
         progress: Draw a bar over the parts of a split batch; needs ``rich``.
     """
 
     weights: ArrayLike | None
     dtype: npt.DTypeLike | None
+    outside: Outside | None
     progress: bool
 
 
@@ -53,6 +58,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         persistence: Persistence,
     ) -> None:
         """Ask for nothing yet."""
+        self._options: Options = {}
         self._run = run
         self._url = url
         self._conversation = Conversation(name, None if version is None else str(version), persistence)
@@ -61,6 +67,17 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         name, version, facts = self._conversation.model, self._conversation.version, self._conversation.facts
         known = "" if facts is None else f", d={facts.d}, m={facts.m}, dtype={facts.dtype}"
         return f"{type(self).__name__}({name!r}, version={version!r}{known}, url={self._url!r})"
+
+    def with_options(self, **options: Unpack[Options]) -> Self:
+        """Return the same model with other options for all calls that do not say otherwise.
+
+        Example:
+            ``careful = model.with_options(outside="refuse")``
+        """
+        _check_options(options)
+        other = copy(self)
+        other._options = {**self._options, **options}
+        return other
 
     def describe(self) -> FactsT:
         """Return the service's description of the model: sizes, dtype, metadata, architecture, limits."""
@@ -86,6 +103,14 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         """Return ∂²f_j/∂x_a², shape (n, d, m)."""
         return self._quantity("hessian_diagonal", x, None, options)
 
+    def hessian_packed(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the lower triangle of the Hessian, row by row, shape (n, d(d+1)/2, m)."""
+        return self._quantity("hessian_packed", x, None, options)
+
+    def domain_distance(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return 0 within the model's bounds, else the largest excess over an input's range, shape (n,)."""
+        return self._quantity("domain_distance", x, None, options)
+
     def jvp(self, x: ArrayLike, directions: ArrayLike, **options: Unpack[Options]) -> ArrayT:
         """Return the derivatives Σ_a v_a ∂f_j/∂x_a along directions v, (k, d) or (n, k, d); shape (n, k, m)."""
         return self._quantity("jvp", x, directions, options)
@@ -110,15 +135,15 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
 
         Args:
             x: Points, (d,) or (n, d).
-            quantities: Any of value, gradient, hessian, laplacian, hessian_diagonal, jvp, hvp, curvature.
+            quantities: Names out of :data:`service.quantities.QUANTITIES`.
             directions: (k, d) or (n, k, d), for jvp, hvp and curvature.
             options: See :class:`Options`.
         """
-        question, shows_progress = _question(x, quantities, directions, options)
+        question, shows_progress = _question(x, quantities, directions, {**self._options, **options})
         return self._run(self._conversation.evaluate(question, shows_progress))  # type: ignore[no-any-return]
 
     def _quantity(self, name: str, x: ArrayLike, directions: ArrayLike | None, options: Options) -> ArrayT:
-        question, shows_progress = _question(x, [name], directions, options)
+        question, shows_progress = _question(x, [name], directions, {**self._options, **options})
         return self._run(self._conversation.quantity(question, shows_progress))  # type: ignore[no-any-return]
 
 
@@ -126,11 +151,16 @@ def _question(
     x: ArrayLike, quantities: Sequence[str], directions: ArrayLike | None, options: Options
 ) -> tuple[Question, bool]:
     """Return the question that the arguments of a call ask, and if a bar is to be drawn."""
-    if unknown := options.keys() - Options.__annotations__:
-        raise TypeError(f"expected the options {', '.join(Options.__annotations__)}, got {', '.join(unknown)}")
+    _check_options(options)
     shows_progress = options.get("progress", False)
     bars.check(shows_progress)
-    return ask(x, quantities, options.get("weights"), directions, options.get("dtype")), shows_progress
+    weights, dtype, outside = options.get("weights"), options.get("dtype"), options.get("outside")
+    return ask(x, quantities, weights, directions, dtype, outside), shows_progress
+
+
+def _check_options(options: Options) -> None:
+    if unknown := options.keys() - Options.__annotations__:
+        raise TypeError(f"expected the options {', '.join(Options.__annotations__)}, got {', '.join(unknown)}")
 
 
 class Model(RemoteModel[Array, Answer, dict[str, Any]]):

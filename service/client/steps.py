@@ -8,7 +8,9 @@ return the result. :class:`~service.client.Client` carries the steps out with bl
 from __future__ import annotations
 
 import random
+import sys
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -17,7 +19,6 @@ from urllib.parse import quote
 
 from service.client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
 from service.client.messages import (
-    UNSEEN_OUTPUT_BYTES,
     Answer,
     Array,
     Facts,
@@ -33,10 +34,25 @@ from service.client.messages import (
 )
 from service.client.parts import Part, Result, cut
 
-__all__ = ["Conversation", "Pause", "Persistence", "Send", "Steps", "Together", "exchange", "list_models", "post"]
+__all__ = [
+    "Conversation",
+    "OutsideDomainWarning",
+    "Pause",
+    "Persistence",
+    "Send",
+    "Steps",
+    "Together",
+    "exchange",
+    "list_models",
+    "post",
+]
 
 #: Bytes of the list of all models.
 LIST_BYTES = 64 << 20
+
+
+class OutsideDomainWarning(UserWarning):
+    """Points are outside the bounds within which a model was fitted; what it says there is extrapolated."""
 
 
 class Send(NamedTuple):
@@ -187,6 +203,7 @@ class Conversation:
         self.version = version
         self.facts: Facts | None = None
         self._persistence = persistence
+        self._has_warned = False
 
     def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
         """Get what the service says of the model now."""
@@ -204,10 +221,10 @@ class Conversation:
     def evaluate(self, question: Question, shows_progress: bool) -> Steps[Answer]:
         """Answer a question; a batch that is too large for one request in parts, all by the same version."""
         end_s = self._persistence.end_s()
-        # One point of a model of usual size is worth no description: its answer is small, and describes itself.
-        if self.facts is None and (question.rows > 1 or question.floats(m=1) * 8 > UNSEEN_OUTPUT_BYTES):
+        if self.facts is None:
             yield from self.describe(end_s)
         facts = self.facts
+        self._warn_outside(question)
         try:
             answer = yield from self._evaluate(question, facts, shows_progress, end_s)
         except UnexpectedReply as error:
@@ -221,6 +238,23 @@ class Conversation:
         if question.is_single:
             return Answer(answer.model, answer.version, {name: array[0] for name, array in answer.arrays.items()})
         return answer
+
+    def _warn_outside(self, question: Question) -> None:
+        """Warn, once, of points outside the model's bounds, unless the service refuses them."""
+        domain = None if self.facts is None else self.facts.domain
+        d = question.inputs.shape[-1]
+        if domain is None or self._has_warned or question.outside == "refuse" or len(domain.lower) != d:
+            return
+        found = domain.first_outside(question.inputs)
+        if found is not None:
+            self._has_warned = True
+            row, a = found
+            warnings.warn(
+                f"{self.model}: point {row} is outside the model's bounds: {domain.names[a]} is "
+                f"{question.inputs[row, a]:g}, the model was fitted from {domain.lower[a]:g} to {domain.upper[a]:g}",
+                OutsideDomainWarning,
+                stacklevel=_frames_to_caller(),
+            )
 
     def _evaluate(self, question: Question, facts: Facts | None, shows_progress: bool, end_s: float) -> Steps[Answer]:
         """Answer a question about a model of these sizes, in as many parts as it takes."""
@@ -245,3 +279,11 @@ class Conversation:
         request = build_request(self.model, version, question, facts)
         reply = yield from exchange(request, self._persistence, end_s)
         return parse_answer(reply, self.model, version, question, facts)
+
+
+def _frames_to_caller() -> int:
+    """Return the level of a warning that is shown where the client was called."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("service.client"):
+        level, frame = level + 1, frame.f_back
+    return level

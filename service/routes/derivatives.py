@@ -1,4 +1,4 @@
-"""POST /v1/models/{model}/value, /gradient, /hessian, /laplacian and /evaluate."""
+"""POST /v1/models/{model}/evaluate, and a path for each quantity, such as /v1/models/{model}/value."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fastapi import APIRouter, Query
 
 from service import codecs
 from service.codecs import JSON, Question, Shape
+from service.domain import Outside
 from service.http.messages import Cancel, Head, Reply, Request
 from service.json_reader import SHORT_BYTES, read_json, read_long_json
-from service.quantities import Quantity
+from service.quantities import QUANTITIES, Quantity
 from service.repository import Served
 from service.routes.operation import (
     ANY,
@@ -68,7 +69,9 @@ def read_head(application: Application, head: Head, names: Mapping[str, str], fi
     media_type = codecs.content_type(given(b"content-type", b""))
     reply_type = codecs.accepted_type(given(b"accept", b""))
     # The fields of a JSON body are not parameters, and would be ignored there.
-    known = {"version"} if media_type == JSON else {"version", "dtype", *(() if fixed else ("quantities",))}
+    known = (
+        {"version"} if media_type == JSON else {"version", "dtype", "outside", *(() if fixed else ("quantities",))}
+    )
     query = read_query(head.query, known)
     asked = Asked(
         names["model"], fixed, query, media_type, reply_type, "json" if reply_type == JSON else "arrays", time_s
@@ -87,8 +90,7 @@ def answer(application: Application, request: Request) -> Reply | Cancel:
     served = core.repository.ready(asked.model, asked.query.get("version"))
     request.model = served.file.name
     body = request.body
-    facts = served.facts
-    shape = Shape(facts["d"], facts["m"], facts["dtype"], core.settings.max_rows)
+    shape = core.shape(served)
     if asked.media_type != JSON:
         return _ask(application, request, served, codecs.parse_safetensors(body, asked.fixed, asked.query, shape))
     if len(body) > SHORT_BYTES:
@@ -125,12 +127,16 @@ def _write(encode: Any, media_type: bytes, model: str, version: str, is_single: 
     return Reply(200, media_type, encode(model, version, answers, is_single))
 
 
+OutsideQuery = Annotated[Outside | None, Query(description="For a binary body; a JSON body has a field for it.")]
+
+
 def _parameters(
     model: ModelName,
     version: VersionQuery = None,
     dtype: Annotated[
         Literal["float32", "float64"] | None, Query(description="For a binary body; a JSON body has a field for it.")
     ] = None,
+    outside: OutsideQuery = None,
     x_deadline_ms: Deadline = None,
 ) -> None:
     """The parameters of a quantity."""
@@ -145,6 +151,7 @@ def _evaluate_parameters(
     quantities: Annotated[
         list[Quantity] | None, Query(description="For a binary body: names separated by commas.")
     ] = None,
+    outside: OutsideQuery = None,
     x_deadline_ms: Deadline = None,
 ) -> None:
     """The parameters of any set of quantities."""
@@ -175,9 +182,6 @@ def _route(action: str, fixed: str | None, body: Any, parameters: Any, text: str
 
 router = APIRouter()
 router.routes += [
-    *(
-        _route(quantity, quantity, QuantityRequest, _parameters, f"The {quantity}")
-        for quantity in ("value", "gradient", "hessian", "laplacian")
-    ),
+    *(_route(quantity, quantity, QuantityRequest, _parameters, f"The {quantity}") for quantity in QUANTITIES),
     _route("evaluate", None, EvaluateRequest, _evaluate_parameters, "Any set of quantities in one pass"),
 ]

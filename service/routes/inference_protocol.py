@@ -15,7 +15,6 @@ import orjson
 from fastapi import APIRouter
 
 from service import open_inference, schemas
-from service.codecs import Shape
 from service.errors import InvalidInput, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
@@ -218,7 +217,7 @@ def infer(application: Application, request: Request) -> Reply | Cancel:
     application.core.expect_room()
     served = _ready(application, asked.names)
     request.model = served.file.name
-    shape = Shape(served.d, served.m, served.facts["dtype"], application.core.settings.max_rows)
+    shape = application.core.shape(served)
     if asked.json_bytes == b"0":
         return _ask(application, request, served, open_inference.parse_raw(request.body, shape))
     text, rest = open_inference.split(request.body, asked.json_bytes)

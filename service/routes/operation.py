@@ -238,6 +238,7 @@ NAMED = (errors.ModelNotFound, errors.VersionNotFound)
 ASKED = (
     errors.MalformedBody,
     errors.NotAcceptable,
+    errors.OutsideDomain,
     errors.BodyTooLarge,
     errors.ReplyTooLarge,
     errors.UnsupportedMediaType,

@@ -1,7 +1,8 @@
 """UM-Bridge 1.0: every served model is a function of one input vector to one output vector, with all derivatives.
 
 Protocol: https://um-bridge-benchmarks.readthedocs.io/en/docs/umbridge/lib.html. It has one point per request; those
-that come at the same time are computed together, like all others. ``config`` may name ``version`` and ``dtype``.
+that come at the same time are computed together, like all others. ``config`` may name ``version``, ``dtype``
+and ``outside``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import orjson
 from fastapi import APIRouter
 
 from service import schemas
-from service.codecs import Shape, make_question
+from service.codecs import make_question
 from service.errors import InvalidInput, InvalidOutput, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.json_reader import numbers
@@ -75,8 +76,10 @@ class Call:
         repository.versions(name)
         config = document.get("config")
         config = {} if config is None else config
-        if not isinstance(config, dict) or not config.keys() <= {"version", "dtype"}:
-            raise InvalidInput.of("config", "an object with the keys version and dtype at most", "something else")
+        if not isinstance(config, dict) or not config.keys() <= {"version", "dtype", "outside"}:
+            raise InvalidInput.of(
+                "config", "an object with the keys version, dtype and outside at most", "something else"
+            )
         version = config.get("version")
         if isinstance(version, bool) or not isinstance(version, int | str | None):
             raise InvalidInput.of("config.version", "a number or a string", "something else")
@@ -87,7 +90,7 @@ class Call:
         self._application = application
         self._request = request
         self._document = document
-        self._dtype = config.get("dtype")
+        self._dtype, self._outside = config.get("dtype"), config.get("outside")
         self._may_be_booleans = may_be_booleans
 
     def point(self) -> Array:
@@ -130,8 +133,8 @@ class Call:
         """Ask for one quantity at one point; the reply is a flat list of numbers."""
         given = {"inputs": point, "weights": sens, "directions": None if vec is None else vec[None]}
         arrays = {name: array for name, array in given.items() if array is not None}
-        shape = Shape(self.served.d, self.served.m, self.served.facts["dtype"], 1)
-        question = make_question(arrays, None, quantity, self._dtype, shape)
+        shape = self._application.core.shape(self.served)
+        question = make_question(arrays, None, quantity, self._dtype, shape, self._outside)
         deadline_s = self._request.began_s + self._request.head.target.asked
         write = partial(_write, quantity)
         return self._application.ask(self._request, self.served, question, "flat", deadline_s, write)

@@ -162,7 +162,7 @@ def test_a_bar_needs_rich(client: Client, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_options_are_checked(client: Client) -> None:
-    with pytest.raises(TypeError, match="expected the options weights, dtype, progress, got weight"):
+    with pytest.raises(TypeError, match="expected the options weights, dtype, outside, progress, got weight"):
         client.model("vector").value(X, weight=WEIGHTS)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="float32 or float64, got float16"):
         client.model("vector").value(X, dtype="float16")

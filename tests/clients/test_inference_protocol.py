@@ -119,6 +119,8 @@ def test_metadata_configuration_and_index(client: InferenceServerClient) -> None
         "jvp": [-1, -1, 4],
         "hvp": [-1, -1, 3, 4],
         "curvature": [-1, -1, 4],
+        "hessian_packed": [-1, 6, 4],
+        "domain_distance": [-1],
     }
     assert {part["datatype"] for part in client.get_model_metadata("single")["outputs"]} == {"FP32"}
     configuration = client.get_model_config("vector", "1")

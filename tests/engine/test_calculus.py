@@ -31,6 +31,12 @@ def case(seed, n=3):
     return f, x, oracle.derivatives(f, x, f.dim_output())
 
 
+def lower_triangle(hessian):
+    d = hessian.shape[1]
+    rows = [hessian[:, a, b] for a in range(d) for b in range(a + 1)]
+    return torch.stack(rows, dim=1)
+
+
 def expected_quantities(value, gradient, hessian, weights, v):
     """Every quantity by its definition; v (n, k, d)."""
     if weights is not None:
@@ -46,6 +52,7 @@ def expected_quantities(value, gradient, hessian, weights, v):
         "jvp": torch.einsum("nka,nam->nkm", v, gradient),
         "hvp": torch.einsum("nabm,nkb->nkam", hessian, v),
         "curvature": torch.einsum("nka,nabm,nkb->nkm", v, hessian, v),
+        "hessian_packed": lower_triangle(hessian),
     }
 
 

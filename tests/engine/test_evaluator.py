@@ -48,6 +48,7 @@ def expected(network, x, weights=None, directions=None):
         "hessian": hessian,
         "laplacian": torch.einsum("naam->nm", hessian),
         "hessian_diagonal": torch.einsum("naam->nam", hessian),
+        "hessian_packed": hessian[:, *torch.tril_indices(x.shape[1], x.shape[1])],
     }
     if directions is not None:
         v = directions.double().expand(len(x), -1, -1)
@@ -129,6 +130,7 @@ def test_no_rows_and_one_row_keep_their_shapes(backend):
             "jvp": (n, 2, 3),
             "hvp": (n, 2, 4, 3),
             "curvature": (n, 2, 3),
+            "hessian_packed": (n, 10, 3),
         }
 
 

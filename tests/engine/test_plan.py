@@ -51,6 +51,30 @@ def test_nothing_is_computed_that_was_not_asked():
     assert weighted.operations < hessian.operations
 
 
+@pytest.mark.parametrize("d", [2, 10, 256])
+@pytest.mark.parametrize("weights", [None, (3,)])
+def test_a_packed_hessian_costs_copies_and_no_second_pass(d, weights):
+    evaluate = Evaluator(network(d, 32, 3))
+    packed, whole = (evaluate.plan((name,), weights) for name in ("hessian_packed", "hessian"))
+    both = evaluate.plan(("hessian", "hessian_packed"), weights)
+    assert packed.operations == both.operations == whole.operations
+
+    def copies(plan):
+        return [step for step in plan.program.steps if isinstance(step, Map) and not step.instructions]
+
+    def computed(plan):
+        return [type(step) for step in plan.program.steps if not isinstance(step, Map) or step.instructions]
+
+    assert computed(packed) == computed(both) == computed(whole)
+    assert len(copies(both)) <= len(copies(whole)) + d
+
+
+def test_a_packed_hessian_of_forward_mode_is_what_it_carries():
+    plan = Evaluator(network(2, 32, 64)).plan(("hessian_packed",))
+    assert plan.mode == "forward"
+    assert not any(isinstance(step, Map) and not step.instructions for step in plan.program.steps)
+
+
 @pytest.mark.parametrize(
     ("m", "k", "quantity", "mode"),
     [

@@ -219,7 +219,7 @@ def test_a_hessian_that_is_too_large_is_left_out(monkeypatch):
     f = net.fullyConnectedNN([7, 5, 2], tanhActivation(), dtype=torch.float64)
     monkeypatch.setattr(proof, "MAX_BYTES", 100)
     proven = {row.quantity for row in prove(f) if row.reference == "autograd"}
-    assert proven == set(calculus.QUANTITIES) - {"hessian"}
+    assert proven == set(calculus.QUANTITIES) - {"hessian", "hessian_packed"}
 
 
 class ownLayer(hessQuikLayer):

@@ -1,0 +1,79 @@
+"""Where a model was fitted: how far points are outside its bounds, for service and client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["OUTSIDE", "Domain", "Outside"]
+
+Array = npt.NDArray[np.floating[Any]]
+#: What is done about points outside: nothing, or the request is refused.
+Outside = Literal["allow", "refuse"]
+OUTSIDE: tuple[str, ...] = get_args(Outside)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Domain:
+    """The box between a model's bounds.
+
+    Attributes:
+        lower: Lower bounds (d,), float64.
+        upper: Upper bounds (d,), float64.
+        names: Of the inputs.
+
+    Example:
+        >>> domain = Domain.of({"lower_bounds": [0.0, -1.0], "upper_bounds": [2.0, 1.0]})
+        >>> domain.distance(np.array([[1.0, 1.0], [3.0, 1.1], [0.0, -5.0]]))
+        array([0. , 0.5, 2. ])
+        >>> domain.first_outside(np.array([[1.0, 1.0], [3.0, 1.1]]))
+        (1, 0)
+    """
+
+    lower: npt.NDArray[np.float64]
+    upper: npt.NDArray[np.float64]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any] | None) -> Domain | None:
+        """Return the domain that a model's metadata state, or ``None``: everywhere.
+
+        Args:
+            metadata: With ``lower_bounds``, ``upper_bounds`` and perhaps ``input_names``.
+        """
+        lower, upper = ((metadata or {}).get(name) for name in ("lower_bounds", "upper_bounds"))
+        if lower is None or upper is None:
+            return None
+        names = (metadata or {}).get("input_names") or [f"x{a}" for a in range(len(lower))]
+        return cls(np.array(lower, np.float64), np.array(upper, np.float64), tuple(names))
+
+    def distance(self, x: Array) -> Array:
+        """Return 0 for points within the bounds, else the largest excess over an input's range, (n,).
+
+        A bound counts as it is in the dtype of the points, so that a point on it is inside.
+
+        Args:
+            x: Points (n, d).
+        """
+        lower, upper = self.lower.astype(x.dtype), self.upper.astype(x.dtype)
+        width = np.where(self.upper > self.lower, self.upper - self.lower, 1.0)
+        excess = np.maximum(np.maximum(lower - x, x - upper), 0) / width
+        with np.errstate(over="ignore"):
+            distance: Array = excess.max(axis=-1).astype(x.dtype)
+        return distance
+
+    def first_outside(self, x: Array) -> tuple[int, int] | None:
+        """Return the row and the input of the first number outside, if there is one.
+
+        Args:
+            x: Points (n, d).
+        """
+        is_outside = (x < self.lower.astype(x.dtype)) | (x > self.upper.astype(x.dtype))
+        if not is_outside.any():
+            return None
+        row, a = np.argwhere(is_outside)[0]
+        return int(row), int(a)
