@@ -25,7 +25,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service.assets import ASSETS
-from service.codecs import Question
 from service.core import Core
 from service.devices import resolve_devices
 from service.errors import (
@@ -43,6 +42,7 @@ from service.http import asgi
 from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
 from service.metrics import REFUSED
 from service.node import Node, NodeLike
+from service.question import Question
 from service.repository import Served
 from service.routes import derivatives, health, inference_protocol, models, pages, umbridge
 from service.routes.operation import NATIVE, Dialect, Direct

@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-from service.codecs import Question, Shape
 from service.domain import Domain
 from service.errors import InvalidInput, ReplyTooLarge, ServiceError
 from service.link import Links
 from service.metrics import Metrics
 from service.node import NodeLike
 from service.quantities import floats_per_row, row_shapes
+from service.question import Question, Shape
 from service.repository import Served
 from service.scheduler import BatchKey, End, Job, Limits, LoopClock, Scheduler
 from service.settings import Settings

@@ -428,7 +428,7 @@ class Repository(Table):
             if old is None:
                 self._table.setdefault(file.name, {})[file.version] = new
             facts = await self._workers.load(new.id, data)
-            new.facts = facts
+            new.facts = {**facts, "sha256": new.digest.hex()}
         except LoadError as error:
             new.reason = str(error)
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)

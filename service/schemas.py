@@ -160,6 +160,7 @@ class ModelDetails(Facts):
 
     version: Version
     architecture: dict[str, Any] | None
+    sha256: str | None = Field(None, description="Of the file, as GET …/file has it in Repr-Digest.")
     quantities: list[Quantity]
     dtypes: list[Dtype]
     limits: Limits

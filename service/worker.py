@@ -47,16 +47,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hessquik import Evaluator, HessQuikError, storage
-from hessquik.proof import prove_quickly
+from hessquik import HessQuikError, storage
 from service import wire
 from service.codecs import json_rows
-from service.domain import Domain
+from service.evaluators import TORCH_DTYPES, Evaluators
 from service.quantities import DOMAIN_DISTANCE
 
 __all__ = ["main"]
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: How torch says that memory ran out on a CPU, in an error of no class of its own.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Largest result that is computed only to warm up.
@@ -78,35 +76,19 @@ class Late(Exception):
     """A batch took longer than it may."""
 
 
-class Model:
-    """A network on the worker's device, with an evaluator for each dtype that was asked for.
-
-    Each evaluator's derivatives are compared with automatic differentiation before it is used.
+class Model(Evaluators):
+    """A network on the worker's device.
 
     Attributes:
+        parameters: Their number.
         operation_s: Shortest time per operation that was measured.
     """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
         """Make and prove the evaluator in the network's own dtype."""
-        self.saved = saved
-        self.device = device
-        self.threads = threads
+        super().__init__(saved, device, threads)
         self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
         self.operation_s = 0.0
-        self.domain = Domain.of(saved.metadata)
-        self._evaluators: dict[torch.dtype, Evaluator] = {}
-        self.dtype = self.evaluator(None).dtype
-
-    def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
-        """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
-        if dtype is None or dtype not in self._evaluators:
-            made = Evaluator(self.saved.network, self.device, dtype, self.threads)
-            bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
-            prove_quickly(self.saved.network, *bounds, evaluate=made)
-            self._evaluators[made.dtype] = made
-            return made
-        return self._evaluators[dtype]
 
     def is_quick(self, dtype: torch.dtype) -> bool:
         """Return whether the evaluator is there or soon made."""
@@ -125,25 +107,9 @@ class Model:
                 took_s = (time.perf_counter() - began) / (rows * evaluate.plan(asked).operations)
                 self.operation_s = min(self.operation_s or took_s, took_s)
 
-    def evaluate(
-        self, given: dict[str, wire.Array], dtype: torch.dtype, quantities: list[str], between: Callable[[], None]
-    ) -> dict[str, wire.Array]:
-        """Return the quantities at points."""
-        arrays = {name: torch.from_numpy(array) for name, array in given.items()}
-        computed = [name for name in quantities if name != DOMAIN_DISTANCE]
-        evaluate = self.evaluator(dtype)
-        results: dict[str, wire.Array] = {}
-        if computed:
-            found = evaluate(arrays["inputs"], computed, arrays.get("weights"), arrays.get("directions"), between)
-            results = {name: getattr(found, name).cpu().numpy() for name in computed}
-        if DOMAIN_DISTANCE in quantities:
-            x = given["inputs"]
-            results[DOMAIN_DISTANCE] = np.zeros(len(x), x.dtype) if self.domain is None else self.domain.distance(x)
-        return {name: results[name] for name in quantities}
-
     def plan(self, head: dict[str, Any]) -> dict[str, Any]:
         """Return what a row costs, in operations and in seconds."""
-        evaluate, k = self.evaluator(_DTYPES[head["dtype"]]), head["k"]
+        evaluate, k = self.evaluator(TORCH_DTYPES[head["dtype"]]), head["k"]
         weights = (1, evaluate.m) if head["is_weighted"] else None
         directions = (1, k, evaluate.d) if k else None
         computed = [name for name in head["quantities"] if name != DOMAIN_DISTANCE]
@@ -351,7 +317,7 @@ class Worker:
                 connection.send(*reply)
             case "plan":
                 model = self.models.get(head["model"])
-                if model is None or model.is_quick(_DTYPES[head["dtype"]]):
+                if model is None or model.is_quick(TORCH_DTYPES[head["dtype"]]):
                     self._plan(connection, head)
                 else:
                     self._loads.put(partial(self._plan, connection, head))
@@ -384,7 +350,7 @@ class Worker:
         """Compute; errors that a request may cause become a reply."""
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
-        model, dtype = self.models[head["model"]], _DTYPES[head["dtype"]]
+        model, dtype = self.models[head["model"]], TORCH_DTYPES[head["dtype"]]
         try:
             return {"op": "done"}, model.evaluate(fields, dtype, head["quantities"], self._between)
         except (HessQuikError, MemoryError, RuntimeError, ValueError, Late) as error:

@@ -47,6 +47,7 @@ class LiveServer:
         environment = {f"HESSQUIK_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         arguments = ["serve", str(models), "--port", "0", "--device", "cpu", "--workers", str(workers)]
+        self.models = models
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments],
             env={**os.environ, "PYTHONPATH": path, **environment},

@@ -6,7 +6,9 @@ is an :class:`~service.client.errors.UnexpectedReply`.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -32,9 +34,11 @@ __all__ = [
     "ask",
     "build_request",
     "error_in",
+    "file_request",
     "parse_answer",
     "parse_document",
     "parse_facts",
+    "parse_file",
     "unexpected",
 ]
 
@@ -48,6 +52,8 @@ DTYPES = ("float32", "float64")
 HEADER_BYTES = 4096
 #: Bytes of a description, which repeats the header of a model's file, and of an error.
 DOCUMENT_BYTES = 4 << 20
+#: Bytes of a saved network.
+FILE_BYTES = 512 << 20
 #: Bytes of an answer by a model whose sizes are not known, since it is being loaded.
 UNSEEN_BYTES = 1 << 20
 #: Directions per point where the service does not say how many it takes.
@@ -297,6 +303,24 @@ def parse_answer(reply: Reply, model: str, version: str | None, question: Questi
             wanted = f"{name} as {dtype} {question.shape(name, m)}"
             raise unexpected(reply, f"{wanted}, got {array.dtype} {array.shape}")
     return Answer(model, answered[1], {name: arrays[name] for name in question.quantities})
+
+
+def file_request(model: str, version: str | None) -> Request:
+    """Return the request for a model's file."""
+    target = f"/v1/models/{quote(model, safe='')}/file?{_encode({'version': version})}".rstrip("?")
+    return Request("GET", target, headers={"accept": SAFETENSORS}, most_bytes=FILE_BYTES)
+
+
+def parse_file(reply: Reply) -> bytes:
+    """Return a file whose digest is the one that the reply states.
+
+    Raises:
+        UnexpectedReply: it is not.
+    """
+    digest = b64encode(hashlib.sha256(reply.body).digest()).decode()
+    if reply.headers.get("repr-digest") != f"sha-256=:{digest}:":
+        raise unexpected(reply, "a file with the SHA-256 that Repr-Digest states")
+    return reply.body
 
 
 def parse_document(reply: Reply) -> dict[str, Any]:

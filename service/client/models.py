@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
-from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import numpy.typing as npt
 
@@ -12,6 +12,9 @@ from service.client import progress as bars
 from service.client.messages import Answer, Array, ArrayLike, Question, ask
 from service.client.steps import Conversation, Persistence, Steps
 from service.domain import Outside
+
+if TYPE_CHECKING:
+    from service.client.local import LocalModel
 
 __all__ = ["AsyncModel", "Model", "Options", "RemoteModel"]
 
@@ -166,6 +169,44 @@ def _check_options(options: Options) -> None:
 class Model(RemoteModel[Array, Answer, dict[str, Any]]):
     """A model whose methods block until there is an answer; see :class:`RemoteModel`."""
 
+    def local(self, device: str = "cpu", threads: int = 1) -> LocalModel:
+        """Fetch the served file and return a model with the same methods that computes in this process.
+
+        Args:
+            device: Where to compute, as torch names it.
+            threads: Threads that share a large call, on a CPU.
+
+        Raises:
+            ImportError: torch is not installed.
+            ClientError: the file cannot be fetched.
+        """
+        kind = _local_model()
+        document, data = self._run(self._conversation.fetch())
+        facts = self._conversation.facts
+        assert facts is not None
+        return kind(self._conversation.model, self._url, document, data, facts, device, threads)
+
 
 class AsyncModel(RemoteModel[Awaitable[Array], Awaitable[Answer], Awaitable[dict[str, Any]]]):
     """A model whose methods are awaited; see :class:`RemoteModel`."""
+
+    async def local(self, device: str = "cpu", threads: int = 1) -> LocalModel:
+        """Return what :meth:`Model.local` returns: its methods compute at once and are not awaited."""
+        kind = _local_model()
+        document, data = await self._run(self._conversation.fetch())
+        facts = self._conversation.facts
+        assert facts is not None
+        return kind(self._conversation.model, self._url, document, data, facts, device, threads)
+
+
+def _local_model() -> type[LocalModel]:
+    """Return the class of local models.
+
+    Raises:
+        ImportError: torch is not installed.
+    """
+    try:
+        from service.client.local import LocalModel
+    except ModuleNotFoundError as error:
+        raise ImportError(f"local: expected {error.name}; pip install 'hessquik-service[local]'") from None
+    return LocalModel

@@ -27,9 +27,11 @@ from service.client.messages import (
     Request,
     build_request,
     error_in,
+    file_request,
     parse_answer,
     parse_document,
     parse_facts,
+    parse_file,
     unexpected,
 )
 from service.client.parts import Part, Result, cut
@@ -212,6 +214,13 @@ class Conversation:
         reply = yield from exchange(request, self._persistence, end_s)
         document, self.facts = parse_facts(reply, self.model, self.version)
         return document
+
+    def fetch(self) -> Steps[tuple[dict[str, Any], bytes]]:
+        """Get what the service says of the model now, and the file of that version."""
+        end_s = self._persistence.end_s()
+        document = yield from self.describe(end_s)
+        request = file_request(self.model, str(document["version"]))
+        return document, parse_file((yield from exchange(request, self._persistence, end_s)))
 
     def quantity(self, question: Question, shows_progress: bool) -> Steps[Array]:
         """Answer a question about one quantity."""

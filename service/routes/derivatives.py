@@ -11,11 +11,12 @@ import orjson
 from fastapi import APIRouter, Query
 
 from service import codecs
-from service.codecs import JSON, Question, Shape
+from service.codecs import JSON
 from service.domain import Outside
 from service.http.messages import Cancel, Head, Reply, Request
 from service.json_reader import SHORT_BYTES, read_json, read_long_json
 from service.quantities import QUANTITIES, Quantity
+from service.question import Question, Shape
 from service.repository import Served
 from service.routes.operation import (
     ANY,

@@ -1,17 +1,40 @@
-"""GET /v1/models and /v1/models/{model}; POST …/load and …/unload."""
+"""GET /v1/models, /v1/models/{model} and /v1/models/{model}/file; POST …/load and …/unload."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
-from service.codecs import MAX_DIRECTIONS
+from service import errors
+from service.codecs import SAFETENSORS
 from service.core import Core
+from service.errors import NotReady, ReplyTooLarge
+from service.http.messages import LARGE_BYTES, Cancel, Head, Reply, Request
 from service.quantities import QUANTITIES
+from service.question import MAX_DIRECTIONS
 from service.repository import Served
-from service.routes.operation import ADMIN, ANY, NAMED, CoreOf, ModelName, Strict, VersionQuery, refusals
+from service.routes.operation import (
+    ADMIN,
+    ANY,
+    NAMED,
+    CoreOf,
+    Direct,
+    ModelName,
+    Strict,
+    VersionQuery,
+    read_query,
+    refusals,
+)
 from service.schemas import Loaded, ModelDetails, ModelList, Unloaded
+from service.workers import LoadError
+
+if TYPE_CHECKING:
+    from service.app import Application
 
 __all__ = ["router"]
 
@@ -36,6 +59,7 @@ async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = Non
         **_facts(served),
         "version": str(served.file.version),
         "architecture": served.facts.get("architecture"),
+        "sha256": served.facts.get("sha256"),
         "quantities": list(QUANTITIES),
         "dtypes": ["float32", "float64"],
         "limits": {
@@ -45,6 +69,67 @@ async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = Non
             "reply_bytes": settings.max_reply_bytes,
         },
     }
+
+
+def send_file(application: Application, request: Request) -> Cancel:
+    """The saved network that is served, as it lies in the folder, with its SHA-256 and version in the header."""
+    names, query = request.head.target.asked
+    served = application.core.repository.ready(names["model"], query.get("version"))
+    return application.run(request, _send_file(application, request, served))
+
+
+async def _send_file(application: Application, request: Request, served: Served) -> Reply:
+    most = application.core.settings.max_reply_bytes
+    try:
+        data = await asyncio.get_running_loop().run_in_executor(None, served.file.read)
+    except LoadError as error:
+        raise NotReady(f"the file of this model: {error}") from None
+    if len(data) > most:
+        raise ReplyTooLarge(f"expected a file of at most {most} bytes, got {len(data)}", limit_bytes=most)
+    digest = await asyncio.get_running_loop().run_in_executor(None, hashlib.sha256, data)
+    if digest.hexdigest() != served.facts["sha256"]:
+        raise NotReady("expected the file that is served, the folder has another one that is not loaded yet")
+    if len(data) > LARGE_BYTES:
+        application.budget.take(len(data))
+        request.held_bytes += len(data)
+    name, version = served.file.name, served.file.version
+    headers = [
+        (b"repr-digest", b"sha-256=:%b:" % b64encode(digest.digest())),
+        (b"etag", b'"%b"' % digest.hexdigest().encode()),
+        (b"x-model-version", b"%d" % version),
+        (b"content-disposition", b'attachment; filename="%b"' % f"{name}.safetensors".encode()),
+    ]
+    return Reply(200, SAFETENSORS.encode(), [data], headers)
+
+
+def _read_file_head(
+    application: Application, head: Head, names: Mapping[str, str]
+) -> tuple[Mapping[str, str], dict[str, str]]:
+    return names, read_query(head.query, {"version"})
+
+
+def _file_parameters(model: ModelName, version: VersionQuery = None) -> None:
+    """The parameters of a file."""
+
+
+router.routes.append(
+    Direct(
+        "/v1/models/{model}/file",
+        send_file,
+        _read_file_head,
+        parameters=_file_parameters,
+        methods=["GET"],
+        name="file",
+        operation_id="file",
+        summary="The served file",
+        tags=["models"],
+        response_class=Response,
+        responses={
+            200: {"content": {SAFETENSORS: {"schema": {"type": "string", "format": "binary"}}}},
+            **refusals(*ANY, *NAMED, errors.ReplyTooLarge, errors.NotReady),
+        },
+    )
+)
 
 
 @router.post(

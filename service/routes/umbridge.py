@@ -16,10 +16,10 @@ import orjson
 from fastapi import APIRouter
 
 from service import schemas
-from service.codecs import make_question
 from service.errors import InvalidInput, InvalidOutput, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.json_reader import numbers
+from service.question import make_question
 from service.repository import Served
 from service.routes.operation import Deadline, Dialect, Direct, read_query, with_object
 from service.wire import Array

@@ -1,0 +1,96 @@
+"""A served model in the caller's own process: the same methods, the same numbers, and no trip.
+
+Needs torch, ``pip install 'hessquik-service[local]'``; the rest of the client does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from hessquik import storage
+from service.client.messages import Answer, Array, Facts, Question
+from service.client.models import Model
+from service.client.progress import bar
+from service.client.steps import Conversation, Persistence, Steps, Together
+from service.evaluators import TORCH_DTYPES, Evaluators
+from service.question import Shape, make_question
+
+__all__ = ["LocalModel"]
+
+T = TypeVar("T")
+
+
+class LocalModel(Model):
+    """A model whose file was fetched from a service, evaluated by the engine in this process.
+
+    Methods, arguments, errors and warnings are those of :class:`~service.client.Model`. Questions are checked and cut
+    as for the service, and computed as a worker computes them, so that answers are equal to the last bit on a machine
+    of the same kind. Threads may share it.
+
+    Args:
+        name: The model's name.
+        url: Where it came from.
+        document: The service's description.
+        data: The file.
+        device: Where to compute.
+        threads: Threads that share a large call, on a CPU.
+    """
+
+    def __init__(
+        self, name: str, url: str, document: dict[str, Any], data: bytes, facts: Facts, device: str, threads: int
+    ) -> None:
+        """Read the file, and prove its derivatives."""
+        evaluators = Evaluators(storage.parse(data), torch.device(device), threads)
+        super().__init__(_run, url, name, facts.version, Persistence())
+        self._conversation = _LocalConversation(name, document, facts, evaluators)
+
+
+class _LocalConversation(Conversation):
+    """A conversation whose answers are computed here."""
+
+    def __init__(self, name: str, document: dict[str, Any], facts: Facts, evaluators: Evaluators) -> None:
+        super().__init__(name, facts.version, Persistence())
+        self.facts = facts
+        self._document, self._evaluators = document, evaluators
+        assert facts.d is not None
+        assert facts.m is not None
+        assert facts.dtype is not None
+        self._shape = Shape(facts.d, facts.m, facts.dtype, facts.rows, facts.domain)
+
+    def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
+        """Return what the service said of the model when its file was fetched."""
+        yield from ()
+        return self._document
+
+    def _ask(self, version: str | None, question: Question, facts: Facts | None, end_s: float) -> Steps[Answer]:
+        """Check a question as the service does, and compute the answer."""
+        yield from ()
+        tensors = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
+        given = {name: array for name, array in tensors.items() if array is not None}
+        checked = make_question(given, list(question.quantities), None, question.dtype, self._shape, question.outside)
+        arrays: dict[str, Array] = {}
+        for name in given:
+            array = getattr(checked, name)
+            if array is not None:  # a row for each point, as a batch of the service has them; torch wants it writable
+                rows = np.broadcast_to(array, (question.rows, *array.shape[1:]))
+                arrays[name] = np.require(rows, requirements=["C", "W"])
+        found = self._evaluators.evaluate(arrays, TORCH_DTYPES[checked.dtype], checked.quantities)
+        assert self.version is not None
+        return Answer(self.model, self.version, {name: found[name] for name in question.quantities})
+
+
+def _run(steps: Steps[T]) -> T:
+    """Carry out steps that send nothing; parts of a batch one after the other."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        assert isinstance(step, Together)
+        with bar(step) as advance:
+            for conversation, size in zip(step.conversations, step.sizes, strict=True):
+                _run(conversation)
+                advance(size)

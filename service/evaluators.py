@@ -1,0 +1,78 @@
+"""A saved network with an Evaluator per dtype: what a worker holds, and a client's local model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hessquik import Evaluator, storage
+from hessquik.proof import prove_quickly
+from service.domain import Domain
+from service.quantities import DOMAIN_DISTANCE
+
+__all__ = ["TORCH_DTYPES", "Evaluators"]
+
+Array = npt.NDArray[Any]
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Evaluators:
+    """A network on one device, with an evaluator for each dtype that was asked for.
+
+    Each evaluator's derivatives are compared with automatic differentiation before it is used.
+
+    Args:
+        saved: The network and its metadata.
+        device: Where to compute.
+        threads: Threads that share a large call, on a CPU.
+    """
+
+    def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
+        """Make and prove the evaluator in the network's own dtype."""
+        self.saved = saved
+        self.device = device
+        self.threads = threads
+        self.domain = Domain.of(saved.metadata)
+        self._evaluators: dict[torch.dtype, Evaluator] = {}
+        self.dtype = self.evaluator(None).dtype
+
+    def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
+        """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
+        if dtype is None or dtype not in self._evaluators:
+            made = Evaluator(self.saved.network, self.device, dtype, self.threads)
+            bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
+            prove_quickly(self.saved.network, *bounds, evaluate=made)
+            self._evaluators[made.dtype] = made
+            return made
+        return self._evaluators[dtype]
+
+    def evaluate(
+        self,
+        given: Mapping[str, Array],
+        dtype: torch.dtype,
+        quantities: Sequence[str],
+        between: Callable[[], None] | None = None,
+    ) -> dict[str, Array]:
+        """Return the quantities at points.
+
+        Args:
+            given: ``inputs`` (n, d) and, if wanted, ``weights`` (n, m) and ``directions`` (n, k, d).
+            dtype: What to compute in.
+            quantities: Their names.
+            between: As for :class:`hessquik.Evaluator`.
+        """
+        arrays = {name: torch.from_numpy(array) for name, array in given.items()}
+        computed = [name for name in quantities if name != DOMAIN_DISTANCE]
+        results: dict[str, Array] = {}
+        if computed:
+            evaluate = self.evaluator(dtype)
+            found = evaluate(arrays["inputs"], computed, arrays.get("weights"), arrays.get("directions"), between)
+            results = {name: getattr(found, name).cpu().numpy() for name in computed}
+        if DOMAIN_DISTANCE in quantities:
+            x = given["inputs"]
+            results[DOMAIN_DISTANCE] = np.zeros(len(x), x.dtype) if self.domain is None else self.domain.distance(x)
+        return {name: results[name] for name in quantities}
