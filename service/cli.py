@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
@@ -20,6 +21,9 @@ except ImportError:
 
 from pydantic import ValidationError
 
+if TYPE_CHECKING:
+    from service.client import Client
+
 __all__ = ["main"]
 
 app = typer.Typer(
@@ -27,6 +31,17 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path | None, typer.Argument(help="Folder of the saved networks; models/ if not given.")]
+
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="What the file is to say: description, input_names, output_names, lower_bounds, upper_bounds, "
+        "training.KEY; lists separated by commas; nothing behind = removes an entry.",
+    ),
+]
 
 
 @app.command()
@@ -102,9 +117,11 @@ def convert(
     architecture: Annotated[Path | None, typer.Option(help="JSON that describes a state dict's network.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name, where OUT is a folder.")] = None,
     description: Annotated[str | None, typer.Option(help="A sentence to keep in the file.")] = None,
+    changes: Changes = None,
 ) -> None:
     """Turn a saved network of the original hessQuik library into a file that can be served."""
     from hessquik import HessQuikError, conversion
+    from service.metadata import changed
     from service.repository import NAME, SUFFIX
 
     if out.is_dir():
@@ -114,12 +131,69 @@ def convert(
     if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
         _fail(f"expected a file named like model{SUFFIX}, got {out.name}", status=2)
     try:
-        network = conversion.convert(
-            checkpoint, out, architecture, **({} if description is None else {"description": description})
-        )
-    except (HessQuikError, OSError) as error:
+        metadata = changed({} if description is None else {"description": description}, changes or [])
+        network = conversion.convert(checkpoint, out, architecture, **metadata)
+    except (HessQuikError, OSError, ValueError) as error:
         _fail(str(error), status=1)
     Console().print(f"{out}: {network.dim_input()} inputs, {network.dim_output()} outputs", highlight=False)
+
+
+@app.command()
+def describe(
+    model: Annotated[Path, typer.Argument(help="A saved network.")],
+    changes: Changes = None,
+) -> None:
+    """Show what a file says of its network, and change it with --set."""
+    import json
+
+    from hessquik import HessQuikError, save, storage
+    from service.metadata import changed
+
+    try:
+        saved = storage.parse(model.read_bytes())
+        metadata = changed(saved.metadata, changes or [])
+        if changes:
+            save(saved.network, model, **metadata)
+    except (HessQuikError, OSError, ValueError) as error:
+        _fail(f"{model}: {error}", status=1)
+    sizes = {"d": saved.network.dim_input(), "m": saved.network.dim_output()}
+    print(json.dumps({**sizes, **metadata, "network": saved.architecture}, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(help="A running service, such as http://127.0.0.1:8000.")],
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+) -> None:
+    """Have a running service read a model's files again; the admin key is HESSQUIK_API_KEY."""
+    _administer(url, lambda client: client.load(model))
+
+
+@app.command()
+def unload(
+    url: Annotated[str, typer.Argument(help="A running service, such as http://127.0.0.1:8000.")],
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    version: Annotated[int | None, typer.Option(help="One version; all if not given.")] = None,
+) -> None:
+    """Have a running service drop a model, or one version of it: the next lower one is the default then.
+
+    The admin key is HESSQUIK_API_KEY. The files stay where they are; load brings all versions back.
+    """
+    _administer(url, lambda client: client.unload(model, version))
+
+
+def _administer(url: str, action: Callable[[Client], dict[str, Any]]) -> None:
+    """Have something done by a running service, and print its reply."""
+    import json
+    import os
+
+    from service.client import Client, ClientError
+
+    try:
+        with Client(url, api_key=os.environ.get("HESSQUIK_API_KEY") or None) as client:
+            print(json.dumps(action(client), indent=2))  # noqa: T201
+    except (ClientError, ValueError) as error:
+        _fail(str(error), status=1)
 
 
 @app.command()

@@ -89,13 +89,14 @@ class Core:
         """
         return await self.node.load(name)
 
-    async def unload(self, name: str) -> None:
-        """Stop serving a model until it is loaded again.
+    async def unload(self, name: str, version: int | None = None) -> None:
+        """Stop serving a model, or one of its versions, until it is loaded again.
 
         Raises:
             ModelNotFound: there is no such model.
+            VersionNotFound: it has no such version.
         """
-        await self.node.unload(name)
+        await self.node.unload(name, version)
 
     async def metrics_text(self) -> bytes:
         """Return the metrics of the whole service in Prometheus' text format."""

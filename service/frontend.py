@@ -120,9 +120,9 @@ class RemoteNode:
         served = self.repository.versions(name)
         return [served[version] for version in head["versions"] if version in served]
 
-    async def unload(self, name: str) -> None:
-        """Have the supervisor unload a model; it has told all front ends when this returns."""
-        await self._ask("unload", name=name)
+    async def unload(self, name: str, version: int | None = None) -> None:
+        """Have the supervisor unload a model or a version; it has told all front ends when this returns."""
+        await self._ask("unload", name=name, version=version)
 
     async def metrics_text(self, own: bytes) -> bytes:
         """Return the metrics of all front ends together."""

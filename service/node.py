@@ -65,7 +65,7 @@ class NodeLike(Protocol):
     async def load(self, name: str) -> list[Served]:
         """Load a model from the folder, for everybody."""
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, version: int | None = None) -> None:
         """Stop serving a model, for everybody."""
 
     async def metrics_text(self, own: bytes) -> bytes:
@@ -124,9 +124,9 @@ class Node:
         """Load a model from the folder; see :meth:`Repository.load <service.repository.Repository.load>`."""
         return await self.repository.load(name)
 
-    async def unload(self, name: str) -> None:
-        """Stop serving a model; see :meth:`Repository.unload <service.repository.Repository.unload>`."""
-        self.repository.unload(name)
+    async def unload(self, name: str, version: int | None = None) -> None:
+        """Stop serving a model or a version; see :meth:`Repository.unload <service.repository.Repository.unload>`."""
+        self.repository.unload(name, version)
 
     async def metrics_text(self, own: bytes) -> bytes:
         """Return the metrics: there are no others than ours."""

@@ -304,6 +304,7 @@ class Repository(Table):
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[tuple[str, int], Stamp] = {}
         self._unloaded: dict[str, int] = {}
+        self._left_unloaded: set[tuple[str, int]] = set()
         self._left_out: dict[str, str] = {}
         self._tasks: set[asyncio.Task[list[Served]]] = set()
 
@@ -330,9 +331,15 @@ class Repository(Table):
             ModelNotFound: the folder has no file for this name.
             ModelRefused: a file was refused; what it would have replaced is served on.
         """
+        self._left_unloaded = {one for one in self._left_unloaded if one[0] != name}
+        return await self._load(name)
+
+    async def _load(self, name: str) -> list[Served]:
+        """Load a model's versions but those that were unloaded alone."""
         files = (await self._scan()).get(name)
         if files is None:
             raise ModelNotFound("expected the name of a model that the folder holds")
+        files = [file for file in files if (name, file.version) not in self._left_unloaded]
         self._unloaded.pop(name, None)
         task = asyncio.get_running_loop().create_task(self._load_files(name, files))
         self._tasks.add(task)
@@ -346,13 +353,22 @@ class Repository(Table):
             )
         return loaded
 
-    def unload(self, name: str) -> None:
-        """Stop serving a model until it is loaded again by :meth:`load`; requests that hold it are answered.
+    def unload(self, name: str, version: int | None = None) -> None:
+        """Stop serving a model, or one version, until :meth:`load`; requests that hold it are answered.
 
         Raises:
             ModelNotFound: there is no such model.
+            VersionNotFound: it has no such version.
         """
         versions = self.versions(name)
+        if version is not None and len(versions) > 1:
+            self.get(name, str(version))
+            self._left_unloaded.add((name, version))
+            self.retire(versions.pop(version))
+            logger.info("%s version %d is unloaded", name, version)
+            return
+        if version is not None:
+            self.get(name, str(version))
         self._unloaded[name] = next(self._ids)
         self._drop(name, versions)
         logger.info("%s is unloaded", name)
@@ -361,10 +377,11 @@ class Repository(Table):
         """Load what is new or changed in the folder and drop what is gone; what was unloaded stays so."""
         files = await self._scan()
         stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
-        changed = {name for name, _ in dict(stamps.items() ^ self._seen.items())} - set(self._unloaded)
+        differing = dict(stamps.items() ^ self._seen.items()).keys() - self._left_unloaded
+        changed = {name for name, _ in differing} - set(self._unloaded)
         for name in sorted(changed, key=lambda name: (name in self._table, name)):  # new ones first
             try:
-                await self.load(name)
+                await self._load(name)
             except ModelNotFound:
                 self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name}
                 if name in self._table:

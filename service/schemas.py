@@ -181,10 +181,11 @@ class Loaded(Facts):
 
 
 class Unloaded(BaseModel):
-    """The model is no longer served."""
+    """The model, or one version of it, is no longer served."""
 
     name: str
     state: Literal["unloaded"]
+    version: Version | None = None
 
 
 class Liveness(BaseModel):

@@ -261,7 +261,7 @@ class Supervisor:
                     loaded = await self.node.load(head["name"])
                     reply["versions"] = [served.file.version for served in loaded]
                 case "unload":
-                    await self.node.unload(head["name"])
+                    await self.node.unload(head["name"], head["version"])
                 case _:
                     fields["text"] = await self._metrics()
         except ServiceError as error:

@@ -35,7 +35,7 @@ LAYERS = {
         service.http service.json_reader service.question
         service.evaluators
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
-        service.loadtest service.schemas
+        service.loadtest service.metadata service.schemas
         service.open_inference service.shared
         service.scheduler service.workers
         service.link service.repository

@@ -60,9 +60,10 @@ class _Service(Generic[DocumentT, DocumentsT]):
         """Have a model read from the service's disk again; needs an admin key."""
         return self._run(post(name, "load", self._persistence))  # type: ignore[no-any-return]
 
-    def unload(self, name: str) -> DocumentT:
-        """Have a model dropped; needs an admin key."""
-        return self._run(post(name, "unload", self._persistence))  # type: ignore[no-any-return]
+    def unload(self, name: str, version: int | str | None = None) -> DocumentT:
+        """Have a model dropped, or one version of it, until it is loaded again; needs an admin key."""
+        action = "unload" if version is None else f"unload?version={version}"
+        return self._run(post(name, action, self._persistence))  # type: ignore[no-any-return]
 
     def _run(self, steps: Steps[Any]) -> Any:
         """Carry out steps."""

@@ -6,9 +6,9 @@ import asyncio
 import hashlib
 from base64 import b64encode
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 
 from service import errors
 from service.codecs import SAFETENSORS
@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=Strict)
+
+
+UnloadQuery = Annotated[
+    str | None,
+    Query(description="All versions if not given.", json_schema_extra={"pattern": "^[1-9][0-9]{0,8}$"}),
+]
 
 
 @router.get("", responses=refusals(*ANY), response_model=ModelList, response_model_exclude_unset=True)
@@ -142,11 +148,20 @@ async def load_model(core: CoreOf, model: ModelName) -> Any:
     return {**_summary(core, model), "loaded": attempts}
 
 
-@router.post("/{model}/unload", responses=refusals(*ANY, *ADMIN), response_model=Unloaded)
-async def unload_model(core: CoreOf, model: ModelName) -> Any:
-    """Stop serving a model."""
-    await core.unload(model)
-    return {"name": model, "state": "unloaded"}
+@router.post(
+    "/{model}/unload",
+    responses=refusals(*ANY, *ADMIN, errors.VersionNotFound),
+    response_model=Unloaded,
+    response_model_exclude_unset=True,
+)
+async def unload_model(core: CoreOf, model: ModelName, version: UnloadQuery = None) -> Any:
+    """Stop serving a model, or one version of it: the highest other one is the default then, until the next load."""
+    if version is None:
+        await core.unload(model)
+        return {"name": model, "state": "unloaded"}
+    core.repository.get(model, version)
+    await core.unload(model, int(version))
+    return {"name": model, "state": "unloaded", "version": version}
 
 
 def _summary(core: Core, name: str) -> dict[str, Any]:

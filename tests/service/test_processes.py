@@ -146,6 +146,12 @@ def test_load_unload_and_metrics_act_on_both(server: LiveServer, folder: Path) -
     status, reply = one.call("POST", "/v1/models/net/load", headers=ADMIN)
     assert (status, reply["code"]) == (422, "model_refused")
     (folder / "net" / "2.safetensors").unlink()
+    hessquik.save(network(9), folder / "net" / "2.safetensors")
+    assert one.call("POST", "/v1/models/net/load", headers=ADMIN)[0] == 200
+    assert one.call("POST", "/v1/models/net/unload?version=2", headers=ADMIN)[0] == 200
+    for front in (one, other):
+        assert front.ask()[1]["value"][0] == pytest.approx(value(7), rel=1e-12)
+    (folder / "net" / "2.safetensors").unlink()
     assert one.call("POST", "/v1/models/other/load", headers=ADMIN)[0] == 404
     assert one.call("POST", "/v1/models/net/unload", headers=ADMIN)[0] == 200
     assert [front.ask()[0] for front in (one, other)] == [404, 404]
@@ -156,7 +162,7 @@ def test_load_unload_and_metrics_act_on_both(server: LiveServer, folder: Path) -
     sample = 'hessquik_requests_total{route="/v1/models/{model}/value",status="200"} '
     texts = [front.call("GET", "/metrics")[1] for front in (one, other)]
     counts = [float(text.partition(sample)[2].split("\n")[0]) for text in texts]
-    assert counts == [16.0, 16.0]
+    assert counts == [17.0, 17.0]
     assert all('hessquik_workers{state="ready"} 1.0' in text for text in texts)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import ModelNotFound, ModelRefused, NotReady
+from service.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 from service.repository import ModelFile, Repository, find_files, scan
 from service.workers import LoadError
 
@@ -293,6 +293,38 @@ def test_the_folder_is_followed(tmp_path: Path, repository: Repository, workers:
         put(tmp_path, "b", b"other")
         await repository.follow()
         assert ("b", 1) in served(repository)
+
+    run(work())
+
+
+def test_one_version_that_was_unloaded_stays_so_until_the_model_is_loaded(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        for version in "123":
+            put(tmp_path, f"a/{version}", version.encode())
+        await repository.load_all()
+        assert repository.default("a").file.version == 3
+        repository.unload("a", 3)
+        assert sorted(workers.held.values()) == [b"1", b"2"]
+        assert repository.default("a").file.version == 2
+        with pytest.raises(VersionNotFound):
+            repository.unload("a", 3)
+        loads = len(workers.loads)
+        put(tmp_path, "a/3", b"changed")
+        for _ in range(3):
+            await repository.follow()
+        assert (len(workers.loads), repository.default("a").file.version) == (loads, 2)
+        put(tmp_path, "a/1", b"one")
+        await repository.follow()
+        assert sorted(workers.held.values()) == [b"2", b"one"]
+        await repository.load("a")
+        assert repository.default("a").file.version == 3
+        assert sorted(workers.held.values()) == [b"2", b"changed", b"one"]
+        for version in (3, 2, 1):
+            repository.unload("a", version)
+        assert served(repository) == {}
+        assert workers.held == {}
 
     run(work())
 
