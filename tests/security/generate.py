@@ -155,6 +155,8 @@ def fitting(draw: st.DrawFn, models: list[Model], action: str, quantities: list[
         given["quantities"] = asked
     if not {"jvp", "hvp", "curvature"}.isdisjoint(asked):
         given["directions"] = array(*draw(st.sampled_from([(k, model.d), (n, k, model.d)])))
+    if draw(st.integers(0, 3)) == 0:
+        given["outside"] = "allow"
     if draw(st.booleans()):
         given["dtype"] = draw(st.sampled_from(["float32", "float64"]))
     return model, given
@@ -176,7 +178,9 @@ def questions(draw: st.DrawFn, document: Document, path: str, models: list[Model
     if is_binary:
         arrays = {key: value for key, value in given.items() if isinstance(value, np.ndarray)}
         query = {
-            key: value if key == "dtype" else ",".join(value) for key, value in given.items() if key not in arrays
+            key: value if key in {"dtype", "outside"} else ",".join(value)
+            for key, value in given.items()
+            if key not in arrays
         }
         body = safetensors.numpy.save(arrays)
     elif kind == "allowed":

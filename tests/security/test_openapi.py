@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from hessquik import Evaluator, storage
 from service.app import create_app
-from service.quantities import QUANTITIES
+from service.domain import Domain
+from service.quantities import DOMAIN_DISTANCE, QUANTITIES
 from service.settings import Settings
 from tests.live import LiveServer
 from tests.oracle import derivatives
@@ -50,10 +51,12 @@ class Reference:
     Attributes:
         models: By name.
         evaluators: By name and dtype.
+        domains: By name.
     """
 
     models: list[Model] = field(default_factory=list)
     evaluators: dict[tuple[str, str], Evaluator] = field(default_factory=dict)
+    domains: dict[str, Domain] = field(default_factory=dict)
 
     def answers(self, model: str, given: dict[str, Any], action: str) -> dict[str, Any]:
         """The right answer to a question, an array per quantity."""
@@ -68,8 +71,12 @@ class Reference:
         if {"jvp", "hvp", "curvature"}.isdisjoint(asked):
             directions = None
         is_single = inputs.ndim == 1
-        found = self.evaluators[model, dtype](torch.atleast_2d(inputs), asked, weights, directions)
-        return {name: getattr(found, name).numpy()[0 if is_single else slice(None)] for name in asked}
+        points = torch.atleast_2d(inputs)
+        computed = [name for name in asked if name != DOMAIN_DISTANCE]
+        found = self.evaluators[model, dtype](points, computed, weights, directions) if computed else None
+        arrays = {name: getattr(found, name).numpy() for name in computed}
+        arrays[DOMAIN_DISTANCE] = self.domains[model].distance(points.numpy())
+        return {name: np.asarray(arrays[name][0 if is_single else slice(None)]) for name in asked}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,9 @@ def reference(shipped_models: Path) -> Iterator[Reference]:
         for dtype in (torch.float32, torch.float64):
             found.evaluators[path.stem, str(dtype).removeprefix("torch.")] = Evaluator(saved.network, dtype=dtype)
         evaluate = found.evaluators[path.stem, "float64"]
+        domain = Domain.of(saved.metadata)
+        assert domain is not None
+        found.domains[path.stem] = domain
         found.models.append(Model(path.stem, evaluate.d, evaluate.m, points))
         value, gradient, hessian = derivatives(saved.network.double(), torch.from_numpy(points))
         directions = torch.from_numpy(random_.normal(size=(3, evaluate.d)))
@@ -94,8 +104,9 @@ def reference(shipped_models: Path) -> Iterator[Reference]:
             "hessian_diagonal": hessian.diagonal(0, 1, 2).mT,
             "jvp": torch.einsum("nam,ka->nkm", gradient, directions),
             "hvp": hvp, "curvature": torch.einsum("nkam,ka->nkm", hvp, directions),
+            "hessian_packed": hessian[:, *torch.tril_indices(evaluate.d, evaluate.d)],
         }  # fmt: skip
-        computed = evaluate(torch.from_numpy(points), QUANTITIES, None, directions)
+        computed = evaluate(torch.from_numpy(points), list(truth), None, directions)
         for name, right in truth.items():
             error = float((getattr(computed, name) - right).abs().max() / right.abs().max())
             assert error <= TOLERANCE, (path.stem, name, error)

@@ -1,4 +1,4 @@
-"""``hessquik describe`` and ``convert`` write what a file says; ``load`` and ``unload`` administer a running service."""
+"""``hessquik describe`` and ``hessquik convert`` write what a file says of its network."""
 
 from __future__ import annotations
 
