@@ -1,1 +1,1 @@
-"""What is measured, and how; each module says how to run it."""
+"""Benchmarks; each module says how to run it."""

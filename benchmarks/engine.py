@@ -243,7 +243,7 @@ def quartiles(found: list[float]) -> list[float]:
 
 
 def floors() -> dict[str, float]:
-    """What this machine does at best: operations of a product, and bytes written to memory that is there."""
+    """Return this machine's peak rates: operations of a product, and bytes written to memory in use."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         a, b, c = (torch.randn(512, 512, dtype=dtype) for _ in range(3))

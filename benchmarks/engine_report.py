@@ -1,4 +1,4 @@
-"""What was measured about the engine as a table, a plot, and the figures that it was to reach."""
+"""The engine's measurements as a table, a plot, and a comparison with the wanted figures."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def at_one_point(rows: list[dict[str, Any]]) -> list[str]:
-    """What a call costs that computes nothing."""
+    """Return the time of a call that computes nothing."""
     calls = sorted(row["call_s"] * 1e6 for row in rows)
     return [f"A call on no points takes {calls[0]:.0f}–{calls[-1]:.0f} µs, median {calls[len(calls) // 2]:.0f} µs."]
 

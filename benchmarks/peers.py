@@ -1,4 +1,4 @@
-"""What else computes the same derivatives: the original hessQuik, automatic differentiation in torch and JAX, folx.
+"""Other programs for the same derivatives: the original hessQuik, automatic differentiation in torch and JAX, folx.
 
 A peer is a call on points and directions, in the layout that is its own, and a way to read its answer as ours.
 """
@@ -149,7 +149,7 @@ def of_one_point(f: Callable[[Any], Any], what: str, transforms: Any) -> Callabl
 
 
 def exact(network: NN, what: str, x: Tensor, v: Tensor) -> list[Tensor]:
-    """What is asked by automatic differentiation in float64."""
+    """Return the quantities by automatic differentiation in float64."""
     one = of_one_point(function(network, torch, Tensor.double), what, torch.func)
     out = torch.func.vmap(one, (0, None))(x.double(), v.double())
     return Peer(lambda x, v: None).read(out, what)

@@ -91,7 +91,7 @@ class Server:
             raise NotServing(f"{Path(command[0]).name} does not run: {error.strerror}") from None
 
     def url(self, path: str | None = None) -> str:
-        """Where requests go."""
+        """The address of requests."""
         return f"http://127.0.0.1:{self.port}{self.contender.path if path is None else path}"
 
     def wait_until_serving(self, points: Array) -> Server:
@@ -166,7 +166,7 @@ class Server:
         return used
 
     def has_ended(self) -> bool:
-        """Whether its process is gone."""
+        """Return whether its process is gone."""
         return self._process.poll() is not None
 
     def freeze(self) -> None:

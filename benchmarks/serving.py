@@ -320,7 +320,7 @@ class Benchmark:
         return path
 
     def _load(self, url: str, connections: int, bodies: Path, media_type: str, seconds: float = 0) -> Measured:
-        """What wrk measures.
+        """Return the measurements of wrk.
 
         Raises:
             NotServing: some requests failed, or none were answered.
@@ -403,7 +403,7 @@ def _say(line: str) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures were measured on, in general words."""
+    """Return a description of the machine, in general words."""
     processor = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What was measured about serving as JSON, table and plot."""
+"""The measurements of serving as JSON, table and plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages say of settings, errors and commands, read off the code when they are built.
+"""Tables of settings, errors and commands, read off the code when the pages are built.
 
 A page names a part by ``{{ name }}`` on a line of its own.
 """

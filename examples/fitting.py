@@ -1,4 +1,4 @@
-"""What the training scripts share: exact targets, the fit, the measure of its errors, and the file it is saved in.
+"""Common parts of the training scripts: exact targets, the fit, the measure of its errors, and the saved file.
 
 Every network here is fitted by Hermite interpolation: its values, gradients and Hessians are matched together, in
 float64, by full-batch L-BFGS from a fixed seed on one thread, so that a run gives the same file again.
@@ -65,7 +65,7 @@ class Target:
         return torch.tensor([high for _, high in self.inputs.values()], dtype=torch.float64)
 
     def unit(self, x: Tensor) -> Tensor:
-        """How far the points (n, d) move in each direction when the box is scaled to [−1, 1] and they move by 1."""
+        """Return the derivatives of the points (n, d) by coordinates in which the box is [−1, 1]."""
         lower, upper = self.lower(), self.upper()
         logarithmic = torch.tensor([name in self.logarithmic for name in self.inputs])
         return torch.where(logarithmic, x * torch.log(upper / lower), upper - lower) / 2

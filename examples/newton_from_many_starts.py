@@ -75,7 +75,7 @@ def distinct(points: Array) -> tuple[Array, NDArray[np.intp]]:
 
 
 def kind_of(hessian: Array) -> str:
-    """What a stationary point is, by the signs of the eigenvalues of its Hessian (d, d)."""
+    """Return the kind of a stationary point, by the signs of the eigenvalues of its Hessian (d, d)."""
     eigenvalues = np.linalg.eigvalsh(hessian)
     return "hollow" if eigenvalues[0] > 0 else "hill" if eigenvalues[-1] < 0 else "saddle"
 

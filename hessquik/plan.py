@@ -33,7 +33,7 @@ Mode = type[Backward] | type[Forward]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is asked of a network.
+    """A set of quantities asked of a network, and the form of its arguments.
 
     Attributes:
         quantities: Names.

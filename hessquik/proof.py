@@ -93,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a network is tried at, and what Σⱼ λⱼ fⱼ has to be there.
+    """Points at which a network is tried, with the reference values of Σⱼ λⱼ fⱼ.
 
     Attributes:
         network: The network.
@@ -344,7 +344,7 @@ def _weighted(result: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """How a quantity of Σⱼ λⱼ fⱼ is compared.
+    """A comparison of one quantity of Σⱼ λⱼ fⱼ.
 
     Attributes:
         natural: Takes the result to natural units.

@@ -54,7 +54,7 @@ DTYPES = {"F32": torch.float32, "F64": torch.float64}
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """What a file holds.
+    """The contents of a model file.
 
     Attributes:
         network: The network.

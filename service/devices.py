@@ -1,4 +1,4 @@
-"""Which devices there are, without loading torch into the front."""
+"""Devices of this machine, found without loading torch into the front end."""
 
 from __future__ import annotations
 

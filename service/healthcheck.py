@@ -13,7 +13,7 @@ TIMEOUT_S = 2.0
 
 
 def is_ready(host: str, port: int) -> bool:
-    """Whether ``GET /readyz`` is answered with 200 in time."""
+    """Return whether ``GET /readyz`` is answered with 200 in time."""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")

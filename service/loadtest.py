@@ -48,7 +48,7 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent where.
+    """The requests of a load test, and their address.
 
     Attributes:
         url: Scheme, host and port.
@@ -67,7 +67,7 @@ class Load:
 
 @dataclass
 class Tally:
-    """What came back.
+    """The results of a load test.
 
     Attributes:
         latencies_s: From the first byte sent to the last received, of every right answer.

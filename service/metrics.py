@@ -1,4 +1,4 @@
-"""What is counted, as Prometheus reads it. Label values come from fixed sets only."""
+"""Metrics, as Prometheus reads them. Label values come from fixed sets only."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Replica:
 
 
 def build(settings: dict[str, Any]) -> serve.Application:
-    """What the configuration file imports.
+    """Build the application that the configuration file imports.
 
     Args:
         settings: ``args`` of the configuration file.

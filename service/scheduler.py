@@ -1,4 +1,4 @@
-"""When jobs are computed, and with which others: queue, batches, retries, deadlines.
+"""Scheduling of jobs into batches: queue, batches, retries, deadlines.
 
 Batch while busy: an idle worker takes what waits at once; while all are busy, rows gather. Jobs with the same
 :class:`BatchKey` share a batch; a batch is cut at a cost and a number of bytes, so that a bulk request holds a worker
@@ -107,7 +107,7 @@ class LoopClock:
 
 @dataclass(slots=True, eq=False)
 class BatchKey:
-    """What jobs have in common that may share a batch; one object per combination, compared by identity.
+    """The common properties of jobs that may share a batch; one object per combination, compared by identity.
 
     Attributes:
         model: The workers' number of the network.
@@ -190,7 +190,7 @@ class Job:
 
     @property
     def place(self) -> tuple[float, int, int]:
-        """Where it stands in the queue: by virtual start, then what was not served yet, then by arrival."""
+        """Return the job's order in the queue: by virtual start, then jobs not served yet, then by arrival."""
         return self.start, self.taken, self.order
 
     def receive(self, start: int, rows: int, part: Mapping[str, Any]) -> bool:
@@ -218,7 +218,7 @@ Slice = tuple[Job, int, int]
 
 
 class Batch:
-    """What a worker computes at once.
+    """The jobs that a worker computes at once.
 
     Args:
         key: What its jobs have in common.
@@ -263,7 +263,7 @@ class Batch:
 
     @property
     def place(self) -> tuple[float, int, int]:
-        """Where it stands in the queue, as a retry: where the last of its jobs would."""
+        """Return the order of a retry in the queue: that of the last of its jobs."""
         return max(job.place for job, _, _ in self.slices)
 
     def without_closed(self) -> Batch | None:
@@ -328,7 +328,7 @@ class Observer(Protocol):
 
 
 class Limits(NamedTuple):
-    """What may wait, and where batches are cut.
+    """Limits of the queue and of batches.
 
     Attributes:
         requests: Most jobs that have not ended.

@@ -167,7 +167,7 @@ class ModelDetails(Facts):
 
 
 class Attempt(BaseModel):
-    """How reading one file went."""
+    """The result of reading one file."""
 
     version: Version
     state: State
@@ -195,7 +195,7 @@ class Liveness(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether the service can answer, or why not."""
+    """Readiness of the service, with the reasons if it is not ready."""
 
     ready: bool
     reasons: list[str]
@@ -403,7 +403,7 @@ class ModelMetadata(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether the server can answer."""
+    """Readiness of the server."""
 
     ready: bool
 
@@ -416,7 +416,7 @@ class ModelReady(BaseModel):
 
 
 class IndexRequest(BaseModel):
-    """Which models to list; the body may be empty."""
+    """A choice of models to list; the body may be empty."""
 
     ready: bool | None = None
 

@@ -1,4 +1,4 @@
-"""What one version of a model has answered so far."""
+"""Counts of what one version of a model has answered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ModelStatistics", "Total"]
 
 @dataclass(slots=True)
 class Total:
-    """How often something took place, and how long it took altogether."""
+    """A number of events, and their total duration."""
 
     count: int = 0
     seconds: float = 0.0

@@ -74,7 +74,7 @@ class LiveServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> LiveServer:
@@ -90,7 +90,7 @@ class LiveServer:
         raise AssertionError("not ready in time\n" + "\n".join(self.log))
 
     def is_ready(self) -> bool:
-        """What /readyz says."""
+        """Return whether /readyz answers with 200."""
         try:
             return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
         except httpx.TransportError:

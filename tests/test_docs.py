@@ -36,7 +36,7 @@ PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if "``
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What readers have: the repository's models, to which they add, and its other files."""
+    """Return a folder as readers have it: a copy of the repository's models, and its other files."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "models", folder / "models")
     for name in ("tests", "examples"):
@@ -97,7 +97,7 @@ def test_tables_of_quantities_have_all_of_them(page: str) -> None:
 
 
 def check_shell(text: str) -> None:
-    """Whether a script parses, and its make targets, commands and files exist."""
+    """Check that a script parses, and that its make targets, commands and files exist."""
     subprocess.run(["bash", "-n", "-c", text], check=True)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", text, flags=re.M):

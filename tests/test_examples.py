@@ -28,7 +28,7 @@ NETWORK_ERROR = 5e-3
 
 
 def run(script: str, *arguments: str) -> str:
-    """What a script prints."""
+    """Return what a script prints."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],

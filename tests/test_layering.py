@@ -71,7 +71,7 @@ def sources(package):
 
 
 def imports(path, everywhere=True):
-    """What a file imports: (module, name) pairs; without ``everywhere`` only what it imports when it is loaded."""
+    """Return the imports of a file as (module, name) pairs; without ``everywhere`` only those made on loading."""
     tree = ast.parse(path.read_text())
     delayed = {
         id(inner)

@@ -82,7 +82,7 @@ def bounds(saved: SavedNetwork) -> tuple[Tensor, Tensor]:
 
 
 def unit_steps(name: str, x: Tensor) -> Tensor:
-    """How far x (n, d) moves when the box, on a logarithmic axis where there is one, is scaled to [−1, 1]."""
+    """Return the derivatives of x (n, d) by coordinates in which the box, partly logarithmic, is [−1, 1]."""
     lower, upper = bounds(read(name))
     steps = ((upper - lower) / 2).repeat(len(x), 1)
     for place in range(x.shape[1]):

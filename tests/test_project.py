@@ -1,4 +1,4 @@
-"""What outsiders start from: forms, workflows, the citation and CONTRIBUTING.md are valid and name what exists."""
+"""Forms, workflows, the citation and CONTRIBUTING.md are valid and name what exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make wheels` built: contents, kernels, and use from a clean environment."""
+"""Tests of the files that `make wheels` built: contents, kernels, and use from a clean environment."""
 
 from __future__ import annotations
 

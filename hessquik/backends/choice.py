@@ -1,4 +1,4 @@
-"""Which backends a device has, and plans made ready to run on one."""
+"""Backends of a device, and plans made ready to run on one."""
 
 from __future__ import annotations
 

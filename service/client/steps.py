@@ -92,7 +92,7 @@ Steps = Generator[Send | Pause | Together, Any, T]
 
 @dataclass
 class Persistence:
-    """How long and how often a client tries.
+    """The limits of a call: time and number of tries.
 
     What is tried again: a lost connection, 503 and 504, and a proxy's own 5xx, since evaluating twice does no harm.
     Before retry k = 0, 1, … the client waits a random time up to ``0.05 · 2^k`` seconds, two at most ("full jitter",

@@ -1,4 +1,4 @@
-"""What the client adds to httpx: a time limit for a whole exchange, and a limit of bytes for what is read.
+"""The client's additions to httpx: a time limit for a whole exchange, and a limit of bytes for what is read.
 
 httpx bounds each wait by itself, so that a server that sends a byte now and then could hold a blocking caller for
 ever, and it reads and decompresses whatever comes.

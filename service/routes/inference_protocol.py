@@ -62,7 +62,7 @@ def server_live(application: Application, request: Request) -> Reply:
 
 
 def server_ready(application: Application, request: Request) -> Reply:
-    """Whether the server can evaluate, as /readyz."""
+    """Return the server's readiness, as /readyz does."""
     is_ready = not application.why_not_ready()
     return _reply({"ready": is_ready}, 200 if is_ready else 503)
 

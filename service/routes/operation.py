@@ -1,4 +1,4 @@
-"""What routes are made of: path operations that read the whole request, dialects, and how errors are documented."""
+"""The parts of routes: path operations that read the whole request, dialects, and how errors are documented."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Watched:
             self.errors.append(message.text)
 
     def asked(self, part: str) -> int:
-        """How many requests had this in their URL."""
+        """Return the number of requests with this in their URL."""
         return sum(part in url for url in self.urls)
 
 

@@ -61,7 +61,7 @@ def choose(page: Page, model: str) -> None:
 
 
 def trace(page: Page, name: str) -> dict[str, Any]:
-    """What Plotly was given under a name: its x, y and z."""
+    """Return x, y and z that Plotly was given under a name."""
     found = page.evaluate(
         """(name) => document.getElementById("plot").data.filter((one) => one.name === name)
              .map(({x, y, z}) => ({x, y, z}))""",

@@ -1,1 +1,1 @@
-"""What happens to the numbers while things break."""
+"""Tests of the numbers while parts of the service fail."""

@@ -53,6 +53,6 @@ def busy(start: Start) -> LiveServer:
 
 
 def all_ready(server: LiveServer) -> bool:
-    """Whether every worker computes: none is being started, loads its first models, or was lost."""
+    """Return whether every worker computes: none is being started, loads its first models, or was lost."""
     states = ("starting", "loading", "dead")
     return not any(server.metric(f'hessquik_workers{{state="{state}"}}') for state in states)

@@ -41,7 +41,7 @@ def wait_for(condition: Callable[[], bool], within_s: float = GONE_WITHIN_S) -> 
 
 
 def soak(server: LiveServer, asked: list[Question]) -> tuple[int, int, int, int]:
-    """How much each size grew over the second half of the requests.
+    """Return the growth of each size over the second half of the requests.
 
     The sizes are those of a service that is whole and that nobody is connected to: a worker that comes up between
     the two measurements, or a connection that is still being closed, is no growth.

@@ -27,7 +27,7 @@ def probe(server: LiveServer, path: str) -> int:
 
 
 def answers(server: LiveServer) -> bool:
-    """Whether a question is answered."""
+    """Return whether a question is answered."""
     try:
         return (
             httpx.post(f"{server.url}/v1/models/peaks/value", json={"inputs": [0, 0]}, timeout=1).status_code == 200

@@ -35,7 +35,7 @@ def company(needle: np.ndarray, size: int, kind: str, random_: np.random.Generat
 
 
 async def differing(port: int, count: int, companies: int, seed: int) -> tuple[int, int]:
-    """How many answers there were to compare, and how many bytes of them differ."""
+    """Return the number of answers compared and the number of bytes that differ."""
     random_ = np.random.default_rng(seed)
     connections = [await Connection.open(port) for _ in range(4)]
 

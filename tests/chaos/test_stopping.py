@@ -14,7 +14,7 @@ from tests.whole import Note, choose
 
 
 def accepted_and_answered(server: LiveServer) -> tuple[int, int]:
-    """What the server counted until it ended."""
+    """Return what the server counted until it ended."""
     (match,) = filter(None, (re.fullmatch(r"accepted (\d+), answered (\d+)", line) for line in server.log))
     return int(match[1]), int(match[2])
 

@@ -88,7 +88,7 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
 
 @dataclass
 class Ledger:
-    """What became of the requests; every one is counted once."""
+    """Counts of the requests by how they ended; each is counted once."""
 
     sent: int = 0
     right: int = 0
@@ -106,7 +106,7 @@ class Ledger:
     wrong_answers: list[bytes] = field(default_factory=list)
 
     def balances(self) -> bool:
-        """Whether every request that was sent has one end."""
+        """Return whether every request that was sent has one end."""
         ends = self.right + self.wrong + self.refused + self.failed + self.expired
         return self.sent == ends + self.malformed + self.cancelled + self.closed + self.lost
 

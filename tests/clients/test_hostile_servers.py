@@ -1,4 +1,4 @@
-"""Whatever a server does, a call ends in time, within its memory, with right numbers or a typed error."""
+"""Calls to hostile servers end in time, within their memory, with right numbers or a typed error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ both = pytest.mark.parametrize("kind", [Client, AsyncClient])
 
 
 def call(kind: Kind, url: str, ask: Callable[[Any], Any], **options: Any) -> Any:
-    """What the blocking or the asynchronous client answers."""
+    """Return the answer of the blocking or the asynchronous client."""
     options = {"deadline_s": DEADLINE_S, "retries": 0, **options}
     if kind is Client:
         with Client(url, **options) as client:

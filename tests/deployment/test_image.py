@@ -1,4 +1,4 @@
-"""What the Dockerfile and the compose file promise. ``make image-test`` builds and runs the image itself."""
+"""The promises of the Dockerfile and the compose file. ``make image-test`` builds and runs the image itself."""
 
 from __future__ import annotations
 

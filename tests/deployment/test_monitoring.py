@@ -81,7 +81,7 @@ class Prometheus:
         pytest.fail("Prometheus did not scrape the service")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """What the expression finds now."""
+        """Return what the expression finds now."""
         reply = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}).raise_for_status().json()
         return list(reply["data"]["result"])
 
@@ -106,7 +106,7 @@ def scrape(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def expand(expression: str) -> str:
-    """As Grafana fills in its variables."""
+    """Return an expression with its variables filled in, as Grafana does."""
     return expression.replace("$__rate_interval", RANGE).replace("$instance", ".*")
 
 

@@ -57,7 +57,7 @@ class TwoNodes:
         return self._process.stdout.readline().strip()
 
     def kill_a_node(self) -> None:
-        """As a power cut would."""
+        """Kill all processes of a node at once, as a power cut would."""
         assert self._process.stdin is not None
         self._process.stdin.write("kill\n")
         self._process.stdin.flush()
@@ -120,7 +120,7 @@ def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_mo
 
 
 def rows_by_replica(cluster: TwoNodes, x: np.ndarray) -> set[float]:
-    """How many rows each replica that answers has computed by its own count, after some more than chance needs."""
+    """Return the rows that each replica has computed by its own count, after enough calls to reach all of them."""
     with Client(cluster.url) as client, httpx.Client(base_url=cluster.url) as plain:
         # An odd number of calls, so that no two replicas have computed the same.
         for _ in range(41):

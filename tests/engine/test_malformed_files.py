@@ -115,7 +115,7 @@ def file(header_text, tensors):
 
 
 def is_read_or_refused(data):
-    """Whether a file is refused as it should be; one that is read must be a network that can be saved again."""
+    """Return whether a file is refused; one that is read must be a network that can be saved again."""
     try:
         saved = storage.parse(data)
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""What the original hessQuik 0.0.6 gets wrong, fault by fault.
+"""The faults of the original hessQuik 0.0.6, one test each.
 
 The tests named a to l fail there: shared activations, stale state, ignored options, lost axes and the like.
 """

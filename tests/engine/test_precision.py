@@ -1,4 +1,4 @@
-"""What is computed in float64 is right to float64, whatever dtype the weights are kept in."""
+"""Float64 results are accurate to float64, whatever dtype the weights are kept in."""
 
 import pytest
 import torch

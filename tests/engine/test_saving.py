@@ -1,4 +1,4 @@
-"""What is saved is complete and can be loaded; what could not be loaded is refused before anything is written."""
+"""Saved files can be loaded again; a network that could not be loaded is refused before anything is written."""
 
 import math
 import os

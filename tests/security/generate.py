@@ -42,7 +42,7 @@ class Document(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Model:
-    """What a request has to fit.
+    """The sizes that a request must fit.
 
     Attributes:
         name: The model's.

@@ -22,7 +22,7 @@ ARRAYS = {"inputs": np.arange(6, dtype=np.float64).reshape(2, 3), "weights": np.
 
 
 def feed(data: bytes, pieces: int = 1) -> tuple[list[Any], bool]:
-    """What a reader makes of bytes that come in so many pieces, and whether it refused them."""
+    """Return what a reader makes of bytes that come in so many pieces, and whether it refused them."""
     frames: list[Any] = []
     reader, rest = wire.FrameReader(), memoryview(data)
     while rest:

@@ -68,7 +68,7 @@ def memory(server: LiveServer) -> int:
 
 
 def growth(server: LiveServer) -> int:
-    """How much the service grew over the hostile bodies, each of which has to be refused."""
+    """Return the growth of the service over the hostile bodies, each of which has to be refused."""
     random_, refused = random.Random(18), 0
     good = post(VALUE, b'{"inputs":[0.5,0.5]}')
     for _ in range(20):

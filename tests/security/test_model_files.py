@@ -64,7 +64,7 @@ def mutated(data: bytes, random_: random.Random) -> bytes:
 
 
 def is_same(one: storage.SavedNetwork, other: storage.SavedNetwork) -> bool:
-    """Whether two files hold the same, however they write it."""
+    """Return whether two files hold the same, however they write it."""
     first, second = one.network.state_dict(), other.network.state_dict()
     return (
         one.architecture == other.architecture

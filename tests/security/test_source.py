@@ -1,4 +1,4 @@
-"""What the source must not hold: nothing in the service or the engine can run what it reads."""
+"""Forbidden constructs in the source: nothing in the service or the engine can run what it reads."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SPEED = 1e10
 
 
 class Timer:
-    """What a clock's ``call_at`` returns."""
+    """The handle that a clock's ``call_at`` returns."""
 
     is_cancelled = False
 

@@ -565,7 +565,7 @@ class Transport(asyncio.Transport):
 
 
 class State:
-    """What uvicorn's servers share with their connections."""
+    """The state that uvicorn's servers share with their connections."""
 
     def __init__(self) -> None:
         self.connections: set[Any] = set()
@@ -602,7 +602,7 @@ def connected(application: Any, **changes: Any) -> tuple[Connection, Transport]:
 
 
 def strip(written: bytes) -> bytes:
-    """What was written, without the request's id."""
+    """Return the bytes written, without the request's id."""
     return b"\r\n".join(line for line in written.split(b"\r\n") if not line.startswith(b"x-request-id"))
 
 

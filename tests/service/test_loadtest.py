@@ -47,7 +47,7 @@ def load(url: str, **options: object) -> Load:
 
 
 def body(request: bytes) -> bytes:
-    """What follows the head."""
+    """Return the body, without the head."""
     return request.partition(b"\r\n\r\n")[2]
 
 

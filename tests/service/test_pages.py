@@ -155,6 +155,6 @@ def test_examples_are_answered(openapi: dict[str, Any], server: LiveServer) -> N
 
 
 def is_valid(openapi: dict[str, Any], model: str, instance: Any) -> bool:
-    """Whether an instance fits one of the document's schemas."""
+    """Return whether an instance fits one of the document's schemas."""
     schema = {"$ref": f"#/components/schemas/{model}", "components": openapi["components"]}
     return jsonschema.Draft202012Validator(schema).is_valid(json.loads(json.dumps(instance)))

@@ -86,7 +86,7 @@ def test_no_other_batch_waits_at_a_worker(rows: int, row_cost: float) -> None:
 
 
 def test_results_are_handed_on_in_the_order_of_the_rows() -> None:
-    """As they come, with several workers of which one fails; and not again at the end."""
+    """Results are handed on as they come, with several workers of which one fails; and not again at the end."""
     sim = SimulatedWorkers(workers=3, batch_cost=1e8, looks_ahead=True)
     failures = iter([None, "lost", None, "error"])
     sim.fails = lambda batch: next(failures, None)
@@ -219,7 +219,7 @@ def test_room_is_known_before_a_request_is_read() -> None:
 
 
 def held(sim: SimulatedWorkers) -> list[int]:
-    """What the queue counts, and what it holds."""
+    """Return what the queue counts, and what it holds."""
     queue = sim.scheduler.queue
     lines = [job for line in queue._lines.values() for job in (*line.fresh, *line.begun)]
     return [queue.requests, queue.rows, queue.payload_bytes, len(lines), len(queue._retries)]

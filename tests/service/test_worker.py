@@ -1,4 +1,4 @@
-"""What runs inside a worker process, in this one: threads and sockets, but no process."""
+"""The parts of a worker process, run in this process: threads and sockets, but no process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens when workers die, hang, refuse or are slow: real processes, real signals."""
+"""Workers that die, hang, refuse or are slow: real processes, real signals."""
 
 from __future__ import annotations
 

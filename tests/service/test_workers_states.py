@@ -1,4 +1,4 @@
-"""What is made of workers that die, hang, refuse or cannot be started: simulated processes, a clock that is set."""
+"""Workers that die, hang, refuse or cannot be started: simulated processes, a clock that is set."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_a_model_unloaded_while_it_is_loaded_leaves_nothing(supervised: Callable
 def test_a_model_that_ends_whoever_loads_it_is_refused_and_the_service_goes_on(
     supervised: Callable[..., Supervised],
 ) -> None:
-    """However many there are of them."""
+    """Files that end a worker never count as workers' deaths, however many there are of them."""
     sim = supervised()
     sim.dies_of = set(range(10, 30))
 

@@ -1,4 +1,4 @@
-"""What all vectors share: what one is, bodies that no dialect takes, and what is not there."""
+"""The class of all vectors, bodies that no dialect takes, and names that do not exist."""
 
 from __future__ import annotations
 
