@@ -135,7 +135,7 @@ def _check_domain(inputs: Array, outside: Any, shape: Shape) -> None:
 
 
 def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
-    """What is asked, in canonical order."""
+    """The quantities asked for, in canonical order."""
     if fixed is not None:
         if listed is not None:
             raise _invalid("quantities", "none, the path names one", "some")
