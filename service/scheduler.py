@@ -606,7 +606,7 @@ class Scheduler:
         rest = batch.without_closed()
         if rest is None:
             return
-        if rest.rows > 1:
+        if batch.rows > 1:  # also if one row is left: it has not failed alone
             self.queue.put_again(rest.pieces())
         elif rest.failures + 1 < MAX_FAILURES:
             self.queue.put_again([Batch(rest.key, rest.slices, is_retry=True, failures=rest.failures + 1)])

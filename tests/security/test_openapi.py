@@ -147,7 +147,7 @@ def strict(data: bytes) -> Any:
 
 
 def validators() -> dict[tuple[str, str, str, str], Any]:
-    """Return a validator for each declared reply, by path, method, status and media type; ``None`` for other types."""
+    """Return a validator for each declared reply, by path, method, status and media type; ``None`` for others."""
     return {
         (path, method, status, media_type): jsonschema.Draft202012Validator(
             {**content["schema"], "components": DOCUMENT["components"]}
