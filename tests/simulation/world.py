@@ -1,8 +1,8 @@
 """A world in which everything that the scheduler meets is drawn from one seed: requests, departures, workers, time.
 
 After every event the ledger is checked: each accepted job ends exactly once, by its deadline, with its own numbers
-or with an error that it deserves; the queue's counters equal what waits; closed jobs hold nothing; for what waits there is
-a worker or a timer.
+or with an error that it deserves; the queue's counters equal what waits; closed jobs hold nothing; for what waits
+there is a worker or a timer.
 """
 
 from __future__ import annotations
