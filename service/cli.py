@@ -161,6 +161,61 @@ def describe(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A saved network.")],
+    points: Annotated[Path, typer.Argument(metavar="IN", help="Points: .npy (n, d), .csv or .parquet.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Results: .npy for one quantity, .csv, .parquet, or a new folder.")
+    ],
+    quantities: Annotated[str, typer.Option(help="What to compute, separated by commas.")] = "value",
+    directions: Annotated[Path | None, typer.Option(help="For jvp, hvp and curvature: .npy (k, d).")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of the outputs, separated by commas.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64; the network's own if not given.")] = None,
+    outside: Annotated[str, typer.Option(help="Points outside the bounds: allow or refuse.")] = "allow",
+    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads to compute with, on a CPU.")] = 1,
+) -> None:
+    """Evaluate a saved network at all points of a file, tile by tile, without a server."""
+    import numpy as np
+    import torch
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from hessquik import HessQuikError, storage
+    from service.bulk import Job, evaluate_file
+    from service.domain import OUTSIDE
+    from service.errors import ServiceError
+    from service.evaluators import TORCH_DTYPES, Evaluators
+    from service.quantities import QUANTITIES
+
+    names = tuple(dict.fromkeys(name.strip() for name in quantities.split(",")))
+    if not set(names) <= set(QUANTITIES):
+        _fail(f"--quantities: expected names out of {', '.join(QUANTITIES)}, got {quantities}", status=2)
+    if dtype is not None and dtype not in TORCH_DTYPES:
+        _fail(f"--dtype: expected float32 or float64, got {dtype}", status=2)
+    if outside not in OUTSIDE:
+        _fail(f"--outside: expected {' or '.join(OUTSIDE)}, got {outside}", status=2)
+    if results.exists() and results.is_dir():
+        _fail(f"expected a folder that does not exist yet, {results} is there", status=2)
+    try:
+        given = None if weights is None else np.array([float(weight) for weight in weights.split(",")])
+        v = None if directions is None else np.load(directions, allow_pickle=False)
+        evaluators = Evaluators(storage.parse(model.read_bytes()), torch.device(device), threads)
+        columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("evaluating", total=None)
+            count = evaluate_file(
+                evaluators,
+                points,
+                results,
+                Job(names, dtype, given, v, outside),
+                lambda rows, total: bar.update(task, advance=rows, total=total or None),
+            )
+    except (HessQuikError, ServiceError, OSError, ValueError) as error:
+        _fail(str(error), status=1)
+    Console().print(f"{results}: {count} points", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def load(
     url: Annotated[str, typer.Argument(help="A running service, such as http://127.0.0.1:8000.")],
     model: Annotated[str, typer.Argument(help="The model's name.")],

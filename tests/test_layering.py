@@ -33,7 +33,7 @@ LAYERS = {
         service.domain service.errors service.metrics service.quantities service.statistics service.wire
         service.settings
         service.http service.json_reader service.question
-        service.evaluators
+        service.bulk service.evaluators
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.metadata service.schemas
         service.open_inference service.shared

@@ -4,6 +4,8 @@
     x = casadi.MX.sym("x", 8)
     solver = casadi.nlpsol("solver", "ipopt", {"x": x, "f": f(x)})
 
+Over a horizon, ``RemoteFunction(name, model, points=100)`` takes 100 points, a column each, in one request.
+
 CasADi keeps no reference to a callback: keep the object as long as anything built from it is used.
 """
 
@@ -17,21 +19,22 @@ import numpy as np
 
 from service.client.client import Model
 from service.client.memo import LastPoint
+from service.client.messages import Array
 from service.domain import Outside
 
 __all__ = ["RemoteFunction"]
 
 
 class _Callback(casadi.Callback):
-    """A function of vectors by a table of shapes.
+    """A function of matrices by a table of their sparsities.
 
     Args:
         name: What CasADi calls it.
-        inputs: Shapes by names.
-        outputs: Shapes by names.
+        inputs: Sparsities by names.
+        outputs: Sparsities by names.
     """
 
-    def __init__(self, name: str, inputs: dict[str, tuple[int, int]], outputs: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, name: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         """Construct the function in CasADi."""
         casadi.Callback.__init__(self)
         self._inputs = list(inputs.items())
@@ -55,18 +58,13 @@ class _Callback(casadi.Callback):
         """Name of an output."""
         return self._outputs[i][0]
 
-    def get_sparsity_in(self, i: int) -> casadi.Sparsity:
+    def get_sparsity_in(self, i: int) -> Any:
         """Shape of an input."""
-        return casadi.Sparsity.dense(*self._inputs[i][1])
+        return self._inputs[i][1]
 
-    def get_sparsity_out(self, i: int) -> casadi.Sparsity:
-        """Shape of an output; what is zero has no entries."""
-        name, shape = self._outputs[i]
-        return casadi.Sparsity(*shape) if name in self.zeros() else casadi.Sparsity.dense(*shape)
-
-    def zeros(self) -> frozenset[str]:
-        """Outputs that are zero everywhere."""
-        return frozenset()
+    def get_sparsity_out(self, i: int) -> Any:
+        """Shape of an output, and which of its entries may differ from zero."""
+        return self._outputs[i][1]
 
     def keep(self, part: casadi.Callback) -> casadi.Callback:
         """Hold a derivative function as long as this one lives."""
@@ -75,34 +73,54 @@ class _Callback(casadi.Callback):
 
 
 class RemoteFunction(_Callback):
-    """f: (d) → (m), computed by the service in float64.
+    """f: (d, n) → (m, n), a point per column, computed by the service in float64; all points in one request.
 
     Args:
         name: What CasADi calls it.
         model: The model, which is asked for its sizes at once.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
+        points: Number n of points.
     """
 
-    def __init__(self, name: str, model: Model, outside: Outside | None = None) -> None:
+    def __init__(self, name: str, model: Model, outside: Outside | None = None, points: int = 1) -> None:
         """Ask for the sizes and construct the function."""
         model = model.with_options(outside=outside)
         facts = model.describe()
         self.model = model
-        self.d, self.m = int(facts["d"]), int(facts["m"])
+        self.n, self.d, self.m = points, int(facts["d"]), int(facts["m"])
         self.at = LastPoint(model, ("value", "gradient"))
-        super().__init__(name, {"x": (self.d, 1)}, {"y": (self.m, 1)})
+        self.x, self.y = casadi.Sparsity.dense(self.d, points), casadi.Sparsity.dense(self.m, points)
+        super().__init__(name, {"x": self.x}, {"y": self.y})
+
+    def blocks(self, rows: int, columns: int) -> casadi.Sparsity:
+        """Return the sparsity of a derivative: a block for each point, since no point depends on another."""
+        return casadi.diagcat(*[casadi.Sparsity.dense(rows, columns)] * self.n)
 
     def eval(self, arguments: Sequence[casadi.DM]) -> list[casadi.DM]:
-        """f(x)."""
-        return [casadi.DM(self.at(_vector(arguments[0]))["value"])]
+        """Return f at every column."""
+        return [casadi.DM(self.at(_points(arguments[0]))["value"].T)]
 
     def has_jacobian(self) -> bool:
         """Always."""
         return True
 
     def get_jacobian(self, name: str, inputs: Sequence[str], outputs: Sequence[str], options: Any) -> casadi.Function:
-        """J, (m, d), of x and the value there."""
+        """J, (m n, d n), of x and the value there."""
         return self.keep(_Jacobian(name, inputs, outputs, self))
+
+    def has_jac_sparsity(self, output: int, argument: int) -> bool:
+        """Known: no point depends on another."""
+        return True
+
+    def get_jac_sparsity(self, output: int, argument: int, symmetric: bool) -> casadi.Sparsity:
+        """Return the blocks of J."""
+        return self.blocks(self.m, self.d)
+
+    def second(self, argument: int) -> casadi.Sparsity:
+        """Return the sparsity of x̄'s derivative with respect to x, y or ȳ."""
+        if argument == 1:
+            return casadi.Sparsity(self.d * self.n, self.m * self.n)
+        return self.blocks(self.d, self.d if argument == 0 else self.m)
 
     def has_reverse(self, count: int) -> bool:
         """One adjoint at a time."""
@@ -115,18 +133,22 @@ class RemoteFunction(_Callback):
         return self.keep(_Reverse(name, inputs, outputs, self))
 
 
+# The entries of a block-diagonal matrix lie in CasADi's memory block by block, column by column.
+
+
 class _Jacobian(_Callback):
     """J = ∂f/∂x."""
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function
-        shapes = ((function.d, 1), (function.m, 1))
+        blocks = function.blocks(function.m, function.d)
         super().__init__(
-            name, dict(zip(inputs, shapes, strict=True)), dict.fromkeys(outputs, (function.m, function.d))
+            name, dict(zip(inputs, (function.x, function.y), strict=True)), dict.fromkeys(outputs, blocks)
         )
 
     def eval(self, arguments: Sequence[casadi.DM]) -> list[casadi.DM]:
-        return [casadi.DM(self._function.at(_vector(arguments[0]))["gradient"].T)]
+        gradient = self._function.at(_points(arguments[0]))["gradient"]
+        return [casadi.DM(self._outputs[0][1], gradient.ravel())]
 
 
 class _Reverse(_Callback):
@@ -134,12 +156,18 @@ class _Reverse(_Callback):
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function
-        shapes = ((function.d, 1), (function.m, 1), (function.m, 1))
-        super().__init__(name, dict(zip(inputs, shapes, strict=True)), dict.fromkeys(outputs, (function.d, 1)))
+        shapes = (function.x, function.y, function.y)
+        super().__init__(name, dict(zip(inputs, shapes, strict=True)), dict.fromkeys(outputs, function.x))
+
+    def has_jac_sparsity(self, output: int, argument: int) -> bool:
+        return True
+
+    def get_jac_sparsity(self, output: int, argument: int, symmetric: bool) -> casadi.Sparsity:
+        return self._function.second(argument)
 
     def eval(self, arguments: Sequence[casadi.DM]) -> list[casadi.DM]:
-        gradient = self._function.at(_vector(arguments[0]))["gradient"]
-        return [casadi.DM(gradient @ _vector(arguments[2]))]
+        gradient = self._function.at(_points(arguments[0]))["gradient"]
+        return [casadi.DM(np.einsum("naj,nj->an", gradient, _points(arguments[2])))]
 
     def has_jacobian(self) -> bool:
         return True
@@ -153,24 +181,29 @@ class _ReverseJacobian(_Callback):
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function
-        d, m = function.d, function.m
-        blocks = ((d, d), (d, m), (d, m))
+        blocks = map(function.second, range(3))
         super().__init__(
             name,
-            dict(zip(inputs, ((d, 1), (m, 1), (m, 1), (d, 1)), strict=True)),
+            dict(zip(inputs, (function.x, function.y, function.y, function.x), strict=True)),
             dict(zip(outputs, blocks, strict=True)),
         )
 
-    def zeros(self) -> frozenset[str]:
-        return frozenset({self._outputs[1][0]})
-
     def eval(self, arguments: Sequence[casadi.DM]) -> list[casadi.DM]:
-        x, adjoint = _vector(arguments[0]), _vector(arguments[2])
-        hessian = self._function.model.hessian(x, weights=adjoint, dtype=np.float64)[..., 0]
-        gradient = self._function.at(x)["gradient"]
-        return [casadi.DM(hessian), casadi.DM(*self._outputs[1][1]), casadi.DM(gradient)]
+        x, adjoint = _points(arguments[0]), _points(arguments[2])
+        packed = self._function.model.hessian_packed(x, weights=adjoint, dtype=np.float64)[..., 0]
+        d = self._function.d
+        hessian = np.empty((len(x), d, d))
+        a, b = np.tril_indices(d)
+        hessian[:, a, b] = hessian[:, b, a] = packed
+        transposed = self._function.at(x)["gradient"].transpose(0, 2, 1)
+        sparsities = [sparsity for _, sparsity in self._outputs]
+        return [
+            casadi.DM(sparsities[0], hessian.ravel()),
+            casadi.DM(sparsities[1]),
+            casadi.DM(sparsities[2], transposed.ravel()),
+        ]
 
 
-def _vector(matrix: casadi.DM) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A column as a vector."""
-    return np.asarray(matrix.full(), dtype=np.float64)[:, 0]
+def _points(matrix: casadi.DM) -> Array:
+    """Return the columns of a matrix as points, (n, d)."""
+    return np.ascontiguousarray(matrix.full().T, dtype=np.float64)

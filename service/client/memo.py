@@ -13,7 +13,7 @@ __all__ = ["LastPoint"]
 
 
 class LastPoint:
-    """A model's answers at one point at a time, in float64; asking again at the same point costs nothing.
+    """A model's answers at one point, or one batch, at a time, in float64; asking for the same again costs nothing.
 
     Args:
         model: The model.
@@ -30,7 +30,7 @@ class LastPoint:
         self._last: tuple[Array, Answer] | None = None
 
     def __call__(self, x: ArrayLike) -> Answer:
-        """The answer at a point, (d,)."""
+        """The answer at a point, (d,), or at a batch, (n, d)."""
         point = np.array(x, dtype=np.float64)
         last = self._last
         if last is None or not np.array_equal(last[0], point):

@@ -1,0 +1,330 @@
+"""``hessquik evaluate``: a saved network at the points of a file, tile by tile, into another file; any size.
+
+Points are rows of ``.npy``, ``.csv`` or ``.parquet``; so are results. A tile is read and written at a time, so that
+memory does not grow with the file. The result appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import InvalidInput, OutsideDomain
+from service.evaluators import TORCH_DTYPES, Evaluators
+from service.quantities import AXES, floats_per_row, row_shapes
+from service.question import DTYPES, Shape, make_question
+
+__all__ = ["FORMATS", "Job", "evaluate_file"]
+
+Array = npt.NDArray[Any]
+FORMATS = (".npy", ".csv", ".parquet")
+#: Bytes of a tile's results, and its most rows.
+TILE_BYTES, TILE_ROWS = 8 << 20, 1 << 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of every point.
+
+    Attributes:
+        quantities: Their names.
+        dtype: ``float32`` or ``float64``; ``None`` is the network's own.
+        weights: (m,) or ``None``.
+        directions: (k, d) or ``None``.
+        outside: ``allow`` or ``refuse`` points outside the bounds.
+    """
+
+    quantities: tuple[str, ...]
+    dtype: str | None = None
+    weights: Array | None = None
+    directions: Array | None = None
+    outside: str = "allow"
+
+
+class _Writer(Protocol):
+    def write(self, results: dict[str, Array]) -> None:
+        """Write a tile's results."""
+
+    def close(self) -> None:
+        """End the file."""
+
+
+def evaluate_file(
+    evaluators: Evaluators, source: Path, target: Path, job: Job, advance: Callable[[int, int], None]
+) -> int:
+    """Evaluate a network at all points of a file.
+
+    Args:
+        evaluators: The network.
+        source: Points: ``.npy`` (n, d), or ``.csv`` or ``.parquet`` with a column per input, found by the inputs'
+            names where the file has them all, else in order.
+        target: Results: ``.npy`` for one quantity; ``.csv`` or ``.parquet`` with a column per number, such as
+            ``gradient[x,f]``; or a folder for a ``.npy`` per quantity.
+        job: What is asked.
+        advance: Called after each tile with the points in it and in the whole file, 0 if that is not known.
+
+    Returns:
+        The number of points.
+
+    Raises:
+        ValueError: a file is not of a known kind, or has other columns than the network.
+        InvalidInput: a point, or what is asked, does not fit; ``row`` counts from the file's first point.
+        OutsideDomain: a point is outside the bounds, and that is refused.
+    """
+    evaluate = evaluators.evaluator(None)
+    dtype = job.dtype or str(evaluators.dtype).removeprefix("torch.")
+    shape = Shape(evaluate.d, evaluate.m, dtype, TILE_ROWS, evaluators.domain, job.outside)
+    k = 0 if job.directions is None else len(job.directions)
+    sizes = (job.quantities, evaluate.d, evaluate.m, k, job.weights is not None)
+    row_bytes = floats_per_row(*sizes) * DTYPES[dtype].itemsize
+    rows = max(1, min(TILE_ROWS // max(1, k), TILE_BYTES // max(1, row_bytes)))
+    names = evaluators.saved.metadata.get("input_names") or [f"x{a}" for a in range(evaluate.d)]
+    outputs = evaluators.saved.metadata.get("output_names") or [f"f{j}" for j in range(evaluate.m)]
+    tiles, total = _read(source, rows, evaluate.d, names)
+    letters = {"d": names, "m": ["f"] if job.weights is not None else outputs}
+    partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    done = 0
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(closing(tiles))
+            shapes = dict(zip(job.quantities, row_shapes(*sizes), strict=True))
+            writer = _writer(partial, target, shapes, letters, dtype)
+            stack.callback(writer.close)
+            for points in tiles:
+                given = {"inputs": points, "weights": job.weights, "directions": job.directions}
+                arrays = {name: array for name, array in given.items() if array is not None}
+                try:
+                    question = make_question(arrays, list(job.quantities), None, dtype, shape)
+                except (InvalidInput, OutsideDomain) as error:
+                    raise _counted_from_the_start(error, done) from None
+                asked = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
+                arrays = {
+                    name: np.require(np.broadcast_to(array, (len(points), *array.shape[1:])), requirements=["C", "W"])
+                    for name, array in asked.items()
+                    if array is not None
+                }
+                writer.write(evaluators.evaluate(arrays, TORCH_DTYPES[dtype], job.quantities))
+                done += len(points)
+                advance(len(points), total)
+        partial.replace(target)
+    finally:
+        _remove(partial)
+    return done
+
+
+def _counted_from_the_start(error: InvalidInput | OutsideDomain, done: int) -> InvalidInput | OutsideDomain:
+    """Return an error about a tile's row as one about the file's."""
+    row = error.extra.get("row")
+    if row is None:
+        return error
+    detail = error.detail.replace(f"row {row}:", f"row {row + done}:", 1)
+    return type(error)(detail, **{**error.extra, "row": row + done})
+
+
+# Reading.
+
+
+def _read(source: Path, rows: int, d: int, names: Sequence[str]) -> tuple[Any, int]:
+    """Return an iterator over a file's points, so many at a time, and their number, 0 if that is not known."""
+    match source.suffix:
+        case ".npy":
+            array = np.load(source, mmap_mode="r", allow_pickle=False)
+            if array.ndim != 2 or array.shape[1] != d or array.dtype.kind not in "iuf":
+                raise ValueError(f"{source}: expected numbers of shape (n, {d}), got {array.dtype} {array.shape}")
+            return _rows_of(array, rows), len(array)
+        case ".csv":
+            return _rows_of_csv(source, rows, d, names), 0
+        case ".parquet":
+            return _rows_of_parquet(source, rows, d, names)
+    raise ValueError(f"{source}: expected a file of points that ends in {', '.join(FORMATS)}")
+
+
+def _rows_of(array: Array, rows: int) -> Iterator[Array]:
+    for start in range(0, len(array), rows):
+        part = np.array(array[start : start + rows])
+        yield part if part.dtype == np.float32 else part.astype(np.float64)
+
+
+def _rows_of_csv(source: Path, rows: int, d: int, names: Sequence[str]) -> Iterator[Array]:
+    with source.open(newline="") as file:
+        reader = csv.reader(file)
+        first = next(reader, None)
+        if first is None:
+            return
+        columns = None if _are_numbers(first) else _columns(source, [name.strip() for name in first], d, names)
+        waiting = [first] if columns is None else []
+        line = 1 if columns is None else 2
+        while lines := [*waiting, *islice(reader, rows - len(waiting))]:
+            waiting = []
+            yield np.array([_numbers(source, line + i, row, columns, d) for i, row in enumerate(lines)], np.float64)
+            line += len(lines)
+
+
+def _are_numbers(row: Sequence[str]) -> bool:
+    try:
+        return bool([float(entry) for entry in row])
+    except ValueError:
+        return False
+
+
+def _numbers(source: Path, line: int, row: Sequence[str], columns: Sequence[int] | None, d: int) -> list[float]:
+    try:
+        numbers = [float(entry) for entry in (row if columns is None else [row[column] for column in columns])]
+    except (ValueError, IndexError):
+        raise ValueError(f"{source}, line {line}: expected {d} numbers, got {','.join(row)[:60]!r}") from None
+    if len(numbers) != d:
+        raise ValueError(f"{source}, line {line}: expected {d} numbers, got {len(numbers)}")
+    return numbers
+
+
+def _columns(source: Path, found: Sequence[str], d: int, names: Sequence[str]) -> list[int]:
+    """Return where the inputs are: by their names if all are there, else in order."""
+    if set(names) <= set(found):
+        return [list(found).index(name) for name in names]
+    if len(found) != d:
+        raise ValueError(f"{source}: expected the columns {', '.join(names)}, got {', '.join(found)}")
+    return list(range(d))
+
+
+def _rows_of_parquet(source: Path, rows: int, d: int, names: Sequence[str]) -> tuple[Iterator[Array], int]:
+    file = _pyarrow()[0].ParquetFile(source)
+    found = file.schema_arrow.names
+    chosen = [found[column] for column in _columns(source, found, d, names)]
+
+    def read() -> Iterator[Array]:
+        with file:
+            for batch in file.iter_batches(batch_size=rows, columns=chosen):
+                columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in chosen]
+                yield np.stack(columns, axis=1).astype(np.float64)
+
+    return read(), file.metadata.num_rows
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    """Return the modules ``pyarrow.parquet`` and ``pyarrow``."""
+    try:
+        return import_module("pyarrow.parquet"), import_module("pyarrow")
+    except ImportError:
+        raise ValueError("parquet: expected the package pyarrow; pip install 'hessquik-service[parquet]'") from None
+
+
+# Writing.
+
+
+def _writer(
+    partial: Path,
+    target: Path,
+    shapes: dict[str, tuple[int, ...]],
+    letters: dict[str, Sequence[str]],
+    dtype: str,
+) -> _Writer:
+    match target.suffix:
+        case ".npy" if len(shapes) == 1:
+            return _Npy({next(iter(shapes)): partial}, shapes, dtype)
+        case ".npy":
+            raise ValueError(f"{target}: expected a folder, or .csv or .parquet, for {len(shapes)} quantities")
+        case "":
+            partial.mkdir()
+            return _Npy({name: partial / f"{name}.npy" for name in shapes}, shapes, dtype)
+        case ".csv":
+            return _Csv(partial, _labels(shapes, letters))
+        case ".parquet":
+            return _Parquet(partial, _labels(shapes, letters), dtype)
+    raise ValueError(f"{target}: expected a folder, or a file that ends in {', '.join(FORMATS)}")
+
+
+def _labels(shapes: dict[str, tuple[int, ...]], letters: dict[str, Sequence[str]]) -> list[str]:
+    """Return the names of a row's numbers, such as ``gradient[x,f]``; indices where there are no names."""
+    labels = []
+    for name, shape in shapes.items():
+        axes = [
+            letters.get(axis) or [str(i) for i in range(extent)]
+            for axis, extent in zip(AXES[name], shape, strict=True)
+        ]
+        labels += [f"{name}[{','.join(entry)}]" if entry else name for entry in product(*axes)]
+    return labels
+
+
+def _flat(results: dict[str, Array]) -> Array:
+    """Return a tile's results side by side, (rows, numbers)."""
+    return np.concatenate([array.reshape(len(array), -1) for array in results.values()], axis=1)
+
+
+class _Npy:
+    """Arrays that grow, one file each: the header has room for any number of rows."""
+
+    def __init__(self, paths: dict[str, Path], shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+        self._shapes, self._dtype, self._rows = shapes, dtype, 0
+        self._files = {name: path.open("w+b") for name, path in paths.items()}
+        self._write_headers(2**62)
+        self._starts = {name: file.tell() for name, file in self._files.items()}
+
+    def write(self, results: dict[str, Array]) -> None:
+        for name, array in results.items():
+            self._files[name].write(np.ascontiguousarray(array).data)
+        self._rows += len(next(iter(results.values())))
+
+    def close(self) -> None:
+        self._write_headers(self._rows)
+        for file in self._files.values():
+            file.close()
+
+    def _write_headers(self, rows: int) -> None:
+        for name, file in self._files.items():
+            file.seek(0)
+            descr = np.dtype(self._dtype).newbyteorder("=").str
+            text = repr({"descr": descr, "fortran_order": False, "shape": (rows, *self._shapes[name])})
+            length = 246  # as long for any number of rows; with the ten bytes before it, a multiple of 64
+            file.write(b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n")
+
+
+class _Csv:
+    """Text with a line of names; every number has the shortest form that reads back as the same."""
+
+    def __init__(self, path: Path, labels: Sequence[str]) -> None:
+        self._file = path.open("w", newline="")
+        self._csv = csv.writer(self._file)
+        self._csv.writerow(labels)
+
+    def write(self, results: dict[str, Array]) -> None:
+        self._csv.writerows(_flat(results).tolist())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parquet:
+    """A column per number, a row group per tile."""
+
+    def __init__(self, path: Path, labels: Sequence[str], dtype: str) -> None:
+        parquet, self._arrow = _pyarrow()
+        kind = self._arrow.from_numpy_dtype(np.dtype(dtype))
+        self._schema = self._arrow.schema([(label, kind) for label in labels])
+        self._writer = parquet.ParquetWriter(path, self._schema)
+
+    def write(self, results: dict[str, Array]) -> None:
+        columns = [self._arrow.array(column) for column in _flat(results).T]
+        self._writer.write_table(self._arrow.table(columns, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _remove(path: Path) -> None:
+    """Remove what was written in part, if it is there."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
