@@ -2,8 +2,9 @@
 
 Layers and networks are in :mod:`hessquik.layers` and :mod:`hessquik.networks`, activations in
 :mod:`hessquik.activations`; :class:`Evaluator` is the fast way to evaluate one, :func:`save` and :func:`load` keep
-it in a file. The names below are imported when they are first used, so that ``hessquik.quantities``, which needs the
-standard library alone, can be imported where there is no torch.
+it in a file; :func:`from_torch`, :func:`from_onnx` and :func:`from_sklearn` bring networks of other libraries. The
+names below are imported when they are first used, so that ``hessquik.quantities``, which needs the standard library
+alone, can be imported where there is no torch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
         HessQuikError,
         OrderError,
         ShapeError,
+        UnsupportedError,
     )
     from hessquik.evaluator import Evaluator
+    from hessquik.importing import from_onnx, from_sklearn, from_torch
     from hessquik.storage import load, save
 
 __all__ = [
@@ -35,11 +38,23 @@ __all__ = [
     "HessQuikError",
     "OrderError",
     "ShapeError",
+    "UnsupportedError",
+    "from_onnx",
+    "from_sklearn",
+    "from_torch",
     "load",
     "save",
 ]
 
-_MODULES = {"Derivatives": "calculus", "Evaluator": "evaluator", "load": "storage", "save": "storage"}
+_MODULES = {
+    "Derivatives": "calculus",
+    "Evaluator": "evaluator",
+    "from_onnx": "importing",
+    "from_sklearn": "importing",
+    "from_torch": "importing",
+    "load": "storage",
+    "save": "storage",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,21 +19,29 @@ from torch import Tensor, nn
 
 import hessquik.original
 from hessquik.errors import OrderError
+from hessquik.expressions import Formula, differentiate, fault
 
 __all__ = [
     "ACTIVATIONS",
     "antiTanhActivation",
     "arctanActivation",
+    "eluActivation",
     "expActivation",
+    "expressionActivation",
     "gaussianActivation",
     "geluActivation",
+    "geluTanhActivation",
     "hessQuikActivationFunction",
     "identityActivation",
+    "kinks",
+    "mishActivation",
     "quadraticActivation",
+    "reluActivation",
     "sigmoidActivation",
     "siluActivation",
     "sinActivation",
     "softplusActivation",
+    "softsignActivation",
     "tanhActivation",
 ]
 
@@ -63,6 +71,11 @@ class hessQuikActivationFunction(nn.Module):
 
     #: Constructor arguments, by name: what a saved file needs to build the object again.
     parameter_names: tuple[str, ...] = ()
+
+    @property
+    def continuous_derivatives(self) -> float:
+        """Number of continuous derivatives that σ has; 2 are enough for a Hessian without jumps."""
+        return math.inf
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return σ(x) and the tensors that :meth:`compute_derivatives` needs, all shaped like ``x``."""
@@ -190,6 +203,45 @@ class arctanActivation(hessQuikActivationFunction):
         return dsigma, -2 * (x * dsigma) * dsigma if do_Hessian else None
 
 
+class eluActivation(hessQuikActivationFunction):
+    """Exponential linear unit: σ(x) = x for x > 0, α(exp x − 1) else.
+
+    σ' = 1 and σ'' = 0 for x > 0, both α exp x else: σ'' jumps at 0, and so does σ' unless α = 1. Source: Clevert,
+    Unterthiner & Hochreiter 2015 (arXiv:1511.07289).
+
+    Args:
+        alpha: α.
+
+    Example:
+        >>> import torch
+        >>> [round(part.item(), 4) for part in eluActivation().jet(torch.tensor(-1.0), 2)]
+        [-0.6321, 0.3679, 0.3679]
+    """
+
+    parameter_names = ("alpha",)
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        """Keep α."""
+        super().__init__()
+        self.alpha = alpha
+
+    @property
+    def continuous_derivatives(self) -> float:
+        """1 if α = 1, else 0."""
+        return 1 if self.alpha == 1 else 0
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ from x; the exponential never overflows."""
+        return torch.where(x > 0, x, self.alpha * torch.expm1(x.clamp(max=0.0))), (x,)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x."""
+        (x,) = args
+        slope = self.alpha * torch.exp(x.clamp(max=0.0))
+        dsigma = torch.where(x > 0, 1.0, slope)
+        return dsigma, torch.where(x > 0, 0.0, slope) if do_Hessian else None
+
+
 class expActivation(hessQuikActivationFunction):
     """σ(x) = σ' = σ'' = exp x, which is ∞ beyond 88 in float32 and beyond 709 in float64.
 
@@ -207,6 +259,47 @@ class expActivation(hessQuikActivationFunction):
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
         """σ twice."""
         return args[0], args[0] if do_Hessian else None
+
+
+class expressionActivation(hessQuikActivationFunction):
+    """σ as a formula: whatever :mod:`hessquik.expressions` can say, with σ' and σ'' by the chain rule.
+
+    Args:
+        formula: ``"z"``, a number, or a list that begins with an operation; that of SiLU if not given.
+
+    Raises:
+        ValueError: it is no formula.
+
+    Example:
+        >>> import torch
+        >>> act = expressionActivation(["mul", "z", ["sin", "z"]])
+        >>> [round(part.item(), 4) for part in act.jet(torch.tensor(1.0), 2)]
+        [0.8415, 1.3818, 0.2391]
+    """
+
+    parameter_names = ("formula",)
+
+    def __init__(self, formula: Formula = ("mul", "z", ("sigmoid", "z"))) -> None:
+        """Check the formula and keep it."""
+        super().__init__()
+        if wrong := fault(formula):
+            raise ValueError(wrong)
+        self.formula = formula
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ from x."""
+        return _as_tensor(differentiate(self.formula, x)[0], x), (x,)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x."""
+        (x,) = args
+        _, dsigma, d2sigma = differentiate(self.formula, x)
+        return _as_tensor(dsigma, x), _as_tensor(d2sigma, x) if do_Hessian else None
+
+
+def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a number as a tensor."""
+    return value * torch.ones_like(like) if isinstance(value, float) else value
 
 
 class gaussianActivation(hessQuikActivationFunction):
@@ -254,6 +347,36 @@ class geluActivation(hessQuikActivationFunction):
         return probability + x * density, (2 - x * x) * density if do_Hessian else None
 
 
+class geluTanhActivation(hessQuikActivationFunction):
+    """GELU by a hyperbolic tangent: σ(x) = xs with s = (1 + tanh(v/2)) / 2 = 1 / (1 + exp(−v)).
+
+    With v = 2√(2/π) (x + 0.044715 x³), c = 1 − s and s' = scv': σ' = s + xs', σ'' = 2s' + x sc((c − s)v'² + v'').
+    Source: Hendrycks & Gimpel 2016 (arXiv:1606.08415), the approximation; torch's ``GELU(approximate="tanh")``.
+
+    Example:
+        >>> import torch
+        >>> [round(part.item(), 4) for part in geluTanhActivation().jet(torch.tensor(1.0), 2)]
+        [0.8412, 1.083, 0.2421]
+    """
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ by s, for x held where s is surely 0 or 1."""
+        held = x.clamp(-_TAIL, _TAIL)
+        v = math.sqrt(8 / math.pi) * (held + 0.044715 * (held * held * held))
+        return x * torch.sigmoid(v), (held, v)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x and v; c from −v, since 1 − s would be noise."""
+        x, v = args
+        s, c = torch.sigmoid(v), torch.sigmoid(-v)
+        dv = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * (x * x))
+        ds = s * c * dv
+        if not do_Hessian:
+            return s + x * ds, None
+        d2v = math.sqrt(8 / math.pi) * 6 * 0.044715 * x
+        return s + x * ds, 2 * ds + x * (s * c * ((c - s) * (dv * dv) + d2v))
+
+
 class identityActivation(hessQuikActivationFunction):
     """σ(x) = x, σ' = 1, σ'' = 0.
 
@@ -272,6 +395,32 @@ class identityActivation(hessQuikActivationFunction):
         return torch.ones_like(args[0]), torch.zeros_like(args[0]) if do_Hessian else None
 
 
+class mishActivation(hessQuikActivationFunction):
+    """σ(x) = xt with t = tanh(log(1 + exp x)).
+
+    With s = 1 / (1 + exp(−x)) and c = 1 − s: t = s(1 + c) / (1 + c²), t' = 4c²s / (1 + c²)², σ' = t + xt',
+    σ'' = 2t' + xt'(c − 2ts). Source: Misra 2019 (arXiv:1908.08681).
+
+    Example:
+        >>> import torch
+        >>> [round(part.item(), 4) for part in mishActivation().jet(torch.tensor(1.0), 2)]
+        [0.8651, 1.049, 0.1847]
+    """
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ by t; c from −x, since 1 − s would be noise."""
+        s, c = torch.sigmoid(x), torch.sigmoid(-x)
+        t = s * (1 + c) / (1 + c * c)
+        return x * t, (x, s, c, t)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from x, s, c and t."""
+        x, s, c, t = args
+        root = 2 * c / (1 + c * c)
+        dt = root * root * s
+        return t + x * dt, 2 * dt + x * (dt * (c - 2 * t * s)) if do_Hessian else None
+
+
 class quadraticActivation(hessQuikActivationFunction):
     """σ(x) = x²/2, σ' = x, σ'' = 1.
 
@@ -288,6 +437,44 @@ class quadraticActivation(hessQuikActivationFunction):
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
         """The point x itself, and ones."""
         return args[0], torch.ones_like(args[0]) if do_Hessian else None
+
+
+class reluActivation(hessQuikActivationFunction):
+    """Rectified linear unit: σ(x) = x for x > 0, λx else, with σ'' = 0 and a kink at 0, where σ' is λ here.
+
+    λ = 0 is ReLU, another λ LeakyReLU. A network of these is linear in pieces: its second derivatives say nothing.
+
+    Args:
+        negative_slope: λ.
+
+    Example:
+        >>> import torch
+        >>> [part.item() for part in reluActivation(0.25).jet(torch.tensor(-1.0), 2)]
+        [-0.25, 0.25, 0.0]
+    """
+
+    parameter_names = ("negative_slope",)
+
+    def __init__(self, negative_slope: float = 0.0) -> None:
+        """Keep λ."""
+        super().__init__()
+        self.negative_slope = negative_slope
+
+    @property
+    def continuous_derivatives(self) -> float:
+        """None: σ' jumps."""
+        return 0
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ from x; no 0 · ∞."""
+        sigma = torch.where(x > 0, x, self.negative_slope * x) if self.negative_slope else x.clamp(min=0.0)
+        return sigma, (x,)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' from the sign of x, and zeros."""
+        x = args[0]
+        slope = torch.where(x <= 0, self.negative_slope, x)  # NaN stays NaN
+        return torch.where(x > 0, 1.0, slope), torch.zeros_like(x) if do_Hessian else None
 
 
 class sigmoidActivation(hessQuikActivationFunction):
@@ -391,6 +578,32 @@ class softplusActivation(hessQuikActivationFunction):
         return dsigma, self.beta * dsigma * (1 - dsigma) if do_Hessian else None
 
 
+class softsignActivation(hessQuikActivationFunction):
+    """σ(x) = x / (1 + |x|), σ' = 1 / (1 + |x|)², σ'' = ∓2 / (1 + |x|)³, which jumps at 0 and is 0 there.
+
+    Example:
+        >>> import torch
+        >>> [round(part.item(), 4) for part in softsignActivation().jet(torch.tensor(1.0), 2)]
+        [0.5, 0.25, -0.25]
+    """
+
+    @property
+    def continuous_derivatives(self) -> float:
+        """σ' is continuous, σ'' is not."""
+        return 1
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """σ by r = 1 / (1 + |x|)."""
+        r = 1 / (1 + x.abs())
+        return x * r, (x, r)
+
+    def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
+        """σ' and σ'' from r and the sign of x."""
+        x, r = args
+        sign = torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, 0.0 * x))
+        return r * r, -2 * sign * (r * r * r) if do_Hessian else None
+
+
 class tanhActivation(hessQuikActivationFunction):
     """σ(x) = tanh x, σ' = 1 − σ², σ'' = −2σσ'.
 
@@ -418,17 +631,46 @@ ACTIVATIONS: dict[str, type[hessQuikActivationFunction]] = {
     for kind in (
         antiTanhActivation,
         arctanActivation,
+        eluActivation,
         expActivation,
+        expressionActivation,
         gaussianActivation,
         geluActivation,
+        geluTanhActivation,
         identityActivation,
+        mishActivation,
         quadraticActivation,
+        reluActivation,
         sigmoidActivation,
         siluActivation,
         sinActivation,
         softplusActivation,
+        softsignActivation,
         tanhActivation,
     )
 }
+
+#: What is wrong with the derivatives of an activation that has no two continuous ones, by their number.
+KINKS = {
+    0: "the first derivative jumps where z = 0, and the second one is undefined there",
+    1: "the second derivative jumps where z = 0",
+}
+
+
+def kinks(module: nn.Module) -> dict[str, str]:
+    """Return which activations of a network have no two continuous derivatives, with what jumps.
+
+    Example:
+        >>> from hessquik.networks import fullyConnectedNN
+        >>> kinks(fullyConnectedNN([2, 4, 1], softsignActivation()))
+        {'softsignActivation': 'the second derivative jumps where z = 0'}
+        >>> kinks(fullyConnectedNN([2, 4, 1], tanhActivation()))
+        {}
+    """
+    found = (part for part in module.modules() if isinstance(part, hessQuikActivationFunction))
+    return {
+        type(act).__name__: KINKS[int(act.continuous_derivatives)] for act in found if act.continuous_derivatives < 2
+    }
+
 
 hessquik.original.register(__name__)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hessquik.activations import ACTIVATIONS, hessQuikActivationFunction
 from hessquik.errors import ArchitectureError
+from hessquik.expressions import fault
 from hessquik.layers import (
     ICNNLayer,
     hessQuikLayer,
@@ -23,6 +24,7 @@ from hessquik.layers import (
     quadraticLayer,
     resnetLayer,
     singleLayer,
+    skipLayer,
 )
 from hessquik.networks import ICNN, NN, fullyConnectedNN, resnetNN
 from hessquik.strict_json import plain, shown
@@ -48,6 +50,7 @@ TYPES: dict[str, type[hessQuikLayer] | type[NN]] = {
         ICNNLayer,
         quadraticLayer,
         quadraticICNNLayer,
+        skipLayer,
     )
 }
 
@@ -217,6 +220,22 @@ def _width_or_none(value: Any, place: str) -> int | None:
     return None if value is None else _width(value, place)
 
 
+def _carried(value: Any, place: str) -> int:
+    return value if value == 0 and isinstance(value, int) and not isinstance(value, bool) else _width(value, place)
+
+
+def _skip(value: Any, place: str) -> str | None:
+    _require(value in (None, "identity", "matrix"), place, 'be null, "identity" or "matrix"', value)
+    return None if value is None else str(value)
+
+
+def _formula(value: Any, place: str) -> Any:
+    wrong = fault(value)
+    if wrong:
+        raise ArchitectureError(f"{place}: {wrong}")
+    return value
+
+
 def _depth(value: Any, place: str) -> int:
     return _integer(value, place, MAX_LAYERS)
 
@@ -255,16 +274,24 @@ def _convex_widths(value: Any, place: str) -> list[int | None]:
 #: Checks of the constructor arguments, by name; ``TYPE.NAME`` goes before ``NAME``. Each returns the argument.
 ARGUMENTS: dict[str, Callable[[Any, str], Any]] = {
     "act": build_activation,
+    "alpha": _number,
     "beta": _positive,
     "bias": _flag,
+    "carried": _carried,
     "depth": _depth,
+    "formula": _formula,
     "h": _number,
+    "hidden_features": _width,
     "in_features": _width,
     "ICNNLayer.in_features": _width_or_none,
     "quadraticICNNLayer.in_features": _width_or_none,
     "input_dim": _width,
+    "mix": _flag,
+    "negative_slope": _number,
+    "offset": _flag,
     "out_features": _width,
     "rank": _width,
+    "skip": _skip,
     "threshold": _number,
     "width": _width,
     "widths": _widths,

@@ -5,6 +5,7 @@
     ├── CompositionError   two neighbouring layers do not fit together        (also a ValueError)
     ├── ArchitectureError  a description of a network is malformed            (also a ValueError)
     ├── FormatError        a file is not a saved network                      (also a ValueError)
+    ├── UnsupportedError   a network of another library cannot be exact here  (also a ValueError)
     ├── TraceError         a function cannot be traced into a graph           (also a TypeError)
     ├── DerivativeError    a network's derivatives disagree with a reference  (also a ValueError)
     └── OrderError         backward() without the forward() it belongs to     (also a RuntimeError)
@@ -21,6 +22,7 @@ __all__ = [
     "OrderError",
     "ShapeError",
     "TraceError",
+    "UnsupportedError",
 ]
 
 
@@ -42,6 +44,10 @@ class ArchitectureError(HessQuikError, ValueError):
 
 class FormatError(HessQuikError, ValueError):
     """A file is not a saved network, or a network cannot be saved."""
+
+
+class UnsupportedError(HessQuikError, ValueError):
+    """A network of another library cannot be exact here; the message names the node."""
 
 
 class TraceError(HessQuikError, TypeError):

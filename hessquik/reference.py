@@ -29,17 +29,45 @@ Sigma = Callable[[Any, Tensor], Tensor]
 SIGMA: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "antiTanhActivation": lambda z, act: z - functional.logsigmoid(2 * z),
     "arctanActivation": lambda z, act: torch.atan(z),
+    "eluActivation": lambda z, act: functional.elu(z, act.alpha),
     "expActivation": lambda z, act: torch.exp(z),
+    "expressionActivation": lambda z, act: _formula(act.formula, z),
     "gaussianActivation": lambda z, act: torch.exp(-z.square()),
     "geluActivation": lambda z, act: functional.gelu(z),
+    "geluTanhActivation": lambda z, act: functional.gelu(z, approximate="tanh"),
     "identityActivation": lambda z, act: z,
+    "mishActivation": lambda z, act: functional.mish(z),
     "quadraticActivation": lambda z, act: z.square() / 2,
+    "reluActivation": lambda z, act: functional.leaky_relu(z, act.negative_slope),
     "sigmoidActivation": lambda z, act: torch.sigmoid(z),
     "siluActivation": lambda z, act: functional.silu(z),
     "sinActivation": lambda z, act: torch.sin(z),
     "softplusActivation": lambda z, act: functional.softplus(z, act.beta, act.threshold),
+    "softsignActivation": lambda z, act: functional.softsign(z),
     "tanhActivation": lambda z, act: torch.tanh(z),
 }
+
+#: What a formula is made of, by the operation's name.
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "power": torch.pow,
+    "softplus": lambda u: functional.softplus(u, 1.0, 40.0),
+    "ndtr": torch.special.ndtr,
+}
+
+
+def _formula(formula: Any, z: Tensor) -> Tensor:
+    """Return a formula's value at z."""
+    if not isinstance(formula, list | tuple):
+        return z if formula == "z" else torch.full_like(z, formula)
+    operation, *operands = formula
+    exponent = [operands.pop()] if operation == "power" else []
+    function = OPERATIONS[operation] if operation in OPERATIONS else getattr(torch, operation)
+    value: Tensor = function(*(_formula(operand, z) for operand in operands), *exponent)
+    return value
 
 
 class ReferenceNetwork:
@@ -135,6 +163,15 @@ def _residual(layer: Any, weights: Weights, sigma: Sigma, u: Tensor) -> Tensor:
     return y
 
 
+def _skip(layer: Any, weights: Weights, sigma: Sigma, u: Tensor) -> Tensor:
+    y = sigma(layer.act, _affine(u, weights["K"], weights.get("b")))
+    y = y @ weights["M"] if layer.mix else y
+    if layer.skip is not None:
+        y = y + (u[:, : layer.out_features] if layer.skip == "identity" else u @ weights["S"])
+    y = y + weights["mu"] if layer.offset else y
+    return torch.cat([y, u[:, layer.in_features - layer.carried :]], dim=1)
+
+
 def _convex(layer: Any, weights: Weights, sigma: Sigma, u: Tensor) -> Tensor:
     x = u[:, -layer.input_dim :]
     z = _affine(x, weights["K"], weights.get("b"))
@@ -159,6 +196,7 @@ def _convex_quadratic(layer: Any, weights: Weights, sigma: Sigma, u: Tensor) -> 
 LAYERS: dict[str, Callable[[Any, Weights, Sigma, Tensor], Tensor]] = {
     "singleLayer": _single,
     "resnetLayer": _residual,
+    "skipLayer": _skip,
     "ICNNLayer": _convex,
     "quadraticLayer": _quadratic,
     "quadraticICNNLayer": _convex_quadratic,

@@ -2,7 +2,8 @@
 
 A file is data: it is read into memory whole, checked before and after parsing, and never executed. The header's
 metadata has ``format`` = ``hessquik``, ``format_version`` = ``1``, ``network`` = the architecture, and optionally
-what :data:`METADATA` lists and ``sha256``, a checksum of the rest of the file, which :func:`save` writes.
+what :data:`METADATA` lists and two keys that :func:`save` writes: ``sha256``, a checksum of the rest of the file, and
+``kinks``, the activations without two continuous derivatives. What counts of these is the architecture.
 
 What :func:`save` writes, :func:`load` reads: a file is parsed before it is written.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from hessquik import strict_json
+from hessquik.activations import kinks
 from hessquik.architecture import build, count_layers, describe
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
 from hessquik.networks import NN
@@ -45,6 +47,8 @@ __all__ = [
 FORMAT, FORMAT_VERSION = "hessquik", "1"
 #: Metadata key of the SHA-256 of the rest of the file.
 CHECKSUM = "sha256"
+#: Metadata key of what :func:`hessquik.activations.kinks` says of the network.
+KINKS = "kinks"
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10
 MAX_TENSORS = 1024
@@ -60,7 +64,7 @@ class SavedNetwork:
         network: The network.
         architecture: Its description.
         metadata: ``description``, ``input_names``, ``output_names``, ``lower_bounds``, ``upper_bounds``,
-            ``training``, as far as the file has them.
+            ``training``, as far as the file has them; and ``kinks`` if some activations have any.
     """
 
     network: NN
@@ -118,10 +122,12 @@ def serialize(network: NN, **metadata: Any) -> bytes:
         [2, 8, 1]
     """
     architecture = describe(network)
-    metadata = {key: strict_json.plain(value) for key, value in metadata.items()}
+    metadata = {key: strict_json.plain(value) for key, value in metadata.items() if key != KINKS}
     _check_metadata(metadata, network)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "network": json.dumps(architecture)}
     header |= {key: value if key == "description" else json.dumps(value) for key, value in metadata.items()}
+    if found := kinks(network):
+        header[KINKS] = json.dumps(found)
     state = _state(network)
     _check_tensors(state)
     # Cloned because safetensors refuses tensors that share memory, as those of a layer in two places do.
@@ -191,6 +197,8 @@ def parse(data: bytes) -> SavedNetwork:
         if key in METADATA
     }
     _check_metadata(metadata, network)
+    if found := kinks(network):
+        metadata[KINKS] = found
     return SavedNetwork(network, architecture, metadata)
 
 
@@ -237,7 +245,7 @@ def _read_header(data: bytes) -> dict[str, str]:
         if texts.get(key) != expected:
             raise FormatError(f"{key} must be {shown(expected)}, got {shown(texts.get(key))}")
     for key in texts:
-        if key not in METADATA and key not in {"format", "format_version", "network", CHECKSUM}:
+        if key not in METADATA and key not in {"format", "format_version", "network", CHECKSUM, KINKS}:
             raise FormatError(f"metadata must be among {', '.join(METADATA)}, got {shown(key)}")
     if "network" not in texts:
         raise FormatError("network must be the architecture, got null")

@@ -6,7 +6,7 @@ of the engine takes part.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu, softplus
+from torch.nn.functional import elu, gelu, leaky_relu, mish, silu, softplus, softsign
 
 from hessquik import layers as lay
 from hessquik.networks import NN
@@ -14,17 +14,41 @@ from hessquik.networks import NN
 SIGMA = {
     "antiTanhActivation": lambda z, act: z.abs() + torch.log1p(torch.exp(-2 * z.abs())),
     "arctanActivation": lambda z, act: torch.atan(z),
+    "eluActivation": lambda z, act: elu(z, act.alpha),
     "expActivation": lambda z, act: torch.exp(z),
+    "expressionActivation": lambda z, act: formula(act.formula, z),
     "gaussianActivation": lambda z, act: torch.exp(-(z**2)),
     "geluActivation": lambda z, act: gelu(z),
+    "geluTanhActivation": lambda z, act: gelu(z, approximate="tanh"),
     "identityActivation": lambda z, act: z * 1.0,
+    "mishActivation": lambda z, act: mish(z),
     "quadraticActivation": lambda z, act: z**2 / 2,
+    "reluActivation": lambda z, act: leaky_relu(z, act.negative_slope),
     "sigmoidActivation": lambda z, act: torch.sigmoid(z),
     "siluActivation": lambda z, act: silu(z),
     "sinActivation": lambda z, act: torch.sin(z),
     "softplusActivation": lambda z, act: softplus(z, act.beta, act.threshold),
+    "softsignActivation": lambda z, act: softsign(z),
     "tanhActivation": lambda z, act: torch.tanh(z),
 }
+
+
+def formula(f, z: Tensor) -> Tensor:
+    """A formula's value, by Python's own operators and torch's functions."""
+    match f:
+        case "z":
+            return z
+        case int() | float():
+            return torch.tensor(float(f), dtype=z.dtype)
+        case [("add" | "sub" | "mul" | "div") as name, a, b]:
+            return getattr(torch, name)(formula(a, z), formula(b, z))
+        case ["power", a, k]:
+            return formula(a, z) ** k
+        case [name, a]:
+            return {"softplus": softplus, "ndtr": torch.special.ndtr}.get(name, getattr(torch, name, None))(
+                formula(a, z)
+            )
+    raise TypeError(f)
 
 
 def sigma(act: nn.Module, z: Tensor) -> Tensor:
@@ -44,17 +68,23 @@ def value(module: nn.Module, u: Tensor) -> Tensor:
             return sigma(module.act, z if module.b is None else z + module.b)
         case lay.resnetLayer():
             return u + module.h * value(module.layer, u)
+        case lay.skipLayer():
+            z = u @ module.K if module.b is None else u @ module.K + module.b
+            y = sigma(module.act, z) if module.M is None else sigma(module.act, z) @ module.M
+            y = y if module.mu is None else y + module.mu
+            rest = u[:, module.in_features - module.carried :]
+            if module.skip == "identity":
+                y = y + u[:, : module.in_features - module.carried]
+            return torch.cat([y if module.S is None else y + u @ module.S, rest], dim=1)
         case lay.ICNNLayer():
             x = u[:, -module.input_dim :]
             z = x @ module.K
             z = z if module.L is None else z + u[:, : module.in_features] @ softplus(module.L)
             return torch.cat([sigma(module.act, z if module.b is None else z + module.b), x], dim=1)
-        case lay.quadraticLayer():
-            return (u @ module.v + 0.5 * ((u @ module.A.T) ** 2).sum(1) + module.mu).unsqueeze(1)
-        case lay.quadraticICNNLayer():
-            x = u[:, -module.input_dim :]
+        case lay.quadraticLayer() | lay.quadraticICNNLayer():
+            x, w = u[:, -len(module.v) :], getattr(module, "w", None)
             y = x @ module.v + 0.5 * ((x @ module.A.T) ** 2).sum(1) + module.mu
-            return (y if module.w is None else y + u[:, : module.in_features] @ softplus(module.w)).unsqueeze(1)
+            return (y if w is None else y + u[:, : module.in_features] @ softplus(w)).unsqueeze(1)
     raise TypeError(type(module).__name__)
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "hessquik": """
         hessquik.errors hessquik.original
+        hessquik.expressions
         hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities
         hessquik.strict_json
         hessquik.algebra hessquik.graph hessquik.steps
@@ -26,7 +27,7 @@ LAYERS = {
         hessquik.networks
         hessquik.architecture hessquik.evaluator hessquik.utils
         hessquik.reference hessquik.storage
-        hessquik.conversion hessquik.proof
+        hessquik.conversion hessquik.importing hessquik.proof
         hessquik
     """,
     "service": """
@@ -159,8 +160,15 @@ def test_imports_have_no_circles(package):
 
 
 def test_the_engine_imports_torch_and_safetensors_only():
-    optional = {"setuptools": {"hessquik.backends.cpu.build"}, "triton": TRITON}
+    optional = {
+        "setuptools": {"hessquik.backends.cpu.build"},
+        "triton": TRITON,
+        "networkx": {"hessquik.importing.lowering"},
+        "onnx": {"hessquik.importing.onnx_model", "hessquik.importing.onnx_reader"},
+    }
     apart = set().union(*optional.values())
+    loaded = {module for name in apart for module, _ in imports(dict(sources("hessquik"))[name], everywhere=False)}
+    assert not {"networkx", "onnx", "onnxruntime", "sklearn"} & {module.split(".")[0] for module in loaded}
     paths = [path for name, path in sources("hessquik") if name not in apart]
     found = {module.split(".")[0] for path in paths for module, _ in imports(path)}
     assert found - sys.stdlib_module_names - {"hessquik"} == ENGINE_NEEDS

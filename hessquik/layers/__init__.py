@@ -6,6 +6,7 @@ from hessquik.layers.convex import ICNNLayer
 from hessquik.layers.quadratic import quadraticICNNLayer, quadraticLayer
 from hessquik.layers.residual import resnetLayer
 from hessquik.layers.single import singleLayer
+from hessquik.layers.skip import skipLayer
 
 __all__ = [
     "ICNNLayer",
@@ -14,6 +15,7 @@ __all__ = [
     "quadraticLayer",
     "resnetLayer",
     "singleLayer",
+    "skipLayer",
 ]
 
 hessquik.original.register(__name__)

@@ -23,13 +23,27 @@ LAYERS = {
     "ICNN first of one": lambda: lay.ICNNLayer(1, None, 1),
     "ICNN next": lambda: lay.ICNNLayer(4, 3, 7, tanhActivation()),
     "ICNN without bias": lambda: lay.ICNNLayer(4, 3, 2, quadraticActivation(), bias=False),
+    "skip": lambda: lay.skipLayer(4, 6, 3, tanhActivation()),
+    "skip without weights beside K": lambda: lay.skipLayer(
+        4, 4, 4, tanhActivation(), bias=False, skip="identity", mix=False, offset=False
+    ),
+    "skip of none": lambda: lay.skipLayer(4, 6, 2, softplusActivation(), skip=None),
+    "skip that carries": lambda: lay.skipLayer(5, 6, 3, tanhActivation(), carried=2),
+    "skip by the identity that carries": lambda: lay.skipLayer(5, 6, 3, tanhActivation(), skip="identity", carried=2),
+    "skip that carries all": lambda: lay.skipLayer(4, 3, 3, tanhActivation(), skip=None, mix=False, carried=4),
     "quadratic": lambda: lay.quadraticLayer(4, 2),
     "quadratic of one": lambda: lay.quadraticLayer(1, 3),
     "quadraticICNN alone": lambda: lay.quadraticICNNLayer(4, None, 2),
     "quadraticICNN": lambda: lay.quadraticICNNLayer(4, 3, 2),
     "quadraticICNN of one": lambda: lay.quadraticICNNLayer(1, None, 2),
 }
-DIMENSIONS = {"ICNN next": (7, 11), "quadraticICNN": (7, 1), "ICNN first": (4, 11), "quadraticICNN alone": (4, 1)}
+DIMENSIONS = {
+    "ICNN next": (7, 11),
+    "quadraticICNN": (7, 1),
+    "ICNN first": (4, 11),
+    "skip that carries": (5, 5),
+    "quadraticICNN alone": (4, 1),
+}
 SAMPLES = (0, 1, 5)
 
 

@@ -27,6 +27,8 @@ def network():
         net.NN(net.resnetNN(4, 2, 0.25, T), net.fullyConnectedNN([4, 3], T)),
         net.ICNN(3, [None, 4]),
         lay.quadraticICNNLayer(3, 4, 2),
+        lay.skipLayer(1, 3, 2, T, carried=1),
+        lay.skipLayer(3, 1, 1, T),
         lay.quadraticLayer(1, 2),
     )
 
@@ -213,7 +215,7 @@ REFUSED = {
     "width a float": (file({**LAYER, "in_features": 2.0}), r"network\.in_features must be an integer"),
     "bias a number": (file({**LAYER, "bias": 1}), r"network\.bias must be true or false, got 1"),
     "unknown activation": (
-        file({**LAYER, "act": {"type": "reluActivation"}}),
+        file({**LAYER, "act": {"type": "swishActivation"}}),
         r"network\.act\.type must be one of antiTanh",
     ),
     "β zero": (

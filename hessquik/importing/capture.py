@@ -1,0 +1,166 @@
+"""Modules captured by ``torch.export``."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessquik.errors import UnsupportedError
+from hessquik.importing.torch_reader import Call, Program, Ref
+
+__all__ = ["capture", "example_of", "one_input", "one_output"]
+
+#: Rows of the points that a module is captured with; shapes in its code that are not these are of features.
+ROWS = 7
+
+
+def example_of(module: nn.Module, example_input: Any) -> Tensor:
+    """Return :data:`ROWS` points to capture a module with.
+
+    Args:
+        module: The module.
+        example_input: One point or several, or ``None`` where the first layer tells the number of inputs.
+
+    Raises:
+        UnsupportedError: it does not tell, or the points are not real numbers.
+    """
+    weights = (part.dtype for part in (*module.parameters(), *module.buffers()) if part.is_floating_point())
+    dtype = next(weights, getattr(example_input, "dtype", torch.get_default_dtype()))
+    if example_input is None:
+        for part in module.modules():
+            width = getattr(part, "in_features", getattr(part, "num_features", None))
+            if isinstance(width, int):
+                return torch.zeros(ROWS, width, dtype=dtype)
+        raise UnsupportedError(
+            f"{type(module).__name__} has no layer that tells the number of inputs; pass example_input, one point "
+            "(d,) or several (n, d)"
+        )
+    if isinstance(example_input, tuple | list) and any(isinstance(part, Tensor) for part in example_input):
+        raise UnsupportedError(
+            f"{type(module).__name__} takes {len(example_input)} inputs; wrap it in a module that takes one tensor "
+            "(n, d) and splits it"
+        )
+    points = torch.as_tensor(example_input)
+    if not points.is_floating_point():
+        raise UnsupportedError(
+            f"example_input must hold real numbers, since derivatives with respect to integers do not exist, "
+            f"got {points.dtype}"
+        )
+    point = points.detach().to("cpu", dtype)
+    point = point if point.ndim == 1 else point[0]
+    return point.expand(ROWS, *point.shape).clone()
+
+
+def capture(module: nn.Module, example: Tensor) -> Program:
+    """Return a module's calls of ATen operators.
+
+    Raises:
+        UnsupportedError: the module cannot be captured; the message names the line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, (example,))
+    except Exception as error:  # whatever the module's code makes of the tracer
+        raise UnsupportedError(_fault(module, error)) from None
+    return _program(exported)
+
+
+def _program(exported: Any) -> Program:
+    """Return an exported program's calls."""
+    signature, graph = exported.graph_signature, exported.graph
+    names = {
+        **{name: exported.state_dict[target] for name, target in signature.inputs_to_parameters.items()},
+        **{
+            name: exported.state_dict.get(target, exported.constants.get(target))
+            for name, target in signature.inputs_to_buffers.items()
+        },
+        **{name: exported.constants[t] for name, t in signature.inputs_to_lifted_tensor_constants.items()},
+    }
+    one_input(signature.user_inputs)
+    one_output(signature.user_outputs)
+    calls = [
+        Call(
+            _target(node.target),
+            _plain(node.args),
+            {key: _plain(value) for key, value in node.kwargs.items()},
+            (node.name,),
+            _place(node),
+        )
+        for node in graph.nodes
+        if node.op == "call_function"
+    ]
+    source = next(node for node in graph.nodes if node.name == signature.user_inputs[0])
+    example = source.meta["val"]
+    return Program(
+        source.name, tuple(map(int, example.shape)), example.dtype, names, calls, signature.user_outputs[0]
+    )
+
+
+def one_input(names: Any) -> None:
+    """Refuse a program that takes anything but one tensor.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise UnsupportedError(
+            f"the module takes {len(names)} inputs ({', '.join(map(str, names))}); wrap it in a module that takes "
+            "one tensor (n, d) and splits it"
+        )
+
+
+def one_output(names: Any) -> None:
+    """Refuse a program that returns anything but one tensor.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise UnsupportedError(
+            f"the module returns {len(names)} values ({', '.join(map(str, names))}); wrap it in a module that "
+            "returns one tensor, such as torch.cat of them"
+        )
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def _plain(argument: Any) -> Any:
+    """Return an argument with names in the places of nodes."""
+    if isinstance(argument, torch.fx.Node):
+        return Ref(argument.name)
+    if isinstance(argument, list | tuple):
+        return type(argument)(_plain(part) for part in argument)
+    return argument
+
+
+def _place(node: torch.fx.Node) -> str:
+    """Return the path of the module that makes a call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def _fault(module: nn.Module, error: Exception) -> str:
+    """Return a sentence that names the line of the module's code that cannot be captured."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "hessquik/importing" not in frame.filename
+    ]
+    where = f" at {frames[-1].name}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
+        reason = "it decides by values that depend on the inputs, so that its derivatives jump"
+    return (
+        f"{type(module).__name__} cannot be captured by torch.export{where} ({reason[:200]}); write forward with "
+        "tensor operations alone, without branches on values"
+    )

@@ -1,0 +1,214 @@
+"""Operations on arrays of rows, whoever defines them, as values of a graph.
+
+A reader interprets a program on a fixed number of rows. Arguments are torch tensors where they are constants, and
+:class:`Features` where they depend on the inputs. Affine operations need no formula here: their matrices are found
+by applying them to the unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.activations import reluActivation
+from hessquik.importing.graph import Map, Node, Pointwise, Product, affine, as_map, compose, identity, refuse
+
+__all__ = ["Features", "apply_affine", "as_float64", "features_in", "maximum", "minimum", "multiply", "rectify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """A value of a graph as the reader's library sees it: rows, each an array of a shape.
+
+    Attributes:
+        node: The value; its entries are those of a row's array in order.
+        shape: Of one row's array.
+    """
+
+    node: Node
+    shape: tuple[int, ...]
+
+
+def as_float64(value: Any) -> Any:
+    """Return floating-point tensors, alone or in a list, in float64."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to("cpu", torch.float64)
+    if isinstance(value, list | tuple):
+        return type(value)(as_float64(part) for part in value)
+    return value
+
+
+def features_in(argument: Any) -> list[Features]:
+    """Return all values of the graph in an argument, in order."""
+    if isinstance(argument, Features):
+        return [argument]
+    if isinstance(argument, list | tuple):
+        return [found for part in argument for found in features_in(part)]
+    return []
+
+
+def apply_affine(
+    place: str, function: Callable[..., Any], args: Sequence[Any], additive: Collection[int], rows: int
+) -> Any:
+    """Return what an affine operation makes of its arguments: one value of the graph, or a list of them.
+
+    Args:
+        place: The node's name.
+        function: The operation on tensors of ``rows`` rows.
+        args: Its arguments.
+        additive: Positions of the arguments whose constants it adds; without them it is linear.
+        rows: Number of rows.
+
+    Raises:
+        UnsupportedError: it is not affine, or its rows depend on each other.
+    """
+    depends = features_in(args)
+    linear_args = tuple(_zeroed(arg) if i in additive else arg for i, arg in enumerate(args))
+    zeros = [torch.zeros(rows, *each.shape, dtype=torch.float64) for each in depends]
+
+    def part(select: Callable[[Any], Tensor]) -> Features:
+        def linear(arrays: Sequence[Tensor]) -> Tensor:
+            return select(function(*_filled(linear_args, iter(arrays))))
+
+        adds = any(_has_constants(arg) for i, arg in enumerate(args) if i in additive)
+        offset = select(function(*_filled(args, iter(zeros)))) if adds else None
+        return _by_trial(place, linear, offset, depends, rows)
+
+    example = function(*_filled(linear_args, iter(zeros)))
+    if isinstance(example, Tensor):
+        return part(lambda result: result)
+    return [part(itemgetter(i)) for i in range(len(example))]
+
+
+def _by_trial(
+    place: str,
+    linear: Callable[[Sequence[Tensor]], Tensor],
+    offset: Tensor | None,
+    features: Sequence[Features],
+    rows: int,
+) -> Features:
+    """Return an operation's result, with its matrix found by applying it to the unit vectors."""
+    zeros = [torch.zeros(rows, *each.shape, dtype=torch.float64) for each in features]
+    shape = tuple(linear(zeros).shape) if offset is None else tuple(offset.shape)
+    if not shape or shape[0] != rows:
+        raise refuse(place, f"makes an array {shape} of {rows} rows", "keep one row per point")
+    terms: list[tuple[Node, Map]] = []
+    for i, each in enumerate(features):
+        unit = identity(each.node.width)
+        columns = []
+        for start in range(0, len(unit), rows):
+            chunk = unit[start : start + rows]
+            array = torch.zeros(rows, each.node.width, dtype=torch.float64)
+            array[: len(chunk)] = chunk
+            arrays = [*zeros[:i], array.reshape(rows, *each.shape), *zeros[i + 1 :]]
+            columns.append(linear(arrays).reshape(rows, -1)[: len(chunk)])
+        terms.append((each.node, as_map(torch.cat(columns))))
+    _check(place, linear, features, terms, rows)
+    shift = None
+    if offset is not None:
+        constant = offset.reshape(rows, -1)
+        if not torch.equal(constant, constant[:1].expand_as(constant)):
+            raise refuse(place, "adds another constant to every row", "add the same constant to all rows")
+        shift = constant[0].clone()
+    return Features(affine(place, terms, shift), shape[1:])
+
+
+def _check(
+    place: str,
+    linear: Callable[[Sequence[Tensor]], Tensor],
+    features: Sequence[Features],
+    terms: Sequence[tuple[Node, Map]],
+    rows: int,
+) -> None:
+    """Refuse an operation that is not the linear function of each row that its matrices are."""
+    generator = torch.Generator().manual_seed(0)
+    trial = [torch.randn(rows, *each.shape, dtype=torch.float64, generator=generator) for each in features]
+    products = [
+        torch.as_tensor(compose(array.reshape(rows, -1), matrix))
+        for array, (_, matrix) in zip(trial, terms, strict=True)
+    ]
+    predicted = torch.stack(products).sum(0)
+    if not torch.allclose(linear(trial).reshape(rows, -1), predicted, rtol=1e-9, atol=1e-9):
+        raise refuse(
+            place,
+            "multiplies values that both depend on the inputs, or lets rows depend on each other",
+            "only products entry by entry can be exact here, and each row must be computed alone",
+        )
+
+
+def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False) -> Features:
+    """Return a product or quotient, entry by entry, of which one factor or both depend on the inputs."""
+    if divide and isinstance(right, Features):
+        node = Pointwise(place, right.node.width, right.node, ["power", "z", -1])
+        right, divide = Features(node, right.shape), False
+    if not (isinstance(left, Features) and isinstance(right, Features)):
+        found: Features = apply_affine(place, torch.div if divide else torch.mul, (left, right), (), rows)
+        return found
+    shape = tuple(torch.broadcast_shapes((rows, *left.shape), (rows, *right.shape)))[1:]
+    a, b = (_spread(place, each, shape, rows).node for each in (left, right))
+    return Features(Product(place, a.width, a, b), shape)
+
+
+def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
+    """Return a value repeated to a shape."""
+    if value.shape == shape:
+        return value
+    found: Features = apply_affine(place, lambda u: u.broadcast_to(rows, *shape), (value,), (), rows)
+    return found
+
+
+def maximum(place: str, left: Any, right: Any, rows: int) -> Features:
+    """Return the larger of two entries, v + ReLU(u − v)."""
+    found: Features = apply_affine(place, torch.add, (_excess(place, left, right, rows), right), (1,), rows)
+    return found
+
+
+def minimum(place: str, left: Any, right: Any, rows: int) -> Features:
+    """Return the smaller of two entries, u − ReLU(u − v)."""
+    found: Features = apply_affine(place, torch.sub, (left, _excess(place, left, right, rows)), (0,), rows)
+    return found
+
+
+def _excess(place: str, left: Any, right: Any, rows: int) -> Features:
+    """Return ReLU(u − v)."""
+    difference = apply_affine(place, torch.sub, (left, right), (0, 1), rows)
+    node = Pointwise(place, difference.node.width, difference.node, reluActivation())
+    return Features(node, difference.shape)
+
+
+def rectify(place: str, x: Features, slopes: Tensor, rows: int) -> Features:
+    """Return ReLU(z) − λ ReLU(−z) with slopes λ that are spread to the shape of x."""
+    z = x.node
+    up = Pointwise(place, z.width, z, reluActivation())
+    down = Pointwise(place, z.width, affine(place, [(z, -1.0)]), reluActivation())
+    scaled = multiply(place, Features(down, x.shape), -slopes, rows)
+    return Features(affine(place, [(up, 1.0), (scaled.node, 1.0)]), x.shape)
+
+
+def _filled(args: Any, arrays: Any) -> Any:
+    """Return the arguments with arrays in the places of values of the graph, in order."""
+    if isinstance(args, Features):
+        return next(arrays)
+    if isinstance(args, list | tuple):
+        return type(args)(_filled(arg, arrays) for arg in args)
+    return args
+
+
+def _zeroed(arg: Any) -> Any:
+    """Return an argument with 0 in the place of its constants."""
+    if isinstance(arg, Tensor):
+        return torch.zeros_like(arg)
+    if isinstance(arg, list | tuple):
+        return type(arg)(_zeroed(part) for part in arg)
+    return 0.0 if isinstance(arg, int | float) and not isinstance(arg, bool) else arg
+
+
+def _has_constants(arg: Any) -> bool:
+    if isinstance(arg, list | tuple):
+        return any(_has_constants(part) for part in arg)
+    return isinstance(arg, Tensor | int | float) and not isinstance(arg, bool)

@@ -1,0 +1,126 @@
+"""Models in ONNX files, as torch, Keras, JAX and scikit-learn export them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.errors import FormatError, UnsupportedError
+from hessquik.importing.onnx_reader import Signature, read, signature
+from hessquik.importing.scaling import Scaling
+from hessquik.importing.source import Imported, Source, bring
+from hessquik.networks import NN
+
+__all__ = ["from_onnx", "import_model"]
+
+MAX_FILE_BYTES = 1 << 30
+#: Of the error function in the reference implementation, which is a short series.
+REFERENCE_PRECISION = 1e-6
+
+
+def from_onnx(
+    path_or_model: Any,
+    example_input: Any = None,
+    *,
+    allow_kinks: bool = False,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+    **scaling: Any,
+) -> NN:
+    """Return an ONNX model as a network with exact derivatives.
+
+    The values are compared with those of onnxruntime, or of the standard's reference implementation where onnxruntime
+    is not installed, before the network is returned.
+
+    Args:
+        path_or_model: A file, or an ``onnx.ModelProto``.
+        example_input: A point (d,) or points (n, d); only needed where the model leaves the number of inputs open.
+        allow_kinks: See :func:`hessquik.from_torch`.
+        dtype: Of the weights; that of the model's input if not given.
+        bounds: See :func:`hessquik.from_torch`.
+        scaling: See :func:`hessquik.from_torch`.
+
+    Raises:
+        FormatError: the file is no ONNX model.
+        UnsupportedError: the model cannot be exact here; the message names the node. So where onnx is missing.
+        ShapeError: a scaling or the bounds do not fit.
+    """
+    return import_model(path_or_model, example_input, Scaling.of(scaling), allow_kinks, dtype, bounds).network
+
+
+def import_model(
+    path_or_model: Any,
+    example_input: Any,
+    scaling: Scaling,
+    allow_kinks: bool = False,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Imported:
+    """Do what :func:`from_onnx` describes, and say how the values compare."""
+    model = _load(path_or_model)
+    d = None if example_input is None else int(torch.as_tensor(example_input).shape[-1])
+    what = signature(model, d)
+    runtime, run = _runtime(model)
+
+    def evaluate(x: Tensor) -> Tensor:
+        rows = what.shape[0]
+        padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
+        chunks = padded.split(rows)
+        results = [torch.as_tensor(run(what, chunk.reshape(what.shape).numpy())) for chunk in chunks]
+        return torch.cat([result.reshape(rows, -1) for result in results])[: len(x)]
+
+    precision = 0.0 if runtime == "onnxruntime" else REFERENCE_PRECISION
+    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
+    return bring(source, scaling, allow_kinks, dtype, bounds)
+
+
+def _load(path_or_model: Any) -> Any:
+    """Return the model with its functions written out."""
+    try:
+        import onnx
+        from onnx import inliner
+    except ImportError:
+        raise UnsupportedError(
+            "ONNX models need the package onnx; pip install 'hessquik-service[server,onnx]'"
+        ) from None
+    model = path_or_model
+    if isinstance(path_or_model, str | Path):
+        path = Path(path_or_model)
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise FormatError(f"{path.name}: the file must have at most {MAX_FILE_BYTES} bytes")
+        try:
+            model = onnx.load(path)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of the parser
+            raise FormatError(f"{path.name}: the file must be an ONNX model ({str(error)[:100]})") from None
+    if not isinstance(model, onnx.ModelProto) or not model.graph.node:
+        raise FormatError("the model must be an ONNX model with at least one node")
+    return inliner.inline_local_functions(model) if model.functions else model
+
+
+def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:
+    """Return the name of what computes the model's values, and a function that does."""
+    try:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return "onnxruntime", lambda what, x: session.run([what.output], {what.input: x})[0]
+    except Exception:  # it is not there, or lacks an operator in this dtype
+        from onnx.reference import ReferenceEvaluator
+
+        return "onnx's reference implementation", lambda what, x: _by_reference(ReferenceEvaluator, model, what, x)
+
+
+def _by_reference(evaluator: Any, model: Any, what: Signature, x: Any) -> Any:
+    try:
+        return evaluator(model).run([what.output], {what.input: x})[0]
+    except Exception as error:  # an operator that it lacks; what can be imported has none of these
+        raise UnsupportedError(f"the model cannot be computed by onnx's reference ({str(error)[:200]})") from None

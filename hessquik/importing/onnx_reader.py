@@ -1,0 +1,295 @@
+"""ONNX graphs, interpreted on a fixed number of rows; the standard's own reference computes what is constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessquik.errors import UnsupportedError
+from hessquik.importing import onnx_operations as operations
+from hessquik.importing.graph import Node, refuse
+from hessquik.importing.interpreting import (
+    Features,
+    apply_affine,
+    as_float64,
+    features_in,
+    maximum,
+    minimum,
+    multiply,
+    rectify,
+)
+from hessquik.importing.torch_operations import POINTWISE as TORCH
+
+__all__ = ["Signature", "read", "signature"]
+
+#: Rows where the model leaves their number open.
+ROWS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and gives.
+
+    Attributes:
+        input: Name of the input.
+        output: Name of the output.
+        shape: Of the input, rows first.
+        dtype: Of the input.
+    """
+
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Number of inputs of a point."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+
+def signature(model: Any, d: int | None = None) -> Signature:
+    """Return what a model takes and gives.
+
+    Args:
+        model: The model.
+        d: Number of inputs, where the model leaves it open.
+
+    Raises:
+        UnsupportedError: that is not one array of real numbers each.
+    """
+    import onnx
+
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [each for each in model.graph.input if each.name not in constants]
+    for what, found in (("input", inputs), ("output", model.graph.output)):
+        if len(found) != 1:
+            names = ", ".join(each.name for each in found)
+            raise UnsupportedError(
+                f"the model must have one {what}, an array (n, {'d' if what == 'input' else 'm'}), got {len(found)} "
+                f"({names:.200}); export it with one"
+            )
+    kind = inputs[0].type.tensor_type
+    types = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.DOUBLE: torch.float64}
+    if kind.elem_type not in types:
+        name = onnx.TensorProto.DataType.Name(kind.elem_type)
+        raise UnsupportedError(
+            f"input {inputs[0].name} must hold real numbers, since derivatives with respect to others do not exist, "
+            f"got {name}"
+        )
+    sizes = [size.dim_value for size in kind.shape.dim]
+    if len(sizes) == 2 and not sizes[1] and d is not None:
+        sizes[1] = d
+    if len(sizes) < 2 or not all(sizes[1:]):
+        raise UnsupportedError(
+            f"input {inputs[0].name} must have the shape (n, d) with a number for d, got {sizes or 'none'}; pass "
+            "example_input, or export the model with a fixed number of inputs"
+        )
+    shape = (sizes[0] or ROWS, *sizes[1:])
+    return Signature(inputs[0].name, model.graph.output[0].name, shape, types[kind.elem_type])
+
+
+def read(model: Any, what: Signature, point: Node) -> Node:
+    """Return a model's output as a value of a graph, from the value that it takes.
+
+    Raises:
+        UnsupportedError: the model does something that cannot be exact here.
+    """
+    from onnx import numpy_helper
+
+    values: dict[str, Any] = {"": None}
+    for tensor in model.graph.initializer:
+        values[tensor.name] = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
+    values[what.input] = Features(point, what.shape[1:])
+    for number, node in enumerate(model.graph.node):
+        call = _Node(node, number, model.opset_import)
+        args = [values[name] for name in node.input]
+        result = call.compute(*args) if not features_in(args) else _interpret(call, args, what.shape[0])
+        results = result if isinstance(result, list | tuple) else [result]
+        values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
+    output = values.get(what.output)
+    if not isinstance(output, Features):
+        raise refuse(what.output, "does not depend on the input", "return what the network computes of it")
+    return output.node
+
+
+class _Node:
+    """One node of a graph."""
+
+    def __init__(self, node: Any, number: int, opsets: Sequence[Any]) -> None:
+        """Keep the node and the versions of the operators."""
+        import onnx
+
+        self.node, self.opsets = node, opsets
+        self.attributes: Mapping[str, Any] = {
+            each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
+        }
+        self.operator: str = node.op_type
+        self.is_standard = node.domain in {"", "ai.onnx"} or node.domain.startswith("ai.onnx.")
+        self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
+        self._run: Callable[..., Any] | None = None
+
+    def compute(self, *args: Any) -> Any:
+        """Return what the node makes of tensors, by the reference implementation of the standard."""
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        if not self.is_standard or self.operator in {"If", "Loop", "Scan"}:
+            raise _unknown(self)
+        if self.operator in _PRECISE:
+            return _PRECISE[self.operator](*args)
+        if self._run is None:
+            names = dict.fromkeys(name for name in self.node.input if name)
+            inputs = [onnx.ValueInfoProto(name=name) for name in names]
+            outputs = [onnx.ValueInfoProto(name=name) for name in self.node.output if name]
+            graph = onnx.helper.make_graph([self.node], "node", inputs, outputs)
+            model = onnx.helper.make_model(graph, opset_imports=self.opsets)
+            self._run = ReferenceEvaluator(model).run
+        feeds = {
+            name: arg.numpy() for name, arg in zip(self.node.input, args, strict=True) if name and arg is not None
+        }
+        results = [as_float64(torch.as_tensor(result)) for result in self._run(None, feeds)]
+        return results[0] if len(results) == 1 else results
+
+
+#: What the reference implementation computes to few digits.
+_PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _unknown(call: _Node) -> UnsupportedError:
+    """Return the error for an operator that cannot be exact."""
+    if call.is_standard and call.operator in operations.REFUSED:
+        return refuse(call.place, *operations.REFUSED[call.operator])
+    if not call.is_standard:
+        return refuse(call.place, "is an operator of your own", "write it with the standard's operators")
+    return refuse(
+        call.place,
+        "is not among the operators that can be exact here",
+        "write it with those that the table of supported operations lists",
+    )
+
+
+def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
+    """Return what a node makes of values of the graph."""
+    if not call.is_standard:
+        raise _unknown(call)
+    if call.operator in _HANDLERS:
+        return _HANDLERS[call.operator](call, args, rows)
+    if call.operator in operations.POINTWISE:
+        x = args[0]
+        return Features(operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)), x.shape)
+    if call.operator in operations.ADDITIVE:
+        additive = operations.ADDITIVE[call.operator]
+        positions = range(len(args)) if additive is None else additive
+        return apply_affine(call.place, call.compute, args, positions, rows)
+    raise _unknown(call)
+
+
+def _unchanged(call: _Node, args: list[Any], rows: int) -> Any:
+    """Return the value as it is, unless it becomes an integer or is dropped at random."""
+    import onnx
+
+    to = call.attributes.get("to", onnx.TensorProto.FLOAT)
+    if call.operator == "Cast" and to not in {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}:
+        raise refuse(call.place, "makes other numbers of the values", "keep the values as float32 or float64")
+    if call.operator == "Dropout" and len(args) > 2 and args[2] is not None and bool(args[2]):
+        raise refuse(call.place, "drops features at random", "export the model in evaluation mode")
+    return args[0]
+
+
+def _normalise(call: _Node, args: list[Any], rows: int) -> Any:
+    if call.attributes.get("training_mode"):
+        raise refuse(call.place, "normalises with the statistics of the batch", "export the model in evaluation mode")
+    return apply_affine(call.place, lambda *a: _first(call.compute(*a)), args, (2, 3), rows)
+
+
+def _first(result: Any) -> Any:
+    return result[0] if isinstance(result, list) else result
+
+
+def _power(call: _Node, args: list[Any], rows: int) -> Features:
+    base, exponent = args
+    if isinstance(exponent, Features) or exponent.numel() != 1:
+        raise refuse(
+            call.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
+        )
+    number = float(exponent)
+    if number != int(number) and abs(number) != 0.5:
+        raise refuse(call.place, f"raises to the power {number}", "use whole powers or square roots")
+    return Features(TORCH["pow"](call.place, base.node, number), base.shape)
+
+
+def _clip(call: _Node, args: list[Any], rows: int) -> Features:
+    x, low, high = (*args, None, None)[:3]
+    low, high = (
+        call.attributes.get(key) if bound is None else float(bound) for key, bound in (("min", low), ("max", high))
+    )
+    return Features(TORCH["clamp"](call.place, x.node, low, high), x.shape)
+
+
+def _among(choose: Callable[..., Features]) -> Callable[[_Node, list[Any], int], Any]:
+    def fold(call: _Node, args: list[Any], rows: int) -> Any:
+        result = args[0]
+        for arg in args[1:]:
+            if not features_in([result, arg]):
+                result = (torch.maximum if choose is maximum else torch.minimum)(result, arg)
+            else:
+                result = choose(call.place, result, arg, rows)
+        return result
+
+    return fold
+
+
+def _scaler(call: _Node, args: list[Any], rows: int) -> Features:
+    """Interpret (x − offset) · scale, as scikit-learn's scalers are exported."""
+    offset, scale = (torch.tensor(call.attributes[key], dtype=torch.float64) for key in ("offset", "scale"))
+    scaled = multiply(call.place, args[0], scale, rows)
+    found: Features = apply_affine(call.place, torch.add, (scaled, -offset * scale), (1,), rows)
+    return found
+
+
+def _regressor(call: _Node, args: list[Any], rows: int) -> Features:
+    """Interpret x Aᵀ + b, as scikit-learn's linear models are exported."""
+    targets = call.attributes.get("targets", 1)
+    matrix = torch.tensor(call.attributes["coefficients"], dtype=torch.float64).reshape(targets, -1).T
+    offset = torch.tensor(call.attributes.get("intercepts", [0.0] * targets), dtype=torch.float64)
+    if call.attributes.get("post_transform", "NONE") != "NONE":
+        raise refuse(call.place, "transforms its result", "export the model with post_transform NONE")
+    product = apply_affine(call.place, torch.matmul, (args[0], matrix), (), rows)
+    found: Features = apply_affine(call.place, torch.add, (product, offset), (1,), rows)
+    return found
+
+
+def _slopes(call: _Node, args: list[Any], rows: int) -> Features:
+    return rectify(call.place, args[0], args[1], rows)
+
+
+def _shape(call: _Node, args: list[Any], rows: int) -> Tensor:
+    sizes = [rows, *args[0].shape]
+    start, end = call.attributes.get("start", 0), call.attributes.get("end", len(sizes))
+    return torch.tensor(sizes[start:end])
+
+
+#: Operators that need more than their row in a table.
+_HANDLERS: dict[str, Callable[[_Node, list[Any], int], Any]] = {
+    **dict.fromkeys(operations.UNCHANGED, _unchanged),
+    "BatchNormalization": _normalise,
+    "Clip": _clip,
+    "Div": lambda call, args, rows: multiply(call.place, args[0], args[1], rows, divide=True),
+    "LinearRegressor": _regressor,
+    "Max": _among(maximum),
+    "Min": _among(minimum),
+    "Mul": lambda call, args, rows: multiply(call.place, args[0], args[1], rows),
+    "PRelu": _slopes,
+    "Pow": _power,
+    "Scaler": _scaler,
+    "Shape": _shape,
+}

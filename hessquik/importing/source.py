@@ -1,0 +1,142 @@
+"""What all imports have in common: scaling, kinks, the way to layers, and a comparison with the source."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessquik.activations import KINKS, hessQuikActivationFunction
+from hessquik.errors import UnsupportedError
+from hessquik.importing.graph import Node, Pointwise, ordered, refuse
+from hessquik.importing.lowering import lower
+from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
+from hessquik.importing.univariate import resolve
+from hessquik.networks import NN
+
+__all__ = ["Imported", "Source", "bring"]
+
+#: Bound of the difference between the source's own runtime and the network, relative to the largest value.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
+POINTS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A network of another library.
+
+    Attributes:
+        width: Number of inputs.
+        dtype: Of its computation.
+        runtime: What computes it there, for messages.
+        read: Returns its output in a graph, from the value that it takes.
+        evaluate: Returns its own results (n, m) at points (n, d) in its own units, as the source computes them.
+        precision: Of the runtime's own functions, relative.
+    """
+
+    width: int
+    dtype: torch.dtype
+    runtime: str
+    read: Callable[[Node], Node]
+    evaluate: Callable[[Tensor], Tensor]
+    precision: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A network, and how it compares with its source.
+
+    Attributes:
+        network: The network.
+        runtime: What the values were compared with.
+        error: The largest difference of values, relative to the largest value.
+        points: Number of points where they were compared.
+    """
+
+    network: NN
+    runtime: str
+    error: float
+    points: int
+
+
+def bring(
+    source: Source,
+    scaling: Scaling,
+    allow_kinks: bool,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Imported:
+    """Make a network of a source, and compare their values.
+
+    Args:
+        source: The source.
+        scaling: What was done to its data.
+        allow_kinks: Whether functions whose first derivatives jump are let through.
+        dtype: Of the weights; the source's own if not given.
+        bounds: Where to compare; near the means of the scaling if not given.
+
+    Raises:
+        UnsupportedError: something cannot be exact, or the values differ.
+    """
+    _, inner = scaled_input(scaling, source.width)
+    output = resolve(scaled_output(scaling, source.read(inner)))
+    if not allow_kinks:
+        _refuse_kinks(output)
+    network = lower(output)
+    error = _compare(source, scaling, network, bounds)
+    return Imported(network.to(dtype or source.dtype), source.runtime, error, POINTS)
+
+
+def _refuse_kinks(output: Node) -> None:
+    """Refuse the first function whose first derivative jumps, by the name of its node."""
+    for node in ordered([output]):
+        function = node.function if isinstance(node, Pointwise) else None
+        if isinstance(function, hessQuikActivationFunction) and function.continuous_derivatives < 1:
+            raise refuse(
+                node.place,
+                f"is linear in pieces or has a kink ({type(function).__name__}): {KINKS[0]}, so that Hessians of the "
+                "network are zero almost everywhere or say nothing about it",
+                "train with a smooth activation such as softplus, SiLU or tanh, or pass allow_kinks=True "
+                "(--allow-kinks) to serve it with that fact in its metadata",
+            )
+
+
+def _compare(
+    source: Source, scaling: Scaling, network: NN, bounds: tuple[Sequence[float], Sequence[float]] | None
+) -> float:
+    """Return the largest difference from the source's values, relative to the largest value.
+
+    Raises:
+        UnsupportedError: it is larger than rounding makes it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mean, scale = scaling.input(source.width)
+    if bounds is None:
+        x = mean + scale * torch.randn(POINTS, source.width, dtype=torch.float64, generator=generator)
+    else:
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in bounds)
+        x = lower + (upper - lower) * torch.rand(POINTS, source.width, dtype=torch.float64, generator=generator)
+    inner = ((x - mean) / scale).to(source.dtype)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = source.evaluate(inner).double().reshape(POINTS, -1)
+        got = network(inner.double() * scale + mean)[0]
+    if not bool(torch.isfinite(expected).all()):
+        place = "near 0" if bounds is None else "within the bounds"
+        raise UnsupportedError(
+            f"{source.runtime} gives NaN or infinity at points {place}; "
+            "pass bounds (lower, upper) within which the network is defined"
+        )
+    out_mean, out_scale = scaling.output(expected.shape[1])
+    expected = expected * out_scale + out_mean
+    error = float((got - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
+    bound = max(BOUNDS[source.dtype], source.precision)
+    if not error <= bound:
+        raise UnsupportedError(
+            f"the network's values must be those of {source.runtime} to {bound:.0e}, got a "
+            f"difference of {error:.1e}; this is a fault of the import: please report it with the file"
+        )
+    return error

@@ -1,0 +1,79 @@
+"""Modules of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessquik.importing.capture import capture, example_of
+from hessquik.importing.scaling import Scaling
+from hessquik.importing.source import Imported, Source, bring
+from hessquik.importing.torch_reader import Program, read
+from hessquik.networks import NN
+
+__all__ = ["from_torch", "import_module"]
+
+
+def from_torch(
+    module: nn.Module,
+    example_input: Any = None,
+    *,
+    allow_kinks: bool = False,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+    **scaling: Any,
+) -> NN:
+    """Return a torch module as a network with exact derivatives.
+
+    The module is captured by ``torch.export`` and is left as it is. Its values are compared with the network's
+    before that is returned.
+
+    Args:
+        module: A module that takes points (n, d), in evaluation mode if it has dropout or batch normalisation.
+        example_input: A point (d,) or points (n, d); not needed where the first layer tells d.
+        allow_kinks: Whether ReLU, LeakyReLU and other functions whose first derivatives jump are let through; they
+            are named in the metadata of the file that :func:`hessquik.save` writes.
+        dtype: Of the weights; the module's if not given.
+        bounds: Lower and upper bounds of the inputs, within which values are compared; near 0 if not given.
+        scaling: ``input_mean``, ``input_scale``, ``output_mean``, ``output_scale``, or bounds in their place, as
+            :class:`hessquik.importing.scaling.Scaling` has them: folded into the weights.
+
+    Raises:
+        UnsupportedError: the module cannot be exact here; the message names the node.
+        ShapeError: a scaling or the bounds do not fit.
+
+    Example:
+        >>> from torch import nn
+        >>> f = from_torch(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), input_scale=[1.0, 10.0])
+        >>> value, gradient, hessian = f(torch.zeros(5, 2), do_gradient=True, do_Hessian=True)
+        >>> hessian.shape
+        torch.Size([5, 2, 2, 1])
+    """
+    return import_module(module, example_input, Scaling.of(scaling), allow_kinks, dtype, bounds).network
+
+
+def import_module(
+    module: nn.Module,
+    example_input: Any,
+    scaling: Scaling,
+    allow_kinks: bool = False,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Imported:
+    """Do what :func:`from_torch` describes, and say how the values compare."""
+    example = example_of(module, example_input)
+    program = capture(module, example)
+
+    def evaluate(x: Tensor) -> Tensor:
+        result: Tensor = module(x.reshape(len(x), *example.shape[1:]))
+        return result
+
+    return bring(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)
+
+
+def _source(program: Program, evaluate: Any, runtime: str) -> Source:
+    """Return a program as a source."""
+    return Source(program.width, program.dtype, runtime, lambda point: read(program, point), evaluate)
