@@ -42,6 +42,7 @@ __all__ = [
     "parse",
     "save",
     "serialize",
+    "write",
 ]
 
 FORMAT, FORMAT_VERSION = "hessquik", "1"
@@ -98,8 +99,16 @@ def save(network: NN, path: str | Path, **metadata: Any) -> None:
         ...     load(f"{folder}/f.safetensors").dim_input()
         2
     """
+    write(serialize(network, **metadata), path)
+
+
+def write(data: bytes, path: str | Path) -> None:
+    """Write the bytes of a file whole or not at all.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
     path = Path(path)
-    data = serialize(network, **metadata)
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(path.parent))
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")

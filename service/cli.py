@@ -122,20 +122,96 @@ def convert(
     """Turn a saved network of the original hessQuik library into a file that can be served."""
     from hessquik import HessQuikError, conversion
     from service.metadata import changed
-    from service.repository import NAME, SUFFIX
 
-    if out.is_dir():
-        out = out / f"{name or checkpoint.stem}{SUFFIX}"
-    elif name is not None and out.stem != name:
-        _fail(f"expected a folder or {name}{SUFFIX} as OUT beside --name {name}, got {out.name}", status=2)
-    if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
-        _fail(f"expected a file named like model{SUFFIX}, got {out.name}", status=2)
+    out = _destination(checkpoint, out, name)
     try:
         metadata = changed({} if description is None else {"description": description}, changes or [])
         network = conversion.convert(checkpoint, out, architecture, **metadata)
     except (HessQuikError, OSError, ValueError) as error:
         _fail(str(error), status=1)
     Console().print(f"{out}: {network.dim_input()} inputs, {network.dim_output()} outputs", highlight=False)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A network: .onnx, .pt2 (torch.export.save), or a state dict.")],
+    out: Annotated[Path, typer.Argument(help="File to write, or the folder for it.")],
+    name: Annotated[str | None, typer.Option(help="The model's name, where OUT is a folder.")] = None,
+    description: Annotated[str | None, typer.Option(help="A sentence to keep in the file.")] = None,
+    input_names: Annotated[str | None, typer.Option(help="Names of the inputs: x,y,z.")] = None,
+    output_names: Annotated[str | None, typer.Option(help="Names of the outputs.")] = None,
+    bounds: Annotated[str | None, typer.Option(help="Where it was trained, lower:upper per input: 0:1,-5:5.")] = None,
+    scale: Annotated[
+        Path | None, typer.Option(help="JSON with input_mean, input_scale, output_mean, output_scale, or bounds.")
+    ] = None,
+    architecture: Annotated[
+        Path | None, typer.Option(help="JSON that describes a state dict's nn.Sequential.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64; the source's own if not given.")] = None,
+    allow_kinks: Annotated[bool, typer.Option(help="Let ReLU and the like through, and say so in the file.")] = False,
+) -> None:
+    """Turn a network of torch, ONNX, Keras, JAX or scikit-learn into a file that can be served, and prove it."""
+    import torch
+
+    from hessquik import HessQuikError, proof, storage
+    from hessquik.importing import files
+
+    out = _destination(file, out, name)
+    if dtype not in {None, "float32", "float64"}:
+        _fail(f"--dtype must be float32 or float64, got {dtype}", status=2)
+    limits = None if bounds is None else _bounds(bounds)
+    metadata: dict[str, Any] = {} if description is None else {"description": description}
+    if limits is not None:
+        metadata |= {"lower_bounds": limits[0], "upper_bounds": limits[1]}
+    for key, names in (("input_names", input_names), ("output_names", output_names)):
+        metadata |= {} if names is None else {key: [each.strip() for each in names.split(",")]}
+    progress = Console(stderr=True)
+    try:
+        with progress.status("reading the network and comparing its values"):
+            scaling = None if scale is None else files.read_scaling(scale)
+            chosen = None if dtype is None else getattr(torch, dtype)
+            imported = files.import_file(file, scaling, architecture, allow_kinks, chosen, limits)
+            data = storage.serialize(imported.network, **metadata)
+        with progress.status("proving the derivatives"):
+            rows = proof.prove(imported.network, *imported.region)
+    except (HessQuikError, OSError) as error:
+        _fail(str(error), status=1)
+    table = Table("", "found")
+    for key, value in files.describe(imported):
+        table.add_row(key, value)
+    failed = [
+        f"{row.quantity} by {row.computed_by}: {row.found:.1e} > {row.bound:.0e}" for row in rows if not row.passed
+    ]
+    worst = max(row.found for row in rows if "float64" in row.computed_by)
+    proven = f"[green]{len(rows)} comparisons passed[/], largest error {worst:.1e} in float64"
+    table.add_row("derivatives", f"[red]FAILED[/]: {'; '.join(failed)}" if failed else proven)
+    Console().print(table)
+    if failed:
+        _fail("the derivatives must agree with automatic differentiation; nothing was written", status=1)
+    storage.write(data, out)
+    Console().print(f"{out}: {len(data)} bytes", highlight=False)
+
+
+def _bounds(text: str) -> tuple[list[float], list[float]]:
+    """Return the lower and upper bounds out of lower:upper,lower:upper,… ."""
+    try:
+        pairs = [[float(part) for part in pair.split(":")] for pair in text.split(",")]
+        return [lower for lower, _ in pairs], [upper for _, upper in pairs]
+    except ValueError:
+        _fail(f"--bounds must be lower:upper per input, such as 0:1,-5:5, got {text}", status=2)
+
+
+def _destination(source: Path, out: Path, name: str | None) -> Path:
+    """Return the file to write, whose name must be one that the service takes."""
+    from service.repository import NAME, SUFFIX
+
+    if out.is_dir():
+        out = out / f"{name or source.stem}{SUFFIX}"
+    elif name is not None and out.stem != name:
+        _fail(f"expected a folder or {name}{SUFFIX} as OUT beside --name {name}, got {out.name}", status=2)
+    if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
+        _fail(f"expected a file named like model{SUFFIX}, got {out.name}", status=2)
+    return out
 
 
 @app.command()

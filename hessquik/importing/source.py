@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import KINKS, hessQuikActivationFunction
-from hessquik.errors import UnsupportedError
+from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
 from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
@@ -54,12 +54,14 @@ class Imported:
         runtime: What the values were compared with.
         error: The largest difference of values, relative to the largest value.
         points: Number of points where they were compared.
+        region: Lower and upper bounds of these points.
     """
 
     network: NN
     runtime: str
     error: float
     points: int
+    region: tuple[list[float], list[float]]
 
 
 def bring(
@@ -76,7 +78,7 @@ def bring(
         scaling: What was done to its data.
         allow_kinks: Whether functions whose first derivatives jump are let through.
         dtype: Of the weights; the source's own if not given.
-        bounds: Where to compare; near the means of the scaling if not given.
+        bounds: Where to compare; within two scales of the means if not given.
 
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
@@ -86,8 +88,28 @@ def bring(
     if not allow_kinks:
         _refuse_kinks(output)
     network = lower(output)
-    error = _compare(source, scaling, network, bounds)
-    return Imported(network.to(dtype or source.dtype), source.runtime, error, POINTS)
+    region = _region(source, scaling, bounds)
+    error = _compare(source, scaling, network, region)
+    return Imported(network.to(dtype or source.dtype), source.runtime, error, POINTS, region)
+
+
+def _region(
+    source: Source, scaling: Scaling, bounds: tuple[Sequence[float], Sequence[float]] | None
+) -> tuple[list[float], list[float]]:
+    """Return the bounds within which to compare.
+
+    Raises:
+        ShapeError: the given ones do not fit.
+    """
+    mean, scale = scaling.input(source.width)
+    given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
+    lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
+        raise ShapeError(
+            f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
+            f"one, got {lower.tolist()} and {upper.tolist()}"[:300]
+        )
+    return lower.tolist(), upper.tolist()
 
 
 def _refuse_kinks(output: Node) -> None:
@@ -104,9 +126,7 @@ def _refuse_kinks(output: Node) -> None:
             )
 
 
-def _compare(
-    source: Source, scaling: Scaling, network: NN, bounds: tuple[Sequence[float], Sequence[float]] | None
-) -> float:
+def _compare(source: Source, scaling: Scaling, network: NN, region: tuple[list[float], list[float]]) -> float:
     """Return the largest difference from the source's values, relative to the largest value.
 
     Raises:
@@ -114,21 +134,17 @@ def _compare(
     """
     generator = torch.Generator().manual_seed(0)
     mean, scale = scaling.input(source.width)
-    if bounds is None:
-        x = mean + scale * torch.randn(POINTS, source.width, dtype=torch.float64, generator=generator)
-    else:
-        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in bounds)
-        x = lower + (upper - lower) * torch.rand(POINTS, source.width, dtype=torch.float64, generator=generator)
+    lower, upper = (torch.tensor(bound, dtype=torch.float64) for bound in region)
+    x = lower + (upper - lower) * torch.rand(POINTS, source.width, dtype=torch.float64, generator=generator)
     inner = ((x - mean) / scale).to(source.dtype)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = source.evaluate(inner).double().reshape(POINTS, -1)
         got = network(inner.double() * scale + mean)[0]
     if not bool(torch.isfinite(expected).all()):
-        place = "near 0" if bounds is None else "within the bounds"
         raise UnsupportedError(
-            f"{source.runtime} gives NaN or infinity at points {place}; "
-            "pass bounds (lower, upper) within which the network is defined"
+            f"{source.runtime} gives NaN or infinity at points between {region[0]} and {region[1]}"[:300]
+            + "; pass bounds (--bounds) within which the network is defined"
         )
     out_mean, out_scale = scaling.output(expected.shape[1])
     expected = expected * out_scale + out_mean

@@ -97,10 +97,9 @@ def read(program: Program, point: Node) -> Node:
     values: dict[str, Any] = {name: as_float64(tensor) for name, tensor in program.constants.items()}
     values[program.input] = Features(point, tuple(shape))
     for call in program.calls:
-        args = _resolved(call.args, values)
-        kwargs = {name: _resolved(value, values) for name, value in call.kwargs.items()}
-        result = _interpret(call, args, kwargs, rows)
-        _store(call, result, values)
+        if call.outputs and not call.operation.startswith("_assert"):
+            args, kwargs = _arguments(call, values)
+            _store(call, _interpret(call, args, kwargs, rows), values)
     output = values[program.output]
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
@@ -115,11 +114,29 @@ def run(program: Program, x: Tensor) -> Tensor:
     }
     values[program.input] = x.reshape(program.shape)
     for call in program.calls:
-        args = _resolved(call.args, values)
-        kwargs = {name: _resolved(value, values) for name, value in call.kwargs.items()}
-        _store(call, _function(call)(*args, **kwargs), values)
+        if call.outputs and not call.operation.startswith("_assert"):
+            args, kwargs = _arguments(call, values)
+            _store(call, _compute(call, args, kwargs), values)
     result: Tensor = values[program.output]
     return result.reshape(program.shape[0], -1)
+
+
+#: Where and how torch computes, which is not what it computes.
+_IGNORED = {"device", "layout", "memory_format", "non_blocking", "copy", "pin_memory"}
+
+
+def _arguments(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call by position and by name."""
+    kwargs = {name: _resolved(value, values) for name, value in call.kwargs.items() if name not in _IGNORED}
+    return _resolved(call.args, values), kwargs
+
+
+def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a call makes of tensors."""
+    if call.operation not in operations.UNCHANGED:
+        return _function(call)(*args, **kwargs)
+    dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
+    return args[0].to(dtypes[0]) if dtypes else args[0]
 
 
 def _store(call: Call, result: Any, values: dict[str, Any]) -> None:
@@ -186,7 +203,7 @@ def _interpret(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
     if call.target == "_operator.getitem":
         return args[0][args[1]]
     if not (features_in(args) + features_in(list(kwargs.values()))):
-        return as_float64(_function(call)(*args, **kwargs))
+        return as_float64(_compute(call, args, kwargs))
     return _HANDLERS.get(call.operation, _by_table)(call, args, kwargs, rows)
 
 

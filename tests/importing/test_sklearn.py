@@ -57,7 +57,7 @@ def test_what_is_no_smooth_function_is_refused_by_its_step():
         (make_pipeline(KNeighborsRegressor()), r"Pipeline.kneighborsregressor \(KNeighborsRegressor\)"),
         (LogisticRegression(), "LogisticRegression is no smooth function"),
         (MLPClassifier(max_iter=1), "MLPClassifier is no smooth function"),
-        (make_pipeline(QuantileTransformer(n_quantiles=5), forest), r"quantiletransformer \(QuantileTransformer\) is a"),
+        (make_pipeline(QuantileTransformer(n_quantiles=5), forest), r"\(QuantileTransformer\) is a"),
         (make_pipeline(PolynomialFeatures(), forest), r"PolynomialFeatures\) is a"),
         (make_pipeline(MinMaxScaler(clip=True), forest), "clips its results"),
     ]

@@ -1,0 +1,126 @@
+"""State dicts with an architecture beside them: JSON that lists the modules of an ``nn.Sequential``.
+
+Modules are made from a table of names, never imported by name; weights are read by ``torch.load(weights_only=True)``
+or from safetensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hessquik import strict_json
+from hessquik.errors import ArchitectureError, FormatError
+from hessquik.strict_json import shown
+
+__all__ = ["MODULES", "read_sequential"]
+
+MAX_NUMBER = 1 << 16
+#: Modules that an architecture may name.
+MODULES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        nn.BatchNorm1d,
+        nn.CELU,
+        nn.Dropout,
+        nn.ELU,
+        nn.Flatten,
+        nn.GELU,
+        nn.Identity,
+        nn.LeakyReLU,
+        nn.Linear,
+        nn.LogSigmoid,
+        nn.Mish,
+        nn.PReLU,
+        nn.ReLU,
+        nn.SELU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.Softsign,
+        nn.Tanh,
+        nn.Tanhshrink,
+    )
+}
+
+
+def read_sequential(weights: str | Path, architecture: str | Path) -> nn.Sequential:
+    """Return the module of a state dict, in evaluation mode.
+
+    Args:
+        weights: A file that ``torch.save`` wrote from a state dict, or a ``.safetensors`` file of one.
+        architecture: JSON, ``{"type": "Sequential", "layers": [{"type": "Linear", "in_features": 2, …}, …]}``: each
+            module with its constructor arguments by name.
+
+    Raises:
+        ArchitectureError: the architecture is not one.
+        FormatError: the file is no state dict, or does not fit the architecture.
+    """
+    module = _build(strict_json.parse("architecture", Path(architecture).read_text()))
+    state = _read(Path(weights))
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        module = module.to(dtypes.pop())
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise FormatError(
+                f"tensor {shown(name)} must have the shape {expected.get(name, 'of none: there is no such tensor')}, "
+                f"got {got.get(name, 'no tensor')}"
+            )
+    module.load_state_dict(dict(state))
+    return module.eval()
+
+
+def _build(architecture: Any) -> nn.Sequential:
+    layers = architecture.get("layers") if isinstance(architecture, dict) else None
+    if not isinstance(layers, list) or not layers or architecture.get("type") != "Sequential":
+        raise ArchitectureError(
+            'architecture must be {"type": "Sequential", "layers": [{"type": "Linear", "in_features": 2, …}, …]}, '
+            f"got {shown(architecture)}"
+        )
+    return nn.Sequential(*(_module(layer, f"layers[{i}]") for i, layer in enumerate(layers)))
+
+
+def _module(layer: Any, place: str) -> nn.Module:
+    name = layer.get("type") if isinstance(layer, dict) else None
+    if not isinstance(name, str) or name not in MODULES:
+        raise ArchitectureError(f"{place}.type must be one of {', '.join(MODULES)}, got {shown(name)}")
+    arguments = {key: value for key, value in layer.items() if key != "type"}
+    known = set(inspect.signature(MODULES[name]).parameters) - {"device", "dtype", "inplace", "dim"}
+    for key, value in arguments.items():
+        is_plain = isinstance(value, bool | str) or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
+        if key not in known or not is_plain:
+            raise ArchitectureError(
+                f"{place} must have arguments out of {', '.join(sorted(known)) or 'none'}, got {key}: {shown(value)}"
+            )
+    try:
+        return MODULES[name](**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArchitectureError(f"{place} ({name}): {error}") from None
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a file."""
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = safetensors.torch.load(path.read_bytes())
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a broken or hostile pickle makes of the reader
+        raise FormatError(
+            f"{path.name}: the file must be a state dict that torch.save wrote, which holds tensors alone; a whole "
+            "module is a pickle of code: save module.state_dict(), or torch.export.save the module to a .pt2 file"
+        ) from None
+    if not (isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())):
+        raise FormatError(f"{path.name}: the file must hold a state dict, got {type(found).__name__}")
+    return found

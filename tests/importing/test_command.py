@@ -1,0 +1,185 @@
+"""``hessquik import``: every kind of file, its options, the table, and what it refuses."""
+
+import json
+
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import hessquik
+from hessquik import proof, storage
+from service.cli import app
+from tests.importing import onnx_networks
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["import", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 1)).double()
+
+
+@pytest.fixture(scope="module")
+def exported(module, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "mlp.pt2"
+    torch.export.save(torch.export.export(module, (torch.zeros(3, 2, dtype=torch.float64),)), path)
+    return path
+
+
+@pytest.fixture
+def one_backend(monkeypatch):
+    """Prove on one backend, which takes a second; the first test proves on all."""
+    name, arguments = next(iter(proof.backends().items()))
+    monkeypatch.setattr(proof, "backends", lambda: {name: arguments})
+
+
+def test_an_exported_program_with_all_options(module, exported, tmp_path):
+    scale = {"input_mean": [10.0, -1.0], "input_scale": [2.0, 0.5], "output_mean": 3.0, "output_scale": [4.0]}
+    (tmp_path / "scale.json").write_text(json.dumps(scale))
+    result = run(
+        exported, tmp_path, "--name", "mlp", "--description", "A test.", "--input-names", "p, T", "--output-names",
+        "y", "--bounds", "8:12,-2:0", "--scale", tmp_path / "scale.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for text in (
+        "singleLayer 2 → 6, 6 × tanhActivation",
+        "inputs d, outputs m",
+        "2, 1",
+        "67 of float64",
+        "comparisons",
+    ):
+        assert text in result.stdout
+    assert "largest error against torch" in result.stdout
+    saved = storage.parse((tmp_path / "mlp.safetensors").read_bytes())
+    assert saved.metadata == {
+        "description": "A test.",
+        "input_names": ["p", "T"],
+        "output_names": ["y"],
+        "lower_bounds": [8.0, -2.0],
+        "upper_bounds": [12.0, 0.0],
+    }
+    x = torch.tensor([[9.0, -1.5], [11.0, -0.5]], dtype=torch.float64)
+    u = (x - torch.tensor(scale["input_mean"]).double()) / torch.tensor(scale["input_scale"]).double()
+    torch.testing.assert_close(saved.network(x)[0], 3 + 4 * module(u), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_an_onnx_model_in_another_dtype(tmp_path):
+    model, d, f = onnx_networks.model(1)
+    onnx.save(model, tmp_path / "random.onnx")
+    result = run(tmp_path / "random.onnx", tmp_path / "out.safetensors", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "of float32" in result.stdout
+    network = hessquik.load(tmp_path / "out.safetensors")
+    x = torch.randn(3, d)
+    torch.testing.assert_close(network(x)[0].detach(), f(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_backend")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_state_dict_with_its_architecture(module, tmp_path, suffix):
+    layers = [
+        {"type": "Linear", "in_features": 2, "out_features": 6},
+        {"type": "Tanh"},
+        {"type": "Linear", "in_features": 6, "out_features": 6},
+        {"type": "GELU"},
+        {"type": "Linear", "in_features": 6, "out_features": 1},
+    ]
+    (tmp_path / "net.json").write_text(json.dumps({"type": "Sequential", "layers": layers}))
+    weights = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(module.state_dict(), weights)
+    else:
+        safetensors.torch.save_file(module.state_dict(), weights)
+    result = run(weights, tmp_path / "out.safetensors", "--architecture", tmp_path / "net.json")
+    assert result.exit_code == 0, result.output
+    x = torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(hessquik.load(tmp_path / "out.safetensors")(x)[0], module(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_kinks_are_refused_and_then_in_the_metadata(tmp_path):
+    model, *_ = onnx_networks.model(2, {"Relu": onnx_networks.KINKED["Relu"]})
+    onnx.save(model, tmp_path / "relu.onnx")
+    refused = run(tmp_path / "relu.onnx", tmp_path)
+    assert refused.exit_code == 1
+    assert "(Relu) is linear in pieces" in refused.stderr
+    assert "--allow-kinks" in refused.stderr
+    assert not (tmp_path / "relu.safetensors").exists()
+    allowed = run(tmp_path / "relu.onnx", tmp_path, "--allow-kinks")
+    assert allowed.exit_code == 0, allowed.output
+    saved = storage.parse((tmp_path / "relu.safetensors").read_bytes())
+    assert saved.metadata["kinks"] == {
+        "reluActivation": "the first derivative jumps where z = 0, and the second one is undefined there"
+    }
+    header = safetensors.safe_open(tmp_path / "relu.safetensors", "pt").metadata()
+    assert json.loads(header["kinks"]) == saved.metadata["kinks"]
+
+
+class Code:
+    """Leaves a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("/nonexistent/was-run", "w"))
+
+
+def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_path):
+    architecture = {"type": "Sequential", "layers": [{"type": "Conv2d"}]}
+    (tmp_path / "conv.json").write_text(json.dumps(architecture))
+    (tmp_path / "short.json").write_text(
+        json.dumps({"type": "Sequential", "layers": [{"type": "Linear", "in_features": 2, "out_features": 6}]})
+    )
+    (tmp_path / "scale.json").write_text('{"input_men": 1}')
+    torch.save(module, tmp_path / "whole.pt")
+    torch.save(Code(), tmp_path / "code.pt")
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    (tmp_path / "damaged.onnx").write_bytes(b"\xff\xff not protobuf")
+    (tmp_path / "damaged.pt2").write_bytes(exported.read_bytes()[:-200])
+    (tmp_path / "forest.pkl").write_bytes(b"")
+    cases = [
+        (("forest.pkl",), "can hold code, and are not opened; call hessquik.from_sklearn"),
+        (("state.pt",), "or a state dict beside --architecture"),
+        (("whole.pt", "--architecture", "short.json"), "a whole module is a pickle of code"),
+        (("code.pt", "--architecture", "short.json"), "a whole module is a pickle of code"),
+        (("state.pt", "--architecture", "conv.json"), "layers[0].type must be one of BatchNorm1d"),
+        (("state.pt", "--architecture", "short.json"), 'tensor "2.bias" must have the shape of none'),
+        (("damaged.onnx",), "damaged.onnx: the file must be an ONNX model"),
+        (("damaged.pt2",), "damaged.pt2: "),
+        (("missing.onnx",), "missing.onnx"),
+        ((exported, "--scale", "scale.json"), "a scaling must have keys out of input_mean"),
+        ((exported, "--bounds", "0:1"), "bounds must be 2 lower and 2 upper numbers"),
+        ((exported, "--bounds", "0,1"), "--bounds must be lower:upper per input"),
+        ((exported, "--dtype", "float16"), "--dtype must be float32 or float64"),
+        ((exported, "--input-names", "x"), "input_names must be one string per input"),
+    ]
+    for (file, *options), message in cases:
+        given = [tmp_path / each if str(each).endswith(".json") else each for each in options]
+        result = run(tmp_path / file, tmp_path / "out.safetensors", *given)
+        assert result.exit_code in {1, 2}, (file, result.output)
+        assert message in " ".join(result.stderr.split()), (file, result.stderr)
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
+    """The sample inputs are a pickle that nobody reads; weights that are pickles are refused."""
+    import zipfile
+
+    hostile, pickled = tmp_path / "hostile.pt2", tmp_path / "pickled.pt2"
+    with zipfile.ZipFile(exported) as source, zipfile.ZipFile(hostile, "w") as a, zipfile.ZipFile(pickled, "w") as b:
+        for name in source.namelist():
+            data = source.read(name)
+            a.writestr(name, b"cposix\nsystem\n(S'false'\ntR." if name.endswith(".pt") else data)
+            if name.endswith("weights_config.json"):
+                data = data.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+            b.writestr(name, data)
+    assert run(hostile, tmp_path / "out.safetensors").exit_code == 0
+    result = run(pickled, tmp_path / "other.safetensors")
+    assert result.exit_code == 1
+    assert "must be stored as raw numbers, got a pickle" in result.stderr
