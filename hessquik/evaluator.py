@@ -8,7 +8,7 @@ asked may change the plan, and with it a result's last bits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import pairwise
@@ -123,6 +123,7 @@ class Evaluator:
         weights: Tensor | None = None,
         directions: Tensor | None = None,
         between: Callable[[], None] | None = None,
+        out: Mapping[str, Tensor] | None = None,
     ) -> Derivatives:
         """Compute the wanted quantities at the points.
 
@@ -133,6 +134,8 @@ class Evaluator:
             directions: (k, d) or (n, k, d) for jvp, hvp and curvature.
             between: Called now and then between two tiles: on a CPU every half a millisecond or so of computing, on a
                 GPU never.
+            out: Where to write the results: a contiguous tensor for each quantity, of its shape and the evaluator's
+                dtype, on the device of ``x``. New ones if not given.
 
         Returns:
             One named tensor per quantity, on the device of ``x``; the others ``None``.
@@ -142,7 +145,9 @@ class Evaluator:
         """
         runner, arrays = self._prepare(x, quantities, weights, directions)
         n = x.shape[0]
-        results = self._results(quantities, runner, n, x.device)
+        results = self._results(quantities, runner, n, x.device) if out is None else dict(out)
+        if out is not None:
+            self._check_out(quantities, runner, n, x.device, results)
         arrays.update(results)
         if between is None or self.device.type != "cpu":
             self._run(runner, arrays, 0, n)
@@ -258,6 +263,21 @@ class Evaluator:
     ) -> dict[str, Tensor]:
         """Return arrays for the results."""
         return {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
+
+    def _check_out(
+        self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device, out: dict[str, Tensor]
+    ) -> None:
+        """Raise :class:`ShapeError` for results' places that do not fit."""
+        if out.keys() != set(quantities):
+            raise ShapeError(f"expected places for {', '.join(quantities)}, got {', '.join(out)}")
+        for name, place in out.items():
+            shape = (n, *runner.plan.shapes[name])
+            fits = place.shape == shape and place.dtype is self.dtype and place.is_contiguous()
+            if not fits or place.device != device:
+                raise ShapeError(
+                    f"expected a contiguous {name} of shape {shape} and {self.dtype} on {device}, "
+                    f"got {tuple(place.shape)}, {place.dtype} on {place.device}"
+                )
 
     def _check(self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> None:
         """Raise :class:`ShapeError` for what does not fit."""

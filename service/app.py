@@ -46,7 +46,7 @@ from service.question import Question
 from service.repository import Served
 from service.routes import derivatives, health, inference_protocol, models, pages, umbridge
 from service.routes.operation import NATIVE, Dialect, Direct
-from service.scheduler import Answers, Job
+from service.scheduler import Answers, Job, OnRows
 from service.schemas import Problem
 from service.settings import Settings
 
@@ -64,6 +64,8 @@ UNMATCHED = "unmatched"
 NO_STATUS = 499
 #: After refusing a larger body, the memory that it took is returned to the system.
 RETURNED_BYTES = 1 << 18
+#: Replies over this size are sent while their last rows are computed.
+STREAMED_BYTES = 1 << 20
 #: Size of numbers in JSON over their size in binary, an estimate.
 TEXT_FACTOR = 3
 #: When the collector looks at young objects: hundreds of requests hold thousands of them, none in a cycle.
@@ -229,6 +231,7 @@ class Application(FastAPI):
         form: str,
         deadline_s: float,
         write: Callable[[Answers], Reply],
+        on_rows: OnRows | None = None,
     ) -> Cancel:
         """Have the workers answer a question, and the request with what ``write`` makes of their answers.
 
@@ -239,6 +242,7 @@ class Application(FastAPI):
             form: What the workers are to answer: ``arrays``, ``json`` or ``flat``.
             deadline_s: On the monotonic clock.
             write: Makes the reply.
+            on_rows: Sends the rows of a large reply as they come; then ``write`` is given none of them.
 
         Returns:
             What stops it.
@@ -260,6 +264,8 @@ class Application(FastAPI):
 
         job = self.core.ask(served, question, form, deadline_s, end)
         reply_bytes = job.rows * job.key.row_bytes * (1 if form == "arrays" else TEXT_FACTOR)
+        if reply_bytes > STREAMED_BYTES and request.stream is not None:
+            job.on_rows = on_rows
         if reply_bytes > LARGE_BYTES:
             try:
                 self.budget.take(reply_bytes)

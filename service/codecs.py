@@ -6,6 +6,7 @@ what was expected and what came.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -32,7 +33,9 @@ __all__ = [
     "json_rows",
     "parse_json",
     "parse_safetensors",
+    "raw",
     "refuse_bombs",
+    "safetensors_header",
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
@@ -149,20 +152,32 @@ def encode_json(model: str, version: str, answers: Mapping[str, Sequence[Piece]]
 def encode_safetensors(
     model: str, version: str, answers: Mapping[str, Sequence[Array]], is_single: bool
 ) -> list[Piece]:
-    """The reply as safetensors, one tensor per quantity: a header and the arrays' own memory, which is not copied."""
+    """Return the reply as safetensors, a tensor per quantity: a header and the arrays' own memory."""
+    tensors = {
+        name: (rows[0].dtype, rows[0].shape[1:] if is_single else (sum(map(len, rows)), *rows[0].shape[1:]))
+        for name, rows in answers.items()
+    }
+    return [safetensors_header(model, version, tensors), *(raw(part) for rows in answers.values() for part in rows)]
+
+
+def safetensors_header(
+    model: str, version: str, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+) -> bytes:
+    """Return what comes before the numbers in a reply as safetensors."""
     header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
-    pieces: list[Piece] = []
     start = 0
-    for name, rows in answers.items():
-        first = rows[0]
-        shape = first.shape[1:] if is_single else (sum(map(len, rows)), *first.shape[1:])
-        size = sum(part.nbytes for part in rows)
-        header[name] = {"dtype": f"F{8 * first.itemsize}", "shape": shape, "data_offsets": [start, start + size]}
-        pieces += [np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in rows]
-        start += size
+    for name, (dtype, shape) in tensors.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [start, end]}
+        start = end
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *pieces]
+    return struct.pack("<Q", len(text)) + text
+
+
+def raw(array: Array) -> memoryview:
+    """Return an array's bytes."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def refuse_bombs(body: bytes, shape: Shape) -> None:

@@ -56,6 +56,7 @@ class Evaluators:
         dtype: torch.dtype,
         quantities: Sequence[str],
         between: Callable[[], None] | None = None,
+        out: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Return the quantities at points.
 
@@ -64,15 +65,20 @@ class Evaluators:
             dtype: What to compute in.
             quantities: Their names.
             between: As for :class:`hessquik.Evaluator`.
+            out: Where to write the results; new arrays if not given.
         """
         arrays = {name: torch.from_numpy(array) for name, array in given.items()}
         computed = [name for name in quantities if name != DOMAIN_DISTANCE]
         results: dict[str, Array] = {}
         if computed:
             evaluate = self.evaluator(dtype)
-            found = evaluate(arrays["inputs"], computed, arrays.get("weights"), arrays.get("directions"), between)
+            places = None if out is None else {name: torch.from_numpy(out[name]) for name in computed}
+            weights, directions = arrays.get("weights"), arrays.get("directions")
+            found = evaluate(arrays["inputs"], computed, weights, directions, between, places)
             results = {name: getattr(found, name).cpu().numpy() for name in computed}
         if DOMAIN_DISTANCE in quantities:
             x = given["inputs"]
             results[DOMAIN_DISTANCE] = np.zeros(len(x), x.dtype) if self.domain is None else self.domain.distance(x)
+            if out is not None:
+                out[DOMAIN_DISTANCE][...] = results[DOMAIN_DISTANCE]
         return {name: results[name] for name in quantities}

@@ -47,6 +47,7 @@ __all__ = [
     "Job",
     "Limits",
     "LoopClock",
+    "OnRows",
     "Queue",
     "Reason",
     "Scheduler",

@@ -52,14 +52,16 @@ class Buffer:
         self.is_sent = False
         self.is_lent = False
         self.since_s = 0.0
-        self._mapping: weakref.ref[mmap.mmap] | None = None
+        self._mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._whole: weakref.ref[Any] | None = None
 
     def arrays(self, shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Any]:
         """Return what was written, as read-only arrays that lie at :func:`offsets`; they keep the buffer lent."""
-        mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._mapping = weakref.ref(mapping, lambda _: self.give_back())
+        # All arrays are views of this one, which nothing else holds: its end is that of the last of them.
+        whole = np.frombuffer(self._mapping, np.uint8)
+        self._whole = weakref.ref(whole, lambda _: self.give_back())
         places, _ = offsets(shapes, np.dtype(dtype).itemsize)
-        return [np.ndarray(shape, dtype, mapping, place) for shape, place in zip(shapes, places, strict=True)]
+        return [np.ndarray(shape, dtype, whole, place) for shape, place in zip(shapes, places, strict=True)]
 
     def give_back(self) -> None:
         """Let the buffer be used again."""

@@ -51,7 +51,7 @@ from hessquik import HessQuikError, storage
 from service import wire
 from service.codecs import json_rows
 from service.evaluators import TORCH_DTYPES, Evaluators
-from service.quantities import DOMAIN_DISTANCE
+from service.quantities import DOMAIN_DISTANCE, row_shapes
 
 __all__ = ["main"]
 
@@ -334,25 +334,29 @@ class Worker:
         if connection is not None and "buffer" in head:
             number, size, *places = head["buffer"]
             buffer = connection.buffer(number, size, head.get("fds", []))
-        reply, results = self._evaluate(head, fields)
+        reply, results = self._evaluate(head, fields, None if buffer is None else partial(_places, buffer, places))
         if "error" not in reply and any(len(array) != sum(head["sizes"]) for array in results.values()):
             reply, results = {"op": "done", "error": "rows are missing"}, {}
         if "error" not in reply and head["form"] != "arrays":
             reply, results = self._texts(head, results)
         elif buffer is not None:
-            for array, place in zip(results.values(), places, strict=len(results) > 0):
-                np.ndarray(array.shape, array.dtype, buffer, place)[...] = array
             reply["shapes"] = [array.shape for array in results.values()]
             results = {}
         return {**reply, "number": head["number"]}, results
 
-    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
-        """Compute; errors that a request may cause become a reply."""
+    def _evaluate(
+        self,
+        head: dict[str, Any],
+        fields: dict[str, Any],
+        places: Callable[[Model, dict[str, Any], dict[str, Any]], dict[str, wire.Array]] | None = None,
+    ) -> wire.Frame:
+        """Compute, into ``places`` if there are; errors that a request may cause become a reply."""
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
         model, dtype = self.models[head["model"]], TORCH_DTYPES[head["dtype"]]
         try:
-            return {"op": "done"}, model.evaluate(fields, dtype, head["quantities"], self._between)
+            out = None if places is None else places(model, head, fields)
+            return {"op": "done"}, model.evaluate(fields, dtype, head["quantities"], self._between, out)
         except (HessQuikError, MemoryError, RuntimeError, ValueError, Late) as error:
             return {"op": "done", "error": _reason(error)}, {}
 
@@ -459,6 +463,23 @@ class Worker:
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _places(
+    buffer: mmap.mmap, offsets: list[int], model: Model, head: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, wire.Array]:
+    """Return where in shared memory each quantity's results go."""
+    evaluate, inputs, directions = (
+        model.evaluator(TORCH_DTYPES[head["dtype"]]),
+        fields["inputs"],
+        fields.get("directions"),
+    )
+    k = 0 if directions is None else directions.shape[1]
+    shapes = row_shapes(tuple(head["quantities"]), evaluate.d, evaluate.m, k, "weights" in fields)
+    return {
+        name: np.ndarray((len(inputs), *shape), head["dtype"], buffer, place)
+        for name, shape, place in zip(head["quantities"], shapes, offsets, strict=True)
+    }
 
 
 def _reason(error: Exception) -> str:

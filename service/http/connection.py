@@ -15,6 +15,7 @@ import asyncio
 import math
 import socket
 from collections import deque
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -44,6 +45,8 @@ MALFORMED_LINGER_S, MALFORMED_LINGER_BYTES = 2.0, 1 << 20
 DISCARDED_BYTES = LARGE_BYTES
 #: The status whose replies have no body.
 NOT_MODIFIED = 304
+#: Bytes of a large reply that are written in one turn of the event loop.
+TURN_BYTES = 256 << 10
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 
@@ -124,7 +127,9 @@ class Connection(asyncio.Protocol):
         self._is_advancing = self._is_reading_paused = False
         # The reply that is being sent, and how the connection ends.
         self._is_writing_paused = self._is_last = self._is_half_closed = self._is_probed = False
-        self._sending_bytes = self._unsent_bytes = 0
+        self._outgoing: deque[memoryview] = deque()
+        self._is_begun = self._is_pumping = self._is_closing_after = self._is_lingering_after = False
+        self._owed_bytes = self._sending_bytes = self._written_bytes = self._taken_bytes = 0
         self._ignores_input = self._is_continue_due = False
         self._discard_left = math.inf
         self._linger_s = listener.limits.receive_timeout_s
@@ -156,6 +161,7 @@ class Connection(asyncio.Protocol):
         waiting = [request for request in (self._current, *self._queue, self._incoming) if request is not None]
         self._current = self._incoming = None
         self._queue.clear()
+        self._outgoing.clear()
         self._pieces, self._fields, self._arrived = [], [], b""
         for request in waiting:
             self._application.abandon(request, ClientGone("the client closed its connection"))
@@ -166,12 +172,12 @@ class Connection(asyncio.Protocol):
             self._discard(len(data))
             return
         is_free = self._current is None and not self._queue and self._is_between
-        if is_free and not self._is_writing_paused:
+        if is_free and not self._is_writing_paused and not self._outgoing:
             end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
             head = self._listener.heads.get(data[:end])
             if head is not None and len(data) - end == head.length:
                 self._receive_by_s = math.inf
-                request = Request(head, self.respond)
+                request = Request(head, self.respond, self)
                 request.body = data[end:]
                 self._current = request
                 self._application.handle(request)
@@ -188,7 +194,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Answer what was asked before the client closed its sending side, or else close."""
         self._is_half_closed = True
-        if self._linger_until_s < math.inf or (self._current is None and not self._queue):
+        if self._linger_until_s < math.inf or self._is_idle():
             return False
         self._look_within(PROBE_S)
         return True
@@ -201,17 +207,19 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Answer the next request, now that the client has taken the last reply."""
         self._is_writing_paused = False
-        self._unsent_bytes = 0
-        self._release()
-        self._idle_since_s = self._loop.time()
-        self._advance()
+        if self._outgoing:
+            self._pump_on()
+        elif not self._is_begun:
+            self._release()
+            self._idle_since_s = self._loop.time()
+            self._advance()
 
     # Called by the server.
 
     def shutdown(self) -> None:
         """Close once what was asked is answered."""
         self._is_last = True
-        is_free = self._current is None and not self._queue and self._incoming is None
+        is_free = self._is_idle() and self._incoming is None
         if is_free and self._transport is not None and not self._transport.is_closing():
             self._close()
 
@@ -261,7 +269,7 @@ class Connection(asyncio.Protocol):
             return
         head = self._read_head(parser.get_method().decode("ascii"), parser.get_http_version())
         self._is_in_head = False
-        request = self._incoming = Request(head, self.respond)
+        request = self._incoming = Request(head, self.respond, self)
         self._pieces, self._body_bytes = [], 0
         try:
             self._application.admit(head)
@@ -421,7 +429,12 @@ class Connection(asyncio.Protocol):
         if self._is_advancing:
             return
         self._is_advancing = True
-        while self._current is None and not self._is_writing_paused and (request := self._next()) is not None:
+        while (
+            self._current is None
+            and not self._is_writing_paused
+            and not self._outgoing
+            and (request := self._next()) is not None
+        ):
             self._current = request
             if request.refusal is None:
                 self._application.handle(request)
@@ -469,10 +482,10 @@ class Connection(asyncio.Protocol):
         if request is None:
             if not (self._is_between or self._is_in_head):  # in the body of a request that was refused and answered
                 self._is_last = True
-                if self._current is None and not self._queue:
+                if self._is_idle():
                     self._close(lingers=True)
                 return
-            request = Request(Head("GET", "", b"", {}, keep_alive=False), self.respond)
+            request = Request(Head("GET", "", b"", {}, keep_alive=False), self.respond, self)
         limits = self._limits
         request.head.keep_alive = False
         request.refusal = error or MalformedBody(
@@ -486,15 +499,40 @@ class Connection(asyncio.Protocol):
     def respond(self, request: Request, reply: Reply) -> bool:
         """Send the reply to the request that is answered now; return whether the client is still there to get it."""
         transport = self._transport
-        if request.held_bytes:
-            self._application.budget.give(request.held_bytes)
-            request.held_bytes = 0
+        self._give_back(request)
         if transport is None or request is not self._current or transport.is_closing():
             return False
+        if self._is_begun:
+            return self._end_stream(request, reply)
         self._current = None
+        is_last = self._write(transport, request, reply, 0)
+        # What still comes of a refused request is discarded, or the client would get a reset and not the reply.
+        self._end_reply(is_last, request.refusal is not None)
+        return True
+
+    def begin(self, request: Request, reply: Reply, rest_bytes: int) -> None:
+        """Send a reply's head and the first of its body; ``send`` and ``respond`` send the rest."""
+        transport = self._transport
+        if transport is not None and request is self._current and not transport.is_closing():
+            self._give_back(request)
+            self._is_begun, self._owed_bytes = True, rest_bytes
+            self._is_closing_after = self._write(transport, request, reply, rest_bytes)
+
+    def send(self, request: Request, pieces: Sequence[bytes | memoryview]) -> None:
+        """Send more of the body of a reply that was begun."""
+        if request is self._current and self._is_begun:
+            self._send(pieces)
+
+    def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self._owed_bytes -= sum(map(len, pieces))
+        self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
+        self._pump()
+
+    def _write(self, transport: asyncio.Transport, request: Request, reply: Reply, rest_bytes: int) -> bool:
+        """Write a reply, of whose body so many bytes follow; return whether the connection ends with it."""
         status, media_type, body, headers = reply
         head = request.head
-        size = sum(map(len, body))
+        size = sum(map(len, body)) + rest_bytes
         more = b"".join([b"%b: %b\r\n" % header for header in headers]) if headers else b""
         is_leaving = self._is_last or self._is_half_closed
         is_last = not head.keep_alive or (is_leaving and not self._queue and self._incoming is None)
@@ -513,27 +551,81 @@ class Connection(asyncio.Protocol):
         if head.method == "HEAD":
             transport.write(text)
         elif size <= LARGE_BYTES:
-            transport.write(b"".join((text, *body)))
+            text = b"".join((text, *body))
+            self._written_bytes += len(text)
+            transport.write(text)
         else:
-            self._write_large(transport, [text, *filter(len, body)], size)
-        self._idle_since_s = self._loop.time()
-        if is_last:
-            # What still comes of a refused request is discarded, or the client would get a reset and not the reply.
-            self._close(lingers=request.refusal is not None)
-        elif self._queue or self._incoming is not None:
-            self._advance()
+            self._release()
+            self._sending_bytes = size  # held until the client has taken them
+            self._application.budget.held_bytes += size
+            self._outgoing.extend(memoryview(piece) for piece in (text, *body) if len(piece))
+            self._pump()
+        return is_last
+
+    def _end_stream(self, request: Request, reply: Reply) -> bool:
+        """Send the last of a reply that was begun, or break it off if that is not what was announced."""
+        assert self._transport is not None
+        self._current, self._is_begun = None, False
+        if reply.status != HTTPStatus.OK or sum(map(len, reply.body)) != self._owed_bytes:
+            self._transport.abort()
+            return False
+        self._send(reply.body)
+        if not self._outgoing and not self._is_writing_paused:
+            self._release()
+        self._end_reply(self._is_closing_after, lingers=False)
         return True
 
-    def _write_large(self, transport: asyncio.Transport, pieces: list[Any], size: int) -> None:
-        """Write a large reply, whose bytes count as held until the client has taken them."""
-        self._release()
-        self._sending_bytes = size
-        self._application.budget.held_bytes += size
+    def _end_reply(self, is_last: bool, lingers: bool) -> None:
+        """Go on after a reply once all of it is written: close, or answer the next request."""
+        if self._outgoing:
+            self._is_closing_after, self._is_lingering_after = is_last, lingers
+            return
+        self._idle_since_s = self._loop.time()
+        if is_last:
+            self._close(lingers)
+        elif self._queue or self._incoming is not None:
+            self._advance()
+        elif self._is_last or self._is_half_closed:
+            self._close()
+
+    def _is_idle(self) -> bool:
+        """Return whether no request that has arrived waits for its reply, or for the rest of it."""
+        return self._current is None and not self._queue and not self._outgoing
+
+    def _pump(self) -> None:
+        """Write some of a large reply now, and more in later turns of the event loop, so that others have theirs."""
+        transport = self._transport
+        if not self._outgoing or self._is_writing_paused or self._is_pumping or transport is None:
+            return
+        pieces, size = [], 0
+        while self._outgoing and size < TURN_BYTES:
+            piece = self._outgoing.popleft()
+            if len(piece) > TURN_BYTES - size:
+                self._outgoing.appendleft(piece[TURN_BYTES - size :])
+                piece = piece[: TURN_BYTES - size]
+            pieces.append(piece)
+            size += len(piece)
+        self._written_bytes += size
         transport.writelines(pieces)
-        if transport.get_write_buffer_size() <= LARGE_BYTES:
+        if self._outgoing:
+            if not self._is_writing_paused:
+                self._is_pumping = True
+                self._loop.call_soon(self._pump_on)
+        elif not self._is_begun and not self._is_writing_paused:
             self._release()
-        else:
-            self._watch_sending()
+
+    def _pump_on(self) -> None:
+        """Write more of a large reply; when all of it is written, go on after it."""
+        self._is_pumping = False
+        self._pump()
+        if not self._outgoing and self._current is None and self._transport is not None:
+            self._end_reply(self._is_closing_after, self._is_lingering_after)
+
+    def _give_back(self, request: Request) -> None:
+        """Count what a request holds of the budget as held no longer; its reply counts from now on."""
+        if request.held_bytes:
+            self._application.budget.give(request.held_bytes)
+            request.held_bytes = 0
 
     def _release(self) -> None:
         """Count the last reply's bytes as held no longer."""
@@ -564,7 +656,7 @@ class Connection(asyncio.Protocol):
 
     def _watch_sending(self) -> None:
         """Look soon, and again and again, whether the client takes what is sent to it."""
-        self._progress_s, self._unsent_bytes = self._loop.time(), 0
+        self._progress_s = self._loop.time()
         self._look_within(self._limits.send_timeout_s / 4)
 
     def _look_within(self, seconds: float) -> None:
@@ -585,10 +677,10 @@ class Connection(asyncio.Protocol):
         due_s = min(self._receive_by_s, self._linger_until_s)
         next_s = limits.keep_alive_s
         unsent = transport.get_write_buffer_size()
-        is_answering = self._current is not None or bool(self._queue)
+        is_answering = not self._is_idle()
         if unsent:
-            if not self._unsent_bytes or unsent < self._unsent_bytes:
-                self._progress_s, self._unsent_bytes = now_s, unsent
+            if self._written_bytes - unsent != self._taken_bytes:
+                self._progress_s, self._taken_bytes = now_s, self._written_bytes - unsent
             due_s = min(due_s, self._progress_s + limits.send_timeout_s)
             next_s = limits.send_timeout_s / 4
         elif due_s == math.inf and not is_answering:
@@ -608,7 +700,7 @@ class Connection(asyncio.Protocol):
         (RFC 9110, 15.2), and which the system of one that has left answers with a reset.
         """
         current = self._current
-        if current is None or current.head.version == "1.0":
+        if current is None or self._is_begun or current.head.version == "1.0":
             return False
         if not self._is_probed:
             self._is_probed = True

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from service.errors import Overloaded, ServiceError
 
-__all__ = ["JSON", "LARGE_BYTES", "Application", "Budget", "Cancel", "Head", "Reply", "Request"]
+__all__ = ["JSON", "LARGE_BYTES", "Application", "Budget", "Cancel", "Head", "Reply", "Request", "Stream"]
 
 JSON = b"application/json"
 #: Bodies and replies over this size count against the budget, and are not copied to be joined.
@@ -64,6 +64,7 @@ class Request:
     Args:
         head: The parsed head.
         respond: Called once with the request and its reply; returns whether the reply could be sent.
+        stream: Sends parts of a large reply before the rest is known, where that can be done.
 
     Attributes:
         body: All of it, once it has arrived.
@@ -75,11 +76,12 @@ class Request:
         held_bytes: What the request holds of the budget.
     """
 
-    __slots__ = ("began_s", "body", "cancel", "head", "held_bytes", "id", "model", "refusal", "respond")
+    __slots__ = ("began_s", "body", "cancel", "head", "held_bytes", "id", "model", "refusal", "respond", "stream")
 
-    def __init__(self, head: Head, respond: Callable[[Request, Reply], bool]) -> None:
+    def __init__(self, head: Head, respond: Callable[[Request, Reply], bool], stream: Stream | None = None) -> None:
         self.head = head
         self.respond = respond
+        self.stream = stream
         self.body: bytes = b""
         given = head.headers.get(b"x-request-id")
         is_usable = given is not None and _REQUEST_ID.fullmatch(given)
@@ -105,6 +107,20 @@ class Reply(NamedTuple):
     media_type: bytes
     body: Sequence[bytes | memoryview]
     headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+class Stream(Protocol):
+    """Where a reply may be sent in parts.
+
+    ``respond`` sends the last one, if it has the status of the first and as many bytes as are missing; else the reply
+    is broken off.
+    """
+
+    def begin(self, request: Request, reply: Reply, rest_bytes: int) -> None:
+        """Send a reply's head and the first of its body, of which so many bytes follow."""
+
+    def send(self, request: Request, pieces: Sequence[bytes | memoryview]) -> None:
+        """Send more of its body."""
 
 
 #: Stops pending work with an error, which becomes the reply; does nothing if the work has ended.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -29,12 +29,15 @@ from service.routes.operation import (
     read_query,
     refusals,
 )
+from service.scheduler import Answers, OnRows
 from service.schemas import Answer, EvaluateRequest, QuantityRequest
 
 if TYPE_CHECKING:
     from service.app import Application
 
 __all__ = ["router"]
+
+_JSON, _SAFETENSORS = codecs.JSON.encode(), codecs.SAFETENSORS.encode()
 
 
 class Asked(NamedTuple):
@@ -117,15 +120,56 @@ async def _answer_long(application: Application, request: Request, served: Serve
 
 def _ask(application: Application, request: Request, served: Served, question: Question) -> Cancel:
     asked: Asked = request.head.target.asked
-    encode = codecs.encode_json if asked.reply_type == JSON else codecs.encode_safetensors
-    write = partial(
-        _write, encode, asked.reply_type.encode(), served.file.name, str(served.file.version), question.is_single
-    )
-    return application.ask(request, served, question, asked.form, request.began_s + asked.time_s, write)
+    name, version, is_single = served.file.name, str(served.file.version), question.is_single
+    write: Callable[[Answers], Reply] = partial(_write_json, name, version, is_single)
+    on_rows: OnRows | None = None
+    if asked.reply_type != JSON:
+        rows = _Rows(request, name, version, len(question.inputs), is_single)
+        write, on_rows = rows.write, rows.send
+    return application.ask(request, served, question, asked.form, request.began_s + asked.time_s, write, on_rows)
 
 
-def _write(encode: Any, media_type: bytes, model: str, version: str, is_single: bool, answers: Any) -> Reply:
-    return Reply(200, media_type, encode(model, version, answers, is_single))
+def _write_json(model: str, version: str, is_single: bool, answers: Answers) -> Reply:
+    return Reply(200, _JSON, codecs.encode_json(model, version, answers, is_single))
+
+
+class _Rows:
+    """A reply as safetensors. A large one is sent as its rows come: those of the first tensor, then the others."""
+
+    __slots__ = ("is_begun", "is_single", "model", "n", "others", "request", "version")
+
+    def __init__(self, request: Request, model: str, version: str, n: int, is_single: bool) -> None:
+        self.request, self.model, self.version, self.n, self.is_single = request, model, version, n, is_single
+        self.is_begun = False
+        self.others: list[list[Any]] = []
+
+    def send(self, part: Mapping[str, Any]) -> None:
+        """Send what can be sent when the next rows are there."""
+        stream = self.request.stream
+        assert stream is not None
+        if not self.is_begun:
+            self.is_begun = True
+            shapes = {
+                name: array.shape[1:] if self.is_single else (self.n, *array.shape[1:])
+                for name, array in part.items()
+            }
+            tensors = {name: (array.dtype, shapes[name]) for name, array in part.items()}
+            header = codecs.safetensors_header(self.model, self.version, tensors)
+            rest_bytes = self.n * sum(array.nbytes // len(array) for array in part.values())
+            stream.begin(self.request, Reply(200, _SAFETENSORS, [header]), rest_bytes)
+        first, *others = part.values()
+        self.others.append(others)
+        stream.send(self.request, [codecs.raw(first)])
+
+    def write(self, answers: Answers) -> Reply:
+        """Return the reply, or what of it was not sent."""
+        if self.is_begun:
+            pieces: list[codecs.Piece] = [
+                codecs.raw(array) for rows in zip(*self.others, strict=True) for array in rows
+            ]
+        else:
+            pieces = codecs.encode_safetensors(self.model, self.version, answers, self.is_single)
+        return Reply(200, _SAFETENSORS, pieces)
 
 
 OutsideQuery = Annotated[Outside | None, Query(description="For a binary body; a JSON body has a field for it.")]

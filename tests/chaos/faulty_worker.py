@@ -30,14 +30,14 @@ class RandomlyFaultyWorker(FaultyWorker):
     batches = 0
     is_spoiled = False
 
-    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
+    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any], places: Any = None) -> wire.Frame:
         self.batches += 1
         if self.fault == "oom" and self.batches % 10 == 0:
             return self._out_of_memory(head, fields)
         if self.fault == "spoiled" and self.batches % 20 == 0:
             self.is_spoiled = True
             raise torch.AcceleratorError("an illegal memory access was encountered")
-        reply, answers = super()._evaluate(head, fields)
+        reply, answers = super()._evaluate(head, fields, places)
         if self.is_spoiled:
             answers = {name: array + 1 for name, array in answers.items()}
         if self.fault == "mixed" and random.random() < 0.1:

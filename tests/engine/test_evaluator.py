@@ -237,6 +237,36 @@ def test_plans_of_many_kinds_do_not_fill_the_memory():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_written_where_the_caller_wants_them(backend):
+    evaluate = Evaluator(fullyConnectedNN([4, 8, 2], TANH, dtype=torch.float64), backend=backend)
+    x = torch.randn(1000, 4, dtype=torch.float64)
+    places = {
+        "value": torch.full((1000, 2), torch.nan).double(),
+        "hessian": torch.full((1000, 4, 4, 2), torch.nan).double(),
+    }
+    found, alone = evaluate(x, ("value", "hessian"), out=places), evaluate(x, ("value", "hessian"))
+    assert found.value is places["value"]
+    for name, place in places.items():
+        assert torch.equal(place, getattr(alone, name)), name
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        {},
+        {"value": torch.empty(9, 2)},
+        {"value": torch.empty(10, 2).double()},
+        {"value": torch.empty(2, 10).T},
+        {"value": torch.empty(10, 2), "hessian": torch.empty(10, 4, 4, 2)},
+    ],
+    ids=["none", "shape", "dtype", "strides", "another"],
+)
+def test_places_that_do_not_fit_are_refused(out):
+    with pytest.raises(ShapeError, match="expected"):
+        Evaluator(fullyConnectedNN([4, 8, 2], TANH))(torch.randn(10, 4), ("value",), out=out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_something_else_may_be_done_between_two_tiles(backend, threads):
     evaluate = Evaluator(NETWORKS["residual"](), threads=threads, backend=backend)

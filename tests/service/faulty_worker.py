@@ -17,7 +17,7 @@ SLOW_S = 0.5
 class FaultyWorker(worker.Worker):
     """Does what the points ask for, and what the real one does with all others."""
 
-    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any]) -> wire.Frame:
+    def _evaluate(self, head: dict[str, Any], fields: dict[str, Any], places: Any = None) -> wire.Frame:
         asked = set(fields["inputs"][:, 0].tolist())
         if KILLED in asked:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -27,7 +27,7 @@ class FaultyWorker(worker.Worker):
             return {"op": "done", "error": "ValueError"}, {}
         if SLOW in asked:
             time.sleep(SLOW_S)
-        reply, answers = super()._evaluate(head, fields)
+        reply, answers = super()._evaluate(head, fields, places)
         if SHORT in asked:
             answers = {name: array[:-1] for name, array in answers.items()}
         return reply, answers
