@@ -12,6 +12,7 @@ import click
 import typer
 from pydantic_core import PydanticUndefined
 
+from hessquik.importing import support
 from service import cli, errors, loadtest
 from service.errors import ServiceError
 from service.settings import Settings
@@ -71,7 +72,7 @@ def commands() -> str:
     return "\n".join(parts)
 
 
-PARTS = {"settings": settings, "codes": codes, "commands": commands}
+PARTS = {"settings": settings, "codes": codes, "commands": commands, "importable": support.table}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
