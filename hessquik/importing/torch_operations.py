@@ -186,6 +186,7 @@ _REASONS = (
         "layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm",
     ),
     ("normalises with the statistics of the batch", _EVAL, "native_batch_norm _native_batch_norm_legit"),
+    ("changes its own buffers, as batch normalisation in training does", _EVAL, "add_ copy_ mul_ sub_ fill_ zero_"),
     ("drops features or draws slopes at random", _EVAL, "dropout feature_dropout alpha_dropout rrelu"),
     (
         "divides by a sum over all features",
