@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["congruence", "pack", "pairs", "unpack"]
+__all__ = ["congruence", "leading_shape", "pack", "pairs", "unpack"]
 
 
 def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -107,3 +107,15 @@ def unpack(packed: Tensor) -> Tensor:
     full[..., i, j, :] = packed
     full[..., j, i, :] = packed
     return full
+
+
+def leading_shape(*arrays: Tensor) -> tuple[int, ...]:
+    """Return the shape that arrays have together, without the last axis.
+
+    ``torch.broadcast_shapes`` does the same and imports some hundred modules, which takes seconds.
+
+    Example:
+        >>> leading_shape(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))
+        (5, 2)
+    """
+    return tuple(torch.broadcast_tensors(*(array[..., :1] for array in arrays))[0].shape[:-1])

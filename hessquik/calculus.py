@@ -40,7 +40,7 @@ from torch import Tensor
 from hessquik.algebra import congruence, pack, pairs, unpack
 from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, join
-from hessquik.quantities import DIRECTIONAL, QUANTITIES, highest_order
+from hessquik.quantities import QUANTITIES, highest_order
 
 __all__ = [
     "Backward",
@@ -81,11 +81,6 @@ class Question:
         """Order of the highest derivative."""
         return highest_order(self.quantities)
 
-    def needs(self, *, directional: bool) -> bool:
-        """Return whether second derivatives along the given directions, or along all axes, are asked for."""
-        asked = (QUANTITIES[name] for name in self.quantities)
-        return any(quantity.order == 2 and quantity.is_directional == directional for quantity in asked)
-
     def start(self) -> Tensor:
         """Return the tangents that all axes are spanned by: (1, d, d), or (1, r, d) with a basis."""
         return _unit(self.x, self.x.shape[-1]) if self.basis is None else self.basis.mT.unsqueeze(0)
@@ -93,9 +88,8 @@ class Question:
     def along(self) -> Tensor:
         """Return the directions."""
         if self.directions is None:
-            raise ShapeError(
-                f"{', '.join(sorted(DIRECTIONAL))} expect directions of shape (k, d) or (n, k, d), got none"
-            )
+            asked = ", ".join(name for name in self.quantities if QUANTITIES[name].is_directional)
+            raise ShapeError(f"{asked} expect directions of shape (k, d) or (n, k, d), got none")
         return self.directions
 
 
@@ -108,25 +102,11 @@ class Backward:
     """
 
     def __init__(self, forms: Sequence[Form], question: Question) -> None:
-        """Linearise the layers and carry along the tangents that second derivatives need."""
+        """Linearise the layers."""
         self._question = question
-        self._chain: list[Linearization] = []
-        self._units: list[Tensor] = []
-        self._along: list[Tensor] = []
-        units: Parts | None = (question.start(),) if question.needs(directional=False) else None
-        along: Parts | None = (question.along(),) if question.needs(directional=True) else None
-        features: Parts = (question.x,)
-        for form in forms:
-            here = form.linearize(features, question.order)
-            features = here.value
-            self._chain.append(here)
-            if units is not None:
-                dz, units = here.push(units)
-                self._units.append(dz)
-            if along is not None:
-                dz, along = here.push(along)
-                self._along.append(dz)
-        self._y, self._carried = features[0], features[1:]
+        self._chain = linearize(forms, (question.x,), question.order)
+        self._y, *carried = self._chain[-1].value
+        self._carried = tuple(carried)
 
     @property
     def value(self) -> Tensor:
@@ -190,6 +170,25 @@ class Backward:
         _, gx = self._pull(self._y.new_zeros(1, k * m, self._y.shape[-1]), extra)
         products: Tensor = gx.unflatten(-2, (k, m)).mT
         return products
+
+    @cached_property
+    def _units(self) -> list[Tensor]:
+        """The tangents dz of every layer's hidden units that all axes are spanned by."""
+        return self._push(self._question.start())
+
+    @cached_property
+    def _along(self) -> list[Tensor]:
+        """The tangents dz v."""
+        return self._push(self._question.along())
+
+    def _push(self, tangents: Tensor) -> list[Tensor]:
+        """Carry tangents through the layers and return what they are at every z."""
+        du: Parts = (tangents,)
+        dz: list[Tensor] = []
+        for here in self._chain:
+            at_z, du = here.push(du)
+            dz.append(at_z)
+        return dz
 
     @property
     def _unit(self) -> Tensor:
@@ -267,13 +266,12 @@ class Forward:
 
     def _choose_products(self) -> Any:
         """Return which pairs of tangents have second derivatives: all, each with itself, or the sum of those."""
-        asked = set(self._question.quantities)
-        whole = {name for name in asked if QUANTITIES[name].is_whole}
-        if whole or (self._question.basis is not None and "hessian_diagonal" in asked):
-            return pairs
-        if asked & {"hessian_diagonal", "curvature"}:
+        asked = {name for name in self._question.quantities if QUANTITIES[name].order == 2}
+        if asked <= {"laplacian"}:
+            return lambda dz: (dz * dz).sum(-2, keepdim=True)
+        if self._is_along or (asked <= {"laplacian", "hessian_diagonal"} and self._question.basis is None):
             return lambda dz: dz * dz
-        return lambda dz: (dz * dz).sum(-2, keepdim=True)
+        return pairs
 
     @property
     def value(self) -> Tensor:
@@ -283,19 +281,20 @@ class Forward:
     @property
     def gradient(self) -> Tensor:
         """∂f/∂x (n, d, m)."""
-        if self._is_along:
-            raise Unavailable("the gradient from tangents along given directions")
+        self._expect(is_along=False)
         basis = self._question.basis
         return self._dy if basis is None else basis @ self._dy
 
     @property
     def jvp(self) -> Tensor:
         """J v (n, k, m)."""
+        self._expect(is_along=True)
         return self._weighted(self._dy)
 
     @property
     def hessian(self) -> Tensor:
         """∂²f/∂x² (n, d, d, m)."""
+        self._expect(is_along=False)
         basis, middle = self._question.basis, unpack(self._d2y)
         if basis is None:
             return middle
@@ -306,11 +305,13 @@ class Forward:
     @property
     def hessian_packed(self) -> Tensor:
         """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        self._expect(is_along=False)
         return self._d2y if self._question.basis is None else pack(self.hessian)
 
     @property
     def laplacian(self) -> Tensor:
         """Δf (n, 1, m)."""
+        self._expect(is_along=False)
         if self._products is pairs:
             return torch.diagonal(unpack(self._d2y), dim1=-3, dim2=-2).mT.sum(-2, keepdim=True)
         return self._d2y.sum(-2, keepdim=True)
@@ -318,6 +319,7 @@ class Forward:
     @property
     def hessian_diagonal(self) -> Tensor:
         """∂²f/∂x_a² (n, d, m)."""
+        self._expect(is_along=False)
         if self._question.basis is not None or self._products is pairs:
             return torch.diagonal(self.hessian, dim1=-3, dim2=-2).mT
         return self._d2y
@@ -325,12 +327,18 @@ class Forward:
     @property
     def curvature(self) -> Tensor:
         """Second derivatives vᵀHv (n, k, m)."""
+        self._expect(is_along=True)
         return self._weighted(self._d2y)
 
     @property
     def hvp(self) -> Tensor:
         """Not in this mode."""
         raise Unavailable("hvp by tangents alone")
+
+    def _expect(self, *, is_along: bool) -> None:
+        """Refuse a formula that needs the other kind of tangents."""
+        if self._is_along != is_along:
+            raise Unavailable("derivatives along all axes from those along given directions, or the reverse")
 
     def _weighted(self, y: Tensor) -> Tensor:
         """The weighted sums of what has m columns."""
@@ -402,7 +410,7 @@ def evaluate(
         x: Points (n, d).
         quantities: Names out of :data:`QUANTITIES`.
         weights: λ (m,) or (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; the m axis becomes 1.
-        directions: (k, d) or (n, k, d), for :data:`DIRECTIONAL`.
+        directions: (k, d) or (n, k, d), for the quantities that have an axis of directions.
         mode: Whether adjoints or tangents are carried.
 
     Returns:

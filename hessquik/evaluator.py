@@ -22,7 +22,7 @@ from hessquik.calculus import Derivatives
 from hessquik.errors import ShapeError
 from hessquik.networks import NN
 from hessquik.plan import Ask, Plan, choose
-from hessquik.quantities import DIRECTIONAL, QUANTITIES
+from hessquik.quantities import QUANTITIES, needs_directions
 
 __all__ = ["Evaluator"]
 
@@ -193,7 +193,7 @@ class Evaluator:
         if runner is None or x.ndim != 2 or x.shape[1] != self.d or weights is not None or directions is not None:
             self._check(x, quantities, weights, directions)
         if runner is None:
-            directed = None if DIRECTIONAL.isdisjoint(quantities) else directions
+            directed = directions if needs_directions(quantities) else None
             runner = self._runner(self._ask(quantities, weights, directed))
             with self._lock:
                 if len(self._known) >= 4 * MAX_PLANS:
@@ -289,7 +289,7 @@ class Evaluator:
             raise ShapeError(f"expected quantities out of {', '.join(QUANTITIES)}, got {unknown}")
         if weights is not None and tuple(weights.shape) not in {(self.m,), (n, self.m)}:
             raise ShapeError(f"expected weights of shape ({self.m},) or ({n}, {self.m}), got {tuple(weights.shape)}")
-        if not DIRECTIONAL.isdisjoint(quantities) and directions is None:
+        if directions is None and needs_directions(quantities):
             raise ShapeError(f"expected directions of shape (k, {self.d}) or ({n}, k, {self.d}), got none")
         if directions is not None and not (
             directions.ndim in (2, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hessquik.algebra import congruence, pack, pairs, unpack
+from hessquik.algebra import congruence, leading_shape, pack, pairs, unpack
 from hessquik.graph import Node
 from hessquik.pointwise import PRIMITIVES
 
@@ -72,7 +72,7 @@ def _joined(arrays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _cat(*arrays: Tensor) -> Tensor:
-    leading = torch.broadcast_shapes(*(array.shape[:-1] for array in arrays))
+    leading = leading_shape(*arrays)
     return torch.cat([array.expand(*leading, -1) for array in arrays], dim=-1)
 
 

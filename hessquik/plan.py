@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hessquik.calculus import Backward, Forward, Question, Unavailable, compute
 from hessquik.device import Device
+from hessquik.errors import ShapeError
 from hessquik.graph import Builder, Graph
 from hessquik.layers.form import Form
 from hessquik.layout import lay_out
@@ -152,6 +153,7 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
 
     Raises:
         Unavailable: the mode does not offer one of the quantities.
+        ShapeError: a quantity's formula gives another array than its axes say.
 
     Example:
         >>> import torch
@@ -184,6 +186,13 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
     with torch.no_grad():
         found = compute(mode, forms, question)
     arrays = cast("dict[str, Array]", found)
+    for name, array in arrays.items():
+        shape = QUANTITIES[name].shape(d, outputs if ask.weights is None else 1, ask.k)
+        if [extent for extent in array.shape if extent != 1] != [extent for extent in shape if extent != 1]:
+            raise ShapeError(
+                f"the formula of {name} must give one array of shape {shape} per point, its axes being "
+                f"{QUANTITIES[name].axes!r}, got {array.shape[1:]}"
+            )
     return builder.finish({name: array.index for name, array in arrays.items()})
 
 

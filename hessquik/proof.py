@@ -2,11 +2,12 @@
 
 Every backend that an Evaluator may use on this machine computes every quantity at random points, in float64 and in
 float32, and is compared with torch's automatic differentiation of an independent forward pass in float64
-(:mod:`hessquik.reference`). The documented interface is compared with the orders at which Taylor errors fall, and
-with finite differences.
+(:mod:`hessquik.reference`). A row computed in a large tile is compared with itself computed alone, to the last bit.
+The documented interface is compared with the orders at which Taylor errors fall, and with finite differences.
 
 All comparisons are in natural units: an input moves by ``scale``, half the distance of its bounds, so that
-derivatives have the units of the value.
+derivatives have the units of the value. Quantities that a user registered are the exception, since their units are
+not known; their formulas are applied to automatic differentiation's derivatives.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessquik import calculus
 from hessquik.activations import kinks
 from hessquik.backends import names as backend_names
 from hessquik.errors import DerivativeError
 from hessquik.evaluator import Evaluator
 from hessquik.networks import NN
-from hessquik.quantities import DIRECTIONAL, QUANTITIES
-from hessquik.reference import ReferenceNetwork, user_defined
+from hessquik.quantities import QUANTITIES, Quantity, needs_directions
+from hessquik.reference import ReferenceDerivatives, ReferenceNetwork, slope, user_defined
 from hessquik.utils import taylor
 
 __all__ = ["Row", "backends", "prove", "prove_quickly"]
@@ -52,8 +54,9 @@ CALLS = (
     ("value", "gradient", "laplacian"),
     ("hessian_diagonal", "jvp", "hvp", "curvature", "hessian_packed"),
 )
-#: All of them at once. A quantity that a user registered has no reference here.
+#: All of them at once, and all that forward mode has at once.
 ALL = tuple(dict.fromkeys(name for names in CALLS for name in names))
+ALONG_AXES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal")
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -63,7 +66,10 @@ def backends() -> dict[str, dict[str, Any]]:
         >>> "torch" in backends()
         True
     """
-    return {name: {"backend": name} for name in backend_names("cpu")}
+    on_cpu = {name: {"backend": name} for name in backend_names("cpu")}
+    if not torch.cuda.is_available():
+        return on_cpu
+    return on_cpu | {f"{name} on cuda": {"device": "cuda", "backend": name} for name in backend_names("cuda")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ class _Trial:
         expected: By automatic differentiation in float64, in natural units: the value (n,), gradient (n, d), hvp
             (n, k, d) and hessian_diagonal (n, d).
         bounds: Of the relative errors of the same, in the dtype.
+        comparisons: How each quantity is compared.
     """
 
     network: NN
@@ -116,6 +123,7 @@ class _Trial:
     scale: Tensor
     expected: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
+    comparisons: dict[str, _Comparison] = field(default_factory=dict)
 
     def error(self, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
         """Return the largest difference, relative to the size of what is expected or to a small part of the value."""
@@ -162,7 +170,7 @@ def prove(
         True
     """
     rows = []
-    calls = [*CALLS, ALL]
+    calls = [*CALLS, ALONG_AXES, ALL]
     trials = {
         dtype: _set_up(network, dtype, lower_bounds, upper_bounds, samples, seed)
         for dtype in (torch.float64, torch.float32)
@@ -244,6 +252,8 @@ def _set_up(
         rounded = _differentiate(trial, dtype)
         errors = {name: trial.error(rounded[name], expected) for name, expected in trial.expected.items()}
         trial.bounds.update({name: max(FLOAT32_BOUND, FLOAT32_FACTOR * error) for name, error in errors.items()})
+    trial.comparisons.update(_comparisons(trial))
+    trial.comparisons.update({name: _by_formula(trial, QUANTITIES[name]) for name in _registered()})
     return trial
 
 
@@ -262,8 +272,8 @@ def _differentiate(trial: _Trial, dtype: torch.dtype) -> dict[str, Tensor]:
         with torch.enable_grad():
             x = trial.x.to(dtype).repeat_interleave(j, dim=0).requires_grad_()
             value = (f(x) * weights.repeat_interleave(j, dim=0)).sum(-1)
-            gradient = _gradient(value.sum(), x)
-            hv = _gradient((gradient * vectors.flatten(0, 1)).sum(), x)
+            gradient = slope(value.sum(), x)
+            hv = slope((gradient * vectors.flatten(0, 1)).sum(), x)
         value, gradient, hv = (part.detach().unflatten(0, (n, j)) for part in (value, gradient, hv))
         return value, gradient, hv
 
@@ -282,14 +292,6 @@ def _differentiate(trial: _Trial, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: part.double() for name, part in found.items()}
 
 
-def _gradient(total: Tensor, x: Tensor) -> Tensor:
-    """Return ∂total/∂x, zero where x has no part in it."""
-    if not total.requires_grad:
-        return torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(total, x, create_graph=True, allow_unused=True, materialize_grads=True)
-    return gradient
-
-
 def _against_autograd(
     trial: _Trial,
     evaluate: Evaluator,
@@ -299,16 +301,16 @@ def _against_autograd(
 ) -> list[Row]:
     """Compare calls of an Evaluator with automatic differentiation; one row has the worst error of a quantity.
 
-    A thorough comparison also asks for each quantity alone, and makes the calls for weighted sums of the outputs too.
+    A thorough comparison also asks for each quantity alone, makes the calls for weighted sums of the outputs too, and
+    computes the rows once more in large tiles.
     """
     x, weights, directions = (
         part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.weights, trial.directions)
     )
-    comparisons = _comparisons(trial)
     worst: dict[str, float] = {}
-    asked = [(names, False) for names in calls]
+    asked = [(names, False) for names in (*calls, *((name,) for name in _registered()))]
     if is_thorough:
-        asked += [(names, True) for names in calls] + [((name,), False) for name in ALL]
+        asked += [(names, True) for names, _ in asked] + [((name,), False) for name in ALL]
     for names, is_weighted in asked:
         quantities = _affordable(names, evaluate, x.shape[0])
         if not quantities:
@@ -317,19 +319,41 @@ def _against_autograd(
             x,
             quantities,
             weights=weights if is_weighted else None,
-            directions=None if DIRECTIONAL.isdisjoint(quantities) else directions,
+            directions=directions if needs_directions(quantities) else None,
         )
         for name in quantities:
             result = getattr(found, name).to("cpu", torch.float64)
-            sums = result.squeeze(-1) if is_weighted else _weighted(result, trial.weights)
-            how = comparisons[name]
-            error = trial.error(how.natural(sums), how.expected, how.size)
+            error = trial.comparisons[name].error(result, is_weighted)
             worst[name] = max(worst.get(name, 0.0), error, key=_severity)
-    own = user_defined(trial.network)
-    reference = f"autograd of the own forward of {', '.join(own)}" if own else "autograd"
-    return [
-        Row(name, computed_by, reference, "relative error", error, trial.bounds[comparisons[name].bound])
+    rows = [
+        Row(
+            name,
+            computed_by,
+            trial.comparisons[name].reference,
+            "relative error",
+            error,
+            trial.comparisons[name].bound,
+        )
         for name, error in worst.items()
+    ]
+    return [*rows, *_against_rows_alone(trial, evaluate, computed_by)] if is_thorough else rows
+
+
+def _against_rows_alone(trial: _Trial, evaluate: Evaluator, computed_by: str) -> list[Row]:
+    """Compare rows in large tiles with the same rows alone, which have the same bits."""
+    x, directions = (part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.directions))
+    asked = ("value", "gradient", "hessian", "hvp")
+    count = evaluate.plan(asked, directions=directions).rows + x.shape[0]
+    quantities = _affordable(asked, evaluate, count)
+    row = torch.arange(count) % x.shape[0]
+    alone = evaluate(x, quantities, directions=directions)
+    together = evaluate(x[row], quantities, directions=directions[row])
+    differences = {
+        name: float((getattr(together, name) - getattr(alone, name)[row]).abs().max()) for name in quantities
+    }
+    return [
+        Row(name, computed_by, "the same rows alone", "relative error", error, 0.0)
+        for name, error in differences.items()
     ]
 
 
@@ -347,27 +371,46 @@ def _weighted(result: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """A comparison of one quantity of Σⱼ λⱼ fⱼ.
+    """How results of a quantity are compared.
 
     Attributes:
-        natural: Takes the result to natural units.
-        expected: The result there.
-        bound: The entry of :attr:`_Trial.bounds` that holds.
-        size: What the error is relative to, if not to the expected result.
+        error: Returns the relative error of a result (n, …, m), or (n, …, 1) of a weighted sum of the outputs.
+        bound: What it has to keep.
+        reference: What it is compared with.
     """
 
-    natural: Callable[[Tensor], Tensor]
-    expected: Tensor
-    bound: str
-    size: Tensor | None = None
+    error: Callable[[Tensor, bool], float]
+    bound: float
+    reference: str
+
+
+def _registered() -> tuple[str, ...]:
+    """Return the quantities that are not the package's own."""
+    return tuple(name for name in QUANTITIES if name not in ALL)
 
 
 def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
-    """Return how each quantity is compared; a Hessian by its diagonal and its products with the directions."""
+    """Return how the package's own quantities are compared: those of Σⱼ λⱼ fⱼ, in natural units.
+
+    A Hessian is compared by its diagonal and its products with the directions.
+    """
     scale, v = trial.scale, trial.directions / trial.scale
     gradient, hv, diagonal = (trial.expected[name] for name in ("gradient", "hvp", "hessian_diagonal"))
     unit = 1 / (scale**-2).sum()  # with it the Laplacian is a mean of the diagonal in natural units
     terms = diagonal * scale**-2 * unit
+    own = user_defined(trial.network)
+    reference = f"autograd of the own forward of {', '.join(own)}" if own else "autograd"
+
+    def compared(
+        natural: Callable[[Tensor], Tensor], expected: Tensor, bound: str, size: Tensor | None = None
+    ) -> _Comparison:
+        """Compare results in natural units; ``size`` is what the error is relative to, if not to what is expected."""
+
+        def error(result: Tensor, is_weighted: bool) -> float:
+            sums = result.squeeze(-1) if is_weighted else _weighted(result, trial.weights)
+            return trial.error(natural(sums), expected, size)
+
+        return _Comparison(error, trial.bounds[bound], reference)
 
     def sections(hessian: Tensor) -> Tensor:
         natural = hessian * scale * scale.unsqueeze(-1)
@@ -381,16 +424,68 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
 
     whole = torch.cat([hv, diagonal.unsqueeze(1)], dim=1)
     return {
-        "value": _Comparison(lambda got: got, trial.expected["value"], "value"),
-        "gradient": _Comparison(lambda got: got * scale, gradient, "gradient"),
-        "jvp": _Comparison(lambda got: got, (v @ gradient.unsqueeze(-1)).squeeze(-1), "gradient"),
-        "hvp": _Comparison(lambda got: got * scale, hv, "hvp"),
-        "curvature": _Comparison(lambda got: got, (v * hv).sum(-1), "hvp"),
-        "hessian": _Comparison(sections, whole, "hvp"),
-        "hessian_packed": _Comparison(packed_sections, whole, "hvp"),
-        "hessian_diagonal": _Comparison(lambda got: got * scale**2, diagonal, "hessian_diagonal"),
-        "laplacian": _Comparison(lambda got: got * unit, terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)),
+        "value": compared(lambda got: got, trial.expected["value"], "value"),
+        "gradient": compared(lambda got: got * scale, gradient, "gradient"),
+        "jvp": compared(lambda got: got, (v @ gradient.unsqueeze(-1)).squeeze(-1), "gradient"),
+        "hvp": compared(lambda got: got * scale, hv, "hvp"),
+        "curvature": compared(lambda got: got, (v * hv).sum(-1), "hvp"),
+        "hessian": compared(sections, whole, "hvp"),
+        "hessian_packed": compared(packed_sections, whole, "hvp"),
+        "hessian_diagonal": compared(lambda got: got * scale**2, diagonal, "hessian_diagonal"),
+        "laplacian": compared(lambda got: got * unit, terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)),
     }
+
+
+def _by_formula(trial: _Trial, quantity: Quantity) -> _Comparison:
+    """Return how a registered quantity is compared: with its formula on automatic differentiation's derivatives.
+
+    The size that an error is relative to is that of the result, or, if it is larger, the error of automatic
+    differentiation in float32, so that what cancels is not taken for wrong.
+    """
+    own = user_defined(trial.network)
+    reference = f"its formula on autograd{' of the own forward of ' + ', '.join(own) if own else ''}"
+    single = torch.float32
+    expected, sizes, errors = {}, {}, [0.0]
+    for is_weighted in (False, True):
+        try:
+            exact, rounded = (
+                _formula_on_autograd(trial, quantity, dtype, is_weighted) for dtype in (torch.float64, single)
+            )
+        except (AttributeError, NotImplementedError):
+            reference = "its formula on the layers' forms, which is no independent reference"
+            exact, rounded = (
+                _formula_on_forms(trial, quantity, dtype, is_weighted) for dtype in (torch.float64, single)
+            )
+        error = float((exact - rounded).abs().max())
+        expected[is_weighted], sizes[is_weighted] = exact, max(float(exact.abs().max()), error)
+        errors.append(error / sizes[is_weighted] if error else 0.0)
+    bound = FLOAT64_BOUND if trial.dtype == torch.float64 else max(FLOAT32_BOUND, FLOAT32_FACTOR * max(errors))
+
+    def relative_error(result: Tensor, is_weighted: bool) -> float:
+        difference = float((result - expected[is_weighted]).abs().max())
+        if not difference:
+            return 0.0
+        return difference / sizes[is_weighted] if sizes[is_weighted] else math.inf
+
+    return _Comparison(relative_error, bound, reference)
+
+
+def _formula_on_autograd(trial: _Trial, quantity: Quantity, dtype: torch.dtype, is_weighted: bool) -> Tensor:
+    """Return a quantity (n, …) of the reference network, computed in a dtype."""
+    x, weights, directions = (part.to(dtype) for part in (trial.x, trial.weights, trial.directions))
+    at = ReferenceDerivatives(ReferenceNetwork(trial.network, dtype), x, weights if is_weighted else None, directions)
+    m = 1 if is_weighted else weights.shape[1]
+    found: Tensor = quantity.formula(at)
+    return found.reshape(len(x), *quantity.shape(x.shape[1], m, directions.shape[1])).double()
+
+
+def _formula_on_forms(trial: _Trial, quantity: Quantity, dtype: torch.dtype, is_weighted: bool) -> Tensor:
+    """Return a quantity (n, …) by the calculus on tensors, computed in a dtype."""
+    x, weights, directions = (part.to(dtype) for part in (trial.x, trial.weights, trial.directions))
+    forms = deepcopy(trial.network).to("cpu", dtype).requires_grad_(False).forms()
+    found = calculus.evaluate(forms, x, (quantity.name,), weights if is_weighted else None, directions)
+    result: Tensor = getattr(found, quantity.name)
+    return result.double()
 
 
 def _severity(error: float) -> float:

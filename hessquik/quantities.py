@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-__all__ = ["DIRECTIONAL", "QUANTITIES", "Quantity", "highest_order", "register"]
+__all__ = ["QUANTITIES", "Quantity", "highest_order", "needs_directions", "register"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,10 @@ for _quantity in (
 ):
     register(_quantity)
 
-#: The names of the quantities that need directions.
-DIRECTIONAL = frozenset(name for name, quantity in QUANTITIES.items() if quantity.is_directional)
+
+def needs_directions(names: Collection[str]) -> bool:
+    """Return whether one of the named quantities needs directions."""
+    return any(QUANTITIES[name].is_directional for name in names)
 
 
 def highest_order(names: Collection[str]) -> int:

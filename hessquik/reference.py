@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.nn import functional
 
 from hessquik.activations import ACTIVATIONS
 from hessquik.architecture import TYPES
+from hessquik.errors import ShapeError
 from hessquik.networks import NN
 
-__all__ = ["ReferenceNetwork", "user_defined"]
+__all__ = ["ReferenceDerivatives", "ReferenceNetwork", "slope", "user_defined"]
 
 Weights = Mapping[str, Tensor]
 Sigma = Callable[[Any, Tensor], Tensor]
@@ -116,6 +118,99 @@ class ReferenceNetwork:
             return SIGMA[type(act).__name__](z, act)
         sigma: Tensor = own(z)[0]
         return sigma
+
+
+class ReferenceDerivatives:
+    """A network's derivatives by automatic differentiation, under the names that formulas of quantities read.
+
+    Shapes are those of :class:`hessquik.calculus.Backward`. A Hessian takes m d passes, so this is for few points of
+    small networks.
+
+    Args:
+        f: The values.
+        x: Points (n, d).
+        weights: λ (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ.
+        directions: (n, k, d).
+
+    Example:
+        >>> from hessquik.networks import ICNN
+        >>> f = ReferenceNetwork(ICNN(3, [None, 8, 2]), torch.float64)
+        >>> ReferenceDerivatives(f, torch.zeros(1, 3, dtype=torch.float64)).hessian.shape
+        torch.Size([1, 3, 3, 2])
+    """
+
+    def __init__(
+        self, f: ReferenceNetwork, x: Tensor, weights: Tensor | None = None, directions: Tensor | None = None
+    ) -> None:
+        """Compute the value and the gradient."""
+        self._x = x.detach().clone().requires_grad_()
+        self._directions = directions
+        with torch.enable_grad():
+            y = f(self._x)
+            if weights is not None:
+                y = (y * weights).sum(1, keepdim=True)
+            self._rows = [slope(part.sum(), self._x) for part in y.unbind(1)]
+        self.value = y.detach().unsqueeze(1)
+        self.gradient = torch.stack([row.detach() for row in self._rows], dim=-1)
+
+    @property
+    def jvp(self) -> Tensor:
+        """J v (n, k, m)."""
+        return self._along @ self.gradient
+
+    @property
+    def hvp(self) -> Tensor:
+        """Products Hv (n, k, d, m)."""
+        return self._products(self._along)
+
+    @property
+    def curvature(self) -> Tensor:
+        """Second derivatives vᵀHv (n, k, m)."""
+        return (self._along.unsqueeze(-1) * self.hvp).sum(-2)
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """∂²f/∂x² (n, d, d, m)."""
+        return self._products(torch.eye(self._x.shape[1], dtype=self._x.dtype).expand(len(self._x), -1, -1))
+
+    @property
+    def hessian_packed(self) -> Tensor:
+        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        a, b = torch.tril_indices(self.hessian.shape[1], self.hessian.shape[1])
+        return self.hessian[:, a, b]
+
+    @property
+    def hessian_diagonal(self) -> Tensor:
+        """∂²f/∂x_a² (n, d, m)."""
+        return self.hessian.diagonal(dim1=1, dim2=2).mT
+
+    @property
+    def laplacian(self) -> Tensor:
+        """Δf (n, 1, m)."""
+        return self.hessian_diagonal.sum(1, keepdim=True)
+
+    @property
+    def _along(self) -> Tensor:
+        if self._directions is None:
+            raise ShapeError("expected directions of shape (n, k, d), got none")
+        return self._directions
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        """Return Hv (n, j, d, m) for vectors (n, j, d)."""
+        with torch.enable_grad():
+            outputs = [
+                torch.stack([slope((row * v).sum(), self._x).detach() for v in vectors.unbind(1)], dim=1)
+                for row in self._rows
+            ]
+        return torch.stack(outputs, dim=-1)
+
+
+def slope(total: Tensor, x: Tensor) -> Tensor:
+    """Return ∂total/∂x, which can be differentiated again; zero where x has no part in it."""
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True, allow_unused=True, materialize_grads=True)
+    return gradient
 
 
 def user_defined(network: NN) -> list[str]:

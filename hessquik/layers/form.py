@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import hessQuikActivationFunction
+from hessquik.algebra import leading_shape
 from hessquik.errors import ShapeError
 
 __all__ = ["Form", "Linearization", "Map", "Parts", "join", "repartition"]
@@ -195,7 +196,7 @@ def join(parts: Parts) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     if all(isinstance(part, Tensor) for part in parts):
-        leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        leading = leading_shape(*parts)
         parts = tuple(part.expand(*leading, -1) for part in parts)
     return torch.cat(parts, dim=-1)
 

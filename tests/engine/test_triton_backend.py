@@ -22,11 +22,13 @@ from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
 from hessquik.backends.gpu_unrolled import Unrolling
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
-from hessquik.layers import ICNNLayer, quadraticLayer
+from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from hessquik.pointwise import PRIMITIVES
 from hessquik.steps import Buffer, Instruction, Map, Program, Space, View
+from tests.engine.extensions import mishActivation
 from tests.engine.step_reference import interpret, outputs_of, random_case
+from tests.whole import choose
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -151,7 +153,7 @@ def _networks() -> dict[str, NN]:
     torch.manual_seed(3)
     return {
         "full": fullyConnectedNN([5, 18, 7, 2]),
-        "residual": resnetNN(3, 8, 1),
+        "residual": resnetNN(3, 4, 1),
         "convex": NN(ICNNLayer(4, None, 6), ICNNLayer(4, 6, 5), quadraticLayer(9, 2)),
     }
 
@@ -159,8 +161,14 @@ def _networks() -> dict[str, NN]:
 ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
 
 
-@pytest.mark.parametrize("name", ["full", "residual", "convex"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+#: Every network in one dtype, or in both.
+CASES = choose(
+    [("full", torch.float32), ("residual", torch.float64), ("convex", torch.float32)],
+    [(name, dtype) for name in ("full", "residual", "convex") for dtype in (torch.float32, torch.float64)],
+)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_all_quantities(name: str, dtype: torch.dtype) -> None:
     network = _networks()[name].double()
     evaluate = Evaluator(network, dtype=dtype)
@@ -178,6 +186,16 @@ def test_all_quantities(name: str, dtype: torch.dtype) -> None:
         bound = 200 * torch.finfo(dtype).eps
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * (1 + wanted.abs().max().item()))
         assert torch.equal(unrolled[quantity], found), "both kernels give the same bits"
+
+
+def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
+    registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
+    f = NN(singleLayer(3, 4, mishActivation()), singleLayer(4, 2)).double()
+    plan = Evaluator(f).plan(("squared_slope",))
+    x = torch.randn(3, 3, dtype=torch.float64)
+    found = torch.full((3, 2), float("nan"), dtype=torch.float64)
+    TritonProgram(plan.program, torch.float64, CPU).run({"x": x, "squared_slope": found}, 0, 3)
+    torch.testing.assert_close(found, f(x, do_gradient=True)[1].square().sum(1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_unrolled", [False, True])

@@ -4,27 +4,14 @@ import pytest
 import torch
 
 from hessquik import Evaluator, networks
-from hessquik.activations import hessQuikActivationFunction, tanhActivation
+from hessquik.activations import tanhActivation
+from hessquik.errors import DerivativeError, ShapeError
 from hessquik.layers import singleLayer
 from hessquik.layers.base import hessQuikLayer
 from hessquik.layers.form import Form
-from hessquik.proof import backends, prove
-from hessquik.quantities import QUANTITIES, Quantity, register
-
-
-class mishActivation(hessQuikActivationFunction):
-    """σ(x) = x tanh(log(1 + eˣ))."""
-
-    def evaluate(self, x):
-        t = torch.tanh(torch.nn.functional.softplus(x))
-        return x * t, (x, t)
-
-    def compute_derivatives(self, *args, do_Hessian=False):
-        x, t = args
-        s = torch.sigmoid(x)
-        dt = (1 - t * t) * s
-        d2t = dt * (1 - s) - 2 * t * dt * s
-        return t + x * dt, 2 * dt + x * d2t if do_Hessian else None
+from hessquik.networks import NN, fullyConnectedNN
+from hessquik.proof import backends, prove, prove_quickly
+from tests.engine.extensions import mishActivation
 
 
 class bottleneckLayer(hessQuikLayer):
@@ -57,7 +44,8 @@ def test_a_users_activation_and_layer_are_proven_on_every_backend():
     assert [row for row in rows if not row.passed] == []
     assert {row.computed_by.split(",")[0] for row in rows} >= set(backends())
     assert {row.reference for row in rows if "float64" in row.computed_by} == {
-        "autograd of the own forward of bottleneckLayer, mishActivation"
+        "autograd of the own forward of bottleneckLayer, mishActivation",
+        "the same rows alone",
     }
 
 
@@ -74,11 +62,9 @@ def test_a_users_activation_runs_in_the_backend_that_was_asked_for(backend):
 
 
 @pytest.fixture
-def squared_slope():
+def squared_slope(registered):
     """A quantity: ‖∇f‖² of every output."""
-    register(Quantity("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True)))
-    yield
-    del QUANTITIES["squared_slope"]
+    registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
 
 
 @pytest.mark.usefixtures("squared_slope")
@@ -94,6 +80,59 @@ def test_a_users_quantity_on_every_backend(backend, dtype):
     torch.testing.assert_close(found.squared_slope.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_users_quantities_are_proven_on_every_backend(registered):
+    """One of first and one of second order, one along directions."""
+    registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
+    registered("trace", "m", 2, lambda at: at.hessian_diagonal.sum(-2, keepdim=True))
+    registered("twice_bent", "km", 2, lambda at: 2.0 * at.curvature)
+    f = NN(singleLayer(3, 6, tanhActivation()), singleLayer(6, 2)).double()
+    rows = [row for row in prove(f) if row.reference == "its formula on autograd"]
+    assert all(row.passed for row in rows)
+    assert {(row.quantity, row.computed_by) for row in rows} == {
+        (name, f"{backend}, {dtype}")
+        for name in ("squared_slope", "trace", "twice_bent")
+        for backend in backends()
+        for dtype in ("float32", "float64")
+    }
+
+
 @pytest.mark.usefixtures("squared_slope")
-def test_a_users_quantity_does_not_disturb_the_proof():
-    assert all(row.passed for row in prove(network()))
+def test_a_users_quantity_that_a_backend_computes_wrongly_is_refused(monkeypatch):
+    right = Evaluator.__call__
+
+    def wrong(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
+        if found.squared_slope is not None:
+            found.squared_slope.mul_(1.001)
+        return found
+
+    prove_quickly(network())
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    with pytest.raises(DerivativeError, match="squared_slope"):
+        prove_quickly(network())
+
+
+def test_a_formula_that_only_the_calculus_can_compute_has_no_independent_reference(registered):
+    """It reads what automatic differentiation does not have."""
+    registered("curved", "m", 2, lambda at: at.laplacian * at._question.x.shape[-1])
+    f = NN(singleLayer(3, 6, tanhActivation()), singleLayer(6, 2)).double()
+    assert {row.reference for row in prove(f) if row.quantity == "curved"} == {
+        "its formula on the layers' forms, which is no independent reference"
+    }
+
+
+def test_a_formula_of_another_shape_than_its_axes_is_refused(registered):
+    registered("squeezed", "dm", 1, lambda at: at.value)
+    with pytest.raises(ShapeError, match=r"squeezed must give one array of shape \(3, 2\) per point.*got \(1, 2\)"):
+        Evaluator(network())(torch.zeros(2, 3).double(), ("squeezed",))
+
+
+def test_second_derivatives_in_every_mode_are_what_a_users_formula_reads(registered):
+    """Forward mode carries as many pairs of tangents as any formula may read."""
+    registered("mean_curvature", "m", 2, lambda at: at.laplacian - at.hessian_diagonal.sum(-2, keepdim=True) / 2)
+    registered("along_and_across", "km", 2, lambda at: at.curvature + at.laplacian)
+    f = fullyConnectedNN([2, 4, 30], tanhActivation(), dtype=torch.float64)
+    assert Evaluator(f).plan(("mean_curvature",)).mode == "forward"
+    rows = [row for row in prove(f) if row.quantity in {"mean_curvature", "along_and_across"}]
+    assert rows
+    assert all(row.passed for row in rows)
