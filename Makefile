@@ -13,7 +13,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test bench chaos check format docs wheels lock image image-test clean
+.PHONY: serve test bench chaos sanitize check format docs wheels lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -38,6 +38,9 @@ test: $(STAMP)  ## the whole test suite
 chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 90 minutes, 60 of them simulated
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation \
 		tests/engine/test_triton_backend.py --timeout 7200
+
+sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer; takes about ten minutes
+	$(BIN)/python tools/sanitize.py
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -32,8 +32,12 @@ Given = Tensor | Sequence[int] | None
 DTYPES = (torch.float32, torch.float64)
 #: Operations on one core after which a caller may do something else.
 OPERATIONS_BETWEEN = 2e7
-#: Plans that are kept, and what their constants and buffers may take; the oldest make room for new ones.
-MAX_PLANS = 256
+#: Plans that are kept, and bytes of what they compute of the weights, in float64 and as a backend has it; those that
+#: were not used for longest make room for new ones. A plan that is larger alone is kept alone.
+MAX_PLANS, MAX_PLAN_BYTES = 256, 256 << 20
+#: Results of so few rows and bytes are made like earlier ones, of which a plan keeps so many.
+FEW_ROWS, FEW_BYTES, MAX_TEMPLATES = 16, 16 << 10, 32
+_empty_like = torch.empty_like
 _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 
 
@@ -91,6 +95,9 @@ class Evaluator:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()
+        own_parts = (*copy.parameters(), *copy.buffers())
+        self._own_data = {part.untyped_storage().data_ptr() for part in own_parts}
+        self._uses = count()
         self._runners: dict[Ask, backends.Runner] = {}
         self._known: dict[Any, backends.Runner] = {}
         self._runner(_SECOND_ORDER)
@@ -199,6 +206,7 @@ class Evaluator:
                 if len(self._known) >= 4 * MAX_PLANS:
                     self._known.clear()
                 self._known[key] = runner
+        runner.last_use = next(self._uses)
         arrays = {"x": self._placed(x)}
         if weights is not None:
             arrays["weights"] = self._placed(weights)
@@ -238,11 +246,32 @@ class Evaluator:
                 device = backends.device_value(self.device)
                 plan = choose(self._forms, ask, self.dtype, self.m, device)
                 runner = backends.make_runner(self.backend, plan, self.dtype, self.device)
-                if len(self._runners) >= MAX_PLANS:
-                    self._runners.pop(next(iter(self._runners)))
-                    self._known.clear()
+                runner.last_use = next(self._uses)
                 self._runners[ask] = runner
+                self._make_room()
         return runner
+
+    def _make_room(self) -> None:
+        """Drop the plans that were not used for longest until the others are within their bounds."""
+        while len(self._runners) > MAX_PLANS or (len(self._runners) > 1 and self.plan_bytes > MAX_PLAN_BYTES):
+            oldest = min(self._runners, key=lambda ask: self._runners[ask].last_use)
+            del self._runners[oldest]
+            self._known.clear()
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of what the plans that are kept compute of the weights, and of the backend's arrays, about.
+
+        Arrays that plans share count once, the weights themselves not at all.
+        """
+        size = self.dtype.itemsize
+        constants = {
+            node.data.untyped_storage().data_ptr(): node.data.numel()
+            for runner in list(self._runners.values())
+            for node in runner.plan.graph.nodes
+            if node.data is not None
+        }
+        return sum((8 + size) * numbers for place, numbers in constants.items() if place not in self._own_data)
 
     def _run(self, runner: backends.Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``, on several threads if there are tiles enough."""
@@ -261,8 +290,17 @@ class Evaluator:
     def _results(
         self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device
     ) -> dict[str, Tensor]:
-        """Return arrays for the results."""
-        return {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
+        """Return arrays for the results; for few rows like earlier ones, which takes half the time."""
+        key = (tuple(quantities), n)
+        known = runner.templates.get(key) if device.type == "cpu" else None
+        if known is not None:
+            return {name: _empty_like(template) for name, template in known}
+        results = {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
+        if n <= FEW_ROWS and device.type == "cpu" and sum(array.nbytes for array in results.values()) <= FEW_BYTES:
+            if len(runner.templates) >= MAX_TEMPLATES:
+                runner.templates.clear()
+            runner.templates[key] = tuple((name, torch.empty_like(array)) for name, array in results.items())
+        return results
 
     def _check_out(
         self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device, out: dict[str, Tensor]

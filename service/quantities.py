@@ -11,7 +11,6 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from hessquik import quantities as engine
-from hessquik.quantities import DIRECTIONAL
 
 __all__ = [
     "AXES",
@@ -34,6 +33,8 @@ REGISTERED = {**engine.QUANTITIES, DOMAIN_DISTANCE: _DISTANCE}
 QUANTITIES: tuple[str, ...] = tuple(REGISTERED)
 #: The axes of each quantity at one point: d inputs, k directions, m outputs, p entries of a triangle.
 AXES: dict[str, str] = {name: quantity.axes for name, quantity in REGISTERED.items()}
+#: The quantities that need directions.
+DIRECTIONAL = frozenset(name for name, quantity in REGISTERED.items() if quantity.is_directional)
 #: The formula of each quantity, for readers.
 TEXTS: dict[str, str] = {name: quantity.text for name, quantity in REGISTERED.items()}
 if TYPE_CHECKING:

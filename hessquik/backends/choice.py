@@ -25,6 +25,8 @@ class Runner:
 
     Attributes:
         shared: Names of the inputs that all rows share.
+        last_use: A number that grows with every use of a plan of the same evaluator.
+        templates: Arrays like the results of calls with few rows, by the quantities and the rows.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Runner:
         self.run = run
         given = {"weights": plan.ask.weights, "directions": plan.ask.directions}
         self.shared = frozenset(name for name, how in given.items() if how == "shared")
+        self.last_use = 0
+        self.templates: dict[tuple[tuple[str, ...], int], tuple[tuple[str, Tensor], ...]] = {}
         self._ladder = ladder
 
     @property

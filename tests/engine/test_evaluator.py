@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from hessquik import Evaluator, ShapeError, backends
+from hessquik import Evaluator, ShapeError, backends, evaluator
 from hessquik.activations import ACTIVATIONS, softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer
@@ -234,6 +234,22 @@ def test_plans_of_many_kinds_do_not_fill_the_memory():
     assert len(evaluate._runners) == 256
     x = torch.randn(3, 2)
     assert torch.equal(evaluate(x, ("hessian",)).hessian, evaluate(x, ("hessian",)).hessian)
+
+
+def test_the_bytes_of_plans_are_bounded_and_those_not_used_for_longest_go_first(monkeypatch):
+    monkeypatch.setattr(evaluator, "MAX_PLAN_BYTES", 100_000)
+    evaluate = Evaluator(NN(singleLayer(40, 50, tanhActivation()), singleLayer(50, 3)), dtype=torch.float64)
+    x = torch.randn(3, 40, dtype=torch.float64)
+    expected = evaluate(x, ("laplacian",)).laplacian
+    for k in range(1, 12):
+        evaluate(x, ("curvature", "hessian"), directions=torch.randn(k, 40, dtype=torch.float64))
+        kept = evaluate._runners[next(ask for ask in evaluate._runners if ask.quantities == {"laplacian"})]
+        assert torch.equal(evaluate(x, ("laplacian",)).laplacian, expected)
+        assert evaluate._runners[kept.plan.ask] is kept, "what is used stays"
+        assert evaluate.plan_bytes <= 100_000
+    monkeypatch.setattr(evaluator, "MAX_PLAN_BYTES", 0)
+    evaluate(x, ("gradient",))
+    assert [ask.quantities for ask in evaluate._runners] == [{"gradient"}]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

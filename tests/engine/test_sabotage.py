@@ -262,6 +262,7 @@ TORCH = (
     "sum",
     "pairs",
     "unpack",
+    "pack",
     "cat",
     "slice",
     "permute",

@@ -60,8 +60,12 @@ typedef struct {
 #define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)
 #define FOR_EACH_ROW_COUNT_8(do, nv) FOR_EACH_ROW_COUNT_6(do, nv) do(7, nv) do(8, nv)
 
+/* HESSQUIK_GENERIC: only the vectors that every processor has, which compile in a fraction of the time. */
+#if defined(__x86_64__) && !defined(HESSQUIK_GENERIC)
+#define HAS_WIDE_VECTORS
+#endif
 #define GENERIC_BYTES 16
-#if defined(__x86_64__)
+#ifdef HAS_WIDE_VECTORS
 /* ---- Vectors of 64 bytes ---- */
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2"))), apply_to = function)
@@ -145,7 +149,7 @@ typedef struct {
 #include "steps.h"
 
 I hessquik_vector_bytes(void) {
-#if defined(__x86_64__)
+#ifdef HAS_WIDE_VECTORS
     __builtin_cpu_init();
     const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
@@ -232,7 +236,7 @@ int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
     Call call = {memory + shared, memory, memory + shared + tile, arrays, most, start, most};
     const uint64_t mode = flush_denormals();
     void (*run)(const Program *, Call *, I) = p->is_double ? run_double_16 : run_float_16;
-#if defined(__x86_64__)
+#ifdef HAS_WIDE_VECTORS
     if (p->vector_bytes == 64) run = p->is_double ? run_double_64 : run_float_64;
     if (p->vector_bytes == 32) run = p->is_double ? run_double_32 : run_float_32;
 #endif
