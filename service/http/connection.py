@@ -330,16 +330,19 @@ class Connection(asyncio.Protocol):
         if self._parser is None:
             self._parser = httptools.HttpRequestParser(self)
         self._has_event = False
+        rest_at = None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._incoming is None and self._is_upgrade and self._transport is not None:
-                self._parse_without_upgrade(data[upgrade.args[0] :])
-            return
+            rest_at = upgrade.args[0]
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, Exception) and not isinstance(error.__context__, _Refused):
                 raise
             self._stop_parsing()
+            return
+        if rest_at is not None:
+            if self._incoming is None and self._is_upgrade and self._transport is not None:
+                self._parse_without_upgrade(data[rest_at:])
             return
         # The parser hands over a field, a chunk's extension or a trailer when it is whole, and keeps it until then.
         self._silent_bytes = 0 if self._has_event else self._silent_bytes + len(data)
@@ -348,6 +351,7 @@ class Connection(asyncio.Protocol):
         is_full = len(self._queue) > MAX_PIPELINED or self._queued_bytes > MAX_PIPELINED_BYTES
         if is_full and not self._is_reading_paused and self._transport is not None:
             self._is_reading_paused = True
+            self._receive_by_s = math.inf  # what the client may not send is not waited for
             self._transport.pause_reading()
 
     def _parse_without_upgrade(self, rest: bytes) -> None:
@@ -443,11 +447,14 @@ class Connection(asyncio.Protocol):
         self._is_advancing = False
         if self._is_reading_paused and len(self._queue) <= MAX_PIPELINED // 2 and self._transport is not None:
             self._is_reading_paused = False
+            if not self._is_between:
+                self._receive_by_s = self._loop.time() + self._limits.receive_timeout_s
+                self._look_within(self._limits.receive_timeout_s)
             self._transport.resume_reading()
 
     def _next(self) -> Request | None:
-        """Take the request that is answered next, if there is one."""
-        if self._transport is None or self._transport.is_closing():
+        """Take the request that is answered next, if there is one; after the last reply there is none."""
+        if self._transport is None or self._transport.is_closing() or self._linger_until_s < math.inf:
             return None
         if self._queue:
             self._queued_bytes -= len(self._queue[0].body)

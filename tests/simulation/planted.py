@@ -1,4 +1,4 @@
-"""Bugs to plant into the scheduler: each is one replacement in its source."""
+"""Bugs to plant into the scheduler and the connection: each is one replacement in their source."""
 
 # ruff: noqa: E501
 
@@ -29,4 +29,34 @@ BUGS = {
     "late results reach a closed job": ("if not job.is_closed and job.receive(", "if job.receive("),
     "a batch is not cut at its bytes": ("room = min((most_cost - cost) / row_cost, (most_bytes - reply_bytes) / row_bytes)", "room = (most_cost - cost) / row_cost"),
     "jobs wait for a plan that nobody makes": ("        if key.plan_failures < MAX_FAILURES:\n            self._unplanned[key] = None", "        if key.plan_failures < MAX_FAILURES:\n            pass"),
+}  # fmt: skip
+
+#: The same for ``service/http/connection.py``.
+CONNECTION_BUGS = {
+    "a closed connection keeps its timer": ("self._timer = self._transport = self._parser = None", "self._transport = self._parser = None"),
+    "a closed connection keeps its queue": ("        self._queue.clear()\n", ""),
+    "queued requests are not abandoned": ("(self._current, *self._queue, self._incoming)", "(self._current, self._incoming)"),
+    "a request that is answered is not abandoned": ("(self._current, *self._queue, self._incoming)", "(*self._queue, self._incoming)"),
+    "the timer is not set again": ("        self._look_within(min(next_s, due_s - now_s))", "        pass"),
+    "bytes of a request are kept": ("            self._application.budget.give(request.held_bytes)\n", ""),
+    "bytes of a reply are kept": ("        self._release()\n        waiting", "        waiting"),
+    "bytes of a chunked body are counted again": ("budget.take(size - request.held_bytes)", "budget.take(size)"),
+    "the last request is answered first": ("self._queue.popleft()", "self._queue.pop()"),
+    "reading is not resumed": ("            self._transport.resume_reading()", "            pass"),
+    "nobody goes on when the client has taken its reply": ("            self._release()\n            self._idle_since_s = self._loop.time()\n            self._advance()", "            self._release()\n            self._idle_since_s = self._loop.time()"),
+    "nobody goes on after a reply": ("        elif self._queue or self._incoming is not None:\n            self._advance()", "        elif False:\n            pass"),
+    "a body may be one byte too long": ("if size > most:", "if size > most + 1:"),
+    "a body may not be as long as allowed": ("if size > most:", "if size >= most:"),
+    "requests are answered after the last reply": (" or self._linger_until_s < math.inf:\n            return None", ":\n            return None"),
+    "a fault after an offer to upgrade is not answered": ("            rest_at = upgrade.args[0]\n", "            self._parse_without_upgrade(data[upgrade.args[0] :])\n            return\n"),
+    "a client that may not send is waited for": ("            self._receive_by_s = math.inf  # what the client may not send is not waited for\n", ""),
+    "a reply to HEAD has a body": ('if head.method == "HEAD":', 'if head.method == "TRACE":'),
+    "clients that take nothing are kept": ("            due_s = min(due_s, self._progress_s + limits.send_timeout_s)\n", ""),
+    "idle connections are kept": ("due_s = self._idle_since_s + limits.keep_alive_s", "due_s = self._idle_since_s + 1e6"),
+    "half a request is waited for": ("due_s = min(self._receive_by_s, self._linger_until_s)", "due_s = self._linger_until_s"),
+    "lingering does not end": ("due_s = min(self._receive_by_s, self._linger_until_s)", "due_s = self._receive_by_s"),
+    "a remembered head takes what follows its body": ("len(data) - end == head.length:", "len(data) - end >= head.length:"),
+    "a remembered head overtakes": ("is_free = self._current is None and not self._queue and self._is_between", "is_free = self._is_between"),
+    "the last reply is not said to be the last": ('            more += b"connection: close\\r\\n"', '            more += b""'),
+    "a connection that ended is not forgotten": ("        self._server_state.connections.discard(self)\n", ""),
 }  # fmt: skip
