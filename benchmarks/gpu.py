@@ -21,8 +21,6 @@ from typing import Any
 import torch
 
 from hessquik import Evaluator
-from hessquik.backends.gpu_unrolled import Unrolling
-from hessquik.backends.triton import UNROLLINGS
 from hessquik.networks import fullyConnectedNN
 
 SECOND = ("value", "gradient", "hessian")
@@ -93,7 +91,9 @@ def with_jax(widths: list[int], quantities: tuple[str, ...], weights: list[Any],
 
 def host_path(calls: int = 500) -> str:
     """Return where a call's time goes for one row on the host, by the profiler, which itself takes its share."""
-    evaluate = Evaluator(fullyConnectedNN([10, 64, 64, 64, 64, 64, 1]).double(), "cuda", torch.float32)
+    evaluate = Evaluator(
+        fullyConnectedNN([10, 64, 64, 64, 64, 64, 1]).double(), "cuda", torch.float32, compiled=[SECOND]
+    )
     x = torch.randn(1, 10)
     plain = latency(lambda: evaluate(x, SECOND), calls)
     profile = cProfile.Profile()
@@ -112,7 +112,7 @@ def measured(
     """Return the times and errors of a workload."""
     network = fullyConnectedNN(widths).double()
     begin = time.perf_counter()
-    evaluate = Evaluator(network, "cuda", dtype)
+    evaluate = Evaluator(network, "cuda", dtype, compiled=[quantities])
     ready = time.perf_counter() - begin
     x = torch.randn(n, widths[0], dtype=dtype, device="cuda")
     here = x.cpu()
@@ -146,11 +146,10 @@ def measured(
 
 
 def main() -> None:
-    """Measure and write ``gpu.json``, or ``gpu-unrolled.json``."""
+    """Measure and write ``gpu.json``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("build"))
     parser.add_argument("--first", type=int, default=len(WORKLOADS), help="number of workloads")
-    parser.add_argument("--unrolled", action="store_true", help="each plan on kernels of its own")
     parser.add_argument("--profile", action="store_true", help="where the host's time goes for one row")
     parser.add_argument("--seconds", type=float, default=150.0, help="after which nothing new is begun")
     given = parser.parse_args()
@@ -167,23 +166,15 @@ def main() -> None:
         has_jax = True
     except ImportError:
         has_jax = False
-    name = "gpu"
-    if given.unrolled:
-        name, has_jax = "gpu-unrolled", False
-        for each in UNROLLINGS:
-            UNROLLINGS[each] = (
-                Unrolling(rows=1, depth=64, warps=8), Unrolling(rows=8, depth=64, warps=8),
-                Unrolling(rows=16, warps=8, instances=2),
-            )  # fmt: skip
     if given.profile:
-        (given.output / f"{name}-host.txt").write_text(host_path())
+        (given.output / "gpu-host.txt").write_text(host_path())
     for widths, quantities, n, dtype in WORKLOADS[: given.first]:
         if time.monotonic() - began > given.seconds:
             break
         row = measured(widths, quantities, n, dtype, has_jax)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        (given.output / f"{name}.json").write_text(
+        (given.output / "gpu.json").write_text(
             json.dumps({"card": card, "torch": torch.__version__, "rows": rows}, indent=1)
         )
 

@@ -1,10 +1,10 @@
-"""The kernels of programs on a GPU: what they compile to, and the time that each of several block sizes takes.
+"""The kernels of programs on a GPU: what they compile to, and the time that each takes with tiles of several sizes.
 
     python -m benchmarks.gpu_kernels --compile-only          # no GPU is needed
     python -m benchmarks.gpu_kernels --output build          # times, on a GPU
 
-Every timed kernel is compared with float64 on a CPU and, bit by bit, with the kernel that interprets and with itself
-on single rows. Results are written line by line as they come.
+Every timed kernel is compared with float64 on a CPU and, bit by bit, with the table kernel and with itself on single
+rows. Results are written line by line as they come.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -29,7 +28,7 @@ import triton
 
 from benchmarks.gpu import microseconds
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, source
-from hessquik.backends.triton import TritonProgram, UnrolledProgram, compile_kernel, compile_unrolled
+from hessquik.backends.triton import UNROLLINGS, TritonProgram, UnrolledProgram, compile_kernel, compile_unrolled
 from hessquik.device import GPU
 from hessquik.networks import fullyConnectedNN
 from hessquik.plan import Ask, Plan, choose
@@ -39,58 +38,27 @@ NARROW, HESSIAN, LAPLACIAN = [10, 64, 64, 64, 64, 64, 1], [32, 64, 64, 64, 1], [
 F32, F64 = torch.float32, torch.float64
 Case = tuple[list[int], tuple[str, ...], torch.dtype, int, Unrolling | None]
 
-#: Network, quantities, dtype, rows and block sizes (None: the kernel that interprets), the most important first.
+#: Network, quantities, dtype, rows and tiles (None: the table kernel), the most important first.
 CASES: list[Case] = [
-    *((NARROW, SECOND, F32, 65536, sizes) for sizes in (
-        None,
-        Unrolling(rows=32, instances=4),
-        Unrolling(rows=16, instances=4),
-        Unrolling(rows=8, instances=4, registers=128),
-        Unrolling(rows=16, warps=8, instances=2),
-    )),
-    *((NARROW, SECOND, F32, 1, sizes) for sizes in (
-        None,
-        Unrolling(rows=1, depth=64, warps=8),
-        Unrolling(rows=1, depth=64),
-    )),
-    *((NARROW, SECOND, F32, 1024, sizes) for sizes in (
-        None,
-        Unrolling(rows=8, depth=64, warps=8),
-        Unrolling(rows=8),
-    )),
-    *((NARROW, SECOND, F32, 65536, sizes) for sizes in (
-        Unrolling(rows=8, warps=2, instances=8),
-        Unrolling(rows=16, warps=8, instances=2, entries=1024),
-        Unrolling(rows=32, instances=3),
-        Unrolling(rows=32, instances=2),
-        Unrolling(rows=16, instances=3),
-        Unrolling(rows=16, instances=2),
-        Unrolling(rows=8, instances=3),
-        Unrolling(rows=16, warps=8, instances=3),
-        Unrolling(rows=32, warps=8, instances=2),
-        Unrolling(rows=16, instances=4, keeps_b=True, registers=128),
-        Unrolling(rows=16, instances=4, pair_rows=4, pair_depth=64, registers=128),
-        Unrolling(rows=16, instances=4, pair_rows=16, pair_depth=16, registers=128),
-        Unrolling(rows=16, instances=5, registers=96),
-        Unrolling(rows=16, instances=4, depth=16),
-        Unrolling(rows=16, instances=4, cheap_entries=1024, registers=128),
-        Unrolling(rows=16, instances=4, skips_barriers=False, registers=128),
-        Unrolling(rows=16, instances=4, product_rows=32),
-        Unrolling(rows=12, instances=4, registers=128),
-    )),
-    *((NARROW, SECOND, F64, 65536, sizes) for sizes in (
-        None,
-        Unrolling(rows=16, warps=8, instances=2, registers=128),
-        Unrolling(rows=8, warps=8, instances=2, registers=128),
-        Unrolling(rows=16, instances=2),
-        Unrolling(rows=32, warps=8, instances=1),
-    )),
-    *((NARROW, SECOND, F64, 1, sizes) for sizes in (None, Unrolling(rows=1, depth=64, warps=8))),
-    *((HESSIAN, SECOND, F32, 4096, sizes) for sizes in (
-        None, Unrolling(rows=8, instances=4), Unrolling(rows=16, instances=2, warps=8))),
-    *((LAPLACIAN, ("laplacian",), F32, 4096, sizes) for sizes in (
-        None, Unrolling(rows=8, instances=4), Unrolling(rows=16, instances=2, warps=8))),
+    (widths, quantities, dtype, n, tiles)
+    for widths, quantities, dtype, rows in (
+        (NARROW, SECOND, F32, (65536, 1, 1024, 4096)),
+        (NARROW, SECOND, F64, (65536, 1, 1024, 4096)),
+        (HESSIAN, SECOND, F32, (4096,)),
+        (LAPLACIAN, ("laplacian",), F32, (4096,)),
+    )
+    for tiles in (UNROLLINGS[dtype], None)
+    for n in rows
+] + [
+    (NARROW, SECOND, dtype, n, Unrolling(rows, instances))
+    for dtype in (F32, F64)
+    for rows, instances in ((16, 4), (32, 4), (8, 2))
+    for n in (65536, 1, 1024)
 ]  # fmt: skip
+#: What the two kernels compile to.
+COMPILED: list[Case] = [
+    (NARROW, SECOND, dtype, 0, tiles) for dtype in (F32, F64) for tiles in (UNROLLINGS[dtype], None)
+] + [(LAPLACIAN, ("laplacian",), F32, 0, UNROLLINGS[F32])]
 
 
 def plan_of(widths: Sequence[int], quantities: Sequence[str], dtype: torch.dtype) -> Plan:
@@ -105,8 +73,8 @@ def compiled(case: Case, arch: int) -> tuple[Any, Unrolled | None]:
     widths, quantities, dtype, _, sizes = case
     if sizes is None:
         return compile_kernel(dtype, arch), None
-    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes)
-    return compile_unrolled(kernel, sizes, arch), kernel
+    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes.rows)
+    return compile_unrolled(kernel, arch), kernel
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -130,15 +98,9 @@ def describe(case: Case, arch: int) -> dict[str, Any]:
     kernel, written = compiled(case, arch)
     row = {
         **head(case), "arch": arch, "compile_s": round(time.perf_counter() - began, 1),
-        "shared": kernel.metadata.shared, "forms": len({form for form, *_ in written.steps}) if written else None,
+        "shared": kernel.metadata.shared, "forms": written.forms if written else None,
     }  # fmt: skip
     return {**row, **resources(kernel.asm["cubin"])}
-
-
-def changed(sizes: Unrolling) -> str:
-    """Return the sizes that are not the usual ones."""
-    usual = asdict(Unrolling())
-    return " ".join(f"{name}={value}" for name, value in asdict(sizes).items() if value != usual[name]) or "usual"
 
 
 class Bench:
@@ -162,7 +124,7 @@ class Bench:
             }
 
         table = TritonProgram(plan.program, dtype, self.device)
-        program = table if sizes is None else UnrolledProgram(plan.program, dtype, self.device, (sizes,))
+        program = table if sizes is None else UnrolledProgram(plan.program, dtype, self.device, sizes)
         found = outputs(n)
         program.run({"x": x, **found}, 0, n)
         torch.cuda.synchronize()
@@ -172,7 +134,7 @@ class Bench:
                 ((found[name][:256].cpu().double() - expected["exact"][name]).abs().max()
                  / expected["exact"][name].abs().max()).item() for name in quantities
             ),
-            "equals_interpreter": all(torch.equal(found[name], expected["table"][name]) for name in quantities),
+            "equals_table": all(torch.equal(found[name], expected["table"][name]) for name in quantities),
         }  # fmt: skip
         alone = True
         for at in {0, n // 3, n - 1}:
@@ -204,7 +166,7 @@ def head(case: Case) -> dict[str, Any]:
     widths, quantities, dtype, n, sizes = case
     return {
         "network": "-".join(map(str, widths)), "quantities": " ".join(quantities), "dtype": str(dtype)[6:], "n": n,
-        "kernel": "interprets" if sizes is None else changed(sizes),
+        "kernel": "table" if sizes is None else f"own, {sizes.rows} rows, {sizes.instances} instances",
     }  # fmt: skip
 
 
@@ -219,7 +181,7 @@ def compile_all(path: Path, arches: Sequence[int], processes: int) -> None:
     """Compile all cases in several processes and write what they compile to."""
     path.unlink(missing_ok=True)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(describe, case, arch): case for arch in arches for case in CASES}
+        futures = {pool.submit(describe, case, arch): case for arch in arches for case in COMPILED}
         for future in as_completed(futures):
             failure = future.exception()
             write({**head(futures[future]), "failed": repr(failure)} if failure else future.result(), path)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from hessquik import Evaluator, storage
+from hessquik.evaluator import COMMON
 from hessquik.proof import prove_quickly
 from service.domain import Domain
 from service.quantities import DOMAIN_DISTANCE
@@ -43,7 +44,8 @@ class Evaluators:
     def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
         """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
         if dtype is None or dtype not in self._evaluators:
-            made = Evaluator(self.saved.network, self.device, dtype, self.threads)
+            compiled = COMMON if dtype is None else ()  # when the model is loaded, and never in a request
+            made = Evaluator(self.saved.network, self.device, dtype, self.threads, compiled=compiled)
             bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
             prove_quickly(self.saved.network, *bounds, evaluate=made)
             self._evaluators[made.dtype] = made

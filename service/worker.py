@@ -99,7 +99,7 @@ class Model(Evaluators):
         evaluate = self.evaluator(self.dtype)
         for rows in evaluate.ladder:
             x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
-            for asked in (("value", "gradient", "laplacian"), ("value", "gradient", "hessian")):
+            for asked in (("value", "gradient", "laplacian"), ("value", "gradient", "hessian"), *evaluate.compiled):
                 if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize > MAX_WARM_UP_BYTES and "hessian" in asked:
                     continue
                 began = time.perf_counter()

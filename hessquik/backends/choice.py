@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from hessquik.device import CPU, GPU, Device
 from hessquik.plan import Plan
 from hessquik.steps import Product
 
-__all__ = ["Runner", "chosen", "device_value", "make_runner", "names", "resolved"]
+if TYPE_CHECKING:
+    from hessquik.backends.triton import TritonProgram
+
+__all__ = ["Runner", "chosen", "compiles_plans", "device_value", "make_runner", "make_runners", "names", "resolved"]
 
 
 class Runner:
@@ -100,14 +104,43 @@ def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.devi
 
         return Runner(plan, CpuProgram(plan.program, dtype, plan.rows).run, lambda: tuple(sorted({1, plan.rows})))
     if backend == "triton" and _widest(plan) < WIDE:
-        from hessquik.backends.triton import ready_program
+        from hessquik.backends.triton import TritonProgram
 
-        on_card = ready_program(plan.program, dtype, device)
-        return Runner(plan, on_card.run, lambda: on_card.ladder)
+        return _on_card(plan, TritonProgram(plan.program, dtype, device))
     from hessquik.backends.torch import TorchProgram
 
     program = TorchProgram(plan.graph, dtype, device, plan.rows)
     return Runner(plan, program.run, lambda: program.tile_rows)
+
+
+def compiles_plans(backend: str) -> bool:
+    """Return whether a backend has kernels for single plans."""
+    return backend == "triton"
+
+
+def make_runners(backend: str, plans: Sequence[Plan], dtype: torch.dtype, device: torch.device) -> list[Runner]:
+    """Return plans ready to run, on kernels of their own unless they are too large for that.
+
+    What all other plans need is compiled, too.
+
+    Args:
+        backend: One that compiles plans.
+        plans: The plans.
+        dtype: Of all numbers.
+        device: Where to compute.
+    """
+    from hessquik.backends.triton import ready_programs
+
+    narrow = [plan for plan in plans if _widest(plan) < WIDE]
+    ready = dict(zip(map(id, narrow), ready_programs([plan.program for plan in narrow], dtype, device), strict=True))
+    return [
+        _on_card(plan, ready[id(plan)]) if id(plan) in ready else make_runner(backend, plan, dtype, device)
+        for plan in plans
+    ]
+
+
+def _on_card(plan: Plan, program: TritonProgram) -> Runner:
+    return Runner(plan, program.run, lambda: program.ladder)
 
 
 def _has_triton(device: torch.device) -> bool:

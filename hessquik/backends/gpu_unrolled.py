@@ -4,8 +4,9 @@
 arrays are, which a table holds, and a loop that takes the steps in order. :func:`made` turns it into a function that
 Triton compiles or interprets. Networks of one architecture share a kernel, also on disk.
 
-Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`; pointwise
-products and sums are rounded one by one. So both kernels, and tiles of every size, give the same bits.
+Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`, whatever rows a
+row is computed with. How the compiler contracts products and sums differs from kernel to kernel: on a GPU the two
+kernels, or two sizes of a tile, agree up to rounding.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ import triton.language as tl
 from hessquik.backends import gpu_math
 from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, Step, SumProducts, View
 
-__all__ = ["Unrolled", "Unrolling", "made", "source"]
+__all__ = ["WARPS", "Unrolled", "Unrolling", "made", "source"]
 
-#: Entries of a map's block if its instructions are few and cheap.
+#: Rows, columns and depth of a product's block at most.
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
+#: Rows of the tile, in float32, and depth of a congruence's block at most.
+PAIR_ROWS, PAIR_DEPTH = 8, 32
+#: Entries of a map's block, and of one whose instructions are few and cheap.
+ENTRIES, CHEAP_ENTRIES = 512, 2048
+#: Warps of an instance.
+WARPS = 4
+#: Instructions that are cheap, and how many are few.
 CHEAP = frozenset({"add", "sub", "mul", "neg", "abs", "where", "gt", "ge", "maximum", "minimum"})
 FEW_INSTRUCTIONS = 6
 #: Bytes to a multiple of which an instance's memory is aligned.
@@ -35,37 +44,15 @@ ALIGNMENT = 128
 
 @dataclass(frozen=True)
 class Unrolling:
-    """Sizes of the blocks of a kernel made for one program.
+    """The tiles of a kernel made for one program.
 
     Attributes:
         rows: Rows that the memory of a tile holds.
-        product_rows: Rows of a product's block at most.
-        product_columns: Columns of it.
-        depth: Depth of it.
-        entries: Entries of a block of a map.
-        cheap_entries: Of a map of few, cheap instructions.
-        pair_rows: Rows of the tile in a block of a congruence.
-        pair_depth: Depth of it.
-        keeps_b: Whether the block of B is loaded once for all rows of a product.
-        skips_barriers: Whether steps that do not touch what the others write wait for each other.
-        warps: Warps of an instance.
-        instances: Instances per multiprocessor.
-        registers: Registers per thread at most.
+        instances: Instances per multiprocessor that a launch has at most.
     """
 
-    rows: int = 32
-    product_rows: int = 64
-    product_columns: int = 64
-    depth: int = 32
-    entries: int = 512
-    cheap_entries: int = 2048
-    pair_rows: int = 8
-    pair_depth: int = 32
-    keeps_b: bool = False
-    skips_barriers: bool = True
-    warps: int = 4
-    instances: int = 2
-    registers: int | None = None
+    rows: int
+    instances: int
 
 
 @dataclass
@@ -80,6 +67,7 @@ class Unrolled:
         inputs: Names of the inputs, and whether all rows share them.
         outputs: Names of the outputs.
         bytes: Memory of an instance.
+        forms: Number of passages.
     """
 
     text: str = ""
@@ -89,6 +77,7 @@ class Unrolled:
     inputs: dict[str, bool] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
     bytes: int = 0
+    forms: int = 0
 
     @property
     def arguments(self) -> list[str]:
@@ -134,14 +123,14 @@ def _fitting(count: int, largest: int) -> int:
 class _Writer:
     """Writes a program's kernel."""
 
-    def __init__(self, program: Program, itemsize: int, sizes: Unrolling, is_interpreted: bool) -> None:
+    def __init__(self, program: Program, itemsize: int, rows: int, is_interpreted: bool) -> None:
         """Begin with nothing written."""
-        self.program, self.itemsize, self.sizes = program, itemsize, sizes
+        self.program, self.itemsize, self.rows = program, itemsize, rows
         self.dtype = {4: "tl.float32", 8: "tl.float64"}[itemsize]
         self.product_of = "gpu_math.plain_product" if is_interpreted else "gpu_math.rounded_product"
         self.lines: list[str] = []
         self.depth = 0
-        self.tile_bytes = self.whole(program.tile_size * sizes.rows)
+        self.tile_bytes = self.whole(program.tile_size * rows)
         self.found = Unrolled()
         #: What the present step needs of the table: constants, offsets, numbers.
         self.needs: list[int | float | View] = []
@@ -171,10 +160,10 @@ class _Writer:
         found.once = len(self.program.once)
         for step in self.program.once:
             is_one_row = all(view.buffer.space is Space.SHARED for view in step.writes())
-            self.step(step, 1 if is_one_row else self.sizes.rows)
+            self.step(step, 1 if is_one_row else self.rows)
         self.touched.clear()
         for step in self.program.steps:
-            self.step(step, self.sizes.rows)
+            self.step(step, self.rows)
         self.put(
             f"def run_plan({', '.join(found.arguments)}):",
             "    table = table.to(tl.pointer_type(tl.int64))",
@@ -206,7 +195,7 @@ class _Writer:
                 with self.loop(f"if form == {i}:"):
                     self.put(*passage)
         self.depth = 0
-        found.text = "\n".join(self.lines) + "\n"
+        found.text, found.forms = "\n".join(self.lines) + "\n", len(self.passages)
         return found
 
     def _row_size(self, name: str) -> int:
@@ -225,7 +214,7 @@ class _Writer:
             need: int | View = view
             if buffer.space is not Space.CONSTANT:
                 tile = buffer.space is Space.TILE
-                begin = buffer.offset * self.sizes.rows if tile else self.tile_bytes // self.itemsize + buffer.offset
+                begin = buffer.offset * self.rows if tile else self.tile_bytes // self.itemsize + buffer.offset
                 need = begin + view.offset
             return f"b{self._needed(need)}"
         if buffer.name not in found.names:
@@ -266,7 +255,7 @@ class _Writer:
     def step(self, step: Step, most: int) -> None:
         """Write a step's passage unless it is known, and what it needs of the table."""
         touches = list(self._touches(step))
-        waits = not self.sizes.skips_barriers or any(
+        waits = any(
             space == other and begin < end_ and begin_ < end and (is_written or was_written)
             for space, begin, end, is_written in touches
             for other, begin_, end_, was_written in self.touched
@@ -315,11 +304,11 @@ class _Writer:
         outer, inner, depth = step.a.shape
         columns = step.b.shape[2]
         in_groups = outer > 1 or bool(step.b.buffer.row_stride)
-        most = inner if in_groups else self.sizes.rows * inner
-        bm = _fitting(most, self.sizes.product_rows)
+        most = inner if in_groups else self.rows * inner
+        bm = _fitting(most, PRODUCT_ROWS)
         width = columns + max(self.program.padding(view) for view in step.writes())
-        bn = min(self.sizes.product_columns, _power_of_two(width, 16))
-        bk = min(self.sizes.depth, _power_of_two(depth, 16))
+        bn = min(PRODUCT_COLUMNS, _power_of_two(width, 16))
+        bk = min(PRODUCT_DEPTH, _power_of_two(depth, 16))
         self.put(f"k = tl.arange(0, {bk})", f"j = tl.arange(0, {bn})")
         if in_groups:
             with self.loop(f"for group in range(0, live * {outer}):"):
@@ -330,7 +319,6 @@ class _Writer:
 
     def _blocks(self, step: Product, length: str, in_groups: bool, bm: int, bn: int, bk: int, width: int) -> None:
         inner, depth, columns = step.a.shape[1], step.a.shape[2], step.b.shape[2]
-        kept = self.sizes.keeps_b and depth <= bk and width <= bn
 
         def place(view: View, rows: str, t: str, cols: str) -> tuple[str, bool]:
             """Return the addresses of a matrix's entries, and whether they differ from row to row."""
@@ -366,8 +354,6 @@ class _Writer:
             self.put(f"x = tl.load({at}, mask={' & '.join(masks)}, other=0.0)")
 
         dot = f'total = tl.dot(x, y, total, input_precision="ieee", out_dtype={self.dtype})'
-        if kept:
-            load_b("k")
         with self.loop(f"for begin in range(0, {length}, {bm}):"):
             self.put(f"e = begin + tl.arange(0, {bm})", f"t = e // {inner}" if inner > 1 else "t = e")
             self.put(f"is_row = (e < {length})[:, None]")
@@ -381,8 +367,7 @@ class _Writer:
             self.put(f"total = tl.zeros(({bm}, {bn}), {self.dtype})")
             if depth <= bk:
                 load_a("k")
-                if not kept:
-                    load_b("k")
+                load_b("k")
                 self.put(dot)
             else:
                 with self.loop(f"for k0 in range(0, {depth}, {bk}):"):
@@ -454,13 +439,11 @@ class _Writer:
         """Write the instructions on blocks of entries."""
         outer, inner, columns = step.shape
         padded = columns + max(self.program.padding(view) for view in step.writes())
-        total = self.sizes.rows * outer * inner * padded
+        total = self.rows * outer * inner * padded
         is_cheap = len(step.instructions) <= FEW_INSTRUCTIONS and all(
             instruction.op in CHEAP for instruction in step.instructions
         )
-        block = min(
-            _power_of_two(total, 32 * self.sizes.warps), self.sizes.cheap_entries if is_cheap else self.sizes.entries
-        )
+        block = min(_power_of_two(total, 32 * WARPS), CHEAP_ENTRIES if is_cheap else ENTRIES)
         self.put(f"count = live * {outer * inner * padded}")
         with self.loop(f"for e0 in range(0, count, {block}):"):
             self._entries(step.shape, padded, block)
@@ -503,8 +486,8 @@ class _Writer:
         """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]."""
         outer, inner, columns = step.a.shape
         padded = columns + self.program.padding(step.out)
-        total = self.sizes.rows * outer * padded
-        block = min(_power_of_two(total, 32 * self.sizes.warps), self.sizes.entries)
+        total = self.rows * outer * padded
+        block = min(_power_of_two(total, 32 * WARPS), ENTRIES)
         self.put(f"count = live * {outer * padded}")
         with self.loop(f"for e0 in range(0, count, {block}):"):
             self._entries((outer, 1, columns), padded, block)
@@ -525,9 +508,8 @@ class _Writer:
         width, count = (height, step.b.shape[1]) if is_symmetric else (step.b.shape[1], 1)
         stored = width if is_symmetric else width + padding
         cb = min(16, _power_of_two(max(height, stored), 16))
-        sizes, itemsize = self.sizes, self.itemsize
-        rb = max(1, min(_power_of_two(sizes.rows), sizes.pair_rows * 4 // itemsize))
-        bw = min(sizes.pair_depth, _power_of_two(depth, 16))
+        rb = min(_power_of_two(self.rows), PAIR_ROWS * 4 // self.itemsize)
+        bw = min(PAIR_DEPTH, _power_of_two(depth, 16))
         a_row, _, a_inner, _ = self.strides(step.a)
         b_row, _, b_inner, _ = self.strides(step.b)
         c_row, c_outer, c_inner, c_column = self.strides(step.out)
@@ -589,16 +571,16 @@ class _Deeper:
         self.writer.depth -= 1
 
 
-def source(program: Program, itemsize: int, sizes: Unrolling, is_interpreted: bool = False) -> Unrolled:
+def source(program: Program, itemsize: int, rows: int, is_interpreted: bool = False) -> Unrolled:
     """Write the kernel of a program.
 
     Args:
         program: The program.
         itemsize: Bytes of a number, 4 or 8.
-        sizes: Sizes of its blocks.
+        rows: Rows of a tile at most.
         is_interpreted: Whether Triton interprets it on the host.
     """
-    return _Writer(program, itemsize, sizes, is_interpreted).write()
+    return _Writer(program, itemsize, rows, is_interpreted).write()
 
 
 def made(text: str) -> Any:

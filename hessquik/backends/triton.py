@@ -1,8 +1,12 @@
-"""The Triton backend: one kernel that interprets any program, in one launch for any number of rows.
+"""The Triton backend: a program runs in one launch for any number of rows, on one of two kernels.
 
-The kernel is compiled once per dtype and processor generation, 10 to 15 seconds, when the first network is loaded or
-when an image is built (``python -m hessquik.backends.triton 90``), and found in Triton's cache on disk from then on.
-No request compiles anything.
+* The table kernel interprets any program. It is compiled once per dtype and processor generation, 10 to 15 seconds,
+  when the first network is loaded or when an image is built (``python -m hessquik.backends.triton 90``).
+* A plan kernel is made for one program and takes about half the time. :func:`ready_programs` compiles those of the
+  plans that it is given, side by side, 5 to 10 seconds each, when a network is loaded.
+
+Both are found in Triton's cache on disk from then on. Their last bits differ, so the kernel of a question is settled
+when a network is loaded, and no request compiles anything.
 
 With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, for tests.
 """
@@ -10,10 +14,13 @@ With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, 
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -27,7 +34,7 @@ from triton.compiler import ASTSource
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
-from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, made, source
+from hessquik.backends.gpu_unrolled import WARPS, Unrolled, Unrolling, made, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts, View
 
 __all__ = [
@@ -41,7 +48,7 @@ __all__ = [
     "is_available",
     "is_interpreted",
     "main",
-    "ready_program",
+    "ready_programs",
 ]
 
 _T = TypeVar("_T")
@@ -78,8 +85,10 @@ class Blocks:
 
 
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
-#: Sizes of the kernels that each plan gets of its own, tiles ascending; with none, one kernel interprets all plans.
-UNROLLINGS: dict[torch.dtype, tuple[Unrolling, ...]] = {torch.float32: (), torch.float64: ()}
+#: Tiles of plan kernels, chosen by measuring on an H200; one size, so that a row's bits do not depend on company.
+UNROLLINGS = {torch.float32: Unrolling(rows=8, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
+#: Passages of a plan kernel at most; each takes about half a second to compile.
+MOST_FORMS = 32
 
 
 def is_interpreted() -> bool:
@@ -114,16 +123,15 @@ def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) 
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def compile_unrolled(kernel: Unrolled, sizes: Unrolling, arch: int) -> Any:
-    """Compile a kernel made for one program, or take it from Triton's cache; no GPU is needed."""
+def compile_unrolled(kernel: Unrolled, arch: int) -> Any:
+    """Compile a plan kernel, or take it from Triton's cache; no GPU is needed."""
     signature = {
         name: "i32" if name in {"once", "steps", "rows", "tile_rows"} else "i64" for name in kernel.arguments
     }
-    options: dict[str, Any] = {"num_warps": sizes.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if sizes.registers is not None:
-        options["maxnreg"] = sizes.registers
-    source = ASTSource(made(kernel.text), signature, {})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(
+        ASTSource(made(kernel.text), signature, {}), target=GPUTarget("cuda", arch, 32), options=options
+    )
 
 
 class _Device:
@@ -135,8 +143,7 @@ class _Device:
         self.is_cuda = device.type == "cuda"
         self.stages = Stages(Cuda(device)) if self.is_cuda else None
         self._lock = threading.Lock()
-        self._kernels: dict[torch.dtype, Any] = {}
-        self._unrolled: dict[tuple[str, Unrolling], Any] = {}
+        self._kernels: dict[torch.dtype | str, Any] = {}
         self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
         self.processors, self.arch = 2, 0
         if self.is_cuda:
@@ -145,19 +152,20 @@ class _Device:
             self.arch = 10 * properties.major + properties.minor
 
     def kernel(self, dtype: torch.dtype) -> Any:
-        """Return the compiled kernel, loaded on this device."""
-        with self._lock:
-            if dtype not in self._kernels:
-                self._kernels[dtype] = compile_kernel(dtype, self.arch)
-            return self._kernels[dtype]
+        """Return the table kernel for this device, compiled when it is first asked for."""
+        return self._compiled(dtype, lambda: compile_kernel(dtype, self.arch))
 
-    def unrolled(self, kernel: Unrolled, sizes: Unrolling) -> Any:
-        """Return the kernel of a source, loaded on this device."""
-        key = (kernel.text, sizes)
-        with self._lock:
-            if key not in self._unrolled:
-                self._unrolled[key] = compile_unrolled(kernel, sizes, self.arch)
-            return self._unrolled[key]
+    def unrolled(self, kernel: Unrolled) -> Any:
+        """Return a plan kernel for this device, compiled when it is first asked for."""
+        return self._compiled(kernel.text, lambda: compile_unrolled(kernel, self.arch))
+
+    def _compiled(self, key: torch.dtype | str, compiled: Callable[[], Any]) -> Any:
+        found = self._kernels.get(key)
+        if found is None:
+            found = compiled()  # without the lock: several are compiled side by side
+            with self._lock:
+                found = self._kernels.setdefault(key, found)
+        return found
 
     def constant(self, view: View, dtype: torch.dtype) -> Tensor:
         """Return a constant on the device, dense, with zeros up to whole vectors of 16 bytes behind its columns."""
@@ -216,7 +224,7 @@ class TritonProgram:
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
         """Write the table, and compile the kernel unless it is known."""
-        entries = max((_entries(step) for step in (*program.once, *program.steps)), default=1)
+        entries = _most_entries(program)
         if entries > MOST_ENTRIES:
             raise ValueError(f"a step may have {MOST_ENTRIES} entries per row, one has {entries}")
         self._most_rows = max(1, min(MOST_TILE_ROWS, MOST_ENTRIES // entries))
@@ -343,79 +351,83 @@ class TritonProgram:
 
 
 class UnrolledProgram(TritonProgram):
-    """A program with kernels of its own, one per size of a tile.
+    """A program on a kernel of its own.
 
     Args:
         program: The program.
         dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
         device: A CUDA device with its index, or the CPU if Triton interprets.
-        sizes: Sizes of the kernels' blocks, tiles ascending.
+        sizes: Its tiles.
     """
 
-    def __init__(
-        self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Sequence[Unrolling]
-    ) -> None:
-        """Write the kernels and compile them unless they are known."""
-        self._sizes = tuple(sizes)
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Unrolling) -> None:
+        """Write the kernel and compile it unless it is known."""
+        self._sizes = sizes
+        self._source = source(program, dtype.itemsize, sizes.rows, is_interpreted=device.type != "cuda")
         super().__init__(program, dtype, device)
 
     def _write(self) -> Unrolled:  # type: ignore[override]
         self._keep.clear()
-        itemsize, is_interpreted = self._dtype.itemsize, not self._state.is_cuda
-        fitting = MEMORY_BYTES // (2 * self._state.processors * max(1, self._program.tile_size) * itemsize)
-        most = max(1, min(self._most_rows, fitting))
-        kept = [sizes for sizes in self._sizes if sizes.rows <= most]
-        self._sizes = tuple(kept) or (replace(self._sizes[0], rows=1),)
-        self._sources = [source(self._program, itemsize, sizes, is_interpreted) for sizes in self._sizes]
-        self._most_rows = self._sizes[-1].rows
-        self._tables = [
-            torch.tensor(kernel.table(self._address_of), dtype=torch.int64).to(self._state.device)
-            for kernel in self._sources
-        ]
-        return self._sources[0]
-
-    def _address_of(self, view: View) -> int:
-        return self._place(view).data_ptr()
+        self._most_rows = self._sizes.rows
+        numbers = self._source.table(lambda view: self._place(view).data_ptr())
+        self._numbers = torch.tensor(numbers, dtype=torch.int64).to(self._state.device)
+        return self._source
 
     def _compile(self) -> None:
-        if self._state.is_cuda:
-            pairs = zip(self._sources, self._sizes, strict=True)
-            self._unrolled = [self._state.unrolled(source, sizes) for source, sizes in pairs]
-        else:
-            self._unrolled = [made(source.text) for source in self._sources]
-
-    def _place_of(self, tile_rows: int) -> int:
-        return next(i for i, sizes in enumerate(self._sizes) if sizes.rows >= tile_rows)
+        self._kernel = self._state.unrolled(self._source) if self._state.is_cuda else made(self._source.text)
 
     def _shape(self, n: int) -> tuple[int, int]:
         """Return rows of a tile and instances."""
         processors = self._state.processors
-        rows = -(-n // processors)
+        rows, instances = -(-n // processors), self._sizes.instances * processors
         if rows > 8:
-            rows = max(8, -(-n // (self._sizes[-1].instances * processors)))
+            rows = max(8, -(-n // instances))
         rows = min(rows, self._most_rows)
-        at = self._place_of(rows)
-        most = max(1, MEMORY_BYTES // self._sources[at].bytes)
-        return rows, min(-(-n // rows), self._sizes[at].instances * processors, most)
+        return rows, min(-(-n // rows), instances)
 
     def _memory(self, tile_rows: int) -> tuple[int, int, int]:
-        return self._sources[self._place_of(tile_rows)].bytes, 0, 0
+        return self._source.bytes, 0, 0
 
     def _begin(self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: Any) -> None:
-        at = self._place_of(tile_rows)
-        kernel, once, steps = self._unrolled[at], len(self._program.once), len(self._program.steps)
-        given = (self._tables[at].data_ptr(), once, steps, n, tile_rows, memory, *addresses)
+        once, steps = len(self._program.once), len(self._program.steps)
+        given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory, *addresses)
         if stream is None:
-            kernel[(instances,)](*given)
+            self._kernel[(instances,)](*given)
         else:
-            kernel[(instances, 1, 1)](*given, stream=stream.cuda_stream)
+            self._kernel[(instances, 1, 1)](*given, stream=stream.cuda_stream)
 
 
-def ready_program(program: Program, dtype: torch.dtype, device: torch.device) -> TritonProgram:
-    """Return a program ready to run, on kernels of its own if :data:`UNROLLINGS` has sizes for them."""
-    if UNROLLINGS[dtype]:
-        return UnrolledProgram(program, dtype, device, UNROLLINGS[dtype])
-    return TritonProgram(program, dtype, device)
+def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torch.device) -> list[TritonProgram]:
+    """Return programs ready to run, each on a kernel of its own unless that would be too large.
+
+    These and the table kernels of both dtypes are compiled side by side.
+
+    Args:
+        programs: The programs.
+        dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
+        device: A CUDA device with its index, or the CPU if Triton interprets.
+    """
+    state, sizes = _shared_state(device), UNROLLINGS[dtype]
+    kernels = [_fitting(program, dtype, sizes, state) for program in programs]
+    if state.is_cuda:
+        wanted = [partial(state.kernel, each) for each in BLOCKS]
+        wanted += [partial(state.unrolled, kernel) for kernel in kernels if kernel is not None]
+        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+            for future in [pool.submit(compiled) for compiled in wanted]:
+                future.result()
+    return [
+        TritonProgram(program, dtype, device) if kernel is None else UnrolledProgram(program, dtype, device, sizes)
+        for program, kernel in zip(programs, kernels, strict=True)
+    ]
+
+
+def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Device) -> Unrolled | None:
+    """Return the source of a program's kernel, unless its indices, memory or passages are too many."""
+    if sizes.rows * _most_entries(program) > MOST_ENTRIES:
+        return None
+    kernel = source(program, dtype.itemsize, sizes.rows, is_interpreted=state.device.type != "cuda")
+    is_small = sizes.instances * state.processors * kernel.bytes <= MEMORY_BYTES
+    return kernel if is_small and kernel.forms <= MOST_FORMS else None
 
 
 def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
@@ -426,6 +438,11 @@ def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
         pass
     state.free_memory()
     return attempt()
+
+
+def _most_entries(program: Program) -> int:
+    """Return up to what a program's steps count the entries of a row."""
+    return max((_entries(step) for step in (*program.once, *program.steps)), default=1)
 
 
 def _entries(step: Step) -> int:

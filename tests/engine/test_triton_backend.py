@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import mpmath
 import pytest
@@ -17,11 +18,13 @@ from tests.engine import triton_interpreter  # noqa: F401
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the compiled kernel", allow_module_level=True)
 
-from hessquik import Evaluator
+from hessquik import Evaluator, ShapeError, evaluator
+from hessquik.backends import choice
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
 from hessquik.backends.gpu_unrolled import Unrolling
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
+from hessquik.evaluator import COMMON
 from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from hessquik.pointwise import PRIMITIVES
@@ -34,17 +37,17 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-#: A kernel for each of these sizes of a tile.
-SIZES = (Unrolling(rows=1, depth=64), Unrolling(rows=4, pair_rows=2), Unrolling(rows=32))
+#: Tiles of one row, of a few, and of more than there are.
+TILES = (Unrolling(rows=1, instances=4), Unrolling(rows=4, instances=2), Unrolling(rows=32, instances=1))
 
 
 def run(
-    program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype, *, is_unrolled: bool = False
+    program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype, tiles: Unrolling | None = None
 ) -> dict[str, Tensor]:
-    """Run a program into outputs that hold NaN before."""
+    """Run a program into outputs that hold NaN before, on the table kernel or on one of its own."""
     arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()}
     out = {name: torch.full((n, size), float("nan"), dtype=dtype) for name, size in outputs_of(program).items()}
-    ready = UnrolledProgram(program, dtype, CPU, SIZES) if is_unrolled else TritonProgram(program, dtype, CPU)
+    ready = TritonProgram(program, dtype, CPU) if tiles is None else UnrolledProgram(program, dtype, CPU, tiles)
     ready.run({**arrays, **out}, 0, n)
     return out
 
@@ -61,8 +64,8 @@ def test_random_programs(seed: int) -> None:
         torch.testing.assert_close(
             found[name].double(), wanted, rtol=3000 * torch.finfo(dtype).eps, atol=3000 * torch.finfo(dtype).eps
         )
-    unrolled = run(case.program, inputs, n, dtype, is_unrolled=True)
-    assert all(torch.equal(unrolled[name], array) for name, array in found.items()), "both kernels give the same bits"
+    unrolled = run(case.program, inputs, n, dtype, TILES[seed % 3])
+    assert all(torch.equal(unrolled[name], array) for name, array in found.items()), "interpreted, both round alike"
 
 
 @pytest.mark.parametrize("seed", range(4, 12))
@@ -71,7 +74,7 @@ def test_kernels_made_for_random_programs(seed: int) -> None:
     case = random_case(seed, vector=4, count=8)
     n = (1, 9, 3, 70)[seed % 4]
     inputs = case.inputs(n)
-    found = run(case.program, inputs, n, dtype, is_unrolled=True)
+    found = run(case.program, inputs, n, dtype, TILES[seed % 3])
     bound = 3000 * torch.finfo(dtype).eps
     for name, wanted in interpret(case.program, inputs, n, 3).items():
         torch.testing.assert_close(found[name].double(), wanted, rtol=bound, atol=bound)
@@ -180,12 +183,12 @@ def test_all_quantities(name: str, dtype: torch.dtype) -> None:
     out = {quantity: torch.full_like(getattr(expected, quantity), float("nan")) for quantity in ALL}
     TritonProgram(plan.program, dtype, CPU).run({"x": x, "directions": v, **out}, 0, 3)
     unrolled = {quantity: torch.full_like(array, float("nan")) for quantity, array in out.items()}
-    UnrolledProgram(plan.program, dtype, CPU, SIZES).run({"x": x, "directions": v, **unrolled}, 0, 3)
+    UnrolledProgram(plan.program, dtype, CPU, TILES[1]).run({"x": x, "directions": v, **unrolled}, 0, 3)
     for quantity, found in out.items():
         wanted = getattr(expected, quantity)
         bound = 200 * torch.finfo(dtype).eps
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * (1 + wanted.abs().max().item()))
-        assert torch.equal(unrolled[quantity], found), "both kernels give the same bits"
+        assert torch.equal(unrolled[quantity], found), "interpreted, both round alike"
 
 
 def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
@@ -198,13 +201,13 @@ def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
     torch.testing.assert_close(found, f(x, do_gradient=True)[1].square().sum(1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_unrolled", [False, True])
-def test_bits_do_not_depend_on_company_position_or_tile(is_unrolled: bool) -> None:
+@pytest.mark.parametrize("tiles", [None, *TILES])
+def test_bits_do_not_depend_on_company_position_or_tile(tiles: Unrolling | None) -> None:
     evaluate = Evaluator(fullyConnectedNN([3, 20, 20, 1]), dtype=torch.float32)
     quantities = ("value", "gradient", "hessian")
     program = TritonProgram(evaluate.plan(quantities).program, torch.float32, CPU)
-    if is_unrolled:
-        program = UnrolledProgram(evaluate.plan(quantities).program, torch.float32, CPU, SIZES)
+    if tiles is not None:
+        program = UnrolledProgram(evaluate.plan(quantities).program, torch.float32, CPU, tiles)
     x = torch.randn(37, 3, generator=torch.Generator().manual_seed(4))
 
     def evaluated(rows: Tensor) -> Tensor:
@@ -309,3 +312,88 @@ def test_what_is_too_large_for_its_indices_is_refused() -> None:
 def test_backend_names_its_kernel_once() -> None:
     assert backend.is_available(CPU)
     assert not backend.is_available(torch.device("meta"))
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the CPU the backend, and no time to compile anything after an Evaluator is made."""
+    monkeypatch.setattr(choice, "names", lambda device: ("triton", "torch"))
+
+
+def _kernel(evaluate: Evaluator, *quantities: str, **given: Tensor) -> type[TritonProgram]:
+    """Return the class of what answers a call."""
+    runner = evaluate._runner(evaluate._ask(quantities, given.get("weights"), given.get("directions")))
+    return type(runner.run.__self__)  # type: ignore[attr-defined]
+
+
+def test_common_questions_have_kernels_of_their_own_for_as_long_as_the_evaluator(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = fullyConnectedNN([2, 4, 2]).double()
+    evaluate = Evaluator(network, backend="triton", compiled=COMMON)
+    assert set(map(frozenset, evaluate.compiled)) == set(map(frozenset, COMMON))
+    monkeypatch.setattr(backend, "made", lambda text: pytest.fail("a request compiles a kernel"))
+    monkeypatch.setattr(evaluator, "MAX_PLANS", 1)
+    for quantities in (*COMMON, COMMON[0]):
+        assert _kernel(evaluate, *quantities) is _kernel(evaluate, *quantities[::-1]) is UnrolledProgram
+        # Another question is pushed out of what is kept, and not these.
+        assert _kernel(evaluate, "value", weights=torch.ones(2)) is TritonProgram
+    assert _kernel(evaluate, "gradient") is TritonProgram
+    x = torch.randn(1, 2, dtype=torch.float64)
+    exact = Evaluator(network)(x, ("value", "gradient", "hessian", "laplacian"))
+    for quantities in COMMON:
+        found = evaluate(x, quantities)
+        for name in quantities:
+            torch.testing.assert_close(getattr(found, name), getattr(exact, name))
+
+
+def test_without_a_list_one_kernel_answers_all(interpreted: None) -> None:
+    evaluate = Evaluator(fullyConnectedNN([3, 6, 1]), backend="triton")
+    assert {_kernel(evaluate, *quantities) for quantities in COMMON} == {TritonProgram}
+    assert evaluate.compiled == ()
+
+
+@pytest.mark.parametrize("limit", ["MOST_FORMS", "MEMORY_BYTES", "MOST_ENTRIES"])
+def test_what_is_too_large_for_a_kernel_of_its_own_goes_to_the_table(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    # A row's entries fit the indices, those of a tile do not.
+    monkeypatch.setattr(backend, limit, {"MOST_FORMS": 3, "MEMORY_BYTES": 1 << 10, "MOST_ENTRIES": 500}[limit])
+    evaluate = Evaluator(fullyConnectedNN([3, 6, 1]), backend="triton", compiled=COMMON)
+    assert _kernel(evaluate, "value", "gradient", "hessian") is TritonProgram
+
+
+def test_only_questions_that_can_be_asked_are_compiled() -> None:
+    for names in ([], ["hvp"], ["value", "nothing"]):
+        with pytest.raises(ShapeError, match="expected quantities to compile out of value, gradient"):
+            Evaluator(fullyConnectedNN([3, 6, 1]), compiled=[("value",), names])
+    assert Evaluator(fullyConnectedNN([3, 6, 1]), compiled=COMMON).compiled == (), "a CPU has no such kernels"
+
+
+class _Compiled:
+    """The state of a GPU without one: kernels take a moment, and are counted."""
+
+    def __init__(self) -> None:
+        self.names: list[object] = []
+        self.together = threading.Barrier(6, timeout=20)
+
+    def compile(self, kernel: object, arch: int) -> object:
+        self.names.append(kernel)
+        self.together.wait()
+        return object()
+
+
+def test_kernels_are_compiled_side_by_side_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = backend._Device(CPU)
+    device.is_cuda, compiled = True, _Compiled()
+    monkeypatch.setattr(backend, "_shared_state", lambda _: device)
+    monkeypatch.setattr(backend, "compile_kernel", compiled.compile)
+    monkeypatch.setattr(backend, "compile_unrolled", compiled.compile)
+    monkeypatch.setattr(backend.os, "cpu_count", lambda: 8)
+    evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
+    programs = [evaluate.plan(quantities).program for quantities in COMMON]
+    ready = backend.ready_programs(programs, torch.float32, CPU)
+    assert list(map(type, ready)) == [UnrolledProgram] * 4
+    assert len(compiled.names) == 6, "two table kernels and four of plans, which waited for each other"
+    backend.ready_programs(programs, torch.float32, CPU)
+    assert len(compiled.names) == 6
