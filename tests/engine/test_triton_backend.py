@@ -52,7 +52,7 @@ def run(
     return out
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", choose(range(2), range(4)))
 def test_random_programs(seed: int) -> None:
     dtype = (torch.float32, torch.float64)[seed % 2]
     case = random_case(seed, vector=4, count=8)
@@ -68,13 +68,13 @@ def test_random_programs(seed: int) -> None:
     assert all(torch.equal(unrolled[name], array) for name, array in found.items()), "interpreted, both round alike"
 
 
-@pytest.mark.parametrize("seed", range(4, 12))
+@pytest.mark.parametrize("seed", choose(range(4, 8), range(4, 12)))
 def test_kernels_made_for_random_programs(seed: int) -> None:
     dtype = (torch.float32, torch.float64)[seed % 2]
     case = random_case(seed, vector=4, count=8)
-    n = (1, 9, 3, 70)[seed % 4]
+    n = (1, 9, 3, choose(34, 70))[seed % 4]
     inputs = case.inputs(n)
-    found = run(case.program, inputs, n, dtype, TILES[seed % 3])
+    found = run(case.program, inputs, n, dtype, TILES[seed % 3] if n < 10 else TILES[2])
     bound = 3000 * torch.finfo(dtype).eps
     for name, wanted in interpret(case.program, inputs, n, 3).items():
         torch.testing.assert_close(found[name].double(), wanted, rtol=bound, atol=bound)
@@ -201,7 +201,7 @@ def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
     torch.testing.assert_close(found, f(x, do_gradient=True)[1].square().sum(1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("tiles", [None, *TILES])
+@pytest.mark.parametrize("tiles", choose([None, TILES[1]], [None, *TILES]))
 def test_bits_do_not_depend_on_company_position_or_tile(tiles: Unrolling | None) -> None:
     evaluate = Evaluator(fullyConnectedNN([3, 20, 20, 1]), dtype=torch.float32)
     quantities = ("value", "gradient", "hessian")
