@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt $(KERNEL)
 serve: $(SERVER)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 	$(BIN)/hessquik serve models --port $(PORT)
 
+# Two processes test at once: threads of OpenMP that wait for a core make products ten times as slow.
+test chaos: export OMP_NUM_THREADS = 1
+
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

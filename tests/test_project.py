@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from tests.live import ROOT
+
+pytestmark = pytest.mark.xdist_group("project")
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -68,3 +71,9 @@ def test_issue_forms_ask_for_something(path) -> None:
     identifiers = [item["id"] for item in form["body"] if item["type"] != "markdown"]
     assert len(set(identifiers)) == len(identifiers) >= 3
     assert any(item.get("validations", {}).get("required") for item in form["body"])
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only one process runs the tests")
+def test_groups_of_tests_are_kept_together(request: pytest.FixtureRequest) -> None:
+    """Tests of a group share a server, or would disturb each other: the scheduler knows it by the names of the tests."""
+    assert request.node.nodeid.endswith("@project")

@@ -76,10 +76,10 @@ class Call:
         repository.versions(name)
         config = document.get("config")
         config = {} if config is None else config
-        if not isinstance(config, dict) or not config.keys() <= {"version", "dtype", "outside"}:
-            raise InvalidInput.of(
-                "config", "an object with the keys version, dtype and outside at most", "something else"
-            )
+        if not isinstance(config, dict):
+            raise InvalidInput.of("config", "an object", type(config).__name__)
+        if unknown := config.keys() - {"version", "dtype", "outside"}:
+            raise InvalidInput.of("config", "the keys version, dtype and outside at most", min(unknown)[:40])
         version = config.get("version")
         if isinstance(version, bool) or not isinstance(version, int | str | None):
             raise InvalidInput.of("config.version", "a number or a string", "something else")

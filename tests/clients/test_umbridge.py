@@ -96,7 +96,12 @@ REFUSED: dict[str, tuple[str, dict[str, object] | bytes, str, str]] = {
     "short vec with Hessian": ("ApplyHessian", {"vec": 1.0}, "InvalidInput", "vec: expected a list of 3 numbers"),
     "unknown version": ("Evaluate", {"config": {"version": 9}}, "InvalidInput", "versions 1, 2"),
     "unknown dtype": ("Evaluate", {"config": {"dtype": "int8"}}, "InvalidInput", "float32 or float64"),
-    "unknown setting": ("Evaluate", {"config": {"level": 1}}, "InvalidInput", "version and dtype"),
+    "unknown setting": (
+        "Evaluate",
+        {"config": {"level": 1}},
+        "InvalidInput",
+        "version, dtype and outside at most, got level",
+    ),
     "config no object": ("Evaluate", {"config": []}, "InvalidInput", "config"),
 }
 
