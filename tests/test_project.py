@@ -75,5 +75,5 @@ def test_issue_forms_ask_for_something(path) -> None:
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only one process runs the tests")
 def test_groups_of_tests_are_kept_together(request: pytest.FixtureRequest) -> None:
-    """Tests of a group share a server, or would disturb each other: the scheduler knows it by the names of the tests."""
+    """Tests of a group share a server, or would disturb each other; their names tell the scheduler."""
     assert request.node.nodeid.endswith("@project")

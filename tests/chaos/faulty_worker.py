@@ -41,7 +41,7 @@ class RandomlyFaultyWorker(FaultyWorker):
         is_mixed = self.fault == "mixed" and random.random() < 0.1
         for array in answers.values():  # in place: they may lie in memory that the front reads
             if self.is_spoiled:
-                array += 1
+                array[...] = array + 1
             if is_mixed:
                 array[...] = array[::-1].copy()
         return reply, answers
