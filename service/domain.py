@@ -15,6 +15,8 @@ Array = npt.NDArray[np.floating[Any]]
 #: What is done about points outside: nothing, or the request is refused.
 Outside = Literal["allow", "refuse"]
 OUTSIDE: tuple[str, ...] = get_args(Outside)
+#: An excess of this many units of rounding of the larger bound is none.
+ROUNDINGS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,16 +56,15 @@ class Domain:
     def distance(self, x: Array) -> Array:
         """Return 0 for points within the bounds, else the largest excess over an input's range, (n,).
 
-        A bound counts as it is in the dtype of the points, so that a point on it is inside.
+        A bound counts as it is in the dtype of the points, and an excess of a few roundings as none: a point that was
+        computed to lie on a bound is inside.
 
         Args:
             x: Points (n, d).
         """
-        lower, upper = self.lower.astype(x.dtype), self.upper.astype(x.dtype)
         width = np.where(self.upper > self.lower, self.upper - self.lower, 1.0)
-        excess = np.maximum(np.maximum(lower - x, x - upper), 0) / width
         with np.errstate(over="ignore"):
-            distance: Array = excess.max(axis=-1).astype(x.dtype)
+            distance: Array = (self._excess(x) / width).max(axis=-1).astype(x.dtype)
         return distance
 
     def first_outside(self, x: Array) -> tuple[int, int] | None:
@@ -72,8 +73,16 @@ class Domain:
         Args:
             x: Points (n, d).
         """
-        is_outside = (x < self.lower.astype(x.dtype)) | (x > self.upper.astype(x.dtype))
+        is_outside = self._excess(x) > 0
         if not is_outside.any():
             return None
         row, a = np.argwhere(is_outside)[0]
         return int(row), int(a)
+
+    def _excess(self, x: Array) -> Array:
+        """Return by how much each number is over a bound, (n, d)."""
+        lower, upper = self.lower.astype(x.dtype), self.upper.astype(x.dtype)
+        rounding = ROUNDINGS * np.finfo(x.dtype).eps * np.maximum(np.abs(lower), np.abs(upper))
+        with np.errstate(over="ignore"):
+            excess: Array = np.maximum(lower - x, x - upper)
+        return np.where(excess > rounding, excess, 0)

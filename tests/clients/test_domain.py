@@ -54,7 +54,18 @@ def test_a_point_on_a_rounded_bound_is_inside() -> None:
     edge = np.array([[0.1], [-0.1]], np.float32)  # float32(0.1) > 0.1
     assert domain.first_outside(edge) is None
     assert (domain.distance(edge) == 0).all()
-    assert domain.first_outside(np.nextafter(edge, np.float32(9) * np.sign(edge))) == (0, 0)
+    assert domain.first_outside(edge * np.float32(1 + 1e-6)) == (0, 0)
+
+
+def test_a_point_that_was_computed_to_lie_on_a_bound_is_inside() -> None:
+    domain = Domain.of({"lower_bounds": [0.05], "upper_bounds": [0.15]})
+    assert domain is not None
+    edge = np.array([[0.05 + (0.15 - 0.05) * 100 / 100]])
+    assert edge > 0.15
+    assert domain.first_outside(edge) is None
+    assert domain.distance(edge) == 0
+    assert domain.first_outside(edge * (1 + 1e-14)) == (0, 0)
+    assert domain.distance(edge * (1 + 1e-14)) > 0
 
 
 def test_bounds_without_width_are_no_division_by_zero() -> None:

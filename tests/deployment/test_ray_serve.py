@@ -96,6 +96,7 @@ def test_configuration_file_is_what_serve_takes() -> None:
     assert Settings.model_fields.keys() >= CONFIG["applications"][0]["args"]["settings"].keys()
 
 
+@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "models").glob("*.safetensors")))
 def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_models: Path) -> None:
     network = hessquik.load(shipped_models / f"{name}.safetensors").double()
