@@ -14,6 +14,13 @@ BANNED_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"
 #: The command that converts checkpoints of the original library, offline, by a restricted unpickler that runs no code
 #: of theirs; nothing that serves imports it.
 CONVERSION = "conversion.py"
+#: Calls allowed, by file: kernels are compiled from text that is written from a plan's numbers and primitives, never from
+#: the text of a file or a request; the command that imports networks reads weights alone.
+ALLOWED = {
+    CONVERSION: ["pickle", "torch.load"],
+    "gpu_unrolled.py": ["exec", "compile"],
+    "sequential.py": ["torch.load"],
+}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen", "input"}
 
 
@@ -34,7 +41,9 @@ def faults(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_nothing_that_is_read_can_be_run(path: Path) -> None:
     found = faults(ast.parse(path.read_text()))
-    assert found == (["pickle", "torch.load"] if path.name == CONVERSION else [])
+    assert found == ALLOWED.get(path.name, [])
+    text = path.read_text()
+    assert text.count(" torch.load(path,") == text.count('map_location="cpu", weights_only=True)')
 
 
 def test_nothing_that_serves_imports_the_conversion() -> None:
