@@ -14,8 +14,8 @@ BANNED_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"
 #: The command that converts checkpoints of the original library, offline, by a restricted unpickler that runs no code
 #: of theirs; nothing that serves imports it.
 CONVERSION = "conversion.py"
-#: Calls allowed, by file: kernels are compiled from text that is written from a plan's numbers and primitives, never from
-#: the text of a file or a request; the command that imports networks reads weights alone.
+#: Calls allowed, by file: kernels are compiled from text written from a plan's numbers and primitives, never from the
+#: text of a file or a request; the command that imports networks reads weights alone.
 ALLOWED = {
     CONVERSION: ["pickle", "torch.load"],
     "gpu_unrolled.py": ["exec", "compile"],
