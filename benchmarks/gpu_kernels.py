@@ -55,7 +55,7 @@ CASES: list[Case] = [
     for rows, instances in ((16, 4), (32, 4), (8, 2))
     for n in (65536, 1, 1024)
 ]  # fmt: skip
-#: What the two kernels compile to.
+#: The two kernels of the compile table.
 COMPILED: list[Case] = [
     (NARROW, SECOND, dtype, 0, tiles) for dtype in (F32, F64) for tiles in (UNROLLINGS[dtype], None)
 ] + [(LAPLACIAN, ("laplacian",), F32, 0, UNROLLINGS[F32])]

@@ -650,7 +650,7 @@ ACTIVATIONS: dict[str, type[hessQuikActivationFunction]] = {
     )
 }
 
-#: What is wrong with the derivatives of an activation that has no two continuous ones, by their number.
+#: Descriptions of an activation without two continuous derivatives, by the number of continuous ones.
 KINKS = {
     0: "the first derivative jumps where z = 0, and the second one is undefined there",
     1: "the second derivative jumps where z = 0",

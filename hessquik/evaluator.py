@@ -30,7 +30,7 @@ Given = Tensor | Sequence[int] | None
 
 #: Supported dtypes.
 DTYPES = (torch.float32, torch.float64)
-#: What is asked most often.
+#: The sets of quantities asked most often.
 COMMON = (("value",), ("value", "gradient"), ("value", "gradient", "hessian"), ("laplacian",))
 #: Operations on one core after which a caller may do something else.
 OPERATIONS_BETWEEN = 2e7

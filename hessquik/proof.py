@@ -371,7 +371,7 @@ def _weighted(result: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """How results of a quantity are compared.
+    """A comparison of the results of one quantity.
 
     Attributes:
         error: Returns the relative error of a result (n, …, m), or (n, …, 1) of a weighted sum of the outputs.

@@ -49,7 +49,7 @@ SIGMA: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "tanhActivation": lambda z, act: torch.tanh(z),
 }
 
-#: What a formula is made of, by the operation's name.
+#: The operations of formulas, by name.
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,

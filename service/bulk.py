@@ -34,7 +34,7 @@ TILE_BYTES, TILE_ROWS = 8 << 20, 1 << 16
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of every point.
+    """The quantities asked of every point.
 
     Attributes:
         quantities: Their names.

@@ -53,7 +53,7 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
     processes: Annotated[int | None, typer.Option(help="Front ends that share the port, each a process.")] = None,
     outside: Annotated[
-        str | None, typer.Option(help="What is done about points outside a model's bounds: allow or refuse.")
+        str | None, typer.Option(help="Treatment of points outside a model's bounds: allow or refuse.")
     ] = None,
 ) -> None:
     """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""

@@ -1,4 +1,4 @@
-"""Where a model was fitted: how far points are outside its bounds, for service and client."""
+"""The domain of a model: distances of points from its bounds, for service and client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 __all__ = ["OUTSIDE", "Domain", "Outside"]
 
 Array = npt.NDArray[np.floating[Any]]
-#: What is done about points outside: nothing, or the request is refused.
+#: Treatment of points outside: they are allowed, or the request is refused.
 Outside = Literal["allow", "refuse"]
 OUTSIDE: tuple[str, ...] = get_args(Outside)
 #: An excess of this many units of rounding of the larger bound is none.

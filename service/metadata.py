@@ -1,4 +1,4 @@
-"""What a file says of its network, changed by ``KEY=VALUE`` on a command line."""
+"""Metadata of a model file, changed by ``KEY=VALUE`` on a command line."""
 
 from __future__ import annotations
 

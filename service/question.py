@@ -26,7 +26,7 @@ MAX_DIRECTIONS = 1024
 
 
 class Shape(NamedTuple):
-    """What a question has to fit.
+    """The sizes and limits that a question must fit.
 
     Attributes:
         d: Inputs of the model.

@@ -85,7 +85,7 @@ class QuantityRequest(BaseModel):
     directions: Rows | Stack | None = Field(None, description="(k, d) or (n, k, d), for jvp, hvp and curvature.")
     dtype: Dtype | None = Field(None, description="What to compute in; the model's own if not given.")
     outside: Outside | None = Field(
-        None, description="What is done about points outside the model's bounds; the service's setting if not given."
+        None, description="Treatment of points outside the model's bounds; the service's setting if not given."
     )
 
 

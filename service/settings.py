@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body.")
     max_reply_bytes: int = Field(256 << 20, ge=1024, description="Largest reply, counted as binary.")
     outside: Outside = Field(
-        "allow", description="What is done about points outside a model's bounds where a request does not say."
+        "allow", description="Treatment of points outside a model's bounds where a request does not say."
     )
     max_rows: int = Field(1 << 16, ge=1, description="Most points in one request.")
     max_header_bytes: int = Field(16 << 10, ge=256, description="Largest request head.")

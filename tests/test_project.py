@@ -73,7 +73,9 @@ def test_issue_forms_ask_for_something(path) -> None:
     assert any(item.get("validations", {}).get("required") for item in form["body"])
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only one process runs the tests")
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" not in os.environ, reason="needs pytest-xdist, as in make test: -n 2 --dist loadgroup"
+)
 def test_groups_of_tests_are_kept_together(request: pytest.FixtureRequest) -> None:
     """Tests of a group share a server, or would disturb each other; their names tell the scheduler."""
     assert request.node.nodeid.endswith("@project")

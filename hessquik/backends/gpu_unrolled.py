@@ -132,10 +132,10 @@ class _Writer:
         self.depth = 0
         self.tile_bytes = self.whole(program.tile_size * rows)
         self.found = Unrolled()
-        #: What the present step needs of the table: constants, offsets, numbers.
+        #: Entries of the table that the present step reads: constants, offsets, numbers.
         self.needs: list[int | float | View] = []
         self.passages: dict[tuple[str, ...], int] = {}
-        #: What steps since the last barrier touched: memory, begin, end, whether it was written.
+        #: Memory touched since the last barrier: memory, begin, end, whether it was written.
         self.touched: list[tuple[str, int, int, bool]] = []
 
     # Text

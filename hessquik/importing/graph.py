@@ -1,4 +1,4 @@
-"""What every reader makes of a network of another library: values that depend on the inputs, as a graph.
+"""The graph that every reader makes of another library's network: values that depend on the inputs.
 
 A value is the input, an affine function of other values, a function of one variable of every entry of another
 (:class:`Pointwise`), or the product of two, entry by entry. Nothing else is needed, and nothing here knows of torch's

@@ -32,7 +32,7 @@ ROWS = 7
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a model takes and gives.
+    """The input and the output of a model.
 
     Attributes:
         input: Name of the input.
@@ -156,7 +156,7 @@ class _Node:
         return results[0] if len(results) == 1 else results
 
 
-#: What the reference implementation computes to few digits.
+#: Operators that the reference implementation computes to few digits.
 _PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
 
 

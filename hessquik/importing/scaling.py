@@ -19,7 +19,7 @@ Numbers = Any
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What was done to the data before a network was trained on them.
+    """The scaling of the data that a network was trained on.
 
     The network g of the source was trained on u = (x − input_mean) / input_scale and on targets
     v = (y − output_mean) / output_scale; what is served is y = output_mean + output_scale · g(u). Instead of mean and

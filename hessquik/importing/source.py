@@ -1,4 +1,4 @@
-"""What all imports have in common: scaling, kinks, the way to layers, and a comparison with the source."""
+"""The common part of all imports: scaling, kinks, lowering to layers, and a comparison with the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be imported, as a table for the documentation, from the tables that the readers use."""
+"""A table of supported operations for the documentation, made from the tables that the readers use."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ _CONSTANT = """
     maximum minimum new_full new_ones new_zeros norm ones ones_like outer prod scalar_tensor tan tril triu zeros
     zeros_like
 """
-#: What may be computed of constants besides: names of operators that only compute.
+#: Further operators that may be applied to constants.
 CONSTANT = frozenset(_CONSTANT.split())
 
 _ROWS = "use fully-connected layers, whose every output depends on one row"

@@ -121,7 +121,7 @@ def run(program: Program, x: Tensor) -> Tensor:
     return result.reshape(program.shape[0], -1)
 
 
-#: Where and how torch computes, which is not what it computes.
+#: Arguments that choose device and layout, and do not change values.
 _IGNORED = {"device", "layout", "memory_format", "non_blocking", "copy", "pin_memory"}
 
 

@@ -27,7 +27,7 @@ TOLERANCE = 1e-12
 #: Of a normal form; what has more is not recognised.
 MAX_TERMS = 32
 
-#: What activations are as formulas.
+#: Activations as formulas.
 FORMULAS: dict[type[hessQuikActivationFunction], Formula] = {
     act.arctanActivation: ["atan", "z"],
     act.expActivation: ["exp", "z"],

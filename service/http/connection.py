@@ -513,7 +513,7 @@ class Connection(asyncio.Protocol):
             return self._end_stream(request, reply)
         self._current = None
         is_last = self._write(transport, request, reply, 0)
-        # What still comes of a refused request is discarded, or the client would get a reset and not the reply.
+        # The rest of a refused request is discarded, or the client would get a reset and not the reply.
         self._end_reply(is_last, request.refusal is not None)
         return True
 

@@ -110,7 +110,7 @@ class Reply(NamedTuple):
 
 
 class Stream(Protocol):
-    """Where a reply may be sent in parts.
+    """A connection that may send a reply in parts.
 
     ``respond`` sends the last one, if it has the status of the first and as many bytes as are missing; else the reply
     is broken off.

@@ -61,7 +61,7 @@ def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: No
     # So heavy to compute that the driver, at three times the capacity, leaves the service its share of the cores.
     heavy = questions(tmp_path, 24, seed=8, rows=(16,))
     seconds = choose(4.0, 30.0)
-    # What the same machine gives a service that was never overloaded, at the time when it is asked.
+    # The latency of a service on the same machine at the same time that was never overloaded.
     control = start(folder=tmp_path, max_queue_requests=64)
     front = psutil.Process(server.process.pid)
 

@@ -1,4 +1,4 @@
-"""Where a model was fitted: the distance from there, refusals in every dialect, and the client's warning."""
+"""The domain of a model: distances, refusals in every dialect, and the client's warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users write in their own files: an activation."""
+"""An activation as a user writes it in a file of their own."""
 
 import torch
 

@@ -18,7 +18,7 @@ from hessquik.backends import torch as torch_backend
 from hessquik.proof import prove
 from hessquik.steps import Congruence, Contract, Map, Product, SumProducts
 
-ON_CPU = pytest.mark.skipif("cpu" not in names(), reason="the CPU kernel was not built")
+ON_CPU = pytest.mark.skipif("cpu" not in names(), reason="needs the CPU kernel: install where there is a C compiler")
 
 
 def networks():

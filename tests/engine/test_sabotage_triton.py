@@ -6,7 +6,10 @@ import torch
 from tests.engine import triton_interpreter  # noqa: F401
 
 if torch.cuda.is_available():
-    pytest.skip("the interpreter stands for a GPU where there is none", allow_module_level=True)
+    pytest.skip(
+        "needs a machine without a GPU, where the interpreter stands for one; tests/gpu runs there",
+        allow_module_level=True,
+    )
 
 from hessquik import layers as lay
 from hessquik import networks as net
@@ -42,7 +45,7 @@ def test_the_interpreted_kernel_is_proven(monkeypatch):
     assert not refused(monkeypatch, "value", "gradient", "hessian", "laplacian")
 
 
-#: What a kind of step computes, and which of its numbers is made 0: the depth, the inner entries, the columns.
+#: The size that is made 0, by kind of step: the depth, the inner entries, the columns.
 CHANGES = {
     Product: (("value",), 5),
     SumProducts: (("laplacian",), 3),

@@ -22,7 +22,7 @@ def has_sanitizers():
     return all(Path(one.stdout.strip()).is_absolute() for one in found)
 
 
-@pytest.mark.skipif(not has_sanitizers(), reason="needs gcc and its sanitizers")
+@pytest.mark.skipif(not has_sanitizers(), reason="needs gcc with libasan and libubsan")
 def test_random_programs_and_networks_leave_no_fault():
     command = [sys.executable, str(ROOT / "tools" / "sanitize.py"), "--short"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)

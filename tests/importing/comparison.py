@@ -1,4 +1,4 @@
-"""What imported networks are compared with: the source's values, and their derivatives by autograd."""
+"""References for imported networks: the source's values, and their derivatives by autograd."""
 
 import torch
 

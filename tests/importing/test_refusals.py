@@ -1,4 +1,4 @@
-"""What cannot be exact is refused, and the refusal names the node, what it does and what to do instead."""
+"""Networks that cannot be exact are refused; the refusal names the node, its effect and a remedy."""
 
 import onnx
 import pytest

@@ -212,7 +212,7 @@ class Peer:
             length = int(re.search(rb"content-length: (\d+)", fields)[1])  # type: ignore[index]
             expect(self.seen < len(self.expected), "there are no more replies than requests")
             statuses, body, is_head = self.expected[self.seen]
-            # What refuses a connection does not know the method.
+            # A refused connection is answered before its method is known.
             end = found.end() + (0 if is_head and status == 200 else length)
             if len(data) < end:
                 break

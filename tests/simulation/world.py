@@ -22,7 +22,7 @@ from tests.service.simulated import SPEED, Observer, SimulatedClock
 
 BATCH_S = 1.0
 LIMITS = Limits(requests=12, rows=600, payload_bytes=40_000, batch_cost=1e8, batch_bytes=1 << 14, batch_s=BATCH_S)
-#: How a batch may end besides well, and how often it does.
+#: Failures of a batch, and their shares.
 FAILURES = {"lost": 0.02, "late": 0.01, "memory": 0.02, "error": 0.02}
 
 
@@ -173,7 +173,7 @@ class World:
     def alive(self) -> Worker | None:
         return next((one for one in self.workers if one.is_alive), None)
 
-    # What happens.
+    # Events.
 
     def fate(self, batch: Batch) -> str | None:
         """Return why a batch will fail, if it does: a poisoned row fails whoever computes it."""
