@@ -7,7 +7,6 @@ replies under way; a connection that is open has a timer, and one that has ended
 
 from __future__ import annotations
 
-import inspect
 import random
 import re
 from collections import Counter
@@ -20,7 +19,8 @@ from service.errors import ClientGone, Overloaded, ServiceError
 from service.http import connection as connection_module
 from service.http.messages import JSON, Budget, Head, Reply, Request
 from tests.service.simulated import SimulatedClock
-from tests.simulation.world import expect
+from tests.simulation.planted import planted
+from tests.simulation.world import expect, play
 
 RECEIVE_S, SEND_S, KEEP_S = 3.0, 2.0, 5.0
 MOST_BODY, BUDGET, HIGH_WATER = 150_000, 400_000, 64 << 10
@@ -32,11 +32,7 @@ _REPLY = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\n(.*?)\r\n\r\n", re.DOTALL)
 
 def make_module(old: str = "", new: str = "") -> ModuleType:
     """Return a copy of ``service.http.connection``, with a piece of its source replaced."""
-    source = inspect.getsource(connection_module)
-    assert not old or source.count(old) == 1, f"{source.count(old)} places have {old!r}"
-    module = ModuleType("planted")
-    exec(compile(source.replace(old, new) if old else source, "planted", "exec"), module.__dict__)
-    return module
+    return planted(connection_module, old, new)
 
 
 class Loop:
@@ -404,14 +400,7 @@ class WireWorld:
 
 
 def run_wire(seed: int, steps: int, module: ModuleType) -> WireWorld:
-    """Run a world of connections and let it drain; a fault says the seed and the event."""
-    world = WireWorld(seed, module)
-    try:
-        for _ in range(steps):
-            world.step()
-        world.drain()
-    except Exception as error:
-        error.add_note(f"seed {seed}, event {world.events}: run_wire({seed}, {steps}, make_module()) replays it")
-        error.events = world.events  # type: ignore[attr-defined]
-        raise
+    """Run the world of connections of a seed."""
+    replays = f"tests.simulation.wire_world.run_wire({seed}, {steps}, make_module())"
+    world: WireWorld = play(WireWorld(seed, module), steps, replays)
     return world

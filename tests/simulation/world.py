@@ -341,15 +341,20 @@ class World:
             expect(places[job] + done + job.rows - job.taken == job.rows, "a row is in one place")
 
 
-def run(seed: int, steps: int, module: Any = scheduler_module) -> World:
-    """Run a world and let it drain; a fault says the seed and the event."""
-    world = World(seed, module)
+def play(world: Any, steps: int, replays: str) -> Any:
+    """Run a world and let it drain; a fault says the event, and what replays it."""
     try:
         for _ in range(steps):
             world.step()
         world.drain()
     except Exception as error:
-        error.add_note(f"seed {seed}, event {world.events}: tests.simulation.world.run({seed}, {steps}) replays it")
+        error.add_note(f"event {world.events}: {replays} replays it")
         error.events = world.events  # type: ignore[attr-defined]
         raise
+    return world
+
+
+def run(seed: int, steps: int, module: Any = scheduler_module) -> World:
+    """Run the world of a seed."""
+    world: World = play(World(seed, module), steps, f"tests.simulation.world.run({seed}, {steps})")
     return world

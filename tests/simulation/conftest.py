@@ -1,0 +1,57 @@
+"""How long worlds are run, and how planted bugs are looked for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.whole import Note, choose
+
+Run = Callable[[int], Any]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Keep what the service logs of simulated failures out of the way."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def run_worlds(note: Note) -> Callable[[Run], Counter[str]]:
+    """Return a function that runs worlds for a while and returns how their requests ended."""
+
+    def run_worlds(run: Run) -> Counter[str]:
+        events, ends, seed, began_s = 0, Counter[str](), 0, time.process_time()
+        while time.process_time() - began_s < choose(8.0, 1800.0):
+            world = run(seed)
+            events, ends, seed = events + world.events, ends + world.ends, seed + 1
+        per_minute = events / (time.process_time() - began_s) * 60
+        note(f"{events} events in {seed} worlds, {per_minute:,.0f} a minute; {dict(ends)}")
+        return ends
+
+    return run_worlds
+
+
+@pytest.fixture
+def find(note: Note) -> Callable[[Run, int], None]:
+    """Return a function that fails unless worlds show a fault within so many events."""
+
+    def find(run: Run, most_events: int) -> None:
+        events = seed = 0
+        while events < most_events:
+            try:
+                events += run(seed).events
+            except Exception as error:
+                note(f"found after {events + error.events} events: {error}")  # type: ignore[attr-defined]
+                return
+            seed += 1
+        pytest.fail(f"not found in {events} events")
+
+    return find
