@@ -107,11 +107,7 @@ def one_input(names: Any) -> None:
     Raises:
         UnsupportedError: it does.
     """
-    if len(names) != 1 or not isinstance(names[0], str):
-        raise UnsupportedError(
-            f"the module takes {len(names)} inputs ({', '.join(map(str, names))}); wrap it in a module that takes "
-            "one tensor (n, d) and splits it"
-        )
+    _expect_one(names, "takes {} inputs", "takes one tensor (n, d) and splits it")
 
 
 def one_output(names: Any) -> None:
@@ -120,11 +116,13 @@ def one_output(names: Any) -> None:
     Raises:
         UnsupportedError: it does.
     """
+    _expect_one(names, "returns {} values", "returns one tensor, such as torch.cat of them")
+
+
+def _expect_one(names: Any, does: str, instead: str) -> None:
     if len(names) != 1 or not isinstance(names[0], str):
-        raise UnsupportedError(
-            f"the module returns {len(names)} values ({', '.join(map(str, names))}); wrap it in a module that "
-            "returns one tensor, such as torch.cat of them"
-        )
+        listed = ", ".join(map(str, names))
+        raise UnsupportedError(f"the module {does.format(len(names))} ({listed}); wrap it in a module that {instead}")
 
 
 def _target(target: Any) -> str:
