@@ -66,7 +66,7 @@ class Mirror(Table):
             versions = self._table.setdefault(one["name"], {})
             old = versions.get(one["version"])
             if old is None or old.id != one["id"]:
-                file = ModelFile(one["name"], one["version"], Path(one["path"]))
+                file = ModelFile(one["name"], one["version"], Path(one["path"]), tuple(one["stamp"]))
                 versions[one["version"]] = Served(file, one["id"])
                 if old is not None:
                     self.retire(old)

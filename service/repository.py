@@ -57,8 +57,16 @@ class ModelFile:
     path: Path
     stamp: Stamp = ("", 0, 0, 0)
 
-    def read(self) -> bytes:
+    @property
+    def size_bytes(self) -> int:
+        """Return the file's size when it was found."""
+        return self.stamp[2]
+
+    def read(self, most_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Return its bytes.
+
+        Args:
+            most_bytes: A larger file is refused.
 
         Raises:
             LoadError: it cannot be read, or is too large.
@@ -69,9 +77,9 @@ class ModelFile:
                 status = os.fstat(opened.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise LoadError("expected a regular file")
-                if status.st_size > MAX_FILE_BYTES:
-                    raise LoadError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {status.st_size}")
-                return opened.read(MAX_FILE_BYTES + 1)
+                if status.st_size > most_bytes:
+                    raise LoadError(f"expected a file of at most {most_bytes} bytes, got {status.st_size}")
+                return opened.read(most_bytes + 1)
         except OSError as error:
             raise LoadError(f"expected a file that can be read ({error.strerror})") from None
 

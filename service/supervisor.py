@@ -114,6 +114,7 @@ class FrontEnd:
                 "version": version,
                 "id": served.id,
                 "path": str(served.file.path),
+                "stamp": served.file.stamp,
                 "facts": served.facts,
                 "reason": served.reason,
             }

@@ -85,19 +85,20 @@ def send_file(application: Application, request: Request) -> Cancel:
 
 
 async def _send_file(application: Application, request: Request, served: Served) -> Reply:
-    most = application.core.settings.max_reply_bytes
+    most, size = application.core.settings.max_reply_bytes, served.file.size_bytes
+    if size > most:
+        raise ReplyTooLarge(f"expected a file of at most {most} bytes, got {size}", limit_bytes=most)
+    if size > LARGE_BYTES:  # before it is read, so that what is in memory at once is bounded
+        application.budget.take(size)
+        request.held_bytes += size
+    loop = asyncio.get_running_loop()
     try:
-        data = await asyncio.get_running_loop().run_in_executor(None, served.file.read)
+        data = await loop.run_in_executor(None, served.file.read, size)
     except LoadError as error:
         raise NotReady(f"the file of this model: {error}") from None
-    if len(data) > most:
-        raise ReplyTooLarge(f"expected a file of at most {most} bytes, got {len(data)}", limit_bytes=most)
-    digest = await asyncio.get_running_loop().run_in_executor(None, hashlib.sha256, data)
+    digest = await loop.run_in_executor(None, hashlib.sha256, data)
     if digest.hexdigest() != served.facts["sha256"]:
         raise NotReady("expected the file that is served, the folder has another one that is not loaded yet")
-    if len(data) > LARGE_BYTES:
-        application.budget.take(len(data))
-        request.held_bytes += len(data)
     name, version = served.file.name, served.file.version
     headers = [
         (b"repr-digest", b"sha-256=:%b:" % b64encode(digest.digest())),

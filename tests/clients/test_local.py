@@ -9,6 +9,7 @@ import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,7 +20,12 @@ from service.client import AsyncClient, Client, ClientError, InvalidInput, Outsi
 from service.client.errors import UnexpectedReply
 from service.client.for_scipy import Objective
 from service.client.messages import Reply, parse_file
+from service.errors import NotReady, Overloaded
+from service.http.messages import Budget, Head, Request
 from service.quantities import DIRECTIONAL, QUANTITIES
+from service.repository import ModelFile
+from service.routes.models import _send_file
+from service.settings import Settings
 from tests.clients.conftest import Zoo
 from tests.live import LiveServer
 
@@ -157,3 +163,29 @@ def test_keys_and_files_that_changed(shipped_models: Path, tmp_path: Path) -> No
         assert (changed.status_code, changed.json()["code"]) == (503, "not_ready")
         path.unlink()
         assert httpx.get(url, headers=headers).status_code == 503
+
+
+def test_a_file_is_counted_as_held_before_it_is_read(tmp_path: Path) -> None:
+    """Else many requests would have many files in memory before the first is refused."""
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(bytes(100_000))
+    size = path.stat().st_size
+    file = ModelFile("large", 1, path, (str(path), 0, size, 0))
+    facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    served = SimpleNamespace(file=file, facts=facts)
+    application = SimpleNamespace(budget=Budget(150_000), core=SimpleNamespace(settings=Settings()))
+
+    async def ask() -> Request:
+        request = Request(Head("GET", "", b"", {}), lambda *_: True)
+        reply = await _send_file(application, request, served)  # type: ignore[arg-type]
+        assert b"".join(reply.body) == path.read_bytes()
+        return request
+
+    request = asyncio.run(ask())
+    assert request.held_bytes == application.budget.held_bytes == size
+    path.unlink()  # reading it would be another error
+    with pytest.raises(Overloaded):
+        asyncio.run(ask())
+    application.budget.give(size)
+    with pytest.raises(NotReady):
+        asyncio.run(ask())

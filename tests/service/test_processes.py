@@ -128,6 +128,14 @@ def ready(front: Front) -> bool:
     return front.call("GET", "/readyz")[0] == 200
 
 
+def test_both_send_the_served_file(server: LiveServer, folder: Path) -> None:
+    data = (folder / "net" / "1.safetensors").read_bytes()
+    for front in connect(server):
+        front.http.request("GET", "/v1/models/net/file")
+        reply = front.http.getresponse()
+        assert (reply.status, reply.read()) == (200, data)
+
+
 def test_load_unload_and_metrics_act_on_both(server: LiveServer, folder: Path) -> None:
     one, other = connect(server)
     assert one.pid != other.pid
