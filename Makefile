@@ -42,7 +42,7 @@ chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes 
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation \
 		tests/engine/test_triton_backend.py --timeout 7200
 
-sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer; takes about ten minutes
+sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python tools/sanitize.py
 
 check: $(STAMP)  ## formatting, lint, types

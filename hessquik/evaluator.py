@@ -55,8 +55,8 @@ class Evaluator:
         threads: How many threads share the rows of a large call, the caller's among them, on a CPU.
         backend: A name out of :func:`hessquik.backends.names`; the best that the device has if not given.
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
-            each on a GPU: about twice as fast, compiled here in some 10 to 30 seconds unless found in Triton's cache
-            on disk. All other calls share one kernel. The choice holds as long as the evaluator.
+            each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
+            Triton's cache on disk. All other calls share one kernel. The choice holds as long as the evaluator.
 
     Attributes:
         d: Number of inputs.
