@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -40,6 +39,7 @@ from service.errors import (
 )
 from service.http import asgi
 from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
+from service.logs import AccessLog, log_administration
 from service.metrics import REFUSED
 from service.node import Node, NodeLike
 from service.question import Question
@@ -107,9 +107,7 @@ class Application(FastAPI):
         self.core = self.state.core = core
         settings = core.settings
         self.budget = Budget(settings.max_held_bytes)
-        self._admin_keys = [key.get_secret_value().encode() for key in settings.admin_keys]
-        self._keys = [key.get_secret_value().encode() for key in settings.api_keys] + self._admin_keys
-        self._needs_key = bool(settings.api_keys)
+        self._access_log = AccessLog() if settings.access_log else None
         self.is_starting = False
         self._tasks: set[asyncio.Task[Any]] = set()
         for router in routers:
@@ -137,6 +135,12 @@ class Application(FastAPI):
         gc.freeze()
         gc.set_threshold(*COLLECT)
         self.is_starting = False
+
+    async def stop(self) -> None:
+        """End the workers, and write what is left of the access log."""
+        await self.core.stop()
+        if self._access_log is not None:
+            self._access_log.close()
 
     def why_not_ready(self) -> list[str]:
         """Return the reasons why the service is not ready; none if it is."""
@@ -188,8 +192,12 @@ class Application(FastAPI):
         target: Target | None = request.head.target
         is_sent = request.respond(request, reply)
         request.cancel = None
-        route = REFUSED if target is None else target.route
-        self.core.metrics.answered(route, request.model, reply.status if is_sent else NO_STATUS, request.began_s)
+        route, status = REFUSED if target is None else target.route, reply.status if is_sent else NO_STATUS
+        self.core.metrics.answered(route, request.model, status, request.began_s)
+        if self._access_log is not None:
+            self._access_log.write(request, route, status)
+        if target is not None and route in models.ADMINISTERED:
+            log_administration(request, route, target.asked["model"], status, _key(request.head))
 
     def fail(self, request: Request, error: Exception) -> None:
         """Answer with an error in the path's dialect; what is nobody's fault but ours goes to the log."""
@@ -263,6 +271,7 @@ class Application(FastAPI):
                 self.finish(request, reply)
 
         job = self.core.ask(served, question, form, deadline_s, end)
+        request.rows = job.rows
         reply_bytes = job.rows * job.key.row_bytes * (1 if form == "arrays" else TEXT_FACTOR)
         if reply_bytes > STREAMED_BYTES and request.stream is not None:
             job.on_rows = on_rows
@@ -338,7 +347,7 @@ class Application(FastAPI):
                 elif parameter["name"] == "quantities":
                     schema["uniqueItems"], parameter["explode"] = True, False
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        if self._needs_key:
+        if self.core.keys.are_needed:
             document["security"] = [{"key": []}]
         return document
 
@@ -363,14 +372,14 @@ class Application(FastAPI):
             Unauthorized: a key is needed.
             Forbidden: an admin key is needed.
         """
+        keys = self.core.keys
         is_admin = head.method == "POST" and head.path.endswith(_ADMIN_ACTIONS)
-        if head.path in OPEN_PATHS or not (self._needs_key or is_admin):
+        if head.path in OPEN_PATHS or not (keys.are_needed or is_admin):
             return
-        scheme, _, key = head.headers.get(b"authorization", b"").partition(b" ")
-        given = key.strip() if scheme.lower() == b"bearer" else b""
-        if self._needs_key and not _is_among(given, self._keys):
+        given = _key(head)
+        if keys.are_needed and not keys.is_known(given):
             raise Unauthorized("expected Authorization: Bearer and a valid key")
-        if is_admin and not _is_among(given, self._admin_keys):
+        if is_admin and not keys.is_admin(given):
             raise Forbidden("expected an admin key")
 
 
@@ -394,7 +403,7 @@ def create_app(settings: Settings | None = None, node: NodeLike | None = None) -
         try:
             yield
         finally:
-            await core.stop()
+            await app.stop()
 
     parts = (derivatives, models, health, umbridge, inference_protocol, pages)
     return Application(
@@ -415,9 +424,10 @@ _DESCRIPTION = (
 )
 
 
-def _is_among(given: bytes, keys: list[bytes]) -> bool:
-    """Compare with every key, in a time that tells nothing of them."""
-    return any([hmac.compare_digest(given, key) for key in keys])
+def _key(head: Head) -> bytes:
+    """Return the key that a head carries, or nothing."""
+    scheme, _, key = head.headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _return_memory() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,8 @@ except ImportError:
 
 from pydantic import ValidationError
 
+from service.settings import Settings, unknown_variables
+
 if TYPE_CHECKING:
     from service.client import Client
 
@@ -29,6 +34,25 @@ __all__ = ["main"]
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Derivatives of saved hessQuik networks over HTTP."
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from service.versions import versions
+
+        found = versions()
+        print(f"hessquik {found['version']} (Python {found['python']}, torch {found['torch']})")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    """Derivatives of saved hessQuik networks over HTTP."""
+
 
 Folder = Annotated[Path | None, typer.Argument(help="Folder of the saved networks; models/ if not given.")]
 
@@ -44,35 +68,51 @@ Changes = Annotated[
 ]
 
 
-@app.command()
-def serve(
-    models: Folder = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes per device.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Front ends that share the port, each a process.")] = None,
-    outside: Annotated[
-        str | None, typer.Option(help="Treatment of points outside a model's bounds: allow or refuse.")
-    ] = None,
-) -> None:
-    """Serve a folder of saved networks. More settings: environment variables HESSQUIK_…, see the documentation."""
-    from service.app import create_app
-    from service.errors import StartUpError
-    from service.logs import set_up_logging
-    from service.server import EXIT_START_UP
-    from service.server import serve as run
-    from service.settings import Settings
-    from service.supervisor import supervise
+def _takes_every_setting(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for each setting but the folder; what one may be, the settings say."""
+    parameters = [
+        inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Folder)
+    ]
+    for name, field in Settings.model_fields.items():
+        if name == "models":
+            continue
+        is_switch = field.annotation is bool
+        default = "" if is_switch or field.default in (None, ()) else f" Default: {field.default}."
+        option = typer.Option(help=f"{field.description}{default}", metavar=None if is_switch else "VALUE")
+        annotation = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
-    flags: dict[str, Any] = {"models": models, "host": host, "port": port, "device": device, "workers": workers}
-    flags |= {"processes": processes, "outside": outside}
+
+@app.command()
+@_takes_every_setting
+def serve(**flags: Any) -> None:
+    """Serve a folder of saved networks.
+
+    Each flag is also an environment variable: --max-rows is HESSQUIK_MAX_ROWS.
+    """
+    for sentence in unknown_variables(os.environ):
+        _fail(sentence, status=2)
     try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        settings = Settings.of({name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
+    from service.app import create_app
+    from service.errors import StartUpError
+    from service.logs import log_start, set_up_logging
+    from service.server import EXIT_START_UP
+    from service.server import serve as run
+    from service.supervisor import supervise
+
+    # A terminal that closes, or a group that is told to reload, ends neither us nor the workers, who inherit this.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up_logging(settings)
+    log_start(settings)
     try:
         status = supervise(settings) if settings.processes > 1 else run(create_app(settings), settings)
     except StartUpError as error:

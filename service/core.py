@@ -9,6 +9,7 @@ from functools import partial
 
 from service.domain import Domain
 from service.errors import InvalidInput, ReplyTooLarge, ServiceError
+from service.keys import Keys
 from service.link import Links
 from service.metrics import Metrics
 from service.node import NodeLike
@@ -43,6 +44,7 @@ class Core:
         """Wire the parts together; nothing runs yet."""
         self.settings = settings
         self.metrics = Metrics()
+        self.keys = Keys(settings)
         self.is_draining = False
         self.node = node
         self.repository = node.repository

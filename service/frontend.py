@@ -5,6 +5,7 @@ Run as ``python -P -m service.frontend FD``; FD is our end of a socket pair with
     start     {"op", "settings", "fds": 1}         the first frame: what to serve, and a socket to listen on
     worker    {"op", "fds": 1}                     a connection to a worker that is ready
     table     {"op", "number", "served", "gone"}   models as they are now → {"op": "told", "number"}
+    keys      {"op", "api_keys", "admin_keys"}     other keys than it was started with
     health    {"op", …}                            how the workers are, a few times a second
     replied   {"op", "number", …}                  what came of a load, an unload or a question for metrics
     report    {"op", "number"}                     → {"op": "reported", "number"} + our metrics
@@ -158,6 +159,8 @@ class RemoteNode:
                 self._health, self._heard_s = Health(**head), time.monotonic()
                 if self._health.is_loaded:
                     self._loaded.set()
+            case "keys":
+                self._user.keys.replace(head["api_keys"], head["admin_keys"])
             case "replied":
                 answer = self._asked.get(head["number"])
                 if answer is not None and not answer.done():

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from threading import Thread
+from time import monotonic, sleep
 from typing import Any
 
 import orjson
 
+from service.http.messages import Request
 from service.settings import Settings
+from service.versions import versions
 
-__all__ = ["JSONFormatter", "TextFormatter", "set_up_logging"]
+__all__ = ["AccessLog", "JSONFormatter", "TextFormatter", "log_administration", "log_start", "set_up_logging"]
+
+logger = logging.getLogger(__name__)
+audit = logging.getLogger("service.audit")
 
 #: Of a request, where a record is about one.
 CONTEXT = ("request_id", "traceparent")
+#: Lines of the access log that wait to be written, and the time that they are gathered.
+MAX_LINES, GATHER_S = 1 << 16, 0.05
+#: Time to write what is left at the end.
+CLOSE_S = 2.0
+#: Bytes that a pipe takes at once, so that the lines of several processes are not mixed.
+WRITE_BYTES = 4096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -48,6 +65,7 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": printable(record.getMessage()),
             **{name: printable(getattr(record, name)) for name in CONTEXT if getattr(record, name, "")},
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
@@ -62,3 +80,91 @@ def set_up_logging(settings: Settings) -> None:
     else:
         handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+def log_start(settings: Settings) -> None:
+    """Log versions and the settings in effect; of keys, their count."""
+    shown, found = settings.shown(), versions()
+    logger.info("hessquik-service %s, Python %s, torch %s", *found.values(), extra={"fields": {"versions": found}})
+    text = ", ".join(f"{name}={value}" for name, value in shown.items())
+    logger.info("settings: %s", text, extra={"fields": {"settings": shown}})
+
+
+def log_administration(request: Request, route: str, model: str, status: int, key: bytes) -> None:
+    """Log that somebody loaded or unloaded a model, or was refused: what, with which key, under which request."""
+    action = route.rpartition("/")[2]
+    # So that the same key is recognized and none can be read.
+    digest = hashlib.sha256(key).hexdigest()[:8] if key else "none"
+    fields = {"action": action, "model": model, "status": status, "key": digest}
+    fields["query"] = request.head.query.decode("latin-1")
+    audit.info(
+        "%s %s: status %d, key %s", action, model, status, digest,
+        extra={"request_id": request.id.decode(), "fields": fields},
+    )  # fmt: skip
+
+
+class AccessLog:
+    """A JSON line for every answered request, written by a thread of its own.
+
+    A reader that is slow does not hold up the service: lines that find no room are dropped, and counted in a line.
+
+    Args:
+        descriptor: Where to write.
+    """
+
+    def __init__(self, descriptor: int = 1) -> None:
+        """Start the thread."""
+        self._descriptor = descriptor
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lost = 0
+        self._thread = Thread(target=self._run, name="access log", daemon=True)
+        self._thread.start()
+
+    def write(self, request: Request, route: str, status: int) -> None:
+        """Write a request's line: time, id, method, route, model, rows, status and milliseconds."""
+        if self._lines.qsize() >= MAX_LINES:
+            self._lost += 1
+            return
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": request.id.decode(),
+            "method": request.head.method,
+            "route": route,
+            "model": request.model,
+            "rows": request.rows,
+            "status": status,
+            "milliseconds": round((monotonic() - request.began_s) * 1000, 3),
+        }
+        if self._lost:
+            line["lost_lines"], self._lost = self._lost, 0
+        self._lines.put(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            lines = [self._lines.get()]
+            sleep(GATHER_S)
+            while not self._lines.empty():
+                lines.append(self._lines.get())
+            is_open = lines[-1] is not None
+            chunk = b""
+            for line in filter(None, lines):
+                if len(chunk) + len(line) > WRITE_BYTES:
+                    _write(self._descriptor, chunk)
+                    chunk = b""
+                chunk += line
+            _write(self._descriptor, chunk)
+
+
+def _write(descriptor: int, chunk: bytes) -> None:
+    """Write all of it; nobody is told of a reader that is gone."""
+    try:
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
+    except OSError:
+        return

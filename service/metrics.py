@@ -5,15 +5,15 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from platform import python_version
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from service.versions import versions
 
 __all__ = ["REFUSED", "Distribution", "Metrics", "Tally"]
 
@@ -198,8 +198,7 @@ class Metrics:
         for collector in vars(self).copy().values():
             if isinstance(collector, _Answers | Distribution | Tally):
                 self._registry.register(collector)
-        build = {"version": _version("hessquik-service"), "python": python_version(), "torch": _version("torch")}
-        Info("hessquik_build", "What runs here.", registry=self._registry).info(build)
+        Info("hessquik_build", "What runs here.", registry=self._registry).info(versions())
 
     def read_off(self, gauges: Gauges) -> None:
         """Add gauges that are read off when asked for."""
@@ -230,11 +229,3 @@ class Metrics:
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-def _version(package: str) -> str:
-    """Return an installed package's version, without loading the package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

@@ -29,6 +29,8 @@ EXIT_START_UP = 3
 EXIT_GIVEN_UP = 70
 #: Descriptors that are needed for anything but connections.
 OTHER_DESCRIPTORS = 256
+#: uvicorn's.
+TICKS_A_SECOND = 10
 #: Models that are listed when the service has started.
 SHOWN_MODELS = 20
 
@@ -45,6 +47,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._starting: asyncio.Task[None] | None = None
+        self._is_hung_up = False
         self.start_error: StartUpError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -76,9 +79,10 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM, and do not raise them again at the end."""
+        """Take SIGINT and SIGTERM, and do not raise them again at the end; read the keys again at SIGHUP."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         original = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        original[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
         try:
             yield
         finally:
@@ -92,6 +96,9 @@ class Server(uvicorn.Server):
         self._app.core.is_draining = True
         self.should_exit = True
 
+    def _on_hangup(self, sig: int, frame: FrameType | None) -> None:
+        self._is_hung_up = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain; answer with an error what is not answered when the time for it is over."""
         loop = asyncio.get_running_loop()
@@ -103,16 +110,22 @@ class Server(uvicorn.Server):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._starting
         if not self.force_exit:
-            await self._app.core.stop()
+            await self._app.stop()
 
     def _give_up(self) -> None:
         for connection in list(self.server_state.connections):
             cast(Connection, connection).give_up(NotReady("expected to have time, the service is stopping"))
 
     async def on_tick(self, counter: int) -> bool:
-        """Also stop when no worker can be kept alive."""
-        if self._app.core.is_given_up:
+        """Also stop when no worker can be kept alive, and look at the files of keys once a second."""
+        core = self._app.core
+        if core.is_given_up:
             self.should_exit = True
+        if self._is_hung_up:
+            self._is_hung_up = False
+            core.keys.reload()
+        elif counter % TICKS_A_SECOND == 0:
+            core.keys.follow()
         return await super().on_tick(counter)
 
 
@@ -160,13 +173,13 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
         StartUpError: the service cannot start.
     """
     core = app.core
-    limits = Limits(**{name: getattr(settings, name) for name in Limits._fields})
+    listener = Listener(app, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=cast("type[asyncio.Protocol]", Listener(app, limits).connect),
+        http=cast("type[asyncio.Protocol]", listener.connect),
         ws="none",
         lifespan="off",  # the service is started beside it, see Server
         access_log=False,
@@ -177,6 +190,7 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
     _allow_connections(settings.max_connections)
+    core.keys.on_change.append(listener.heads.clear)  # remembered heads were let in by the keys before
     server = Server(config, app)
     try:
         server.run(sockets)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import DirectoryPath, Field, PrivateAttr, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.domain import Outside
 
-__all__ = ["Settings"]
+__all__ = ["PREFIX", "Settings", "unknown_variables"]
 
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
+PREFIX = "HESSQUIK_"
+#: Variables that are no settings of the server: the client's key.
+CLIENT_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_KEY"})
 
 
 class Settings(BaseSettings):
-    """The service's settings; each is also the environment variable ``HESSQUIK_`` + its name in capitals.
+    """The service's settings; each is also a flag, and the environment variable ``HESSQUIK_`` + its name in capitals.
 
-    ``HESSQUIK_SECRETS`` names a folder of files, such as ``/run/secrets/hessquik_api_keys``, that set what the
-    environment does not.
+    A flag comes first, then the variable, then a file of the variable's name in small letters in the folder
+    ``secrets``, such as ``/run/secrets/hessquik_api_keys``.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="HESSQUIK_", frozen=True, extra="forbid", secrets_dir=os.environ.get("HESSQUIK_SECRETS")
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    _flags: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     models: Path = Field(Path("models"), description="Folder of the saved networks.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -46,6 +56,11 @@ class Settings(BaseSettings):
 
     api_keys: Keys = Field((), description="Keys, separated by commas, that may use the service; none: anybody.")
     admin_keys: Keys = Field((), description="Keys that may also load and unload models; none: nobody.")
+    secrets: DirectoryPath | None = Field(
+        None,
+        description="Folder of files that set what is not set otherwise, such as hessquik_api_keys. Keys are read "
+        "again when their file changes, and at SIGHUP.",
+    )
 
     max_body_bytes: int = Field(16 << 20, ge=1024, description="Largest request body.")
     max_reply_bytes: int = Field(256 << 20, ge=1024, description="Largest reply, counted as binary.")
@@ -77,6 +92,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(20.0, ge=0, description="Time to finish what was accepted when told to stop.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+    access_log: bool = Field(False, description="A JSON line on standard output for every request.")
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
@@ -85,3 +101,48 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then variables, then the files of the folder that one of these names."""
+        folder = {**env_settings(), **init_settings()}.get("secrets")
+        files = (SecretsSettingsSource(settings_cls, secrets_dir=folder),) if folder and Path(folder).is_dir() else ()
+        return (init_settings, env_settings, *files)
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> Settings:
+        """Return the settings that flags make, which :meth:`again` reads anew."""
+        settings = cls(**flags)
+        settings._flags = dict(flags)
+        return settings
+
+    def again(self) -> Settings:
+        """Return the settings from the same flags, and from the environment and files as they are now."""
+        return self.of(self._flags)
+
+    def shown(self) -> dict[str, Any]:
+        """Return every setting as it may be logged: of keys, their count."""
+        shown = self.model_dump(mode="json")
+        return {name: f"{len(value)} keys" if name.endswith("_keys") else value for name, value in shown.items()}
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Return a sentence for every variable named like a setting that is none.
+
+    Example:
+        >>> unknown_variables(["HESSQUIK_MAX_ROW", "HESSQUIK_PORT", "HOME"])
+        ['HESSQUIK_MAX_ROW is no setting; the nearest is HESSQUIK_MAX_ROWS']
+    """
+    known = CLIENT_VARIABLES | {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return [
+        f"{name} is no setting; the nearest is {get_close_matches(name.upper(), sorted(known), 1, 0.0)[0]}"
+        for name in unknown
+    ]

@@ -21,6 +21,7 @@ from typing import Any
 
 from service.devices import resolve_devices
 from service.errors import ServiceError, StartUpError
+from service.keys import Keys
 from service.node import Node
 from service.settings import Settings
 from service.wire import Channel, WireError
@@ -60,6 +61,7 @@ class FrontEnd:
         path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
         environment["PYTHONPATH"] = os.pathsep.join([root, *path])
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: only the supervisor takes it
         try:
             # A group of its own: signals that reach ours are our business.
             self.process = subprocess.Popen(
@@ -69,6 +71,7 @@ class FrontEnd:
             ours.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         self.is_up = False
         self.told: dict[tuple[str, int], tuple[Any, ...]] = {}
@@ -77,14 +80,11 @@ class FrontEnd:
         self._numbers = count(1)
         self._awaited: dict[int, asyncio.Future[Any]] = {}
         self.channel = Channel(ours, self._on_frame, self._on_lost)
-        settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys"})
-        keys = {
-            name: [key.get_secret_value() for key in getattr(supervisor.settings, name)]
-            for name in ("api_keys", "admin_keys")
-        }
+        # The supervisor reads the files of keys, and says when they change.
+        settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys", "secrets"})
         with bind(supervisor.settings.host, port) as listening:
             fds = (listening.fileno(),)
-            self.channel.write({"op": "start", "settings": {**settings, **keys}}, {}, fds)
+            self.channel.write({"op": "start", "settings": settings | supervisor.keys.shown()}, {}, fds)
 
     def attach(self, worker: WorkerProcess) -> None:
         """Give it a connection to a worker."""
@@ -176,6 +176,8 @@ class Supervisor:
         """Start nothing yet."""
         self.settings = settings
         self.node = Node(settings, devices)
+        self.keys = Keys(settings)
+        self.keys.on_change.append(self._say_keys)
         self._fronts: list[FrontEnd] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._port = 0
@@ -192,6 +194,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self.keys.reload)
         try:
             reserved = bind(self.settings.host, self.settings.port)
         except OSError as error:
@@ -281,6 +284,10 @@ class Supervisor:
     def _say_health(self, front: FrontEnd) -> None:
         front.channel.write({"op": "health", **self.node.health()._asdict()}, {})
 
+    def _say_keys(self) -> None:
+        for front in self._fronts:
+            front.channel.write({"op": "keys", **self.keys.shown()}, {})
+
     def _start_front(self) -> None:
         try:
             self._fronts.append(FrontEnd(self, self._port))
@@ -309,6 +316,7 @@ class Supervisor:
         """Keep every front end up to date, for ever."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.keys.follow()
             await self._tell_all()
             for front in self._fronts:
                 if front.is_up:

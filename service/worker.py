@@ -48,6 +48,7 @@ import numpy as np
 import torch
 
 from hessquik import HessQuikError, storage
+from hessquik.backends import names as backends
 from service import wire
 from service.codecs import json_rows
 from service.evaluators import TORCH_DTYPES, Evaluators
@@ -428,7 +429,7 @@ class Worker:
             data = bytes(fields.pop("file"))  # the frame is freed before it is parsed
             send({"op": "loaded", "model": model, **self.load(model, data)})
 
-        send({"op": "ready", "pid": os.getpid(), "torch": torch.__version__})
+        send({"op": "ready", "pid": os.getpid(), "torch": torch.__version__, "backend": backends(self.device)[0]})
         while (frames := receiver.receive()) is not None:
             for head, fields in frames:
                 match head["op"]:

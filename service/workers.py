@@ -47,7 +47,7 @@ MAX_LOAD_DEATHS = 2
 #: Time for a process to end after its socket was closed.
 END_S = 2.0
 #: Signals that are the supervisor's business, even if the whole process group gets them.
-OUR_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+OUR_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class State(StrEnum):
@@ -232,6 +232,8 @@ class WorkerProcess:
         now = self._workers.now()
         match head.pop("op", None):
             case "ready" if self.state is State.STARTING:
+                built = (head.get("torch"), head.get("backend"))
+                logger.info("worker %s on %s is up: torch %s, backend %s", self.pid, self.device, *built)
                 self.become(State.LOADING)
                 self._workers.on_started(self)
             case "loaded" if self.loading and head.get("model") == self.loading[0]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import httpx
 import psutil
@@ -35,6 +36,7 @@ class LiveServer:
         workers: Worker processes.
         settings: Further settings, by their names without the prefix.
         command: Another way to start it; gets the same arguments.
+        stdout: Where its standard output goes.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LiveServer:
         workers: int = 1,
         settings: Mapping[str, object] | None = None,
         command: tuple[str, ...] = ("-m", "service"),
+        stdout: IO[str] | None = None,
     ) -> None:
         environment = {f"HESSQUIK_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -51,6 +54,7 @@ class LiveServer:
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments],
             env={**os.environ, "PYTHONPATH": path, **environment},
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )

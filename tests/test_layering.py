@@ -31,8 +31,10 @@ LAYERS = {
         hessquik
     """,
     "service": """
-        service.domain service.errors service.metrics service.quantities service.statistics service.wire
+        service.domain service.errors service.quantities service.statistics service.versions service.wire
+        service.metrics
         service.settings
+        service.keys
         service.http service.json_reader service.question
         service.bulk service.evaluators
         service.assets service.client service.codecs service.devices service.healthcheck service.logs

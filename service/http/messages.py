@@ -71,12 +71,15 @@ class Request:
         id: The client's ``X-Request-Id``, or a new one.
         began_s: When the head was complete, on the monotonic clock.
         model: The served model that is asked, for the metrics.
+        rows: Points that it is asked for.
         refusal: Why the request is refused before its body is read.
         cancel: Stops the work that the reply waits for, with an error.
         held_bytes: What the request holds of the budget.
     """
 
-    __slots__ = ("began_s", "body", "cancel", "head", "held_bytes", "id", "model", "refusal", "respond", "stream")
+    __slots__ = (
+        "began_s", "body", "cancel", "head", "held_bytes", "id", "model", "refusal", "respond", "rows", "stream",
+    )  # fmt: skip
 
     def __init__(self, head: Head, respond: Callable[[Request, Reply], bool], stream: Stream | None = None) -> None:
         self.head = head
@@ -88,6 +91,7 @@ class Request:
         self.id: bytes = given if given and is_usable else b"%b-%x" % (_PROCESS, next(_numbers))
         self.began_s = monotonic()
         self.model = ""
+        self.rows = 0
         self.refusal: Exception | None = None
         self.cancel: Cancel | None = None
         self.held_bytes = 0

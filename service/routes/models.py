@@ -36,9 +36,11 @@ from service.workers import LoadError
 if TYPE_CHECKING:
     from service.app import Application
 
-__all__ = ["router"]
+__all__ = ["ADMINISTERED", "router"]
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=Strict)
+#: Routes that change what is served.
+ADMINISTERED = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
 
 
 UnloadQuery = Annotated[

@@ -1,0 +1,100 @@
+"""The keys that requests may carry: which there are, and files of them that change while the service runs."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from pydantic import ValidationError
+
+from service.settings import PREFIX, Settings
+
+__all__ = ["Keys"]
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("api_keys", "admin_keys")
+
+
+class Keys:
+    """The keys now.
+
+    Args:
+        settings: Name them, and the folder of their files.
+
+    Attributes:
+        are_needed: Whether every request needs one.
+        on_change: Called when the keys have changed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Take the settings' keys."""
+        self._settings = settings
+        self.on_change: list[Callable[[], None]] = []
+        self._stamp = self._look()
+        self.replace(**_plain(settings))
+
+    def replace(self, api_keys: Sequence[str], admin_keys: Sequence[str]) -> None:
+        """Take other keys."""
+        self.api_keys, self.admin_keys = list(api_keys), list(admin_keys)
+        self._admins = [key.encode() for key in admin_keys]
+        self._all = [key.encode() for key in api_keys] + self._admins
+        self.are_needed = bool(api_keys)
+        for call in self.on_change:
+            call()
+
+    def shown(self) -> dict[str, list[str]]:
+        """Return the keys as settings that a front end is started with."""
+        return {"api_keys": self.api_keys, "admin_keys": self.admin_keys}
+
+    def is_known(self, given: bytes) -> bool:
+        """Return whether a key may use the service."""
+        return _is_among(given, self._all)
+
+    def is_admin(self, given: bytes) -> bool:
+        """Return whether a key may also load and unload models."""
+        return _is_among(given, self._admins)
+
+    def follow(self) -> None:
+        """Read the keys again if their files have changed."""
+        if self._settings.secrets is not None and self._look() != self._stamp:
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the keys again; a fault leaves them as they are, and files never take the last key away."""
+        self._stamp = self._look()
+        if self._settings.secrets is None:
+            logger.info("there is no folder of secrets to read keys from")
+            return
+        try:
+            now = _plain(self._settings.again())
+        except (ValidationError, OSError, UnicodeDecodeError) as error:
+            logger.error("the keys stay as they are, they cannot be read: %s", type(error).__name__)
+            return
+        if self.are_needed and not now["api_keys"]:
+            logger.error("the keys stay as they are: without any the service would be open to everybody")
+            return
+        self.replace(**now)
+        logger.info("keys read again: %d that may use the service, %d of admins", *map(len, now.values()))
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        """Return what changes when a file of keys does."""
+        folder, stamps = self._settings.secrets, list[tuple[int, int, int] | None]()
+        for name in NAMES if folder is not None else ():
+            try:
+                status = os.stat(f"{folder}/{PREFIX.lower()}{name}")
+                stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                stamps.append(None)
+        return stamps
+
+
+def _plain(settings: Settings) -> dict[str, list[str]]:
+    return {name: [key.get_secret_value() for key in getattr(settings, name)] for name in NAMES}
+
+
+def _is_among(given: bytes, keys: list[bytes]) -> bool:
+    """Compare with every key, in a time that tells nothing of them."""
+    return any([hmac.compare_digest(given, key) for key in keys])

@@ -1,0 +1,25 @@
+"""Versions of what runs here, read off the installed packages' metadata without loading them."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+
+__all__ = ["versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the service, Python and torch.
+
+    Example:
+        >>> list(versions())
+        ['version', 'python', 'torch']
+    """
+    return {"version": _version("hessquik-service"), "python": python_version(), "torch": _version("torch")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,247 @@
+"""Starting, configuring and watching ``hessquik serve``: flags, variables, keys that change, and its logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from typer.testing import CliRunner, Result
+
+from service import cli, logs
+from service.http.messages import Head, Request
+from service.settings import Settings
+from tests.live import LiveServer
+
+WAIT_S = 20.0
+POINT = {"inputs": [[0.1, 0.2], [0.3, 0.4]]}
+
+
+def serve(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["serve", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("HESSQUIK_MAX_ROW", "HESSQUIK_MAX_ROWS"),
+        ("HESSQUIK_APIKEYS", "HESSQUIK_API_KEYS"),
+        ("hessquik_devise", "HESSQUIK_DEVICE"),
+    ],
+)
+def test_an_unknown_variable_refuses_the_start(name: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "7")
+    done = serve()
+    assert done.exit_code == 2
+    assert f"{name} is no setting; the nearest is {nearest}" in done.output
+
+
+def test_the_clients_key_is_no_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HESSQUIK_API_KEY", "a")
+    assert "port" in serve("--port", "x").output
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - {"models"}))
+def test_every_setting_is_a_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that none takes is refused by the setting's name; a switch takes none."""
+    flag = f"--{name.replace('_', '-')}"
+    if Settings.model_fields[name].annotation is bool:
+        done = serve(flag, "--port", "x")
+        assert (done.exit_code, "hessquik: port:" in done.output) == (2, True)
+    elif name in {"host", "device", "api_keys", "admin_keys"}:  # any text will do
+        done = serve(flag, "x", "--port", "x")
+        assert (done.exit_code, "hessquik: port:" in done.output) == (2, True)
+    else:
+        done = serve(flag, "/nowhere")
+        assert (done.exit_code, f"hessquik: {name}:" in done.output) == (2, True)
+
+
+def test_a_flag_wins_over_a_variable_and_that_over_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hessquik_api_keys").write_text("file\n")
+    (tmp_path / "hessquik_admin_keys").write_text("file\n")
+    (tmp_path / "hessquik_max_rows").write_text("7\n")
+    monkeypatch.setenv("HESSQUIK_SECRETS", str(tmp_path))
+    monkeypatch.setenv("HESSQUIK_ADMIN_KEYS", "variable")
+    monkeypatch.setenv("HESSQUIK_MAX_ROWS", "8")
+    settings = Settings.of({"max_rows": "9"})
+    assert [key.get_secret_value() for key in (*settings.api_keys, *settings.admin_keys)] == ["file", "variable"]
+    assert settings.max_rows == 9
+    (tmp_path / "hessquik_api_keys").write_text("other")
+    assert settings.again().api_keys[0].get_secret_value() == "other"
+    assert settings.again().max_rows == 9
+    assert "file" not in str(settings.shown())
+
+
+def test_version_is_shown() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output.startswith("hessquik 0.")
+    assert "torch 2." in done.output
+
+
+class Operated:
+    """A server with files of keys, JSON logs and an access log."""
+
+    def __init__(self, models: Path, folder: Path, processes: int) -> None:
+        self.secrets = folder / "secrets"
+        self.secrets.mkdir()
+        self.write("api", "one")
+        self.write("admin", "boss")
+        self._access = folder / "access"
+        self._out = self._access.open("w")
+        settings = {"secrets": self.secrets, "processes": processes, "log_format": "json", "access_log": "true"}
+        self.live = LiveServer(models, settings=settings, stdout=self._out)
+
+    def write(self, kind: str, text: str) -> None:
+        """Replace a file of keys."""
+        new = self.secrets / "new"
+        new.write_text(text)
+        new.rename(self.secrets / f"hessquik_{kind}_keys")
+
+    def post(self, path: str, key: str, **options: Any) -> int:
+        headers = {"Authorization": f"Bearer {key}", **options.pop("headers", {})}
+        return httpx.post(f"{self.live.url}/v1/models/{path}", headers=headers, **options).status_code
+
+    def access(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._access.read_text().splitlines()]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.live.log if line.startswith("{")]
+
+    def close(self) -> None:
+        assert self.live.stop() == 0
+        self._out.close()
+
+
+def until(check: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not check():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.fixture(name="operated", scope="module", params=[1, 2], ids=["alone", "two front ends"])
+def start(
+    request: pytest.FixtureRequest, shipped_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operated]:
+    operated = Operated(shipped_models, tmp_path_factory.mktemp("operated"), request.param)
+    operated.live.wait_until_ready()
+    yield operated
+    operated.close()
+
+
+def test_the_start_says_versions_settings_and_backend(operated: Operated) -> None:
+    records = operated.records()
+    (configured,) = [record for record in records if "settings" in record]
+    assert configured["settings"]["api_keys"] == "1 keys"
+    assert configured["settings"]["max_rows"] == Settings().max_rows
+    assert "one" not in configured["message"].replace("=None", "")
+    (versions,) = [record["versions"] for record in records if "versions" in record]
+    assert versions.keys() == {"version", "python", "torch"}
+    assert any("is up: torch 2." in record["message"] and "backend " in record["message"] for record in records)
+
+
+def test_every_request_is_a_line_of_the_access_log(operated: Operated) -> None:
+    status = operated.post("peaks/hessian", "one", json=POINT, headers={"X-Request-Id": "run-7"})
+    refused = operated.post("peaks/hessian", "zero", json=POINT, headers={"X-Request-Id": "run-8"})
+    assert (status, refused) == (200, 401)
+    until(lambda: {"run-7", "run-8"} <= {line["request_id"] for line in operated.access()}, "two lines are written")
+    lines = {line["request_id"]: line for line in operated.access()}
+    answered = lines["run-7"]
+    assert answered.pop("time").endswith("+00:00")
+    assert 0 < answered.pop("milliseconds") < 60_000
+    route = "/v1/models/{model}/hessian"
+    assert answered == {
+        "request_id": "run-7", "method": "POST", "route": route, "model": "peaks", "rows": 2, "status": 200,
+    }  # fmt: skip
+    assert (lines["run-8"]["rows"], lines["run-8"]["status"]) == (0, 401)
+
+
+def test_loads_are_audited_with_the_key_that_asked(operated: Operated) -> None:
+    assert operated.post("peaks/load", "boss", headers={"X-Request-Id": "load-1"}) == 200
+    assert operated.post("peaks/load", "one", headers={"X-Request-Id": "load-2"}) == 403
+    assert operated.post("nothing/unload", "boss", headers={"X-Request-Id": "load-3"}) == 404
+
+    def audited() -> dict[str, dict[str, Any]]:
+        return {one["request_id"]: one for one in operated.records() if one["logger"] == "service.audit"}
+
+    until(lambda: len(audited()) >= 3, "three audit lines")
+    found = audited()
+    assert {one: (found[one]["action"], found[one]["model"], found[one]["status"]) for one in found} == {
+        "load-1": ("load", "peaks", 200),
+        "load-2": ("load", "peaks", 403),
+        "load-3": ("unload", "nothing", 404),
+    }
+    assert found["load-1"]["key"] == found["load-3"]["key"] != found["load-2"]["key"]
+    assert not any("boss" in line for line in operated.live.log)
+
+
+def test_keys_are_read_again_when_their_file_changes_and_at_a_hangup(operated: Operated) -> None:
+    """A connection that is kept, and whose head is remembered, is refused with the old key, too."""
+    with httpx.Client(base_url=operated.live.url, headers={"Authorization": "Bearer one"}) as kept:
+        for _ in range(3):
+            assert kept.post("/v1/models/peaks/value", json=POINT).status_code == 200
+        operated.write("api", "two")
+        until(lambda: operated.post("peaks/value", "two", json=POINT) == 200, "the new key lets in")
+        until(lambda: kept.post("/v1/models/peaks/value", json=POINT).status_code == 401, "the old one does not")
+    before = len([line for line in operated.live.log if "keys read again" in line])
+    operated.live.process.send_signal(signal.SIGHUP)
+    until(
+        lambda: len([line for line in operated.live.log if "keys read again" in line]) > before,
+        "keys are read at SIGHUP",
+    )
+    assert operated.live.process.poll() is None
+    assert operated.post("peaks/value", "two", json=POINT) == 200
+    operated.write("api", "one")
+    until(lambda: operated.post("peaks/value", "one", json=POINT) == 200, "the first key lets in again")
+
+
+def test_a_file_without_keys_does_not_open_the_service(operated: Operated) -> None:
+    operated.write("api", "")
+    until(lambda: any("open to everybody" in line for line in operated.live.log), "the empty file is refused")
+    assert operated.post("peaks/value", "none", json=POINT) == 401
+    assert operated.post("peaks/value", "one", json=POINT) == 200
+    operated.write("api", "one")
+
+
+def test_a_hangup_ends_neither_workers_nor_front_ends(operated: Operated) -> None:
+    server = psutil.Process(operated.live.process.pid)
+    before = server.children(recursive=True)
+    for process in (server, *before):
+        process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert operated.post("peaks/value", "one", json=POINT) == 200
+    assert server.children(recursive=True) == before
+
+
+def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that find no room are dropped, and the next line says how many."""
+    monkeypatch.setattr(logs, "MAX_LINES", 100)
+    monkeypatch.setattr(logs, "CLOSE_S", 10.0)
+    read, write = os.pipe()
+    log = logs.AccessLog(write)
+    request = Request(Head("POST", "/", b"", {}), lambda *_: True)
+    for _ in range(5000):  # more than a pipe holds
+        log.write(request, "x" * 100, 200)
+    lines: list[dict[str, Any]] = []
+    with os.fdopen(read) as reader:
+        time.sleep(0.2)
+        taker = Thread(target=lambda: lines.extend(map(json.loads, reader)))
+        taker.start()
+        time.sleep(0.3)
+        log.write(request, "last", 200)
+        log.close()
+        os.close(write)
+        taker.join(10)
+    lost = sum(line.get("lost_lines", 0) for line in lines)
+    assert lost > 1000
+    assert len(lines) + lost == 5001
+    assert lines[-1]["route"] == "last"
