@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import partial
 
 from service.domain import Domain
 from service.errors import InvalidInput, ReplyTooLarge, ServiceError
 from service.keys import Keys
 from service.link import Links
-from service.metrics import Metrics
+from service.metrics import Gauge, Metrics
 from service.node import NodeLike
 from service.quantities import floats_per_row, row_shapes
 from service.question import Question, Shape
@@ -240,14 +240,24 @@ class Core:
             await asyncio.sleep(TIDY_S)
             self.links.drop_idle_buffers()
 
-    def _gauges(self) -> Mapping[str, float | tuple[str, Mapping[str, float]]]:
-        """Return what is read off when Prometheus asks."""
-        queue, health = self.scheduler.queue, self.node.health()
-        memory_bytes = {str(slot): size for slot, size in enumerate(health.memory_bytes)}
-        return {
-            "hessquik_queue_requests": queue.requests,
-            "hessquik_queue_rows": queue.rows,
-            "hessquik_workers": ("state", health.states),
-            "hessquik_device_memory_bytes": ("worker", memory_bytes),
-            "hessquik_worker_restarts_total": health.restarts,
-        }
+    def _gauges(self) -> Iterator[Gauge]:
+        """Yield what is read off when Prometheus asks."""
+        queue, health, repository = self.scheduler.queue, self.node.health(), self.repository
+        served = [one for name in repository.names() for one in repository.versions(name).values()]
+        is_ready = {(one.file.name, str(one.file.version)): float(one.state == "ready") for one in served}
+        states = dict.fromkeys((("ready",), ("loading",), ("failed",)), 0.0)
+        for one in served:
+            states[one.state,] += 1
+        oldest = queue.oldest()
+        age_s = 0.0 if oldest is None else max(0.0, time.monotonic() - oldest)
+        memory_bytes = {(str(slot),): float(size) for slot, size in enumerate(health.memory_bytes)}
+        workers = {(state,): float(count) for state, count in health.states.items()}
+        yield Gauge("hessquik_ready", "1 while /readyz answers 200, else 0.", {(): float(not self.why_not_ready())})
+        yield Gauge("hessquik_models", "Versions of models, by state.", states, ("state",))
+        yield Gauge("hessquik_model_ready", "1 while a version can be asked.", is_ready, ("model", "version"))
+        yield Gauge("hessquik_queue_requests", "Requests waiting.", {(): queue.requests})
+        yield Gauge("hessquik_queue_rows", "Points waiting.", {(): queue.rows})
+        yield Gauge("hessquik_queue_age_seconds", "Time that the oldest request has waited.", {(): age_s})
+        yield Gauge("hessquik_workers", "Workers, by state.", workers, ("state",))
+        yield Gauge("hessquik_device_memory_bytes", "Memory of a worker.", memory_bytes, ("worker",))
+        yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})

@@ -41,7 +41,7 @@ def printable(text: str) -> str:
         >>> printable("a\nb\x1b[31m\udcff")
         'a\\nb\\x1b[31m\\udcff'
     """
-    escaped = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    escaped = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
     return escaped.encode("utf-8", "backslashreplace").decode()
 
 

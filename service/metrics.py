@@ -7,44 +7,53 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from time import monotonic
+from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Info, generate_latest
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from service.versions import versions
 
-__all__ = ["REFUSED", "Distribution", "Metrics", "Tally"]
+__all__ = ["REFUSED", "Distribution", "Gauge", "Metrics", "Tally"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: Route label of what was refused before it was a request.
 REFUSED = "refused"
 _POWERS = tuple(float(1 << power) for power in range(13))
 
-#: Gauges that are read off when Prometheus asks: a number, or a label and a number for each of its values.
-Gauges = Callable[[], Mapping[str, float | tuple[str, Mapping[str, float]]]]
+
+class Gauge(NamedTuple):
+    """A number that is read off when Prometheus asks, or several, told apart by labels.
+
+    Attributes:
+        name: As Prometheus shows it; one that ends in ``_total`` is a counter.
+        text: What it is.
+        samples: By the labels' values.
+        labels: Their names.
+    """
+
+    name: str
+    text: str
+    samples: Mapping[Any, float]
+    labels: tuple[str, ...] = ()
 
 
 class _ReadOff(Collector):
     """Gauges that have their value elsewhere."""
 
-    def __init__(self, read: Gauges) -> None:
+    def __init__(self, read: Callable[[], Iterable[Gauge]]) -> None:
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        """The gauges now; a mapping becomes one sample per label value."""
-        for name, value in self._read().items():
-            if isinstance(value, tuple):
-                label, samples = value
-                family = GaugeMetricFamily(name, name, labels=[label])
-                for label_value, sample in samples.items():
-                    family.add_metric([label_value], sample)
-                yield family
-            elif name.endswith("_total"):
-                yield CounterMetricFamily(name.removesuffix("_total"), name, value=value)
-            else:
-                yield GaugeMetricFamily(name, name, value=value)
+        """The gauges now."""
+        for gauge in self._read():
+            kind = CounterMetricFamily if gauge.name.endswith("_total") else GaugeMetricFamily
+            family = kind(gauge.name.removesuffix("_total"), gauge.text, labels=gauge.labels)
+            for values, sample in gauge.samples.items():
+                family.add_metric(values, sample)
+            yield family
 
 
 class Tally(Collector):
@@ -198,9 +207,10 @@ class Metrics:
         for collector in vars(self).copy().values():
             if isinstance(collector, _Answers | Distribution | Tally):
                 self._registry.register(collector)
+        ProcessCollector(registry=self._registry)
         Info("hessquik_build", "What runs here.", registry=self._registry).info(versions())
 
-    def read_off(self, gauges: Gauges) -> None:
+    def read_off(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
         """Add gauges that are read off when asked for."""
         self._registry.register(_ReadOff(gauges))
 

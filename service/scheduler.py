@@ -392,6 +392,10 @@ class Queue:
         if self.requests >= self.limits.requests:
             raise _overloaded("requests", self.requests + 1, self.limits.requests)
 
+    def oldest(self) -> float | None:
+        """Return when the job that has waited longest came, by its clock; ``None`` if none waits."""
+        return min((next(iter(line.fresh)).queued_at for line in self._lines.values() if line.fresh), default=None)
+
     def put(self, job: Job) -> None:
         """Let a job wait.
 

@@ -41,8 +41,11 @@ GRACE_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 #: Deaths of front ends in a row, without one that comes up in between, after which none can be kept alive.
 MAX_DEATHS = 8
-#: Metrics that all front ends report alike, which are not added up.
-SHARED_METRICS = tuple(f"hessquik_{name}" for name in ("workers", "device_memory", "worker_restarts", "build_info"))
+#: Metrics that are not added up, since all front ends report them alike or the largest counts.
+SHARED_METRICS = (
+    "hessquik_workers", "hessquik_device_memory", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
+    "hessquik_models", "hessquik_model_ready", "hessquik_queue_age", "process_start_time", "process_max_fds",
+)  # fmt: skip
 
 
 class FrontEnd:
@@ -391,8 +394,8 @@ def add_up(texts: list[bytes]) -> bytes:
                 continue
             sample, _, value = line.rpartition(" ")
             sums = samples.setdefault(family, {})
-            is_shared = family.startswith(SHARED_METRICS)
-            sums[sample] = float(value) + (0.0 if is_shared else sums.get(sample, 0.0))
+            known = sums.get(sample, 0.0)
+            sums[sample] = max(known, float(value)) if family.startswith(SHARED_METRICS) else known + float(value)
     written: list[str] = []
     for family, lines in comments.items():
         written += [*lines, *(f"{sample} {value}" for sample, value in samples.get(family, {}).items())]

@@ -28,7 +28,7 @@ import hessquik
 ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/hessquik:cpu"
 STORE = ["--storage-driver", "vfs", "--root", f"{ROOT}/build/containers", "--runroot", f"{ROOT}/build/containers-run"]
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["cpu"]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["hessquik"]
 MODELS = sorted((ROOT / "models").glob("*.safetensors"))
 QUANTITIES = ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
 START_S = 60.0

@@ -20,6 +20,7 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+GPU = yaml.safe_load((ROOT / "deploy" / "compose" / "gpu.yml").read_text())
 #: Instructions of the Dockerfile, comments and continuations removed, stage by stage.
 STAGES = [
     [line.split(maxsplit=1) for line in stage.splitlines() if line.strip()]
@@ -103,8 +104,7 @@ def test_command_is_in_exec_form_and_health_is_asked_without_a_shell() -> None:
 def test_stop_signal_is_the_one_that_drains_and_outlasts_the_drain(compose: dict[str, Any]) -> None:
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
     assert Settings().drain_s < KILLED_AFTER_S
-    for name in ("cpu", "gpu"):
-        assert compose["services"][name]["stop_grace_period"] == f"{KILLED_AFTER_S:.0f}s"
+    assert compose["services"]["hessquik"]["stop_grace_period"] == f"{KILLED_AFTER_S:.0f}s"
 
 
 def test_image_sets_only_settings_that_exist() -> None:
@@ -113,18 +113,19 @@ def test_image_sets_only_settings_that_exist() -> None:
     assert {name.lower() for name in environment} <= Settings.model_fields.keys()
 
 
-def test_compose_file_fits_the_published_schema(compose: dict[str, Any]) -> None:
+def test_compose_files_fit_the_published_schema(compose: dict[str, Any]) -> None:
     compose_validator().validate(compose)
+    compose_validator().validate(GPU)
 
 
 def test_compose_schema_refuses_an_unknown_key(compose: dict[str, Any]) -> None:
     broken = copy.deepcopy(compose)
-    broken["services"]["cpu"]["cap_dropp"] = ["ALL"]
+    broken["services"]["hessquik"]["cap_dropp"] = ["ALL"]
     with pytest.raises(ValidationError, match="cap_dropp"):
         compose_validator().validate(broken)
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "prometheus", "grafana"])
+@pytest.mark.parametrize("name", ["hessquik", "prometheus", "alertmanager", "grafana"])
 def test_compose_service_is_confined(name: str, compose: dict[str, Any]) -> None:
     service = compose["services"][name]
     assert service["read_only"]
@@ -140,16 +141,41 @@ def test_compose_service_is_confined(name: str, compose: dict[str, Any]) -> None
     assert PINNED.fullmatch(service["image"]) or "build" in service
 
 
-def test_compose_profiles(compose: dict[str, Any]) -> None:
-    assert {name: service["profiles"] for name, service in compose["services"].items()} == {
-        "cpu": ["cpu"],
-        "gpu": ["gpu"],
-        "prometheus": ["monitoring"],
-        "grafana": ["monitoring"],
-    }
-    (device,) = compose["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+def test_a_plain_up_starts_the_service_alone_and_the_profile_what_watches_it(compose: dict[str, Any]) -> None:
+    watching = {name for name, service in compose["services"].items() if service.get("profiles") == ["monitoring"]}
+    assert watching == {"prometheus", "alertmanager", "grafana"}
+    assert compose["services"].keys() - watching == {"hessquik"}
+    assert "profiles" not in compose["services"]["hessquik"]
+
+
+def test_gpu_file_changes_image_memory_and_devices_and_nothing_that_confines(compose: dict[str, Any]) -> None:
+    (service,) = GPU["services"].values()
+    assert GPU["services"].keys() == {"hessquik"}
+    assert service.keys() == {"image", "build", "mem_limit", "environment", "deploy"}
+    assert service["build"]["args"] == {"TARGET": "cuda"}
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-    assert compose["services"]["gpu"]["environment"]["HESSQUIK_DEVICE"] == "${HESSQUIK_DEVICE:-cuda}"
+
+
+def test_every_setting_passes_through_the_env_file(compose: dict[str, Any], tmp_path: Path) -> None:
+    """The file takes any setting; the container's own wiring comes from the compose file."""
+    service = compose["services"]["hessquik"]
+    assert service["env_file"] == [{"path": "${HESSQUIK_ENV:-hessquik.env}", "required": False}]
+    wired = {name.removeprefix("HESSQUIK_").lower() for name in service["environment"]}
+    assert wired == {"secrets", "host", "port", "models"}
+    assert wired <= Settings.model_fields.keys()
+    assert "hessquik.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_what_watches_reads_the_files_that_are_tested(compose: dict[str, Any]) -> None:
+    for name, program in (("prometheus", "prometheus"), ("alertmanager", "alertmanager")):
+        service = compose["services"][name]
+        assert f"./deploy/{name}:/etc/{program}:ro" in service["volumes"]
+        assert f"--config.file=/etc/{program}/{name}.yml" in service["command"]
+        assert (ROOT / "deploy" / name / f"{name}.yml").is_file()
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    assert config["alerting"]["alertmanagers"] == [{"static_configs": [{"targets": ["alertmanager:9093"]}]}]
+    assert config["scrape_configs"][0]["static_configs"] == [{"targets": ["hessquik:8000"]}]
 
 
 def test_compose_holds_no_key(compose: dict[str, Any]) -> None:
@@ -160,7 +186,7 @@ def test_compose_holds_no_key(compose: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["api", "admin"])
 def test_keys_come_from_the_secrets_that_compose_mounts(name: str, compose: dict[str, Any], tmp_path: Path) -> None:
-    secrets = compose["services"]["cpu"]["secrets"]
+    secrets = compose["services"]["hessquik"]["secrets"]
     assert f"hessquik_{name}_keys" in secrets
     for secret in secrets:
         (tmp_path / secret).write_text("")
@@ -169,4 +195,4 @@ def test_keys_come_from_the_secrets_that_compose_mounts(name: str, compose: dict
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HESSQUIK_SECRETS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "['one', 'two']\n"
-    assert compose["services"]["cpu"]["environment"]["HESSQUIK_SECRETS"] == "/run/secrets"
+    assert compose["services"]["hessquik"]["environment"]["HESSQUIK_SECRETS"] == "/run/secrets"

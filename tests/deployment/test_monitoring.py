@@ -1,15 +1,21 @@
-"""Prometheus itself scrapes a live service, and every query of the dashboard and of the alerts finds data."""
+"""Prometheus itself scrapes live services, and every query of the dashboard and of the alerts finds data.
+
+One service is asked, the other one never: its panels are not empty either. It has a file that is refused, and is
+killed at the end: both alerts reach Alertmanager.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -26,32 +32,72 @@ QUERIES = [
     for panel in DASHBOARD["panels"]
     for target in panel["targets"]
 ]
-ALERTS = [
-    rule
-    for group in yaml.safe_load((MONITORING / "prometheus" / "alerts.yml").read_text())["groups"]
-    for rule in group["rules"]
-]
+RECORDS, ALERTS = (
+    [
+        rule
+        for group in yaml.safe_load((MONITORING / "prometheus" / name).read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    for name in ("rules.yml", "alerts.yml")
+)
+RULES = ("rules.yml", "alerts.yml")
 START_S = 60.0
 #: Scrapes a second apart: a rate needs two, and the queries look back this long.
 RANGE = "30s"
 
+PROGRAMS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool")
 needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")), reason="needs Debian's package prometheus"
+    not all(map(shutil.which, PROGRAMS)), reason="needs Debian's packages prometheus and prometheus-alertmanager"
 )
 
 
-class Prometheus:
-    """Prometheus with the shipped configuration, the target and the pace of scraping apart."""
+class Alertmanager:
+    """Alertmanager with the shipped configuration."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._log = (folder / "alertmanager.log").open("w")
+        self._process = subprocess.Popen(
+            [
+                "prometheus-alertmanager",
+                f"--config.file={MONITORING}/alertmanager/alertmanager.yml",
+                f"--storage.path={folder}/alertmanager",
+                f"--web.listen-address={self.address}",
+                "--cluster.listen-address=",
+            ],
+            stderr=self._log,
+        )
+
+    def alerts(self) -> set[tuple[str, str]]:
+        """Return name and instance of every alert that it was sent."""
+        labels = [
+            one["labels"] for one in httpx.get(f"http://{self.address}/api/v2/alerts").raise_for_status().json()
+        ]
+        return {(one["alertname"], one["instance"]) for one in labels}
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(20)
+        self._log.close()
+
+
+class Prometheus:
+    """Prometheus with the shipped configuration, but for addresses and pace: a second takes the place of minutes."""
+
+    def __init__(self, folder: Path, targets: list[str], alertmanager: str) -> None:
         config = yaml.safe_load((MONITORING / "prometheus" / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         (job,) = config["scrape_configs"]
-        job["static_configs"] = [{"targets": [target]}]
+        job["static_configs"] = [{"targets": targets}]
+        config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [alertmanager]}]}]
         key = folder / "key"
         key.write_text("secret")
         job["authorization"] = {"credentials_file": str(key)}
-        shutil.copy(MONITORING / "prometheus" / "alerts.yml", folder)
+        for name in RULES:
+            text = (MONITORING / "prometheus" / name).read_text()
+            (folder / name).write_text(re.sub(r"for: \d+[sm]", "for: 1s", text))
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen(
@@ -74,7 +120,7 @@ class Prometheus:
             match = re.search(r'msg="Listening on" address=127\.0\.0\.1:(\d+)', (self._folder / "log").read_text())
             if match is not None:
                 self.url = f"http://127.0.0.1:{match[1]}"
-                if self.query('count_over_time(up{job="hessquik"}[1m]) >= 4'):
+                if len(self.query('count_over_time(up{job="hessquik"}[1m]) >= 4')) == 2:
                     return
             ask()
             time.sleep(0.1)
@@ -92,38 +138,108 @@ class Prometheus:
         self._log.close()
 
 
+class Watched(NamedTuple):
+    """A service that is asked, one that is not, and what watches them."""
+
+    prometheus: Prometheus
+    alertmanager: Alertmanager
+    busy: LiveServer
+    idle: LiveServer
+
+
+@pytest.fixture(name="watched", scope="module")
+def watch(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    (folder / "models").mkdir()
+    shutil.copy(shipped_models / "peaks.safetensors", folder / "models")
+    (folder / "models" / "broken.safetensors").write_bytes(b"no network")
+    settings = {"api_keys": "secret"}
+    with contextlib.ExitStack() as stack:
+        servers = [LiveServer(models, settings=settings) for models in (shipped_models, folder / "models")]
+        busy, idle = (stack.enter_context(server) for server in servers)
+        alertmanager = Alertmanager(folder)
+        stack.callback(alertmanager.close)
+        targets = [f"127.0.0.1:{server.port}" for server in servers]
+        prometheus = Prometheus(folder, targets, alertmanager.address)
+        stack.callback(prometheus.close)
+        client = stack.enter_context(httpx.Client(base_url=busy.url, headers={"Authorization": "Bearer secret"}))
+        body = {"inputs": [[0.1, 0.2]]}
+        prometheus.wait(lambda: client.post("/v1/models/peaks/hessian", json=body).raise_for_status())
+        yield Watched(prometheus, alertmanager, busy, idle)
+
+
 @pytest.fixture(name="prometheus", scope="module")
-def scrape(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    with LiveServer(shipped_models, settings={"api_keys": "secret"}) as server:
-        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{server.port}")
-        try:
-            with httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"}) as client:
-                body = {"inputs": [[0.1, 0.2]]}
-                prometheus.wait(lambda: client.post("/v1/models/peaks/hessian", json=body).raise_for_status())
-            yield prometheus
-        finally:
-            prometheus.close()
+def choose_prometheus(watched: Watched) -> Prometheus:
+    return watched.prometheus
 
 
-def expand(expression: str) -> str:
+def expand(expression: str, instance: str = ".*") -> str:
     """Return an expression with its variables filled in, as Grafana does."""
-    return expression.replace("$__rate_interval", RANGE).replace("$instance", ".*")
+    return expression.replace("$__rate_interval", RANGE).replace("$instance", instance)
 
 
 @needs_prometheus
+@pytest.mark.parametrize("which", ["busy", "idle"])
 @pytest.mark.parametrize("expression", QUERIES)
-def test_dashboard_query_finds_data(expression: str, prometheus: Prometheus) -> None:
-    found = prometheus.query(expand(expression))
+def test_dashboard_query_finds_data(expression: str, which: str, watched: Watched) -> None:
+    server: LiveServer = getattr(watched, which)
+    found = watched.prometheus.query(expand(expression, f"127.0.0.1:{server.port}"))
     assert found
     assert all(sample["value"][1] != "NaN" for sample in found)
 
 
 @needs_prometheus
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
-def test_alert_asks_for_metrics_that_exist_and_is_quiet(rule: dict[str, Any], prometheus: Prometheus) -> None:
-    assert prometheus.query(rule["expr"]) == []
-    for metric in re.findall(r"\b(?:hessquik_\w+|up)\b(?=[{\[])", rule["expr"]):
-        assert prometheus.query(metric), metric
+def test_alert_asks_for_metrics_that_exist_and_is_quiet(rule: dict[str, Any], watched: Watched) -> None:
+    busy = f"127.0.0.1:{watched.busy.port}"
+    assert [one for one in watched.prometheus.query(rule["expr"]) if one["metric"]["instance"] == busy] == []
+    for metric in re.findall(r"\b(?:instance:\w+:\w+|hessquik_\w+|up)\b(?=[{\[ ])", rule["expr"]):
+        assert watched.prometheus.query(metric), metric
+
+
+@needs_prometheus
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["record"])
+def test_recorded_rules_have_values_for_both(record: dict[str, Any], prometheus: Prometheus) -> None:
+    found = prometheus.query(record["record"])
+    assert all(sample["value"][1] != "NaN" for sample in found)
+    assert len(found) >= 2  # two nodes, or at least two models
+
+
+@needs_prometheus
+def test_every_alert_fires_on_what_it_is_for(tmp_path: Path) -> None:
+    """The unit tests of the rules that ship; there is one for each alert."""
+    tests = MONITORING / "prometheus" / "alerts.test.yml"
+    done = subprocess.run(["promtool", "test", "rules", tests], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fired = {
+        one["alertname"]
+        for test in yaml.safe_load(tests.read_text())["tests"]
+        for one in test["alert_rule_test"]
+        if one.get("exp_alerts")
+    }
+    assert fired == {rule["alert"] for rule in ALERTS}
+    # A threshold that is never passed is found.
+    for name in (*RULES, tests.name):
+        text = (MONITORING / "prometheus" / name).read_text()
+        (tmp_path / name).write_text(text.replace("hessquik_queue_age_seconds > 2", "hessquik_queue_age_seconds > 9"))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / tests.name], capture_output=True, check=False)
+    assert done.returncode != 0
+
+
+@needs_prometheus
+def test_alertmanager_hears_of_a_refused_file_and_of_a_node_that_is_killed(watched: Watched) -> None:
+    idle = f"127.0.0.1:{watched.idle.port}"
+    wait_for(watched, {("HessquikModelFailed", idle)})
+    watched.idle.process.kill()
+    wait_for(watched, {("HessquikDown", idle)})
+
+
+def wait_for(watched: Watched, expected: set[tuple[str, str]]) -> None:
+    deadline = time.monotonic() + START_S
+    while not expected <= watched.alertmanager.alerts():
+        assert time.monotonic() < deadline, watched.alertmanager.alerts()
+        time.sleep(0.2)
+    assert {instance for _, instance in watched.alertmanager.alerts()} == {instance for _, instance in expected}
 
 
 @needs_prometheus
@@ -136,11 +252,15 @@ def test_configuration_is_what_prometheus_takes(tmp_path: Path) -> None:
     text = (MONITORING / "prometheus" / "prometheus.yml").read_text()
     (tmp_path / "key").touch()
     (tmp_path / "prometheus.yml").write_text(text.replace("/run/secrets/hessquik_metrics_key", str(tmp_path / "key")))
-    shutil.copy(MONITORING / "prometheus" / "alerts.yml", tmp_path)
-    done = subprocess.run(
-        ["promtool", "check", "config", tmp_path / "prometheus.yml"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for name in RULES:
+        shutil.copy(MONITORING / "prometheus" / name, tmp_path)
+    shutil.copytree(MONITORING / "prometheus" / "nodes", tmp_path / "nodes")
+    for command in (
+        ["promtool", "check", "config", tmp_path / "prometheus.yml"],
+        ["amtool", "check-config", MONITORING / "alertmanager" / "alertmanager.yml"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_dashboard_shows_what_an_operator_asks_for() -> None:
@@ -148,7 +268,6 @@ def test_dashboard_shows_what_an_operator_asks_for() -> None:
     for metric in (
         "hessquik_requests_total",
         "hessquik_rows_total",
-        "hessquik_request_seconds_bucket",
         "hessquik_queue_seconds_bucket",
         "hessquik_batch_rows_sum",
         "hessquik_batch_requests_sum",
@@ -157,6 +276,12 @@ def test_dashboard_shows_what_an_operator_asks_for() -> None:
         "hessquik_workers",
         "hessquik_worker_restarts_total",
         "hessquik_device_memory_bytes",
+        "hessquik_ready",
+        "hessquik_models",
+        "hessquik_queue_age_seconds",
+        "hessquik_model_requests_total",
+        "hessquik_model_request_seconds_bucket",
+        "process_resident_memory_bytes",
     ):
         assert metric in shown
 
