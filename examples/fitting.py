@@ -20,8 +20,9 @@ from torch.quasirandom import SobolEngine
 
 import hessquik
 from hessquik.calculus import Derivatives
+from hessquik.ensemble import evaluator_of
 from hessquik.layers import singleLayer
-from hessquik.networks import NN
+from hessquik.networks import NN, Ensemble
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 #: Points that the errors in a file are measured at; they have no part in the fit.
@@ -95,21 +96,24 @@ def affine_layer(scale: Tensor, offset: Tensor) -> singleLayer:
     return layer.requires_grad_(False)
 
 
-def train(target: Target, network: NN, points: Tensor, rounds: int, seed: int) -> None:
+def train(target: Target, network: NN | Ensemble, *points: Tensor, rounds: int, seed: int) -> None:
     """Fit a network to a target, measure it at points it has not seen, and save it in ``models/``.
 
     Args:
         target: What to fit.
-        network: The network in float64, its weights as drawn; parameters without ``requires_grad`` stay.
-        points: Where to fit it, (n, d).
+        network: The network in float64, its weights as drawn; parameters without ``requires_grad`` stay. Or an
+            ensemble of such, each fitted to points of its own.
+        points: Where to fit it, (n, d); for each member of an ensemble.
         rounds: Rounds of :data:`ITERATIONS_PER_ROUND` iterations.
         seed: That points and weights were drawn with; the points that errors are measured at have the next one.
     """
     torch.set_num_threads(1)
-    fit(network, target, points, rounds)
+    networks = network.networks() if isinstance(network, Ensemble) else [network]
+    for one, x in zip(networks, points, strict=True):
+        fit(one, target, x, rounds)
 
     x = target.random_points(HELD_OUT_SAMPLES, seed + 1)
-    found = hessquik.Evaluator(network)(x, QUANTITIES)
+    found = evaluator_of(network)(x, QUANTITIES)
     errors = relative_errors(found, target.derivatives(x), target.unit(x))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     path = MODELS / f"{target.name}.safetensors"
@@ -126,7 +130,7 @@ def train(target: Target, network: NN, points: Tensor, rounds: int, seed: int) -
             "reference": target.reference,
             "command": f"python examples/train_{target.name}.py",
             "method": "Hermite interpolation (values, gradients, Hessians) by L-BFGS",
-            "samples": len(points),
+            "samples": sum(map(len, points)),
             "seed": seed,
             "iterations": rounds * ITERATIONS_PER_ROUND,
             "parameters": parameters,

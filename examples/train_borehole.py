@@ -61,20 +61,23 @@ def resolve_small_radii(layer: singleLayer) -> None:
         layer.b[:RADIUS_UNITS] = steepness
 
 
-if __name__ == "__main__":
-    torch.manual_seed(SEED)
-    points = points_near_small_radii(1024, SEED)
+def untrained(points: Tensor, width: int) -> NN:
+    """Return a network with new weights whose input and output are scaled by the box and by f at the points."""
     values = TARGET.derivatives(points).value
     assert values is not None
     half_width, centre = (TARGET.upper() - TARGET.lower()) / 2, (TARGET.upper() + TARGET.lower()) / 2
-    width = 32
     first = singleLayer(8, width, tanhActivation(), dtype=torch.float64)
     resolve_small_radii(first)
-    network = NN(
+    return NN(
         affine_layer(1 / half_width, -centre / half_width),
         first,
         resnetLayer(width, h=1.0, act=tanhActivation(), dtype=torch.float64),
         singleLayer(width, 1, dtype=torch.float64),
         affine_layer(values.std(0), values.mean(0)),
     )
-    train(TARGET, network, points, rounds=50, seed=SEED)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(SEED)
+    points = points_near_small_radii(1024, SEED)
+    train(TARGET, untrained(points, width=32), points, rounds=50, seed=SEED)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hessquik.calculus import Derivatives
+    from hessquik.ensemble import EnsembleEvaluator
     from hessquik.errors import (
         ArchitectureError,
         CompositionError,
@@ -33,6 +34,7 @@ __all__ = [
     "CompositionError",
     "DerivativeError",
     "Derivatives",
+    "EnsembleEvaluator",
     "Evaluator",
     "FormatError",
     "HessQuikError",
@@ -48,6 +50,7 @@ __all__ = [
 
 _MODULES = {
     "Derivatives": "calculus",
+    "EnsembleEvaluator": "ensemble",
     "Evaluator": "evaluator",
     "from_onnx": "importing",
     "from_sklearn": "importing",

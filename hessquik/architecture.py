@@ -26,16 +26,30 @@ from hessquik.layers import (
     singleLayer,
     skipLayer,
 )
-from hessquik.networks import ICNN, NN, fullyConnectedNN, resnetNN
+from hessquik.networks import ICNN, NN, Ensemble, fullyConnectedNN, resnetNN
 from hessquik.strict_json import plain, shown
 
-__all__ = ["ARGUMENTS", "MAX_LAYERS", "MAX_NESTING", "TYPES", "build", "build_activation", "count_layers", "describe"]
+__all__ = [
+    "ARGUMENTS",
+    "ENSEMBLE",
+    "MAX_LAYERS",
+    "MAX_MEMBERS",
+    "MAX_NESTING",
+    "TYPES",
+    "build",
+    "build_activation",
+    "count_layers",
+    "describe",
+]
 
 MAX_WIDTH = 1 << 16
 #: Layers of one network, those of networks inside it not counted.
 MAX_LAYERS = 1024
 #: Networks inside one another.
 MAX_NESTING = 8
+#: Type of several networks that are one surrogate, and the most of them.
+ENSEMBLE = "ensemble"
+MAX_MEMBERS = 64
 
 #: Layers and networks by the names that files use.
 TYPES: dict[str, type[hessQuikLayer] | type[NN]] = {
@@ -68,6 +82,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
         >>> describe(resnetLayer(4, h=0.25))
         {'type': 'resnetLayer', 'width': 4, 'h': 0.25, 'act': {'type': 'identityActivation'}, 'bias': True}
     """
+    if isinstance(module, Ensemble):
+        members = module.networks()
+        _require(len(members) <= MAX_MEMBERS, "network.members", f"be at most {MAX_MEMBERS}", len(members))
+        described = [_describe(one, f"network.members[{i}]", MAX_NESTING) for i, one in enumerate(members)]
+        return {"type": ENSEMBLE, "members": described}
     return _describe(module, "network", MAX_NESTING)
 
 
@@ -111,8 +130,8 @@ def _known(name: str) -> type[nn.Module] | None:
 
 def build(
     architecture: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> NN | hessQuikLayer:
-    """Make the layer or network that :func:`describe` described, with new weights.
+) -> NN | Ensemble | hessQuikLayer:
+    """Make the layer, network or ensemble that :func:`describe` described, with new weights.
 
     Raises:
         ArchitectureError: the description is not one.
@@ -122,7 +141,22 @@ def build(
         >>> build({"type": "fullyConnectedNN", "widths": [2, 8, 1]}).dim_input()
         2
     """
-    return _build(architecture, "network", MAX_NESTING, {"device": device, "dtype": dtype})
+    made = {"device": device, "dtype": dtype}
+    if isinstance(architecture, dict) and architecture.get("type") == ENSEMBLE:
+        return Ensemble(*_members(architecture, made))
+    return _build(architecture, "network", MAX_NESTING, made)
+
+
+def _members(architecture: Mapping[str, Any], made: Mapping[str, Any]) -> list[NN]:
+    """Make the members of an ensemble; a layer alone is a network of one layer."""
+    others = sorted(architecture.keys() - {"type", "members"})
+    _require(not others, "network", "have 'members' only, as an ensemble", others)
+    members = architecture.get("members")
+    is_list = isinstance(members, list) and 2 <= len(members) <= MAX_MEMBERS
+    _require(is_list, "network.members", f"be a list of 2 to {MAX_MEMBERS} networks", members)
+    assert isinstance(members, list)
+    built = [_build(one, f"network.members[{i}]", MAX_NESTING, made) for i, one in enumerate(members)]
+    return [one if isinstance(one, NN) else NN(one) for one in built]
 
 
 def _build(architecture: Any, place: str, nesting: int, made: Mapping[str, Any]) -> NN | hessQuikLayer:
@@ -171,6 +205,7 @@ def count_layers(architecture: Any, nesting: int = MAX_NESTING) -> int:
     """
     arguments = architecture if isinstance(architecture, dict) else {}
     layers, depth, widths = arguments.get("layers"), arguments.get("depth"), arguments.get("widths")
+    layers = arguments.get("members", layers) if arguments.get("type") == ENSEMBLE else layers
     if isinstance(layers, list) and nesting > 0:
         return sum(count_layers(layer, nesting - 1) for layer in layers)
     if isinstance(widths, list):

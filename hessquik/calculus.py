@@ -40,7 +40,7 @@ from torch import Tensor
 from hessquik.algebra import congruence, pack, pairs, unpack
 from hessquik.errors import ShapeError
 from hessquik.layers.form import Form, Linearization, Parts, join
-from hessquik.quantities import QUANTITIES, highest_order
+from hessquik.quantities import QUANTITIES, SPREADS, highest_order
 
 __all__ = [
     "Backward",
@@ -370,7 +370,7 @@ class Derivatives:
 
     Shapes: value (n, m), gradient (n, d, m), hessian (n, d, d, m), laplacian (n, m), hessian_diagonal (n, d, m), jvp
     (n, k, m), hvp (n, k, d, m), curvature (n, k, m), hessian_packed (n, d(d+1)/2, m), and what else
-    :data:`hessquik.quantities.QUANTITIES` has.
+    :data:`hessquik.quantities.QUANTITIES` and :data:`hessquik.quantities.SPREADS` have.
 
     Example:
         >>> found = Derivatives(value=torch.zeros(5, 1))
@@ -386,7 +386,7 @@ class Derivatives:
 
     def __getattr__(self, name: str) -> Tensor | None:
         """A quantity, or ``None``."""
-        if name not in QUANTITIES:
+        if name not in QUANTITIES and name not in SPREADS:
             raise AttributeError(f"there is no quantity {name!r}; expected one of {', '.join(QUANTITIES)}")
         return self._found.get(name)
 

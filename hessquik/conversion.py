@@ -54,7 +54,9 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 _ALLOWED = _stand_ins()
 
 
-def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | None = None, **metadata: Any) -> NN:
+def convert(
+    checkpoint: str | Path, out: str | Path, architecture: str | Path | None = None, **metadata: Any
+) -> storage.Network:
     """Write the network of a checkpoint to a ``.safetensors`` file.
 
     Args:
@@ -86,7 +88,7 @@ def convert(checkpoint: str | Path, out: str | Path, architecture: str | Path | 
     return network
 
 
-def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | None = None) -> NN:
+def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | None = None) -> storage.Network:
     """Read the network of a checkpoint.
 
     Args:

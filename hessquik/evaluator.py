@@ -20,7 +20,7 @@ from torch import Tensor
 from hessquik import backends, memory
 from hessquik.calculus import Derivatives
 from hessquik.errors import ShapeError
-from hessquik.networks import NN
+from hessquik.networks import NN, Ensemble
 from hessquik.plan import Ask, Plan, choose
 from hessquik.quantities import QUANTITIES, needs_directions
 
@@ -66,6 +66,7 @@ class Evaluator:
 
     Raises:
         ShapeError: the dtype is neither float32 nor float64, or quantities to compile are unknown or need directions.
+        TypeError: the network is an ensemble.
         ValueError: the device does not have the backend.
 
     Example:
@@ -87,6 +88,8 @@ class Evaluator:
         compiled: Sequence[Sequence[str]] = (),
     ) -> None:
         """Freeze the network."""
+        if isinstance(network, Ensemble):
+            raise TypeError("expected one network, got an ensemble, which hessquik.EnsembleEvaluator evaluates")
         own = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())
         self.device = backends.resolved(device)
         self.dtype = own if dtype is None else dtype
@@ -131,6 +134,12 @@ class Evaluator:
             'reduced'
         """
         return self._runner(self._ask(quantities, weights, directions)).plan
+
+    def operations(
+        self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None
+    ) -> int:
+        """Return the operations per row; arguments are those of :meth:`plan`."""
+        return self.plan(quantities, weights, directions).operations
 
     def __call__(
         self,

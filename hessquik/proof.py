@@ -24,10 +24,11 @@ from torch import Tensor
 from hessquik import calculus
 from hessquik.activations import kinks
 from hessquik.backends import names as backend_names
+from hessquik.ensemble import EnsembleEvaluator
 from hessquik.errors import DerivativeError
 from hessquik.evaluator import Evaluator
-from hessquik.networks import NN
-from hessquik.quantities import QUANTITIES, Quantity, needs_directions
+from hessquik.networks import NN, Ensemble
+from hessquik.quantities import QUANTITIES, SPREADS, Quantity, needs_directions
 from hessquik.reference import ReferenceDerivatives, ReferenceNetwork, slope, user_defined
 from hessquik.utils import taylor
 
@@ -142,7 +143,7 @@ class _Trial:
 
 @torch.inference_mode(False)
 def prove(
-    network: NN,
+    network: NN | Ensemble,
     lower_bounds: Sequence[float] | None = None,
     upper_bounds: Sequence[float] | None = None,
     samples: int = 5,
@@ -152,8 +153,11 @@ def prove(
 
     The documented interface is compared with Taylor tests and finite differences, unless activations have kinks.
 
+    Of an ensemble all members are proven, and their means and standard deviations compared with those of automatic
+    differentiation's results.
+
     Args:
-        network: The network; it is left as it is.
+        network: The network or ensemble; it is left as it is.
         lower_bounds: Of the inputs, d numbers; points are drawn uniformly between the bounds, and from the standard
             normal distribution if they are not both given.
         upper_bounds: Of the inputs, d numbers.
@@ -169,6 +173,15 @@ def prove(
         >>> all(row.passed for row in rows)
         True
     """
+    if isinstance(network, Ensemble):
+        return [
+            *(
+                replace(row, computed_by=f"{row.computed_by}, member {number}")
+                for number, member in enumerate(network.networks())
+                for row in prove(member, lower_bounds, upper_bounds, samples, seed)
+            ),
+            *_prove_moments(network, lower_bounds, upper_bounds, samples, seed),
+        ]
     rows = []
     calls = [*CALLS, ALONG_AXES, ALL]
     trials = {
@@ -186,12 +199,58 @@ def prove(
     return [*rows, *_against_taylor(interface), *_against_differences(interface)]
 
 
+def _prove_moments(
+    network: Ensemble,
+    lower_bounds: Sequence[float] | None,
+    upper_bounds: Sequence[float] | None,
+    samples: int,
+    seed: int,
+) -> list[Row]:
+    """Compare an ensemble's means and standard deviations with those of its members by automatic differentiation.
+
+    A standard deviation's error is relative to the mean's size: of networks that agree nothing but rounding is left.
+    """
+    rows = []
+    for dtype, bound in ((torch.float64, FLOAT64_BOUND), (torch.float32, FLOAT32_BOUND)):
+        trials = [_set_up(member, dtype, lower_bounds, upper_bounds, samples, seed) for member in network.networks()]
+        at = [
+            ReferenceDerivatives(ReferenceNetwork(member, torch.float64), trials[0].x)
+            for member in network.networks()
+        ]
+        for backend, arguments in backends().items():
+            evaluate = EnsembleEvaluator(network, dtype=dtype, **arguments)
+            asked = _affordable(tuple(SPREADS.values()), evaluate.members[0], samples)
+            found = evaluate(trials[0].x, (*asked, *(name for name, of in SPREADS.items() if of in asked)))
+            for name, of in SPREADS.items():
+                if of not in asked:
+                    continue
+                shape = getattr(found, of).shape
+                parts = torch.stack([getattr(one, of).reshape(shape) for one in at])
+                units = _units(trials[0].scale, of)
+                size = float((parts.mean(0) * units).abs().max()) or 1.0
+                for quantity, expected in ((of, parts.mean(0)), (name, parts.std(0, correction=1))):
+                    error = float(((getattr(found, quantity).double() - expected) * units).abs().max()) / size
+                    label = f"{backend}, {str(dtype).removeprefix('torch.')}"
+                    rows.append(Row(quantity, label, "members by autograd", "relative error", error, bound))
+    return rows
+
+
+def _units(scale: Tensor, quantity: str) -> Tensor:
+    """Return the factors that bring a value, gradient or Hessian (…, m) into natural units."""
+    steps = {
+        "value": torch.ones(1),
+        "gradient": scale.unsqueeze(-1),
+        "hessian": (scale * scale[:, None]).unsqueeze(-1),
+    }
+    return steps[quantity]
+
+
 @torch.inference_mode(False)
 def prove_quickly(
-    network: NN,
+    network: NN | Ensemble,
     lower_bounds: Sequence[float] | None = None,
     upper_bounds: Sequence[float] | None = None,
-    evaluate: Evaluator | None = None,
+    evaluate: Evaluator | EnsembleEvaluator | None = None,
 ) -> None:
     """Compare all quantities of one Evaluator with automatic differentiation at two points.
 
@@ -199,8 +258,8 @@ def prove_quickly(
         network: The network; it is left as it is.
         lower_bounds: As for :func:`prove`.
         upper_bounds: As for :func:`prove`.
-        evaluate: The Evaluator of this network that is going to be used; a new one if not given. The plans that are
-            tried are kept in it.
+        evaluate: The Evaluator of this network that is going to be used, of an ensemble its EnsembleEvaluator; a new
+            one if not given. The plans that are tried are kept in it.
 
     Raises:
         DerivativeError: some quantity disagrees, or is not finite.
@@ -209,7 +268,14 @@ def prove_quickly(
         >>> from hessquik.networks import ICNN
         >>> prove_quickly(ICNN(3, [None, 8, 2]))
     """
+    if isinstance(network, Ensemble):
+        of_members = EnsembleEvaluator(network) if evaluate is None else evaluate
+        assert isinstance(of_members, EnsembleEvaluator)
+        for member, own in zip(network.networks(), of_members.members, strict=True):
+            prove_quickly(member, lower_bounds, upper_bounds, own)
+        return
     evaluate = Evaluator(network) if evaluate is None else evaluate
+    assert isinstance(evaluate, Evaluator)
     trial = _set_up(network, evaluate.dtype, lower_bounds, upper_bounds, samples=2, seed=0)
     rows = _against_autograd(trial, evaluate, CALLS, "the Evaluator", is_thorough=False)
     failed = [f"{row.quantity} (relative error {row.found:.1e})" for row in rows if not row.passed]

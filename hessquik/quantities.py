@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-__all__ = ["QUANTITIES", "Quantity", "highest_order", "needs_directions", "register"]
+__all__ = ["QUANTITIES", "SPREADS", "Quantity", "highest_order", "needs_directions", "register"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,10 @@ for _quantity in (
     Quantity("hessian_packed", "pm", 2, lambda at: at.hessian_packed, "∂²f / ∂x_a ∂x_b for b ≤ a, row by row"),
 ):
     register(_quantity)
+
+
+#: Standard deviations over an ensemble's members, by name, with the quantity that each is of.
+SPREADS = {f"{name}_std": name for name in ("value", "gradient", "hessian")}
 
 
 def needs_directions(names: Collection[str]) -> bool:

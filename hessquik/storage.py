@@ -31,7 +31,7 @@ from hessquik import strict_json
 from hessquik.activations import kinks
 from hessquik.architecture import build, count_layers, describe
 from hessquik.errors import ArchitectureError, CompositionError, FormatError
-from hessquik.networks import NN
+from hessquik.networks import NN, Ensemble
 from hessquik.strict_json import shown
 
 __all__ = [
@@ -50,6 +50,8 @@ FORMAT, FORMAT_VERSION = "hessquik", "1"
 CHECKSUM = "sha256"
 #: Metadata key of what :func:`hessquik.activations.kinks` says of the network.
 KINKS = "kinks"
+#: A file's contents.
+Network = NN | Ensemble
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10
 MAX_TENSORS = 1024
@@ -62,25 +64,25 @@ class SavedNetwork:
     """The contents of a model file.
 
     Attributes:
-        network: The network.
+        network: The network, or several that are an ensemble.
         architecture: Its description.
         metadata: ``description``, ``input_names``, ``output_names``, ``lower_bounds``, ``upper_bounds``,
             ``training``, as far as the file has them; and ``kinks`` if some activations have any.
     """
 
-    network: NN
+    network: Network
     architecture: dict[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def save(network: NN, path: str | Path, **metadata: Any) -> None:
+def save(network: Network, path: str | Path, **metadata: Any) -> None:
     """Write a network to a file.
 
     The file is written beside its destination and renamed when it is complete, so that a reader sees the old file or
     the new one, also while several processes save to one path.
 
     Args:
-        network: The network.
+        network: The network or ensemble.
         path: Where; conventionally ``NAME.safetensors``.
         metadata: Any of ``description`` (str), ``input_names``, ``output_names`` (sequences of str),
             ``lower_bounds``, ``upper_bounds`` (sequences of numbers, or arrays; both or neither), ``training`` (a
@@ -122,7 +124,7 @@ def write(data: bytes, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def serialize(network: NN, **metadata: Any) -> bytes:
+def serialize(network: Network, **metadata: Any) -> bytes:
     """Return the bytes that :func:`save` writes; arguments and errors are those of :func:`save`.
 
     Example:
@@ -149,6 +151,9 @@ def serialize(network: NN, **metadata: Any) -> bytes:
 
 def _state(module: nn.Module, place: str = "") -> dict[str, torch.Tensor]:
     """Return the weights under the names of a network whose parts are numbered; an ``OrderedDict`` may name them."""
+    if isinstance(module, Ensemble):
+        parts = (_state(member, f"members.{number}.") for number, member in enumerate(module.networks()))
+        return {name: tensor for part in parts for name, tensor in part.items()}
     if isinstance(module, NN):
         parts = (_state(part, f"{place}{number}.") for number, part in enumerate(module))
         return {name: tensor for part in parts for name, tensor in part.items()}
@@ -165,8 +170,8 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + header_bytes :]
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> NN:
-    """Read a network from a file.
+def load(path: str | Path, device: torch.device | str = "cpu") -> Network:
+    """Read a network or an ensemble from a file.
 
     Raises:
         FormatError: the file is not a saved network; the message names the file and the fault.
@@ -211,7 +216,7 @@ def parse(data: bytes) -> SavedNetwork:
     return SavedNetwork(network, architecture, metadata)
 
 
-def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
+def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> Network:
     """Make the network that :func:`hessquik.architecture.describe` described, with the weights of a state dict.
 
     Raises:
@@ -231,7 +236,7 @@ def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> NN:
         raise FormatError(f"there must be tensors for {shown(layers)} layers, got {len(tensors)} tensors")
     module = build(architecture, device="meta")
     _fill(module, tensors)
-    return module if isinstance(module, NN) else NN(module)
+    return module if isinstance(module, Network) else NN(module)
 
 
 def _read_header(data: bytes) -> dict[str, str]:
@@ -332,7 +337,7 @@ def _is_number(value: Any) -> bool:
 
 
 #: What the metadata of a file may hold, with the test that it fits and what that test expects.
-METADATA: dict[str, tuple[Callable[[Any, NN], bool], str]] = {
+METADATA: dict[str, tuple[Callable[[Any, Network], bool], str]] = {
     "description": (lambda value, _: isinstance(value, str), "a string"),
     "input_names": (lambda value, f: _is_names(value, f.dim_input()), "one string per input"),
     "output_names": (lambda value, f: _is_names(value, f.dim_output()), "one string per output"),
@@ -342,7 +347,7 @@ METADATA: dict[str, tuple[Callable[[Any, NN], bool], str]] = {
 }
 
 
-def _check_metadata(metadata: Mapping[str, Any], network: NN) -> None:
+def _check_metadata(metadata: Mapping[str, Any], network: Network) -> None:
     """Refuse metadata that do not fit the network."""
     for key, value in metadata.items():
         if key not in METADATA:

@@ -83,7 +83,7 @@ def evaluate_file(
     """
     evaluate = evaluators.evaluator(None)
     dtype = job.dtype or str(evaluators.dtype).removeprefix("torch.")
-    shape = Shape(evaluate.d, evaluate.m, dtype, TILE_ROWS, evaluators.domain, job.outside)
+    shape = Shape(evaluate.d, evaluate.m, dtype, TILE_ROWS, evaluators.domain, job.outside, evaluators.members)
     k = 0 if job.directions is None else len(job.directions)
     sizes = (job.quantities, evaluate.d, evaluate.m, k, job.weights is not None)
     row_bytes = floats_per_row(*sizes) * DTYPES[dtype].itemsize

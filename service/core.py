@@ -137,7 +137,8 @@ class Core:
         if shape is None:
             facts, settings = served.facts, self.settings
             domain = Domain.of(facts["metadata"])
-            shape = Shape(facts["d"], facts["m"], facts["dtype"], settings.max_rows, domain, settings.outside)
+            sizes = (facts["d"], facts["m"], facts["dtype"], settings.max_rows)
+            shape = Shape(*sizes, domain, settings.outside, facts["members"])
             served.kinds["shape"] = shape
         return shape
 

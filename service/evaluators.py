@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hessquik import Evaluator, storage
+from hessquik import EnsembleEvaluator, Evaluator, storage
+from hessquik.ensemble import evaluator_of
 from hessquik.evaluator import COMMON
+from hessquik.networks import Ensemble
 from hessquik.proof import prove_quickly
 from service.domain import Domain
 from service.quantities import DOMAIN_DISTANCE
@@ -22,14 +24,17 @@ TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Evaluators:
-    """A network on one device, with an evaluator for each dtype that was asked for.
+    """A network or an ensemble on one device, with an evaluator for each dtype that was asked for.
 
     Each evaluator's derivatives are compared with automatic differentiation before it is used.
 
     Args:
-        saved: The network and its metadata.
+        saved: The network or ensemble, and its metadata.
         device: Where to compute.
         threads: Threads that share a large call, on a CPU.
+
+    Attributes:
+        members: Networks in it; 1 if it is not an ensemble.
     """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
@@ -38,14 +43,15 @@ class Evaluators:
         self.device = device
         self.threads = threads
         self.domain = Domain.of(saved.metadata)
-        self._evaluators: dict[torch.dtype, Evaluator] = {}
+        self.members = len(saved.network.networks()) if isinstance(saved.network, Ensemble) else 1
+        self._evaluators: dict[torch.dtype, Evaluator | EnsembleEvaluator] = {}
         self.dtype = self.evaluator(None).dtype
 
-    def evaluator(self, dtype: torch.dtype | None) -> Evaluator:
+    def evaluator(self, dtype: torch.dtype | None) -> Evaluator | EnsembleEvaluator:
         """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
         if dtype is None or dtype not in self._evaluators:
             compiled = COMMON if dtype is None else ()  # when the model is loaded, and never in a request
-            made = Evaluator(self.saved.network, self.device, dtype, self.threads, compiled=compiled)
+            made = evaluator_of(self.saved.network, self.device, dtype, self.threads, compiled=compiled)
             bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
             prove_quickly(self.saved.network, *bounds, evaluate=made)
             self._evaluators[made.dtype] = made

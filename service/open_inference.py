@@ -20,7 +20,7 @@ from service.codecs import Piece, json_rows
 from service.errors import InvalidInput, MalformedBody
 from service.http.messages import JSON, Reply
 from service.json_reader import numbers
-from service.quantities import QUANTITIES, row_shapes
+from service.quantities import QUANTITIES, quantities_of, row_shapes
 from service.question import Question, Shape, make_question
 from service.wire import Array
 
@@ -75,11 +75,12 @@ def describe_inputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
 
 
-def describe_outputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
+def describe_outputs(d: int, m: int, dtype: str, members: int) -> list[dict[str, Any]]:
     """The output tensors of a model, as :func:`describe_inputs`; with weights, m is 1."""
+    names = quantities_of(members)
     return [
         {"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": [-1, *shape]}
-        for name, shape in zip(QUANTITIES, row_shapes(QUANTITIES, d, m, -1, False), strict=True)
+        for name, shape in zip(names, row_shapes(names, d, m, -1, False), strict=True)
     ]
 
 

@@ -1,11 +1,12 @@
 """The quantities that can be asked for, and their sizes, as service and client need them.
 
-They are those of :mod:`hessquik.quantities`, which is imported without torch, and ``domain_distance``, which follows
-from a model's bounds without its network.
+They are those of :mod:`hessquik.quantities`, which is imported without torch; the standard deviations over an
+ensemble's members; and ``domain_distance``, which follows from a model's bounds without its network.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -17,10 +18,12 @@ __all__ = [
     "DIRECTIONAL",
     "DOMAIN_DISTANCE",
     "QUANTITIES",
+    "SPREADS",
     "TEXTS",
     "Quantity",
     "describe_shape",
     "floats_per_row",
+    "quantities_of",
     "row_shapes",
 ]
 
@@ -28,7 +31,13 @@ DOMAIN_DISTANCE = "domain_distance"
 _DISTANCE = engine.Quantity(
     DOMAIN_DISTANCE, "", 0, lambda at: None, "0 within the bounds, else the largest excess over an input's range"
 )
-REGISTERED = {**engine.QUANTITIES, DOMAIN_DISTANCE: _DISTANCE}
+#: Standard deviations over an ensemble's members, by name, with the quantity that each is of.
+SPREADS = engine.SPREADS
+_SPREADS = {
+    name: replace(engine.QUANTITIES[of], name=name, text=f"standard deviation of the {of} over an ensemble's members")
+    for name, of in SPREADS.items()
+}
+REGISTERED = {**engine.QUANTITIES, DOMAIN_DISTANCE: _DISTANCE, **_SPREADS}
 #: Everything that can be asked for, in the order of replies.
 QUANTITIES: tuple[str, ...] = tuple(REGISTERED)
 #: The axes of each quantity at one point: d inputs, k directions, m outputs, p entries of a triangle.
@@ -41,6 +50,19 @@ if TYPE_CHECKING:
     Quantity = str
 else:
     Quantity = Literal[QUANTITIES]
+
+
+def quantities_of(members: int) -> tuple[str, ...]:
+    """Return what can be asked of a model.
+
+    Args:
+        members: Networks in it; 1 if it is not an ensemble.
+
+    Example:
+        >>> "value_std" in quantities_of(5), "value_std" in quantities_of(1)
+        (True, False)
+    """
+    return QUANTITIES if members > 1 else tuple(name for name in QUANTITIES if name not in SPREADS)
 
 
 def describe_shape(quantity: str) -> str:

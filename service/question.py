@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from service.domain import OUTSIDE, Domain
 from service.errors import InvalidInput, OutsideDomain
-from service.quantities import DIRECTIONAL, QUANTITIES
+from service.quantities import DIRECTIONAL, QUANTITIES, SPREADS
 
 __all__ = ["DTYPES", "MAX_DIRECTIONS", "Question", "Shape", "make_question"]
 
@@ -35,6 +35,7 @@ class Shape(NamedTuple):
         max_rows: Most points.
         domain: Where the model was fitted, if it says so.
         outside: What is done about points outside where the request does not say.
+        members: Networks in it; 1 if it is not an ensemble.
     """
 
     d: int
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     max_rows: int
     domain: Domain | None = None
     outside: str = "allow"
+    members: int = 1
 
 
 class Question(NamedTuple):
@@ -79,6 +81,8 @@ def make_question(
     elif not isinstance(dtype, str) or dtype not in DTYPES:
         raise _invalid("dtype", "float32 or float64", "something else")
     asked = _quantities(quantities, fixed)
+    if shape.members == 1 and not SPREADS.keys().isdisjoint(asked):
+        raise _invalid("quantities", f"{', '.join(SPREADS)} of ensembles only", "a model of one network")
     inputs = arrays.get("inputs")
     if inputs is None:
         raise _invalid("inputs", f"a list of points of {shape.d} numbers each", "none")

@@ -135,6 +135,7 @@ class Facts(BaseModel):
     dtype: Dtype | None
     device: str | None
     parameters: int | None
+    members: int | None = Field(description="Networks whose mean is the model; 1 if it is not an ensemble.")
     metadata: dict[str, Any] | None = Field(
         description="What its file says: description, names, bounds, training with its errors."
     )

@@ -105,7 +105,7 @@ class Model(Evaluators):
                     continue
                 began = time.perf_counter()
                 evaluate(x, asked)
-                took_s = (time.perf_counter() - began) / (rows * evaluate.plan(asked).operations)
+                took_s = (time.perf_counter() - began) / (rows * evaluate.operations(asked))
                 self.operation_s = min(self.operation_s or took_s, took_s)
 
     def plan(self, head: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Model(Evaluators):
         weights = (1, evaluate.m) if head["is_weighted"] else None
         directions = (1, k, evaluate.d) if k else None
         computed = [name for name in head["quantities"] if name != DOMAIN_DISTANCE]
-        cost = evaluate.plan(computed, weights, directions).operations if computed else evaluate.d
+        cost = evaluate.operations(computed, weights, directions) if computed else evaluate.d
         return {"row_cost": cost, "row_s": cost * self.operation_s}
 
     def facts(self) -> dict[str, Any]:
@@ -126,6 +126,7 @@ class Model(Evaluators):
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "parameters": self.parameters,
+            "members": self.members,
             "tile_rows": evaluate.ladder[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import elu, gelu, leaky_relu, mish, silu, softplus, softsign
 
 from hessquik import layers as lay
-from hessquik.networks import NN
+from hessquik.networks import NN, Ensemble
 
 SIGMA = {
     "antiTanhActivation": lambda z, act: z.abs() + torch.log1p(torch.exp(-2 * z.abs())),
@@ -89,7 +89,13 @@ def value(module: nn.Module, u: Tensor) -> Tensor:
 
 
 def derivatives(module: nn.Module, x: Tensor, outputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of the first ``outputs`` outputs, all by default."""
+    """Value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of the first ``outputs`` outputs, all by default.
+
+    Of an ensemble, the means over its members.
+    """
+    if isinstance(module, Ensemble):
+        value_, gradient_, hessian_ = zip(*(derivatives(one, x, outputs) for one in module.members), strict=True)
+        return torch.stack(value_).mean(0), torch.stack(gradient_).mean(0), torch.stack(hessian_).mean(0)
     n, d = x.shape
     m = module.dim_output() if outputs is None else outputs
 

@@ -107,6 +107,24 @@ def test_newton_finds_the_hills_and_hollows_of_peaks(server: LiveServer, tmp_pat
     assert min(width, height) >= 600
 
 
+def test_steps_limited_by_the_spread_end_where_the_ensemble_is_right(server: LiveServer, tmp_path: Path) -> None:
+    picture = tmp_path / "spread.png"
+    printed = run("minimise_with_spread.py", "--url", server.url, "--limit", "0.3", "--picture", str(picture))
+    ends = {
+        name: tuple(map(float, numbers))
+        for name, *numbers in re.findall(
+            r"(\w+): +\d+ steps to +([-.\d]+) ± ([.\d]+), the function itself has +([-.\w]+)", printed
+        )
+    }
+    mean, spread, truth = ends["limited"]
+    assert spread <= 0.3
+    assert abs(mean - truth) <= 3 * spread
+    mean, spread, truth = ends["unlimited"]
+    assert mean < -100  # of a flow that cannot be negative
+    assert spread > 10
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_posterior_of_the_borehole_agrees_with_importance_sampling(server: LiveServer, shipped_models: Path) -> None:
     printed = run("sample_posterior.py", "--url", server.url, "--chains", "8", "--steps", "80")
     match = re.search(r"posterior: ([\d.]+) ± ([\d.]+)", printed)

@@ -26,7 +26,7 @@ LAYERS = {
         hessquik.backends
         hessquik.networks
         hessquik.architecture hessquik.evaluator hessquik.utils
-        hessquik.reference hessquik.storage
+        hessquik.ensemble hessquik.reference hessquik.storage
         hessquik.conversion hessquik.importing hessquik.proof
         hessquik
     """,

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessquik import Evaluator, load
+from hessquik import EnsembleEvaluator, load
 from hessquik.architecture import build
-from hessquik.networks import NN
+from hessquik.ensemble import evaluator_of
+from hessquik.networks import NN, Ensemble
 from hessquik.storage import METADATA, SavedNetwork, parse
 from tests import oracle
 
@@ -65,11 +66,12 @@ def ising_ring(x: Tensor) -> Tensor:
 #: The true function, and the largest relative errors of value, gradient and Hessian that we promise.
 PROMISES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float, float]]] = {
     "borehole": (borehole, (0.001, 0.002, 0.01)),
+    "borehole_ensemble": (borehole, (0.001, 0.004, 0.02)),
     "ising_ring": (ising_ring, (0.001, 0.01, 0.03)),
     "peaks": (peaks, (0.001, 0.002, 0.01)),
 }
 #: Inputs on a logarithmic scale, by name and place.
-LOGARITHMIC = {("borehole", 1)}
+LOGARITHMIC = {("borehole", 1), ("borehole_ensemble", 1)}
 
 
 def read(name: str) -> SavedNetwork:
@@ -103,9 +105,9 @@ def exact(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tens
     return vmap(function)(x), vmap(grad(function))(x), vmap(jacrev(grad(function)))(x)
 
 
-def evaluate(network: NN, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a network with one output by the engine."""
-    out = Evaluator(network)(x, QUANTITIES)
+def evaluate(network: NN | Ensemble, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a network or ensemble with one output by the engine."""
+    out = evaluator_of(network)(x, QUANTITIES)
     assert out.value is not None
     assert out.gradient is not None
     assert out.hessian is not None
@@ -172,6 +174,23 @@ def test_derivatives_are_those_of_the_network_itself(name: str) -> None:
         QUANTITIES, evaluate(saved.network, x), oracle.derivatives(saved.network, x), strict=True
     ):
         assert relative_error(found, true.squeeze(-1)) <= ENGINE_TOLERANCE, quantity
+
+
+def test_the_ensembles_spread_tells_the_box_from_what_is_far_outside() -> None:
+    saved = read("borehole_ensemble")
+    assert isinstance(saved.network, Ensemble)
+    x, (lower, upper) = fresh_points(saved), bounds(saved)
+    evaluate_ = EnsembleEvaluator(saved.network)
+    inside = evaluate_(x, ("value", "value_std"))
+    assert inside.value is not None
+    assert inside.value_std is not None
+    error = (inside.value[:, 0] - torch.func.vmap(borehole)(x)).abs()
+    assert 0.5 < error.mean() / inside.value_std.mean() < 2
+    far = (lower + upper) / 2 + 2 * (x - (lower + upper) / 2)
+    beyond = (far > upper).any(1) | (far < lower).any(1)
+    outside = evaluate_(far[beyond], ("value_std",)).value_std
+    assert outside is not None
+    assert outside.median() > 5 * inside.value_std.median()
 
 
 def test_ising_ring_is_convex_also_outside_its_box() -> None:

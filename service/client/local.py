@@ -58,7 +58,8 @@ class _LocalConversation(Conversation):
         assert facts.d is not None
         assert facts.m is not None
         assert facts.dtype is not None
-        self._shape = Shape(facts.d, facts.m, facts.dtype, facts.rows, facts.domain)
+        sizes = (facts.d, facts.m, facts.dtype, facts.rows)
+        self._shape = Shape(*sizes, facts.domain, members=evaluators.members)
 
     def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
         """Return what the service said of the model when its file was fetched."""

@@ -114,6 +114,18 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         """Return 0 within the model's bounds, else the largest excess over an input's range, shape (n,)."""
         return self._quantity("domain_distance", x, None, options)
 
+    def value_std(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the standard deviation of f over an ensemble's members, shape (n, m)."""
+        return self._quantity("value_std", x, None, options)
+
+    def gradient_std(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the standard deviations of the gradient's entries over an ensemble's members, shape (n, d, m)."""
+        return self._quantity("gradient_std", x, None, options)
+
+    def hessian_std(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
+        """Return the standard deviations of the Hessian's entries over an ensemble's members, shape (n, d, d, m)."""
+        return self._quantity("hessian_std", x, None, options)
+
     def jvp(self, x: ArrayLike, directions: ArrayLike, **options: Unpack[Options]) -> ArrayT:
         """Return the derivatives Σ_a v_a ∂f_j/∂x_a along directions v, (k, d) or (n, k, d); shape (n, k, m)."""
         return self._quantity("jvp", x, directions, options)

@@ -83,7 +83,7 @@ def model_metadata(application: Application, request: Request) -> Reply:
             "versions": [str(version) for version in sorted(application.core.repository.versions(name))],
             "platform": PLATFORM,
             "inputs": open_inference.describe_inputs(*shape),
-            "outputs": open_inference.describe_outputs(*shape),
+            "outputs": open_inference.describe_outputs(*shape, served.facts["members"]),
         }
     )
 
@@ -107,7 +107,7 @@ def model_configuration(application: Application, request: Request) -> Reply:
     ]
     outputs = [
         {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
-        for tensor in open_inference.describe_outputs(*shape)
+        for tensor in open_inference.describe_outputs(*shape, served.facts["members"])
     ]
     return _reply(
         {

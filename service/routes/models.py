@@ -15,7 +15,7 @@ from service.codecs import SAFETENSORS
 from service.core import Core
 from service.errors import NotReady, ReplyTooLarge
 from service.http.messages import LARGE_BYTES, Cancel, Head, Reply, Request
-from service.quantities import QUANTITIES
+from service.quantities import quantities_of
 from service.question import MAX_DIRECTIONS
 from service.repository import Served
 from service.routes.operation import (
@@ -68,7 +68,7 @@ async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = Non
         "version": str(served.file.version),
         "architecture": served.facts.get("architecture"),
         "sha256": served.facts.get("sha256"),
-        "quantities": list(QUANTITIES),
+        "quantities": list(quantities_of(served.facts.get("members", 1))),
         "dtypes": ["float32", "float64"],
         "limits": {
             "rows": settings.max_rows,
@@ -181,6 +181,6 @@ def _summary(core: Core, name: str) -> dict[str, Any]:
 
 def _facts(served: Served) -> dict[str, Any]:
     """Return state, sizes and metadata of a version."""
-    known = ("d", "m", "dtype", "device", "parameters", "metadata")
+    known = ("d", "m", "dtype", "device", "parameters", "members", "metadata")
     reason = {} if served.reason is None else {"reason": served.reason}
     return {"state": served.state, **reason, **{name: served.facts.get(name) for name in known}}

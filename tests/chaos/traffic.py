@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import uvloop
 
-from hessquik import Evaluator, storage
+from hessquik import storage
+from hessquik.ensemble import evaluator_of
 from service.codecs import encode_json, json_rows
 from tests.oracle import derivatives
 
@@ -63,7 +64,7 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
             saved = storage.parse(path.read_bytes())
             random_ = np.random.default_rng([seed, number])
             lower, upper = (np.array(saved.metadata[key]) for key in ("lower_bounds", "upper_bounds"))
-            evaluate = Evaluator(saved.network, dtype=torch.float64)
+            evaluate = evaluator_of(saved.network, dtype=torch.float64)
             x = random_.uniform(lower, upper, (64, len(lower)))
             value, gradient, hessian = derivatives(saved.network.double(), torch.from_numpy(x))
             laplacian = hessian.diagonal(dim1=1, dim2=2).sum(-1)

@@ -13,7 +13,7 @@ import torch
 
 import hessquik
 from hessquik import activations, layers, networks
-from hessquik.networks import NN
+from hessquik.networks import NN, Ensemble
 from tests.live import LiveServer
 from tests.oracle import derivatives
 
@@ -25,7 +25,7 @@ class Zoo:
     """A live server, and its networks in process."""
 
     server: LiveServer
-    networks: dict[str, NN]
+    networks: dict[str, NN | Ensemble]
 
     @property
     def url(self) -> str:
@@ -37,8 +37,11 @@ class Zoo:
         return dict(zip(("value", "gradient", "hessian"), (part.numpy() for part in parts), strict=True))
 
 
-def build_networks() -> dict[str, NN]:
-    """``vector/1`` and ``/2`` have three inputs and four outputs; ``single`` is float32; ``steep`` overflows."""
+def build_networks() -> dict[str, NN | Ensemble]:
+    """``vector/1`` and ``/2`` have three inputs and four outputs; ``single`` is float32; ``steep`` overflows.
+
+    ``trio`` is an ensemble of networks like ``vector``.
+    """
     torch.manual_seed(0)
 
     def vector() -> NN:
@@ -50,6 +53,7 @@ def build_networks() -> dict[str, NN]:
         "vector/2": vector(),
         "single": networks.fullyConnectedNN([2, 8, 1], act=activations.tanhActivation()),
         "steep": steep,
+        "trio": Ensemble(*(vector() for _ in range(3))),
     }
 
 

@@ -94,22 +94,22 @@ def test_quantities_agree_with_autodiff(zoo: Zoo, client: Client) -> None:
 
 
 def test_every_quantity_has_a_method(client: Client, zoo: Zoo) -> None:
-    vector = client.model("vector")
+    trio = client.model("trio")
     options = {"weights": WEIGHTS, "directions": DIRECTIONS}
     for name in QUANTITIES:
-        expected = vector.evaluate(X, [name], **options)[name]  # type: ignore[arg-type]
+        expected = trio.evaluate(X, [name], **options)[name]  # type: ignore[arg-type]
         arguments = (X, DIRECTIONS) if name in DIRECTIONAL else (X,)
-        assert (getattr(vector, name)(*arguments, weights=WEIGHTS) == expected).all()
+        assert (getattr(trio, name)(*arguments, weights=WEIGHTS) == expected).all()
 
     async def ask() -> dict[str, np.ndarray]:
         async with AsyncClient(zoo.url) as other:
-            model = other.model("vector")
+            model = other.model("trio")
             return {
                 name: await getattr(model, name)(*((X, DIRECTIONS) if name in DIRECTIONAL else (X,)))
                 for name in QUANTITIES
             }
 
-    whole = vector.evaluate(X, QUANTITIES, directions=DIRECTIONS)
+    whole = trio.evaluate(X, QUANTITIES, directions=DIRECTIONS)
     for name, array in asyncio.run(ask()).items():
         np.testing.assert_allclose(array, whole[name], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -183,7 +183,7 @@ def test_any_kind_of_numbers_is_taken(client: Client) -> None:
 
 
 def test_models_are_described(client: Client) -> None:
-    assert [model["name"] for model in client.models()] == ["borehole", "peaks", "single", "steep", "vector"]
+    assert [model["name"] for model in client.models()] == ["borehole", "peaks", "single", "steep", "trio", "vector"]
     facts = client.model("vector", version=1).describe()
     assert (facts["d"], facts["m"], facts["version"]) == (3, 4, "1")
 
@@ -407,7 +407,7 @@ def test_async_client_has_the_same_methods(zoo: Zoo, client: Client) -> None:
         async with AsyncClient(zoo.url, api_key=ADMIN) as other:
             model = other.model("vector")
             assert (await model.describe())["d"] == 3
-            assert len(await other.models()) == 5
+            assert len(await other.models()) == 6
             assert (await other.unload("single"))["state"] == "unloaded"
             assert (await other.load("single"))["state"] == "ready"
             with pytest.raises(package.ModelNotFound):

@@ -22,7 +22,7 @@ from service.client.for_scipy import Objective
 from service.client.messages import Reply, parse_file
 from service.errors import NotReady, Overloaded
 from service.http.messages import Budget, Head, Request
-from service.quantities import DIRECTIONAL, QUANTITIES
+from service.quantities import DIRECTIONAL, quantities_of
 from service.repository import ModelFile
 from service.routes.models import _send_file
 from service.settings import Settings
@@ -59,12 +59,12 @@ def test_the_served_file_comes_with_its_digest_and_version(zoo: Zoo) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
-@pytest.mark.parametrize("name", ["vector", "single", "borehole"])
+@pytest.mark.parametrize("name", ["vector", "single", "borehole", "trio"])
 def test_a_local_model_answers_with_the_same_bits(client: Client, name: str) -> None:
     remote = client.model(name)
     here = remote.local()
     facts = remote.describe()
-    d, m = facts["d"], facts["m"]
+    d, m, quantities = facts["d"], facts["m"], quantities_of(facts["members"])
     for n, k in ((1, 1), (7, 2), (300, 3)):
         x = DRAW.normal(size=(n, d))
         own = DRAW.normal(size=(n, k, d))
@@ -72,11 +72,11 @@ def test_a_local_model_answers_with_the_same_bits(client: Client, name: str) -> 
             for directions in (own, own[0]):
                 for dtype in (None, "float32", "float64"):
                     options = {"weights": weights, "dtype": dtype, "directions": directions}
-                    there, found = (model.evaluate(x, QUANTITIES, **options) for model in (remote, here))
-                    for quantity in QUANTITIES:
+                    there, found = (model.evaluate(x, quantities, **options) for model in (remote, here))
+                    for quantity in quantities:
                         assert found[quantity].dtype == there[quantity].dtype
                         assert found[quantity].tobytes() == there[quantity].tobytes(), quantity
-        for quantity in QUANTITIES:
+        for quantity in quantities:
             arguments = (x[0], own[0]) if quantity in DIRECTIONAL else (x[0],)
             assert (getattr(here, quantity)(*arguments) == getattr(remote, quantity)(*arguments)).all()
 

@@ -97,12 +97,13 @@ def test_metrics_have_no_series_more_after_a_scan(server: LiveServer, note: Note
 
 
 def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer) -> None:
-    body = {"inputs": [0.5, 0.5], "directions": [[1, 0]]}
+    body = {"inputs": [0.5] * 8, "directions": [[1] * 8]}
     counts = (1, 2, 3, len(QUANTITIES) - 1, len(QUANTITIES))
     sets = [names for count in counts for names in combinations(QUANTITIES, count)]
     for names in sets:
         reply = ask(
-            server.port, post("/v1/models/peaks/evaluate", json.dumps({**body, "quantities": names}).encode())
+            server.port,
+            post("/v1/models/borehole_ensemble/evaluate", json.dumps({**body, "quantities": names}).encode()),
         )
         assert reply.status == 200, reply
     text = ask(server.port, request("GET", "/metrics")).body.decode()

@@ -19,10 +19,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from hessquik import Evaluator, storage
+from hessquik import EnsembleEvaluator, Evaluator, storage
+from hessquik.ensemble import evaluator_of
 from service.app import create_app
 from service.domain import Domain
-from service.quantities import DOMAIN_DISTANCE, QUANTITIES
+from service.quantities import DOMAIN_DISTANCE, QUANTITIES, quantities_of
 from service.settings import Settings
 from tests.live import LiveServer
 from tests.oracle import derivatives
@@ -55,7 +56,7 @@ class Reference:
     """
 
     models: list[Model] = field(default_factory=list)
-    evaluators: dict[tuple[str, str], Evaluator] = field(default_factory=dict)
+    evaluators: dict[tuple[str, str], Evaluator | EnsembleEvaluator] = field(default_factory=dict)
     domains: dict[str, Domain] = field(default_factory=dict)
 
     def answers(self, model: str, given: dict[str, Any], action: str) -> dict[str, Any]:
@@ -90,12 +91,13 @@ def reference(shipped_models: Path) -> Iterator[Reference]:
         lower, upper = (np.array(saved.metadata[key]) for key in ("lower_bounds", "upper_bounds"))
         points = random_.uniform(lower, upper, (64, len(lower))).astype(np.float32).astype(np.float64)
         for dtype in (torch.float32, torch.float64):
-            found.evaluators[path.stem, str(dtype).removeprefix("torch.")] = Evaluator(saved.network, dtype=dtype)
+            found.evaluators[path.stem, str(dtype).removeprefix("torch.")] = evaluator_of(saved.network, dtype=dtype)
         evaluate = found.evaluators[path.stem, "float64"]
         domain = Domain.of(saved.metadata)
         assert domain is not None
         found.domains[path.stem] = domain
-        found.models.append(Model(path.stem, evaluate.d, evaluate.m, points))
+        asked = quantities_of(len(getattr(evaluate, "members", "1")))
+        found.models.append(Model(path.stem, evaluate.d, evaluate.m, points, asked))
         value, gradient, hessian = derivatives(saved.network.double(), torch.from_numpy(points))
         directions = torch.from_numpy(random_.normal(size=(3, evaluate.d)))
         hvp = torch.einsum("nabm,kb->nkam", hessian, directions)
