@@ -44,7 +44,7 @@ from service.metrics import REFUSED
 from service.node import Node, NodeLike
 from service.question import Question
 from service.repository import Served
-from service.routes import derivatives, health, inference_protocol, models, pages, umbridge
+from service.routes import derivatives, health, inference_protocol, models, pages, tesseract, umbridge
 from service.routes.operation import NATIVE, Dialect, Direct
 from service.scheduler import Answers, Job, OnRows
 from service.schemas import Problem
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 #: The only paths that never need a key: probes, and the pages' files, which hold no data.
 OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
 _ADMIN_ACTIONS = ("/load", "/unload")
-DIALECTS = (umbridge.DIALECT, inference_protocol.DIALECT, NATIVE)
+DIALECTS = (umbridge.DIALECT, inference_protocol.DIALECT, tesseract.DIALECT, NATIVE)
 #: Route label of requests that match no route.
 UNMATCHED = "unmatched"
 #: Status label of requests whose client was gone before the reply.
@@ -405,7 +405,7 @@ def create_app(settings: Settings | None = None, node: NodeLike | None = None) -
         finally:
             await app.stop()
 
-    parts = (derivatives, models, health, umbridge, inference_protocol, pages)
+    parts = (derivatives, models, health, umbridge, inference_protocol, tesseract, pages)
     return Application(
         core,
         tuple(part.router for part in parts),
@@ -420,7 +420,8 @@ def create_app(settings: Settings | None = None, node: NodeLike | None = None) -
 
 _DESCRIPTION = (
     "Exact values, gradients, Hessians and more of saved networks. Every reply carries X-Request-Id. "
-    "The same server speaks UM-Bridge 1.0 (/Info, /Evaluate, …) and the Open Inference Protocol v2 (/v2/…)."
+    "The same server speaks UM-Bridge 1.0 (/Info, /Evaluate, …) the Open Inference Protocol v2 (/v2/…) "
+    "and the interface of Tesseracts (/tesseract/{model}/…)."
 )
 
 

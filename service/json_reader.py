@@ -31,6 +31,8 @@ MAX_ROW_BYTES = 1 << 22
 MAX_STRINGS = 256
 #: Dimensions of the largest array: directions, (n, k, d).
 MAX_NESTING = 3
+#: Deepest object, inside others and lists, that has a long list.
+MAX_DEPTH = 4
 #: Deepest nesting that a JSON parser accepts.
 MAX_PARSED_NESTING = 1000
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
@@ -39,7 +41,8 @@ _OPENING = re.compile(rb"(?:\s*\[)+")
 _CUTS = {2: re.compile(rb"(\])\s*,\s*(?=(\[))"), 3: re.compile(rb"(\]\s*\])\s*,\s*(?=(\[\s*\[))")}
 #: Names of long lists in the dialects, as errors may repeat them.
 _FIELDS = {
-    b'"%b"' % name.encode(): name for name in ("inputs", "weights", "directions", "input", "sens", "vec", "data")
+    b'"%b"' % name.encode(): name
+    for name in ("inputs", "weights", "directions", "input", "sens", "vec", "data", "x", "buffer")
 }
 #: Placeholder of a list that was cut out; no client can know it.
 _MARK = f"{secrets.token_hex(16)}#"
@@ -79,12 +82,13 @@ def read_json(body: bytes) -> Any:
         raise MalformedBody("expected a JSON object, got something that does not parse") from None
 
 
-async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
+async def read_long_json(body: bytes, max_rows: int, may_have_text: bool = False) -> tuple[Any, bool]:
     """Parse JSON whose long lists of numbers become arrays, a slice at a time.
 
     Args:
         body: The bytes.
         max_rows: The most rows of a list of lists.
+        may_have_text: Whether there may be long strings, such as base64; they come as bytes, without escapes.
 
     Returns:
         The document, and whether what is not an array in it may hold booleans.
@@ -95,7 +99,7 @@ async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
     """
     body = body.strip()
     short: list[bytes] = []
-    arrays: list[Array] = []
+    arrays: list[Array | bytes] = []
     position = 0
     for _ in range(MAX_STRINGS):
         quote = body.find(b'"', position)
@@ -115,6 +119,15 @@ async def read_long_json(body: bytes, max_rows: int) -> tuple[Any, bool]:
             text = b"".join(short)
             return _put_back(read_json(text), arrays), has_booleans(text)
         string = _STRING.match(body, quote, quote + SHORT_BYTES)
+        if string is None and may_have_text:
+            position = body.find(b'"', quote + 1) + 1
+            text = body[quote + 1 : position - 1] if position else b"\\"
+            if b"\\" in text:
+                raise MalformedBody("expected long strings without escapes that end, got another one")
+            short.append(b'"%b%d"' % (_MARK.encode(), len(arrays)))
+            arrays.append(text)
+            await asyncio.sleep(0)
+            continue
         if string is None:
             if body.find(b'"', quote + 1) - quote >= SHORT_BYTES:
                 raise _invalid("body", f"strings of at most {SHORT_BYTES} bytes in a long body", "a longer one")
@@ -186,23 +199,21 @@ def _next_cut(text: bytes, nesting: int, start: int, stop: int, last: int) -> tu
     return (last, last) if found is None else (found.end(1), found.start(2))
 
 
-def _put_back(document: Any, arrays: list[Array]) -> Any:
-    """Put the arrays in their places: in all dialects, members of the object, or of objects in its lists."""
+def _put_back(document: Any, arrays: list[Array | bytes]) -> Any:
+    """Put the arrays in their places: in all dialects, members of objects, which are not very deep in others."""
 
-    def find(value: Any) -> Any:
-        return arrays[int(value[len(_MARK) :])] if isinstance(value, str) and value.startswith(_MARK) else value
+    def fill(value: Any, depth: int) -> None:
+        if isinstance(value, dict):
+            for name, member in value.items():
+                if isinstance(member, str) and member.startswith(_MARK):
+                    value[name] = arrays[int(member[len(_MARK) :])]
+                elif depth:
+                    fill(member, depth - 1)
+        elif isinstance(value, list) and depth:
+            for item in value:
+                fill(item, depth - 1)
 
-    def fill(members: Any) -> None:
-        if isinstance(members, dict):
-            for name, value in members.items():
-                members[name] = find(value)
-
-    fill(document)
-    if isinstance(document, dict):
-        for member in document.values():
-            if isinstance(member, list):
-                for item in member:
-                    fill(item)
+    fill(document, MAX_DEPTH)
     return document
 
 

@@ -42,6 +42,16 @@ __all__ = [
     "ServerMetadata",
     "Statistics",
     "TensorMetadata",
+    "TesseractAbstract",
+    "TesseractApply",
+    "TesseractError",
+    "TesseractFaults",
+    "TesseractJacobian",
+    "TesseractJacobians",
+    "TesseractJvp",
+    "TesseractOutputs",
+    "TesseractShapes",
+    "TesseractVjp",
     "UMBridgeError",
     "UMBridgeFault",
     "UMBridgeGradient",
@@ -317,6 +327,105 @@ class UMBridgeError(BaseModel):
     """An error as the protocol has it."""
 
     error: UMBridgeFault
+
+
+# Tesseract.
+
+
+class TesseractData(BaseModel):
+    """The numbers of an array."""
+
+    buffer: Any = Field(description="Nested lists, or base64 of the numbers' bytes in row-major order.")
+    encoding: Literal["json", "raw", "base64"]
+    compression: None = None
+
+
+class TesseractArray(BaseModel):
+    """An array as the protocol encodes it."""
+
+    object_type: Literal["array"] = "array"
+    shape: list[int]
+    dtype: str
+    data: TesseractData
+
+
+class TesseractInputs(BaseModel):
+    """Points, and what is asked at them."""
+
+    x: TesseractArray | Row | Rows = Field(description="(n, d) or (d).")
+    weights: TesseractArray | Row | Rows | None = Field(
+        None, description="(m) or (n, m): everything is that of Σ_j weights_j f_j."
+    )
+    outputs: list[Quantity] | None = Field(None, description="Of apply: quantities without directions.")
+    outside: Outside | None = None
+
+
+class TesseractApply(BaseModel):
+    """A question about values or other quantities."""
+
+    inputs: TesseractInputs
+
+
+class TesseractJacobian(TesseractApply):
+    """A question about the Jacobian."""
+
+    jac_inputs: list[Literal["x"]]
+    jac_outputs: list[Literal["value"]]
+
+
+class TesseractJvp(TesseractApply):
+    """A question about the Jacobian times a vector."""
+
+    jvp_inputs: list[Literal["x"]]
+    jvp_outputs: list[Literal["value"]]
+    tangent_vector: dict[Literal["x"], TesseractArray]
+
+
+class TesseractVjp(TesseractApply):
+    """A question about a vector times the Jacobian."""
+
+    vjp_inputs: list[Literal["x"]]
+    vjp_outputs: list[Literal["value"]]
+    cotangent_vector: dict[Literal["value"], TesseractArray]
+
+
+class TesseractShape(BaseModel):
+    """An array without its numbers."""
+
+    shape: list[int]
+    dtype: str
+
+
+class TesseractAbstract(BaseModel):
+    """A question about shapes."""
+
+    inputs: dict[str, Any] = Field(description="As for apply, x with shape and dtype only.")
+
+
+TesseractShapes = dict[str, TesseractShape]
+TesseractOutputs = dict[str, TesseractArray]
+TesseractJacobians = dict[str, TesseractOutputs]
+
+
+class TesseractError(BaseModel):
+    """An error."""
+
+    detail: str
+
+
+class TesseractFault(BaseModel):
+    """The place of a fault, and what was expected there."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+    input: None = None
+
+
+class TesseractFaults(BaseModel):
+    """What does not fit."""
+
+    detail: list[TesseractFault]
 
 
 # Open Inference Protocol v2.

@@ -169,6 +169,7 @@ def with_object(
     application: Application,
     request: messages.Request,
     go_on: Callable[[dict[str, Any], bool], messages.Reply | messages.Cancel],
+    may_have_text: bool = False,
 ) -> messages.Reply | messages.Cancel:
     """Go on with the JSON object in a request's body; a long body is read slice by slice, in a task.
 
@@ -176,13 +177,14 @@ def with_object(
         application: What answers.
         request: The request.
         go_on: Called with the object, and whether it may hold booleans.
+        may_have_text: As for :func:`service.json_reader.read_long_json`.
     """
     body = request.body
     if len(body) <= SHORT_BYTES:
         return go_on(expect_object(read_json(body)), has_booleans(body))
 
     async def read() -> messages.Reply | messages.Cancel:
-        document, may_be_booleans = await read_long_json(body, application.core.settings.max_rows)
+        document, may_be_booleans = await read_long_json(body, application.core.settings.max_rows, may_have_text)
         return go_on(expect_object(document), may_be_booleans)
 
     return application.run(request, read())
