@@ -48,7 +48,7 @@ def test_config_takes_version_and_dtype(zoo: Zoo) -> None:
 
 def test_replies_have_exactly_the_protocols_keys(zoo: Zoo) -> None:
     info = httpx.get(f"{zoo.url}/Info")
-    assert info.text == '{"protocolVersion":1.0,"models":["borehole","peaks","single","steep","vector"]}'
+    assert info.text == '{"protocolVersion":1.0,"models":["borehole","peaks","single","steep","trio","vector"]}'
     bodies = {
         "ModelInfo": {"support": dict.fromkeys(("Evaluate", "Gradient", "ApplyJacobian", "ApplyHessian"), True)},
         "InputSizes": {"inputSizes": [3]},
