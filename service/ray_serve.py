@@ -1,64 +1,124 @@
-"""The same application as a deployment of Ray Serve: placed on GPUs, scaled, checked and replaced by it.
+"""Ray Serve places, scales and supervises our own servers: one on each node that it chooses, on that node's port.
 
     serve deploy deploy/ray/serve.yaml          (on a Ray cluster; docs/deployment.md)
 
-Each replica is a front with its workers, as ``hessquik serve`` starts one, on the GPUs that Ray gave it.
+Requests do not pass through Ray: clients, or a load balancer, ask the nodes' own port. Ray's proxy would take many
+times as long for a small request as the answer itself.
 """
 
 from __future__ import annotations
 
+import asyncio
+import http.client
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.config import AutoscalingContext
 
-from service.app import create_app
-from service.core import Core
-from service.http.asgi import Message, Receive, Scope, Send
-from service.settings import Settings
+from service.settings import PREFIX, Settings
 
-__all__ = ["Replica", "build"]
+__all__ = ["Node", "build", "desired_nodes"]
+
+#: Time between looks while a server starts, and for the answer to one look.
+LOOK_S, ANSWER_S = 0.2, 5.0
+#: Requests in progress on a node above which another node is wanted: batching makes many at once cheap.
+TARGET_REQUESTS = 64
+#: The command ``hessquik``, which drains when the replica is gone, however that came about (PR_SET_PDEATHSIG).
+_RUN = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from service.cli import main; main()"
 
 
 @serve.deployment(name="hessquik")
-@serve.ingress()
-class Replica:
-    """One service in the cluster.
+class Node:
+    """``hessquik serve`` on this node, for as long as Ray keeps the replica.
 
     Args:
         settings: By the names of :class:`~service.settings.Settings`; the node's environment fills the rest.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """Wire the service; its workers start with the application."""
-        self._app = create_app(Settings(**settings))
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """The application that answers this replica's requests."""
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_bytes(message: Message) -> None:
-                # Ray carries messages between processes, which a view of memory cannot be.
-                await send({**message, "body": bytes(message["body"])} if "body" in message else message)
-
-            await self._app(scope, receive, send_bytes)
-
-        return app
-
-    def check_health(self) -> None:
-        """Tell Ray whether to keep this replica.
+        """Start the server and wait until it is ready.
 
         Raises:
-            RuntimeError: its workers cannot be kept alive. A replica that is only busy or loading is kept.
+            RuntimeError: it ended instead; the replica's log has its reason.
         """
-        core: Core = self._app.state.core
-        if core.is_given_up:
-            raise RuntimeError("expected workers that can be kept alive, they die again and again")
+        given = {"host": ray.util.get_node_ip_address(), **settings}  # type: ignore[no-untyped-call]
+        environment = os.environ | {f"{PREFIX}{name.upper()}": str(value) for name, value in given.items()}
+        known = Settings(**given)
+        self._address, self._drain_s = (known.host, known.port), known.drain_s
+        keys = [key.get_secret_value() for key in known.api_keys[:1]]
+        self._headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        command = [sys.executable, "-P", "-c", _RUN, "serve", str(known.models)]
+        self._server = subprocess.Popen(command, env=environment)
+        while _get(self._address, "/readyz", self._headers) is None:
+            self._expect_running()
+            time.sleep(LOOK_S)
+
+    async def check_health(self) -> None:
+        """Tell Ray whether to keep this replica: one that is only busy or loading is kept.
+
+        Raises:
+            RuntimeError: the server ended, or its event loop does not answer.
+        """
+        self._expect_running()
+        if await self._ask("/livez") is None:
+            raise RuntimeError("expected an answer to GET /livez, got none")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the requests in progress here, for :func:`desired_nodes`."""
+        text = await self._ask("/metrics")
+        found = re.search(r"^hessquik_queue_requests (\S+)$", text or "", re.MULTILINE)
+        return {"requests": 0.0 if found is None else float(found[1])}
+
+    async def __del__(self) -> None:
+        """Have the server drain."""
+        self._server.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(self._server.wait, self._drain_s + ANSWER_S)
+
+    def _expect_running(self) -> None:
+        status = self._server.poll()
+        if status is not None:
+            raise RuntimeError(f"hessquik serve ended with status {status}; this replica's log says why")
+
+    async def _ask(self, path: str) -> str | None:
+        """Return what a path of the server answers with 200, else nothing."""
+        return await asyncio.to_thread(_get, self._address, path, self._headers)
 
 
-def build(settings: dict[str, Any]) -> serve.Application:
+def _get(address: tuple[str, int], path: str, headers: dict[str, str]) -> str | None:
+    connection = http.client.HTTPConnection(*address, timeout=ANSWER_S)
+    try:
+        connection.request("GET", path, headers=headers)
+        reply = connection.getresponse()
+        text = reply.read().decode()
+        return text if reply.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def desired_nodes(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """Return how many nodes the requests in progress need; Ray keeps it between the bounds of the configuration.
+
+    Args:
+        context: What Ray knows, with what :meth:`Node.record_autoscaling_stats` returned.
+    """
+    requests = sum((context.aggregated_metrics or {}).get("requests", {}).values())
+    return max(1, math.ceil(requests / TARGET_REQUESTS)), {}
+
+
+def build(args: dict[str, Any]) -> serve.Application:
     """Build the application that the configuration file imports.
 
     Args:
-        settings: ``args`` of the configuration file.
+        args: ``args`` of the configuration file: settings by their names.
     """
-    return Replica.bind(settings)  # type: ignore[attr-defined,no-any-return]
+    return Node.bind(args)  # type: ignore[attr-defined,no-any-return]

@@ -1,6 +1,6 @@
 """Requests and replies over ASGI, in both directions.
 
-``answer`` lets an ASGI server, such as Ray Serve's, ask the application; ``call`` lets the application ask an ASGI
+``answer`` lets an ASGI server ask the application; ``call`` lets the application ask an ASGI
 application, such as FastAPI with its own routes.
 """
 

@@ -14,14 +14,16 @@ import yaml
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
 
-from service.app import OPEN_PATHS
+from service.app import OPEN_PATHS, create_app
 from service.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
 #: The newest and an old one that clusters still run.
 VERSIONS = ("1.37", "1.29")
-MANIFESTS = sorted(path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
-PODS = ("kubernetes/deployment.yaml", "kserve/servingruntime.yaml")
+OVERLAYS = ("cpu", "gpu")
+BASE = sorted(path.name for path in (KUBERNETES / "base").glob("*.yaml") if path.name != "kustomization.yaml")
+PODS = (*OVERLAYS, "kserve/servingruntime.yaml")
 KSERVE = {"servingruntime.yaml": "V1alpha1ServingRuntime", "inferenceservice.yaml": "V1beta1InferenceService"}
 
 
@@ -37,9 +39,35 @@ def kserve_validator(kind: str) -> Draft7Validator:
     return Draft7Validator({"$ref": f"#/$defs/{kind}", "$defs": definitions})
 
 
-@pytest.fixture(name="deployment", scope="module")
-def read_deployment() -> dict[str, Any]:
-    return read(DEPLOY / "kubernetes" / "deployment.yaml")
+def merged(manifest: Any, patch: Any) -> Any:
+    """Return a strategic merge, as Kustomize makes it: lists of named things are merged by name."""
+    if isinstance(manifest, dict) and isinstance(patch, dict):
+        return manifest | {key: merged(manifest.get(key), value) for key, value in patch.items()}
+    if isinstance(manifest, list) and isinstance(patch, list) and all("name" in one for one in [*manifest, *patch]):
+        changed = {one["name"]: one for one in manifest}
+        for one in patch:
+            changed[one["name"]] = merged(changed.get(one["name"]), one)
+        return list(changed.values())
+    return copy.deepcopy(patch)
+
+
+def render(overlay: str) -> dict[str, Any]:
+    """Return the deployment that an overlay makes."""
+    kustomization = read(KUBERNETES / overlay / "kustomization.yaml")
+    assert kustomization["resources"] == ["../base"]
+    deployment = read(KUBERNETES / "base" / "deployment.yaml")
+    for patch in kustomization.get("patches", []):
+        deployment = merged(deployment, read(KUBERNETES / overlay / patch["path"]))
+    (image,) = kustomization["images"]
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == image["name"]
+    container["image"] = f"{image['newName']}:{image['newTag']}"
+    return deployment
+
+
+@pytest.fixture(name="deployment", scope="module", params=OVERLAYS)
+def render_deployment(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return render(request.param)
 
 
 @pytest.fixture(name="container", scope="module")
@@ -48,9 +76,78 @@ def find_container(deployment: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_manifest_fits_the_published_schema(path: Path, version: str) -> None:
-    kubernetes_validate.validate(read(path), version, strict=True)
+@pytest.mark.parametrize("name", BASE, ids=lambda name: name[:-5])
+def test_manifest_fits_the_published_schema(name: str, version: str) -> None:
+    kubernetes_validate.validate(read(KUBERNETES / "base" / name), version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_overlays_make_fits_the_published_schema(deployment: dict[str, Any], version: str) -> None:
+    kubernetes_validate.validate(deployment, version, strict=True)
+
+
+def test_models_may_come_as_an_image_volume() -> None:
+    patch = read(KUBERNETES / "models" / "image-volume.yaml")
+    patched = merged(render("gpu"), patch)
+    kubernetes_validate.validate(patched, VERSIONS[0], strict=True)
+    pod = patched["spec"]["template"]["spec"]
+    assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} >= {"/models", "/tmp"}
+    assert [volume["name"] for volume in pod["volumes"]] == ["keys", "tmp", "models"]
+
+
+def test_gpu_overlay_asks_for_a_gpu_and_needs_no_spare_one() -> None:
+    cpu, gpu = render("cpu"), render("gpu")
+    limits = [one["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] for one in (cpu, gpu)]
+    assert ["nvidia.com/gpu" in limit for limit in limits] == [False, True]
+    assert cpu["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert gpu["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    devices = [one["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"] for one in (cpu, gpu)]
+    assert devices == ["cpu", "cuda"]
+
+
+def test_keys_come_as_files_that_the_service_reads_again(
+    deployment: dict[str, Any], container: dict[str, Any]
+) -> None:
+    (folder,) = [one["value"] for one in container["env"] if one["name"] == "HESSQUIK_SECRETS"]
+    (mount,) = [one for one in container["volumeMounts"] if one["mountPath"] == folder]
+    assert "subPath" not in mount, "a file that is mounted alone does not follow its secret"
+    (volume,) = [one for one in deployment["spec"]["template"]["spec"]["volumes"] if one["name"] == mount["name"]]
+    names = {one["path"].removeprefix("hessquik_") for one in volume["secret"]["items"]}
+    assert names == {"api_keys", "admin_keys"} <= Settings.model_fields.keys()
+    assert volume["secret"]["optional"]
+
+
+def test_network_policy_lets_the_port_in_and_nothing_out(
+    deployment: dict[str, Any], container: dict[str, Any]
+) -> None:
+    spec = read(KUBERNETES / "base" / "networkpolicy.yaml")["spec"]
+    assert spec["podSelector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert (spec["policyTypes"], spec["egress"]) == (["Ingress", "Egress"], [])
+    (rule,) = spec["ingress"]
+    assert {port["port"] for port in rule["ports"]} == {port["name"] for port in container["ports"]}
+
+
+def test_autoscaler_follows_a_metric_that_the_service_has_and_the_adapter_passes_on() -> None:
+    metrics = read(KUBERNETES / "base" / "horizontalpodautoscaler.yaml")["spec"]["metrics"]
+    (name,) = [one["pods"]["metric"]["name"] for one in metrics if one["type"] == "Pods"]
+    (rule,) = read(KUBERNETES / "monitoring" / "adapter-values.yaml")["rules"]["custom"]
+    assert rule["name"]["matches"] == name
+    assert rule["seriesQuery"].startswith(name + "{")
+    core = create_app(Settings(device="cpu")).core
+    assert f"\n{name} 0.0\n" in core.metrics.text().decode()
+
+
+def test_pod_monitor_scrapes_the_pods_under_the_name_that_the_rules_know(
+    deployment: dict[str, Any], container: dict[str, Any]
+) -> None:
+    monitor = read(KUBERNETES / "monitoring" / "podmonitor.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"] == labels
+    assert labels[monitor["spec"]["jobLabel"]] == "hessquik"
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in container["ports"]}
+    assert endpoint["path"] == "/metrics"
 
 
 def test_kubernetes_schema_refuses_an_unknown_field(deployment: dict[str, Any]) -> None:
@@ -85,15 +182,14 @@ def test_kserve_schema_refuses_an_unknown_field(name: str, path: tuple[str | int
 
 
 def test_kustomization_lists_every_manifest() -> None:
-    listed = read(DEPLOY / "kubernetes" / "kustomization.yaml")["resources"]
-    assert sorted(listed) == [path.name for path in MANIFESTS]
+    assert sorted(read(KUBERNETES / "base" / "kustomization.yaml")["resources"]) == BASE
 
 
 @pytest.mark.parametrize(
     "name", ["service.yaml", "poddisruptionbudget.yaml", "horizontalpodautoscaler.yaml"], ids=lambda name: name[:-5]
 )
 def test_manifest_points_at_the_deployment(name: str, deployment: dict[str, Any], container: dict[str, Any]) -> None:
-    spec = read(DEPLOY / "kubernetes" / name)["spec"]
+    spec = read(KUBERNETES / "base" / name)["spec"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     match name:
         case "service.yaml":
@@ -109,8 +205,9 @@ def test_manifest_points_at_the_deployment(name: str, deployment: dict[str, Any]
 
 
 def find_pod(name: str) -> dict[str, Any]:
-    spec = read(DEPLOY / name)["spec"]
-    return spec.get("template", {}).get("spec", spec)
+    if name in OVERLAYS:
+        return render(name)["spec"]["template"]["spec"]
+    return read(DEPLOY / name)["spec"]
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -139,13 +236,22 @@ def test_pod_is_confined(name: str) -> None:
     assert context["readOnlyRootFilesystem"]
     assert not context["allowPrivilegeEscalation"]
     assert context["capabilities"] == {"drop": ["ALL"]}
-    assert container["resources"]["limits"].keys() >= {"memory", "nvidia.com/gpu"}
+    seccomp = context["seccompProfile"]
+    assert seccomp == {"type": "RuntimeDefault"}
+    assert container["resources"]["limits"].keys() - {"nvidia.com/gpu"} == {"memory"}
     assert {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")} == {"/tmp"}
 
 
 def test_grace_period_outlasts_the_drain(deployment: dict[str, Any], container: dict[str, Any]) -> None:
     pause_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > pause_s + Settings().drain_s
+
+
+def test_grace_period_of_kserve_outlasts_the_drain() -> None:
+    container = find_pod("kserve/servingruntime.yaml")["containers"][0]
+    pause_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    predictor = read(DEPLOY / "kserve" / "inferenceservice.yaml")["spec"]["predictor"]
+    assert predictor["terminationGracePeriodSeconds"] > pause_s + Settings().drain_s
 
 
 def test_service_links_cannot_overwrite_settings(deployment: dict[str, Any]) -> None:

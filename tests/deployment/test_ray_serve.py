@@ -1,14 +1,16 @@
-"""The service on a Ray cluster of two nodes: right numbers, and nothing lost when a node dies under load."""
+"""The shipped Ray application on a cluster of two nodes, with the shipped balancer before them."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import threading
+import asyncio
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,69 +20,47 @@ import yaml
 
 import hessquik
 from service.client import Client
+from service.loadtest import build_load, run
 from service.settings import Settings
 from tests import oracle
-from tests.live import ROOT
+from tests.deployment.balanced import Balancer
+from tests.deployment.load import CALLS, POINTS, WAIT_S, Load, hessian, is_close
+from tests.deployment.two_nodes import FIRST, SECOND, TwoNodes
+from tests.live import ROOT, LiveServer
+from tests.whole import Note
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
+]
 
 CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
 QUANTITIES = ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
 TOLERANCE = 1e-10
-CLIENTS = 4
-#: Calls that every client makes before the node is killed, and after.
-CALLS = 25
-START_S = 150.0
 
 
-class TwoNodes:
-    """The process that runs the cluster, and where the service answers."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log.open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deployment.two_nodes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=ROOT,
-        )
-        watchdog = threading.Timer(START_S, self._process.kill)
-        watchdog.start()
-        self.url = self._read()
-        watchdog.cancel()
-        assert self.url.startswith("http"), log.read_text()[-4000:]
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def kill_a_node(self) -> None:
-        """Kill all processes of a node at once, as a power cut would."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("kill\n")
-        self._process.stdin.flush()
-        assert self._read() == "killed"
-
-    def close(self) -> None:
-        """End everything."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        finally:
-            self._process.kill()
-            self._process.stdout.close()
-            self._log.close()
+@pytest.fixture(name="models", scope="module")
+def copy_models(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for path in shipped_models.glob("*.safetensors"):
+        shutil.copy(path, folder)
+    return folder
 
 
 @pytest.fixture(name="cluster", scope="module")
-def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
-    cluster = TwoNodes(tmp_path_factory.mktemp("ray") / "log")
-    yield cluster
-    cluster.close()
+def start_cluster(models: Path) -> Iterator[TwoNodes]:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        TwoNodes(models, Path(folder)) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture(name="balancer", scope="module")
+def start_balancer(cluster: TwoNodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balancer]:
+    addresses = [f"{address}:{cluster.port}" for address in (FIRST, SECOND)]
+    with Balancer(addresses[0], addresses[1], tmp_path_factory.mktemp("haproxy") / "log") as balancer:
+        yield balancer
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray's own code, when it is imported
@@ -88,78 +68,128 @@ def test_configuration_file_is_what_serve_takes() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(CONFIG)
-    (deployment,) = schema.applications[0].deployments
+    (application,) = schema.applications
+    (deployment,) = application.deployments
     assert deployment.ray_actor_options.num_gpus == 1
+    assert deployment.max_replicas_per_node == 1, "the servers of a node would want the same port"
     assert deployment.graceful_shutdown_timeout_s > Settings().drain_s
-    assert schema.http_options.request_timeout_s > Settings().max_deadline_ms / 1000
-    assert deployment.max_ongoing_requests > Settings().max_queue_requests
-    assert Settings.model_fields.keys() >= CONFIG["applications"][0]["args"]["settings"].keys()
+    assert schema.proxy_location == "Disabled"
+    assert Settings.model_fields.keys() >= application.args.keys()
+    assert application.args["watch_s"] > 0, "new files of models would need a deployment"
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own code, when it is imported
+@pytest.mark.parametrize(
+    ("requests", "nodes"),
+    [({}, 1), ({"a": 0.0}, 1), ({"a": 64.0}, 1), ({"a": 64.0, "b": 1.0}, 2), ({"a": 999.0}, 16)],
+)
+def test_requests_in_progress_say_how_many_nodes_are_wanted(requests: dict[str, float], nodes: int) -> None:
+    from service.ray_serve import desired_nodes
+
+    context: Any = SimpleNamespace(aggregated_metrics={"requests": requests})
+    assert desired_nodes(context)[0] == nodes
 
 
 @pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "models").glob("*.safetensors")))
-def test_cluster_answers_every_quantity(name: str, cluster: TwoNodes, shipped_models: Path) -> None:
-    network = hessquik.load(shipped_models / f"{name}.safetensors").double()
-    random = np.random.default_rng(8)
-    x, v = random.uniform(-1, 1, (5, network.dim_input())), random.normal(size=(2, network.dim_input()))
-    with Client(cluster.url) as client:
-        answer = client.model(name).evaluate(x, QUANTITIES, directions=v, dtype="float64")
-    f, df, d2f = oracle.derivatives(network, torch.from_numpy(x))
-    k = torch.from_numpy(v)
-    expected = {
-        "value": f,
-        "gradient": df,
-        "hessian": d2f,
-        "laplacian": torch.einsum("nddm->nm", d2f),
-        "hessian_diagonal": torch.einsum("nddm->ndm", d2f),
-        "jvp": torch.einsum("ndm,kd->nkm", df, k),
-        "hvp": torch.einsum("ndem,ke->nkdm", d2f, k),
-        "curvature": torch.einsum("ndem,kd,ke->nkm", d2f, k, k),
-    }
-    for quantity, tensor in expected.items():
-        assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, quantity
+@pytest.mark.parametrize("address", [FIRST, SECOND])
+def test_each_node_answers_every_quantity(address: str, cluster: TwoNodes, models: Path, note: Note) -> None:
+    note(f"two nodes were ready after {cluster.started_s:.0f} s")
+    for path in sorted(models.glob("*.safetensors")):
+        network = hessquik.load(path).double()
+        random = np.random.default_rng(8)
+        x, v = random.uniform(-1, 1, (5, network.dim_input())), random.normal(size=(2, network.dim_input()))
+        with Client(cluster.url(address)) as client:
+            answer = client.model(path.stem).evaluate(x, QUANTITIES, directions=v, dtype="float64")
+        f, df, d2f = oracle.derivatives(network, torch.from_numpy(x))
+        k = torch.from_numpy(v)
+        expected = {
+            "value": f,
+            "gradient": df,
+            "hessian": d2f,
+            "laplacian": torch.einsum("nddm->nm", d2f),
+            "hessian_diagonal": torch.einsum("nddm->ndm", d2f),
+            "jvp": torch.einsum("ndm,kd->nkm", df, k),
+            "hvp": torch.einsum("ndem,ke->nkdm", d2f, k),
+            "curvature": torch.einsum("ndem,kd,ke->nkm", d2f, k, k),
+        }
+        for quantity, tensor in expected.items():
+            assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, (path.stem, quantity)
 
 
-def rows_by_replica(cluster: TwoNodes, x: np.ndarray) -> set[float]:
-    """Return the rows that each replica has computed by its own count, after enough calls to reach all of them."""
-    with Client(cluster.url) as client, httpx.Client(base_url=cluster.url) as plain:
-        # An odd number of calls, so that no two replicas have computed the same.
-        for _ in range(41):
-            client.model("peaks").value(x)
-        texts = [plain.get("/metrics").raise_for_status().text for _ in range(40)]
-    return {
-        float(match[1]) for text in texts for match in re.finditer(r"^hessquik_rows_total (.+)$", text, re.MULTILINE)
-    }
+def rate(url: str, seconds: float) -> float:
+    """Return how many one-row requests a second 16 connections get answered."""
+    facts = httpx.get(f"{url}/v1/models/peaks").raise_for_status().json()
+    load = build_load(url, facts, quantities=["hessian"], clients=16, rows=1, seconds=seconds, is_binary=False)
+    tally = asyncio.run(run(load))
+    assert not tally.errors
+    return tally.answers / tally.elapsed_s
 
 
-def test_node_killed_under_load_loses_nothing(cluster: TwoNodes, shipped_models: Path) -> None:
-    network = hessquik.load(shipped_models / "peaks.safetensors").double()
-    x = np.random.default_rng(9).uniform(-1, 1, (8, network.dim_input()))
-    expected = oracle.derivatives(network, torch.from_numpy(x))[2]
-    is_killed = threading.Event()
-    answered, errors = [0] * CLIENTS, []
+def test_requests_do_not_pay_for_ray(cluster: TwoNodes, models: Path, note: Note) -> None:
+    """Within 1.5 times of a server without Ray, asked in turns; the best of each counts."""
+    with LiveServer(models) as plain:
+        urls = (cluster.url(FIRST), plain.url)
+        rounds = [[rate(url, 0.5) for url in urls] for _ in range(4)]
+    placed, alone = (max(rates) for rates in zip(*rounds, strict=True))
+    note(f"16 connections, one row: {placed:.0f}/s under Ray, {alone:.0f}/s without")
+    assert placed > alone / 1.5
 
-    def keep_asking(client_index: int) -> None:
+
+def test_model_is_replaced_under_load_without_a_404(cluster: TwoNodes, balancer: Balancer, models: Path) -> None:
+    """A file is replaced; every answer is the old network's or the new one's, and at last both nodes have the new."""
+    old = hessian(models / "peaks.safetensors")
+    network = hessquik.load(models / "peaks.safetensors")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.01)
+    hessquik.save(network, models / "new.partial")
+    new = hessian(models / "new.partial")
+    assert not is_close(old, new)
+    load = Load(balancer.url, lambda found: is_close(found, old) or is_close(found, new))
+    load.wait(CALLS)
+    (models / "new.partial").rename(models / "peaks.safetensors")
+    deadline = time.monotonic() + WAIT_S
+    for address in (FIRST, SECOND):
+        while True:
+            reply = httpx.post(
+                f"{cluster.url(address)}/v1/models/peaks/hessian", json={"inputs": POINTS, "dtype": "float64"}
+            )
+            if is_close(np.array(reply.raise_for_status().json()["hessian"]), new):
+                break
+            assert time.monotonic() < deadline, "the new network is served"
+            time.sleep(0.1)
+    load.wait(CALLS)
+    assert load.end().keys() == {"200"}
+
+
+def test_server_that_is_killed_is_started_again(cluster: TwoNodes, balancer: Balancer, models: Path) -> None:
+    expected = hessian(models / "peaks.safetensors")
+    load = Load(balancer.url, lambda found: is_close(found, expected))
+    load.wait(CALLS)
+    server = cluster.server(cluster.second)
+    server.kill()
+    deadline = time.monotonic() + WAIT_S
+    while True:
         try:
-            with Client(cluster.url, deadline_s=60, retries=20) as client:
-                peaks, calls_left = client.model("peaks"), CALLS
-                while calls_left:
-                    calls_left -= is_killed.is_set()
-                    hessian = peaks.evaluate(x, ["hessian"], dtype="float64")["hessian"]
-                    assert oracle.difference(torch.from_numpy(hessian), expected) <= TOLERANCE
-                    answered[client_index] += 1
-        except BaseException as error:
-            errors.append(error)
+            if httpx.get(f"{cluster.url(SECOND)}/readyz").status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, cluster.log()
+        time.sleep(0.2)
+    assert cluster.server(cluster.second).pid != server.pid
+    load.wait(CALLS)
+    assert load.end().keys() <= {"200", "503"}
 
-    assert len(rows_by_replica(cluster, x)) == 2
-    threads = [threading.Thread(target=keep_asking, args=(index,)) for index in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    while min(answered) < CALLS and not errors:
-        time.sleep(0.02)
-    cluster.kill_a_node()
-    is_killed.set()
-    for thread in threads:
-        thread.join(120)
-    assert not errors
-    assert min(answered) >= 2 * CALLS
+
+def test_node_killed_under_load_costs_plain_clients_nothing(
+    cluster: TwoNodes, balancer: Balancer, models: Path, note: Note
+) -> None:
+    expected = hessian(models / "peaks.safetensors")
+    load = Load(balancer.url, lambda found: is_close(found, expected))
+    load.wait(CALLS)
+    cluster.kill(cluster.second)
+    load.wait(2 * CALLS)
+    statuses = load.end()
+    note(f"a node was killed: {json.dumps(statuses)}")
+    assert statuses.keys() <= {"200", "503"}

@@ -1,75 +1,112 @@
-"""Runs the service on a Ray cluster of two nodes on this machine, as a process that a test talks to by lines.
-
-It says where the service answers; told ``kill``, it ends the second node as a power cut would and says ``killed``;
-at the end of its input it ends everything. A process of its own, since Ray reads its environment when it is imported
-and leaves threads behind.
-"""
+"""A Ray cluster of two nodes on this machine, each with a loopback address of its own, as ``ray start`` makes it."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import socket
+import subprocess
 import sys
-from typing import Any
+import time
+from pathlib import Path
+from types import TracebackType
 
-import yaml
+import httpx
+import psutil
 
+from tests.deployment.balanced import free_ports
 from tests.live import ROOT
 
-HOST = "127.0.0.1"
-CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+#: The second one does not hold Ray's own controller.
+FIRST, SECOND = "127.0.0.3", "127.0.0.2"
+START_S = 150.0
+BIN = Path(sys.executable).parent
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+class TwoNodes:
+    """Two nodes, on which ``serve deploy`` has put the shipped application.
+
+    Args:
+        models: What they serve.
+        folder: For logs and Ray's own files; sockets are in it, so its path has to be short.
+    """
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        gcs, dashboard, client, *agents, self.port = free_ports(6, FIRST)
+        # Ports from 10,002 to 19,999 are for Ray's workers; those of the system come from above.
+        self._log_path = folder / "log"
+        self._log = self._log_path.open("w")
+        self._environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # two nodes on loopback addresses
+            "HESSQUIK_MODELS": str(models),
+            "HESSQUIK_PORT": str(self.port),
+        }
+        head = ["--head", "--port", gcs, "--dashboard-host", FIRST, "--dashboard-port", dashboard]
+        head += ["--ray-client-server-port", client, "--temp-dir", folder / "ray"]
+        self._dashboard = f"http://{FIRST}:{dashboard}"
+        began = time.monotonic()
+        self.first = self._start(FIRST, agents[0], *head)
+        self._await(f"{self._dashboard}/api/version", began)
+        self.second = self._start(SECOND, agents[1], "--address", f"{FIRST}:{gcs}")
+        done = subprocess.run(
+            [BIN / "serve", "deploy", ROOT / "deploy" / "ray" / "serve.yaml", "--address", self._dashboard],
+            env=self._environment, stdout=self._log, stderr=self._log, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, self.log()
+        for address in (FIRST, SECOND):
+            self._await(f"{self.url(address)}/readyz", began)
+        self.started_s = time.monotonic() - began
+
+    def url(self, address: str) -> str:
+        """Return where a node's server answers."""
+        return f"http://{address}:{self.port}"
+
+    def log(self) -> str:
+        """Return the end of what Ray said."""
+        return self._log_path.read_text()[-4000:]
+
+    def server(self, node: psutil.Process) -> psutil.Process:
+        """Return the process of a node's server."""
+        return next(one for one in node.children(recursive=True) if "serve" in _arguments(one))
+
+    def _start(self, address: str, agent: int, *arguments: object) -> psutil.Process:
+        resources = ["--num-cpus", 2, "--num-gpus", 1, "--dashboard-agent-listen-port", agent]
+        command = [BIN / "ray", "start", "--block", "--node-ip-address", address, *resources, *arguments]
+        return psutil.Popen(list(map(str, command)), env=self._environment, stdout=self._log, stderr=self._log)
+
+    def _await(self, url: str, began: float) -> None:
+        while True:
+            try:
+                if httpx.get(url, timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            assert time.monotonic() - began < START_S, self.log()
+            time.sleep(0.2)
+
+    def kill(self, node: psutil.Process) -> None:
+        """Kill all processes of a node at once, as a power cut would."""
+        if node.is_running():
+            for process in [*node.children(recursive=True), node]:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            node.wait()
+
+    def __enter__(self) -> TwoNodes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in (self.second, self.first):
+            self.kill(node)
+        self._log.close()
 
 
-def describe_node() -> dict[str, Any]:
-    """A node on the loopback. Ports that are given need not be waited for, which takes long on a busy machine."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    return dict(zip(names, free_ports(len(names)), strict=True)) | {"num_cpus": 2, "node_ip_address": HOST}
-
-
-def main() -> None:
-    """Start, obey, end."""
-    # Ray writes to standard output now and then: what the test reads has a way of its own.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray's own switch between the loopback and the machine's address.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Else this machine's replica would answer everything, and the one to be killed nothing.
-    os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
-    import ray
-    from ray import serve
-    from ray.cluster_utils import Cluster
-
-    from service.ray_serve import Replica
-
-    # As the configuration file says, but for GPUs and scaling: one replica on each node.
-    (deployment,) = CONFIG["applications"][0]["deployments"]
-    options = {name: value for name, value in deployment.items() if name not in {"name", "autoscaling_config"}}
-    options |= {"num_replicas": 2, "max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 1}}
-    cluster = Cluster(initialize_head=True, head_node_args=describe_node() | {"include_dashboard": False})
-    other = cluster.add_node(**describe_node())
-    ray.init(address=cluster.address, _node_ip_address=HOST, logging_level=logging.ERROR, log_to_driver=False)
-    (port,) = free_ports(1)
-    serve.start(http_options={"host": HOST, "port": port, "location": "HeadOnly"})
-    serve.run(Replica.options(**options).bind({"models": ROOT / "models", "device": "cpu"}), route_prefix="/")
-    replies.write(f"http://{HOST}:{port}\n")
-    for line in sys.stdin:
-        assert line == "kill\n", line
-        cluster.remove_node(other, allow_graceful=False)
-        replies.write("killed\n")
-    ray.shutdown()
-    cluster.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []

@@ -1,0 +1,65 @@
+"""HAProxy with the shipped configuration, before the servers of a test."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tests.live import ROOT
+
+CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
+HOST = "127.0.0.1"
+
+
+def free_ports(count: int, host: str = HOST) -> list[int]:
+    """Return ports that nobody listens on, all of them different."""
+    probes = [socket.create_server((host, 0)) for _ in range(count)]
+    try:
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+class Balancer:
+    """HAProxy before two servers.
+
+    Args:
+        first: Address and port of a server.
+        second: Of the other one.
+        log: File for what it says.
+    """
+
+    def __init__(self, first: str, second: str, log: Path) -> None:
+        (port,) = free_ports(1)
+        self.url = f"http://{HOST}:{port}"
+        self._log = log.open("w")
+        environment = os.environ | {"LISTEN": f"{HOST}:{port}", "NODE1": first, "NODE2": second}
+        self._process = subprocess.Popen(
+            ["haproxy", "-db", "-f", CONFIG], env=environment, stdout=self._log, stderr=subprocess.STDOUT
+        )
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex((HOST, port)) == 0:
+                    return
+            time.sleep(0.05)
+        self.close()
+        raise AssertionError(log.read_text())
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Balancer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
