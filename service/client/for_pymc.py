@@ -1,0 +1,154 @@
+"""Models of the service in PyTensor's graphs, and so in PyMC: with exact gradients and Hessian-vector products.
+
+    flow = remote_function(client.model("borehole"))
+    with pymc.Model():
+        x = …                                     # (d,) or (n, d)
+        pymc.Normal("observed", mu=flow(x)[0], sigma=2.0, observed=80.0)
+        pymc.sample(cores=1)                      # a client belongs to one process
+
+Value and gradient at a point are one request. Chains that move together may ask for all their points at once: (n, d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytensor.tensor as pt
+from pytensor.gradient import grad_not_implemented
+from pytensor.graph.basic import Apply
+from pytensor.graph.op import Op
+
+from service.client.client import Model
+from service.client.memo import LastPoint
+from service.domain import Outside
+
+__all__ = ["remote_function"]
+
+
+def remote_function(model: Model, outside: Outside | None = None) -> Callable[[Any], Any]:
+    """Return f as a function of PyTensor variables: (d,) → (m,), (n, d) → (n, m).
+
+    It can be differentiated twice: its gradients are exact, and so are products of its Hessians with vectors
+    (``pytensor.gradient.hessian_vector_product``).
+
+    Args:
+        model: The model, which is asked for its sizes at once.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
+
+    Raises:
+        ValueError: when called with a variable that is no vector or matrix of d columns.
+    """
+    model = model.with_options(outside=outside)
+    facts = model.describe()
+    value = _Value(model, int(facts["d"]), int(facts["m"]))
+
+    def f(x: Any) -> Any:
+        x = pt.as_tensor_variable(x).astype("float64")
+        if x.ndim not in (1, 2) or x.type.shape[-1] not in (None, value.d):
+            raise ValueError(f"x: expected shape ({value.d}) or (n, {value.d}), got {x.type.shape}")
+        return value(x)
+
+    return f
+
+
+class _Remote(Op):  # type: ignore[misc]
+    """An operation on float64 variables whose first is x, (…, d); all of them ask one model.
+
+    Args:
+        model: The model.
+        d: Its inputs.
+        m: Its outputs.
+        at: The last point's value and gradient.
+    """
+
+    def __init__(self, model: Model, d: int, m: int, at: LastPoint | None = None) -> None:
+        """Ask nothing yet."""
+        self.model, self.d, self.m = model, d, m
+        self.at = LastPoint(model, ("value", "gradient")) if at is None else at
+
+    def make_node(self, *inputs: Any) -> Apply:
+        """Apply the operation."""
+        x, *others = (pt.as_tensor_variable(one) for one in inputs)
+        return Apply(self, [x, *others], [pt.tensor(dtype="float64", shape=(*x.type.shape[:-1], self.width()))])
+
+    def perform(self, node: Apply, inputs: Sequence[Any], outputs: Any) -> None:
+        """Compute the result."""
+        outputs[0][0] = np.ascontiguousarray(self.compute(*inputs), np.float64)
+
+    def infer_shape(self, _: Any, node: Apply, shapes: Sequence[Any]) -> list[Any]:
+        """Return the result's shape."""
+        return [(*shapes[0][:-1], self.width())]
+
+    def other(self, kind: type[_Remote]) -> _Remote:
+        """Return another operation on the same model."""
+        return kind(self.model, self.d, self.m, self.at)
+
+    def width(self) -> int:
+        """Return the length of the result's last axis."""
+        return self.d
+
+    def compute(self, *inputs: Any) -> Any:
+        """Return the result."""
+        raise NotImplementedError
+
+
+class _Value(_Remote):
+    """f(x), (…, m)."""
+
+    def width(self) -> int:
+        return self.m
+
+    def compute(self, x: Any) -> Any:
+        return self.at(x)["value"]
+
+    def L_op(self, inputs: Sequence[Any], outputs: Any, given: Sequence[Any]) -> list[Any]:  # noqa: N802
+        """Return Σ_j w_j ∂f_j/∂x."""
+        return [self.other(_Gradient)(inputs[0], given[0])]
+
+    def R_op(self, inputs: Sequence[Any], directions: Sequence[Any]) -> list[Any]:  # noqa: N802
+        """Return J v."""
+        return [None if directions[0] is None else self.other(_Along)(inputs[0], directions[0])]
+
+
+class _Gradient(_Remote):
+    """Σ_j w_j ∂f_j/∂x, (…, d), for x and w, (…, m)."""
+
+    def compute(self, x: Any, weights: Any) -> Any:
+        return np.einsum("...am,...m->...a", self.at(x)["gradient"], weights)
+
+    def L_op(self, inputs: Sequence[Any], outputs: Any, given: Sequence[Any]) -> list[Any]:  # noqa: N802
+        """Return H_w v and J v."""
+        x, weights = inputs
+        return [self.other(_HessianProduct)(x, weights, given[0]), self.other(_Along)(x, given[0])]
+
+
+class _Along(_Remote):
+    """J v, (…, m), for x and v, (…, d)."""
+
+    def width(self) -> int:
+        return self.m
+
+    def compute(self, x: Any, v: Any) -> Any:
+        return np.einsum("...am,...a->...m", self.at(x)["gradient"], v)
+
+    def L_op(self, inputs: Sequence[Any], outputs: Any, given: Sequence[Any]) -> list[Any]:  # noqa: N802
+        """Return H_w v and Σ_j w_j ∂f_j/∂x."""
+        x, v = inputs
+        return [self.other(_HessianProduct)(x, given[0], v), self.other(_Gradient)(x, given[0])]
+
+
+class _HessianProduct(_Remote):
+    """Σ_j w_j ∂²f_j/∂x² v, (…, d), for x, w, (…, m), and v, (…, d)."""
+
+    def compute(self, x: Any, weights: Any, v: Any) -> Any:
+        found = self.model.hvp(x, v[..., None, :], weights=weights, dtype=np.float64)
+        return found[..., 0, :, 0]
+
+    def L_op(self, inputs: Sequence[Any], outputs: Any, given: Sequence[Any]) -> list[Any]:  # noqa: N802
+        """Say that there are no third derivatives."""
+        return [
+            grad_not_implemented(self, i, one, "networks are served with two derivatives")
+            for i, one in enumerate(inputs)
+        ]
