@@ -4,7 +4,7 @@ They are written from additions, products, divisions and bits, so that one sourc
 interpreter; only sine and cosine, whose reduction of large arguments takes long tables, are the compiler's. Each docstring
 gives the formula; ulp is the distance between neighbouring numbers.
 
-Triton contracts a product and a sum to one rounding; the formulas hold either way.
+Products and sums are rounded one by one, except in polynomials, where each term takes one rounding (the interpreter's two).
 """
 
 # mypy: ignore-errors
@@ -22,8 +22,6 @@ __all__ = [
     "log",
     "log1p",
     "ndtr",
-    "plain_product",
-    "rounded_product",
     "sigmoid",
     "square_root",
     "tanh",
@@ -40,27 +38,21 @@ def divide(a, b):
 
 
 @triton.jit
-def rounded_product(a, b):
-    """A b, rounded, also where a sum follows."""
-    if a.dtype == tl.float64:
-        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
-    else:
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
-
-
-@triton.jit
-def plain_product(a, b):
-    """A b; the interpreter rounds it."""
-    return a * b
-
-
-@triton.jit
 def square_root(x):
     """√x, correctly rounded."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _polynomial(x, coefficients: tl.constexpr):
+    """Return (c₀ x + c₁) x + c₂, and so on, for c₀, c₁, c₂, …."""
+    y = tl.full(x.shape, coefficients[0], x.dtype)
+    for i in tl.static_range(1, len(coefficients)):
+        y = tl.fma(y, x, tl.full(x.shape, coefficients[i], x.dtype))
+    return y
 
 
 @triton.jit
@@ -78,20 +70,26 @@ def _reduced_expm1(x):
     k = tl.floor(x * 1.4426950408889634 + 0.5)
     if x.dtype == tl.float64:
         r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10
-        q = r * (1 / 6227020800) + 1 / 479001600
-        q = q * r + 1 / 39916800
-        q = q * r + 1 / 3628800
-        q = q * r + 1 / 362880
-        q = q * r + 1 / 40320
-        q = q * r + 1 / 5040
+        q = _polynomial(
+            r,
+            (
+                1 / 6227020800,
+                1 / 479001600,
+                1 / 39916800,
+                1 / 3628800,
+                1 / 362880,
+                1 / 40320,
+                1 / 5040,
+                1 / 720,
+                1 / 120,
+                1 / 24,
+                1 / 6,
+                0.5,
+            ),
+        )
     else:
         r = (x - k * 0.693359375) + k * 2.12194440054690583e-4
-        q = r * (1 / 40320) + 1 / 5040
-    q = q * r + 1 / 720
-    q = q * r + 1 / 120
-    q = q * r + 1 / 24
-    q = q * r + 1 / 6
-    q = q * r + 0.5
+        q = _polynomial(r, (1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5))
     return k.to(tl.int32), r + r * r * q
 
 
@@ -144,18 +142,9 @@ def _log_of_normal(x):
     s = divide(f, f + 2.0)
     z = s * s
     if x.dtype == tl.float64:
-        series = z * (2 / 23) + 2 / 21
-        series = series * z + 2 / 19
-        series = series * z + 2 / 17
-        series = series * z + 2 / 15
-        series = series * z + 2 / 13
-        series = series * z + 2 / 11
+        series = _polynomial(z, (2 / 23, 2 / 21, 2 / 19, 2 / 17, 2 / 15, 2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
     else:
-        series = z * (2 / 13) + 2 / 11
-    series = series * z + 2 / 9
-    series = series * z + 2 / 7
-    series = series * z + 2 / 5
-    series = series * z + 2 / 3
+        series = _polynomial(z, (2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
     half = 0.5 * f * f
     if x.dtype == tl.float64:
         low = s * (half + series * z) + k * 1.90821492927058770002e-10
@@ -209,14 +198,19 @@ def sigmoid(x):
 def _erf_near_zero(x):
     """Erf x for |x| ≤ 0.46875: x times a quotient of polynomials in x²."""
     z = x * x
-    a = z * 1.85777706184603153e-1 + 3.16112374387056560
-    a = a * z + 1.13864154151050156e2
-    a = a * z + 3.77485237685302021e2
-    a = a * z + 3.20937758913846947e3
-    b = z + 2.36012909523441209e1
-    b = b * z + 2.44024637934444173e2
-    b = b * z + 1.28261652607737228e3
-    b = b * z + 2.84423683343917062e3
+    a = _polynomial(
+        z,
+        (
+            1.85777706184603153e-1,
+            3.16112374387056560,
+            1.13864154151050156e2,
+            3.77485237685302021e2,
+            3.20937758913846947e3,
+        ),
+    )
+    b = _polynomial(
+        z, (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3)
+    )
     return x * divide(a, b)
 
 
@@ -228,35 +222,59 @@ def _erfc_of_positive(y):
     its rounding error would be that of the exponent: y² = c² + (y − c)(y + c) with c = y to a sixteenth.
     """
     y = _within(y, 0.46875, 30.0)
-    a = y * 2.15311535474403846e-8 + 5.64188496988670089e-1
-    a = a * y + 8.88314979438837594
-    a = a * y + 6.61191906371416295e1
-    a = a * y + 2.98635138197400131e2
-    a = a * y + 8.81952221241769090e2
-    a = a * y + 1.71204761263407058e3
-    a = a * y + 2.05107837782607147e3
-    a = a * y + 1.23033935479799725e3
-    b = y + 1.57449261107098347e1
-    b = b * y + 1.17693950891312499e2
-    b = b * y + 5.37181101862009858e2
-    b = b * y + 1.62138957456669019e3
-    b = b * y + 3.29079923573345963e3
-    b = b * y + 4.36261909014324716e3
-    b = b * y + 3.43936767414372164e3
-    b = b * y + 1.23033935480374942e3
+    a = _polynomial(
+        y,
+        (
+            2.15311535474403846e-8,
+            5.64188496988670089e-1,
+            8.88314979438837594,
+            6.61191906371416295e1,
+            2.98635138197400131e2,
+            8.81952221241769090e2,
+            1.71204761263407058e3,
+            2.05107837782607147e3,
+            1.23033935479799725e3,
+        ),
+    )
+    b = _polynomial(
+        y,
+        (
+            1.0,
+            1.57449261107098347e1,
+            1.17693950891312499e2,
+            5.37181101862009858e2,
+            1.62138957456669019e3,
+            3.29079923573345963e3,
+            4.36261909014324716e3,
+            3.43936767414372164e3,
+            1.23033935480374942e3,
+        ),
+    )
     near = divide(a, b)
     one = tl.full(y.shape, 1.0, y.dtype)
     z = divide(one, y * y)
-    a = z * 1.63153871373020978e-2 + 3.05326634961232344e-1
-    a = a * z + 3.60344899949804439e-1
-    a = a * z + 1.25781726111229246e-1
-    a = a * z + 1.60837851487422766e-2
-    a = a * z + 6.58749161529837803e-4
-    b = z + 2.56852019228982242
-    b = b * z + 1.87295284992346047
-    b = b * z + 5.27905102951428412e-1
-    b = b * z + 6.05183413124413191e-2
-    b = b * z + 2.33520497626869185e-3
+    a = _polynomial(
+        z,
+        (
+            1.63153871373020978e-2,
+            3.05326634961232344e-1,
+            3.60344899949804439e-1,
+            1.25781726111229246e-1,
+            1.60837851487422766e-2,
+            6.58749161529837803e-4,
+        ),
+    )
+    b = _polynomial(
+        z,
+        (
+            1.0,
+            2.56852019228982242,
+            1.87295284992346047,
+            5.27905102951428412e-1,
+            6.05183413124413191e-2,
+            2.33520497626869185e-3,
+        ),
+    )
     far = divide(5.6418958354775628695e-1 - z * divide(a, b), y)
     c = tl.floor(y * 16.0) * 0.0625
     return exp(-c * c) * exp(-(y - c) * (y + c)) * tl.where(y <= 4.0, near, far)
@@ -292,28 +310,15 @@ def atan(x):
     t = tl.where(is_upper, divide(t - 1.0, t + 1.0), t)
     z = t * t
     if x.dtype == tl.float64:
-        series = z * (-1 / 43) + 1 / 41
-        series = series * z - 1 / 39
-        series = series * z + 1 / 37
-        series = series * z - 1 / 35
-        series = series * z + 1 / 33
-        series = series * z - 1 / 31
-        series = series * z + 1 / 29
-        series = series * z - 1 / 27
-        series = series * z + 1 / 25
-        series = series * z - 1 / 23
-        series = series * z + 1 / 21
+        series = _polynomial(
+            z,
+            (-1 / 43, 1 / 41, -1 / 39, 1 / 37, -1 / 35, 1 / 33, -1 / 31, 1 / 29, -1 / 27, 1 / 25, -1 / 23, 1 / 21,
+             -1 / 19, 1 / 17, -1 / 15, 1 / 13, -1 / 11, 1 / 9, -1 / 7, 1 / 5, -1 / 3),
+        )  # fmt: skip
     else:
-        series = z * (-1 / 23) + 1 / 21
-    series = series * z - 1 / 19
-    series = series * z + 1 / 17
-    series = series * z - 1 / 15
-    series = series * z + 1 / 13
-    series = series * z - 1 / 11
-    series = series * z + 1 / 9
-    series = series * z - 1 / 7
-    series = series * z + 1 / 5
-    series = series * z - 1 / 3
+        series = _polynomial(
+            z, (-1 / 23, 1 / 21, -1 / 19, 1 / 17, -1 / 15, 1 / 13, -1 / 11, 1 / 9, -1 / 7, 1 / 5, -1 / 3)
+        )
     angle = t + t * z * series
     angle = tl.where(is_upper, 0.78539816339744830962 + angle, angle)
     angle = tl.where(is_large, 1.57079632679489661923 - angle, angle)

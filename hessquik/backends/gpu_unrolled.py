@@ -123,11 +123,10 @@ def _fitting(count: int, largest: int) -> int:
 class _Writer:
     """Writes a program's kernel."""
 
-    def __init__(self, program: Program, itemsize: int, rows: int, is_interpreted: bool) -> None:
+    def __init__(self, program: Program, itemsize: int, rows: int) -> None:
         """Begin with nothing written."""
         self.program, self.itemsize, self.rows = program, itemsize, rows
         self.dtype = {4: "tl.float32", 8: "tl.float64"}[itemsize]
-        self.product_of = "gpu_math.plain_product" if is_interpreted else "gpu_math.rounded_product"
         self.lines: list[str] = []
         self.depth = 0
         self.tile_bytes = self.whole(program.tile_size * rows)
@@ -402,13 +401,13 @@ class _Writer:
         if scaling is not None:
             self.put("scaled = total")
             if scaling.alpha != 1.0:
-                self.put(f"scaled = {self.product_of}(scaled, {self.number(scaling.alpha)} + tl.zeros_like(scaled))")
+                self.put(f"scaled *= {self.number(scaling.alpha)}")
             if scaling.by is not None:
-                self.put(f"scaled = {self.product_of}(scaled, {load(scaling.by)})")
+                self.put(f"scaled *= {load(scaling.by)}")
             if scaling.add is not None:
                 self.put(f"more = {load(scaling.add)}")
                 if scaling.add_by is not None:
-                    self.put(f"more = {self.product_of}(more, {load(scaling.add_by)})")
+                    self.put(f"more *= {load(scaling.add_by)}")
                 self.put("scaled += more")
             store(scaling.out, "scaled")
 
@@ -465,7 +464,7 @@ class _Writer:
         """Return the expression of a primitive."""
         nan = "propagate_nan=tl.PropagateNan.ALL"
         known = {
-            "mul": lambda: f"{self.product_of}({x[0]}, {x[1]})",
+            "mul": lambda: f"({x[0]}) * ({x[1]})",
             "add": lambda: f"{x[0]} + ({x[1]})",
             "sub": lambda: f"{x[0]} - ({x[1]})",
             "neg": lambda: f"-({x[0]})",
@@ -496,7 +495,7 @@ class _Writer:
                 self.put(f"x = tl.load({self._at(step.a, 's')}, mask=is_entry, other=0.0)")
                 if step.b is not None:
                     self.put(f"y = tl.load({self._at(step.b, 's')}, mask=is_entry, other=0.0)")
-                    self.put(f"x = {self.product_of}(x, y)")
+                    self.put("x *= y")
                 self.put("total += x")
             self.put(f"tl.store({self._at(step.out)}, total, mask=within)")
 
@@ -571,16 +570,15 @@ class _Deeper:
         self.writer.depth -= 1
 
 
-def source(program: Program, itemsize: int, rows: int, is_interpreted: bool = False) -> Unrolled:
+def source(program: Program, itemsize: int, rows: int) -> Unrolled:
     """Write the kernel of a program.
 
     Args:
         program: The program.
         itemsize: Bytes of a number, 4 or 8.
         rows: Rows of a tile at most.
-        is_interpreted: Whether Triton interprets it on the host.
     """
-    return _Writer(program, itemsize, rows, is_interpreted).write()
+    return _Writer(program, itemsize, rows).write()
 
 
 def made(text: str) -> Any:

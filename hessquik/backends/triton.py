@@ -119,7 +119,7 @@ def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) 
     }
     signature["addresses"] = ("i64",) * CALL_ARRAYS
     source = ASTSource(run_table, signature, constants)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -128,7 +128,7 @@ def compile_unrolled(kernel: Unrolled, arch: int) -> Any:
     signature = {
         name: "i32" if name in {"once", "steps", "rows", "tile_rows"} else "i64" for name in kernel.arguments
     }
-    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
     return triton.compile(
         ASTSource(made(kernel.text), signature, {}), target=GPUTarget("cuda", arch, 32), options=options
     )
@@ -363,7 +363,7 @@ class UnrolledProgram(TritonProgram):
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Unrolling) -> None:
         """Write the kernel and compile it unless it is known."""
         self._sizes = sizes
-        self._source = source(program, dtype.itemsize, sizes.rows, is_interpreted=device.type != "cuda")
+        self._source = source(program, dtype.itemsize, sizes.rows)
         super().__init__(program, dtype, device)
 
     def _write(self) -> Unrolled:  # type: ignore[override]
@@ -425,7 +425,7 @@ def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Dev
     """Return the source of a program's kernel, unless its indices, memory or passages are too many."""
     if sizes.rows * _most_entries(program) > MOST_ENTRIES:
         return None
-    kernel = source(program, dtype.itemsize, sizes.rows, is_interpreted=state.device.type != "cuda")
+    kernel = source(program, dtype.itemsize, sizes.rows)
     is_small = sizes.instances * state.processors * kernel.bytes <= MEMORY_BYTES
     return kernel if is_small and kernel.forms <= MOST_FORMS else None
 
