@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 SERVER := .venv/.installed-server
 KERNEL := $(wildcard hessquik/backends/cpu/*.[ch])
 TARGET ?= cpu
+# A Python with torch for CUDA, triton and, for comparison, JAX.
+GPU_PYTHON ?= python3
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
@@ -13,7 +15,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test bench chaos sanitize check format docs wheels lock image image-test clean
+.PHONY: serve test bench chaos gpu sanitize check format docs wheels lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -60,6 +62,14 @@ bench: $(STAMP)  ## engine and service against their peers; tables and plots int
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
 	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --output build
 	$(BIN)/python -m benchmarks.serving --output build
+
+gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+gpu:  ## on a machine with a GPU: tests, times against JAX and a soak of the service, into build/; under eight minutes
+	mkdir -p build
+	$(GPU_PYTHON) -m pytest tests/gpu -q -n 4 --noconftest -p no:cacheprovider -c /dev/null --rootdir=. \
+		--junitxml build/gpu-tests.xml
+	$(GPU_PYTHON) -m benchmarks.gpu --profile --seconds 120 --output build
+	$(GPU_PYTHON) -m benchmarks.gpu_soak --seconds 120 --output build
 
 docs: $(STAMP)  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -5,8 +5,7 @@ arrays are, which a table holds, and a loop that takes the steps in order. :func
 Triton compiles or interprets. Networks of one architecture share a kernel, also on disk.
 
 Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`, whatever rows a
-row is computed with. How the compiler contracts products and sums differs from kernel to kernel: on a GPU the two
-kernels, or two sizes of a tile, agree up to rounding.
+row is computed with and whatever the size of the tile. The compiler contracts nothing.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 * A plan kernel is made for one program and takes about half the time. :func:`ready_programs` compiles those of the
   plans that it is given, side by side, 5 to 10 seconds each, when a network is loaded.
 
-Both are found in Triton's cache on disk from then on. Their last bits differ, so the kernel of a question is settled
-when a network is loaded, and no request compiles anything.
+Both are found in Triton's cache on disk from then on. Products and sums are rounded one by one in both, so a row's
+bits do not depend on the size of a tile. But the last bits of the two kernels differ, so the kernel of a question is
+settled when a network is loaded, and no request compiles anything.
 
 With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, for tests.
 """
@@ -85,8 +86,8 @@ class Blocks:
 
 
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
-#: Tiles of plan kernels, chosen by measuring on an H200; one size, so that a row's bits do not depend on company.
-UNROLLINGS = {torch.float32: Unrolling(rows=8, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
+#: Tiles of plan kernels, chosen by measuring on an H200.
+UNROLLINGS = {torch.float32: Unrolling(rows=16, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
 #: Passages of a plan kernel at most; each takes about half a second to compile.
 MOST_FORMS = 32
 
