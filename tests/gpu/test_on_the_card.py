@@ -20,7 +20,7 @@ from tests.engine.step_reference import interpret, outputs_of, random_case
 ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float64]
-#: Errors may be so many units of rounding of the largest entry, or so many times what weights off by two units change.
+#: Errors may be so many units of rounding of the largest entry, or so many times what weights off by two change.
 EPSILONS, TIMES_CHANGE = 300, 8
 
 
