@@ -10,8 +10,8 @@ import pytest
 from tests.live import ROOT, LiveServer
 from tests.whole import PROPERTY, Note, figures
 
-#: Needs the original library, which is not installed beside ours.
-collect_ignore = ["fixtures/make_original.py"]
+#: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
+collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,8 @@ by applying them to the unit vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -16,9 +17,20 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import reluActivation
+from hessquik.errors import UnsupportedError
 from hessquik.importing.graph import Map, Node, Pointwise, Product, affine, as_map, compose, identity, refuse
 
-__all__ = ["Features", "apply_affine", "as_float64", "features_in", "maximum", "minimum", "multiply", "rectify"]
+__all__ = [
+    "Features",
+    "apply_affine",
+    "as_float64",
+    "features_in",
+    "maximum",
+    "minimum",
+    "multiply",
+    "readable",
+    "rectify",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,26 @@ class Features:
 
     node: Node
     shape: tuple[int, ...]
+
+
+@contextmanager
+def readable(place: str) -> Iterator[None]:
+    """Refuse a node by name if its arguments do not fit together.
+
+    Raises:
+        UnsupportedError: they do not.
+    """
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever a call with wrong arguments makes of torch or of the standard's reference
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise refuse(
+            place,
+            f"has arguments that cannot be read ({type(error).__name__}: {reason})",
+            "export the model anew, or write it with other operations",
+        ) from None
 
 
 def as_float64(value: Any) -> Any:
@@ -147,11 +179,19 @@ def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False)
         node = Pointwise(place, right.node.width, right.node, ["power", "z", -1])
         right, divide = Features(node, right.shape), False
     if not (isinstance(left, Features) and isinstance(right, Features)):
+        _refuse_other_rows(place, left, right)
         found: Features = apply_affine(place, torch.div if divide else torch.mul, (left, right), (), rows)
         return found
     shape = tuple(torch.broadcast_shapes((rows, *left.shape), (rows, *right.shape)))[1:]
     a, b = (_spread(place, each, shape, rows).node for each in (left, right))
     return Features(Product(place, a.width, a, b), shape)
+
+
+def _refuse_other_rows(place: str, left: Any, right: Any) -> None:
+    """Refuse a constant factor that is another one for every row."""
+    value, factor = (left, right) if isinstance(left, Features) else (right, left)
+    if isinstance(factor, Tensor) and factor.ndim > len(value.shape) and not bool((factor == factor[:1]).all()):
+        raise refuse(place, "multiplies every row by another constant", "multiply all rows by the same constants")
 
 
 def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hessquik.errors import FormatError, UnsupportedError
-from hessquik.importing.onnx_reader import Signature, read, signature
+from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import Imported, Source, bring
+from hessquik.importing.source import BOUNDS, Imported, Source, bring
 from hessquik.networks import NN
 
 __all__ = ["from_onnx", "import_model"]
@@ -20,6 +20,8 @@ __all__ = ["from_onnx", "import_model"]
 MAX_FILE_BYTES = 1 << 30
 #: Of the error function in the reference implementation, which is a short series.
 REFERENCE_PRECISION = 1e-6
+#: Of GELU in onnxruntime, whose constants are those of float32.
+GELU_PRECISION = 1e-7
 
 
 def from_onnx(
@@ -64,6 +66,7 @@ def import_model(
     model = _load(path_or_model)
     d = None if example_input is None else int(torch.as_tensor(example_input).shape[-1])
     what = signature(model, d)
+    expect_known(model, what)
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def import_model(
         results = [torch.as_tensor(run(what, chunk.reshape(what.shape).numpy())) for chunk in chunks]
         return torch.cat([result.reshape(rows, -1) for result in results])[: len(x)]
 
-    precision = 0.0 if runtime == "onnxruntime" else REFERENCE_PRECISION
+    precision = _precision(model, runtime)
     source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
     return bring(source, scaling, allow_kinks, dtype, bounds)
 
@@ -117,6 +120,19 @@ def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:
         from onnx.reference import ReferenceEvaluator
 
         return "onnx's reference implementation", lambda what, x: _by_reference(ReferenceEvaluator, model, what, x)
+
+
+def _precision(model: Any, runtime: str) -> float:
+    """Return what a runtime rounds its values to in a model of float64."""
+    import onnx
+
+    found = 0.0 if runtime == "onnxruntime" else REFERENCE_PRECISION
+    for node in model.graph.node:
+        if node.op_type == "Gelu":
+            found = max(found, GELU_PRECISION)
+        if node.op_type == "Cast" and onnx.helper.get_node_attr_value(node, "to") == onnx.TensorProto.FLOAT:
+            found = max(found, BOUNDS[torch.float32])  # as torch exports what the standard has in float32 alone
+    return found
 
 
 def _by_reference(evaluator: Any, model: Any, what: Signature, x: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hessquik.activations import softplusActivation
 from hessquik.errors import UnsupportedError
 from hessquik.importing import onnx_operations as operations
-from hessquik.importing.graph import Node, refuse
+from hessquik.importing.graph import Affine, Node, Pointwise, refuse
 from hessquik.importing.interpreting import (
     Features,
     apply_affine,
@@ -20,11 +23,12 @@ from hessquik.importing.interpreting import (
     maximum,
     minimum,
     multiply,
+    readable,
     rectify,
 )
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["Signature", "read", "signature"]
+__all__ = ["Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
@@ -93,6 +97,21 @@ def signature(model: Any, d: int | None = None) -> Signature:
     return Signature(inputs[0].name, model.graph.output[0].name, shape, types[kind.elem_type])
 
 
+def expect_known(model: Any, what: Signature) -> None:
+    """Refuse a model with an operator that cannot be exact, before anything of it is computed.
+
+    Raises:
+        UnsupportedError: it has one that depends on the input.
+    """
+    dependent = {what.input}
+    for number, node in enumerate(model.graph.node):
+        if node.op_type != "Shape" and not dependent.isdisjoint(node.input):
+            call = _Node(node, number, model.opset_import)
+            if not call.is_known:
+                raise _unknown(call)
+            dependent |= set(node.output)
+
+
 def read(model: Any, what: Signature, point: Node) -> Node:
     """Return a model's output as a value of a graph, from the value that it takes.
 
@@ -108,7 +127,8 @@ def read(model: Any, what: Signature, point: Node) -> Node:
     for number, node in enumerate(model.graph.node):
         call = _Node(node, number, model.opset_import)
         args = [values[name] for name in node.input]
-        result = call.compute(*args) if not features_in(args) else _interpret(call, args, what.shape[0])
+        with readable(call.place):
+            result = _interpret(call, args, what.shape[0]) if _depends(args) else call.compute(*args)
         results = result if isinstance(result, list | tuple) else [result]
         values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
     output = values.get(what.output)
@@ -129,9 +149,16 @@ class _Node:
             each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
         }
         self.operator: str = node.op_type
+        self.version = next((each.version for each in opsets if each.domain == node.domain), 1)
         self.is_standard = node.domain in {"", "ai.onnx"} or node.domain.startswith("ai.onnx.")
         self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
         self._run: Callable[..., Any] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a way to interpret the operator."""
+        tables = (_HANDLERS, operations.POINTWISE, operations.ADDITIVE)
+        return self.is_standard and any(self.operator in table for table in tables)
 
     def compute(self, *args: Any) -> Any:
         """Return what the node makes of tensors, by the reference implementation of the standard."""
@@ -152,8 +179,27 @@ class _Node:
         feeds = {
             name: arg.numpy() for name, arg in zip(self.node.input, args, strict=True) if name and arg is not None
         }
-        results = [as_float64(torch.as_tensor(result)) for result in self._run(None, feeds)]
+        results = [as_float64(torch.tensor(np.asarray(result).copy())) for result in self._run(None, feeds)]
         return results[0] if len(results) == 1 else results
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """z > t, which only the choice that torch exports softplus with may use.
+
+    Attributes:
+        call: The node.
+        node: z.
+        bound: t.
+    """
+
+    call: _Node
+    node: Node
+    bound: float
+
+
+def _depends(args: Sequence[Any]) -> bool:
+    return bool(features_in(args)) or any(isinstance(arg, _Comparison) for arg in args)
 
 
 #: Operators that the reference implementation computes to few digits.
@@ -179,18 +225,19 @@ def _unknown(call: _Node) -> UnsupportedError:
 
 def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
     """Return what a node makes of values of the graph."""
-    if not call.is_standard:
+    compared = next((arg.call for arg in args if isinstance(arg, _Comparison)), None)
+    if compared is not None and call.operator != "Where":
+        raise _unknown(compared)
+    if not call.is_known:
         raise _unknown(call)
     if call.operator in _HANDLERS:
         return _HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:
         x = args[0]
         return Features(operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)), x.shape)
-    if call.operator in operations.ADDITIVE:
-        additive = operations.ADDITIVE[call.operator]
-        positions = range(len(args)) if additive is None else additive
-        return apply_affine(call.place, call.compute, args, positions, rows)
-    raise _unknown(call)
+    additive = operations.ADDITIVE[call.operator]
+    positions = range(len(args)) if additive is None else additive
+    return apply_affine(call.place, call.compute, args, positions, rows)
 
 
 def _unchanged(call: _Node, args: list[Any], rows: int) -> Any:
@@ -209,6 +256,44 @@ def _normalise(call: _Node, args: list[Any], rows: int) -> Any:
     if call.attributes.get("training_mode"):
         raise refuse(call.place, "normalises with the statistics of the batch", "export the model in evaluation mode")
     return apply_affine(call.place, lambda *a: _first(call.compute(*a)), args, (2, 3), rows)
+
+
+def _compare(call: _Node, args: list[Any], rows: int) -> _Comparison:
+    """Interpret z > t with one number t."""
+    z, bound = args
+    if not isinstance(z, Features) or isinstance(bound, Features) or bound.numel() != 1:
+        raise _unknown(call)
+    return _Comparison(call, z.node, float(bound))
+
+
+def _choose(call: _Node, args: list[Any], rows: int) -> Features:
+    """Interpret softplus with a threshold as torch exports it: z where βz > t, and log(1 + exp(βz)) / β elsewhere."""
+    condition, x, y = args
+    if not (isinstance(condition, _Comparison) and isinstance(x, Features) and isinstance(y, Features)):
+        raise _unknown(call)
+    (compared, b), (value, a), (result, c) = (_multiple(each) for each in (condition.node, x.node, y.node))
+    if (
+        isinstance(result, Pointwise)
+        and isinstance(result.function, softplusActivation)
+        and result.function.beta == 1
+    ):
+        argument, e = _multiple(result.of)
+        if compared is value is argument and math.isclose(b, e) and math.isclose(c * e, a) and e / a > 0:
+            return Features(TORCH["softplus"](call.place, x.node, e / a, condition.bound), x.shape)
+    raise _unknown(call)
+
+
+def _multiple(node: Node) -> tuple[Node, float]:
+    """Return v and a of a value a v."""
+    if (
+        isinstance(node, Affine)
+        and len(node.terms) == 1
+        and node.offset is None
+        and isinstance(node.terms[0][1], float)
+    ):
+        value, factor = _multiple(node.terms[0][0])
+        return value, factor * node.terms[0][1]
+    return node, 1.0
 
 
 def _first(result: Any) -> Any:
@@ -269,7 +354,23 @@ def _regressor(call: _Node, args: list[Any], rows: int) -> Features:
 
 
 def _slopes(call: _Node, args: list[Any], rows: int) -> Features:
-    return rectify(call.place, args[0], args[1], rows)
+    """Interpret PReLU, whose slopes belong to channels before version 7 of the operators."""
+    x, slopes = args
+    if call.version < 7 and slopes.numel() > 1:
+        slopes = slopes.reshape(1, -1, *(1,) * (len(x.shape) - 1))
+    return rectify(call.place, x, slopes, rows)
+
+
+def _pad(call: _Node, args: list[Any], rows: int) -> Features:
+    """Interpret padding, whose number is an attribute before version 11 of the operators."""
+    found: Features
+    if not call.attributes.get("value"):
+        found = apply_affine(call.place, call.compute, args, operations.ADDITIVE["Pad"] or (), rows)
+        return found
+    frame = call.compute(torch.zeros(rows, *args[0].shape, dtype=torch.float64))
+    inside = apply_affine(call.place, lambda u: call.compute(u) - frame, args[:1], (), rows)
+    found = apply_affine(call.place, torch.add, (inside, frame), (1,), rows)
+    return found
 
 
 def _shape(call: _Node, args: list[Any], rows: int) -> Tensor:
@@ -283,13 +384,16 @@ _HANDLERS: dict[str, Callable[[_Node, list[Any], int], Any]] = {
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
     "BatchNormalization": _normalise,
     "Clip": _clip,
+    "Greater": _compare,
     "Div": lambda call, args, rows: multiply(call.place, args[0], args[1], rows, divide=True),
     "LinearRegressor": _regressor,
     "Max": _among(maximum),
     "Min": _among(minimum),
     "Mul": lambda call, args, rows: multiply(call.place, args[0], args[1], rows),
     "PRelu": _slopes,
+    "Pad": _pad,
     "Pow": _power,
     "Scaler": _scaler,
     "Shape": _shape,
+    "Where": _choose,
 }

@@ -24,6 +24,7 @@ from hessquik.importing.interpreting import (
     maximum,
     minimum,
     multiply,
+    readable,
     rectify,
 )
 
@@ -99,7 +100,8 @@ def read(program: Program, point: Node) -> Node:
     for call in program.calls:
         if call.outputs and not call.operation.startswith("_assert"):
             args, kwargs = _arguments(call, values)
-            _store(call, _interpret(call, args, kwargs, rows), values)
+            with readable(_place(call)):
+                _store(call, _interpret(call, args, kwargs, rows), values)
     output = values[program.output]
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")

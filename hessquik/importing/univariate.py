@@ -9,14 +9,18 @@ Formulas here may also have the operations ``abs`` and ``relu``, which have a ki
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hessquik import activations as act
 from hessquik.activations import hessQuikActivationFunction
 from hessquik.expressions import MAX_OPERATIONS, Formula
-from hessquik.importing.graph import Affine, Input, Node, Pointwise, Product, affine, ordered
+from hessquik.importing.graph import Affine, Input, Map, Node, Pointwise, Product, affine, compose, ordered
 
 __all__ = ["KINKED", "resolve"]
 
@@ -43,6 +47,7 @@ FORMULAS: dict[type[hessQuikActivationFunction], Formula] = {
 _ROOT = 1 / math.sqrt(2)
 _TANH_ARGUMENT = ["mul", math.sqrt(2 / math.pi), ["add", "z", ["mul", 0.044715, ["power", "z", 3]]]]
 _SMALL = ["log1p", ["exp", ["neg", ["abs", "z"]]]]
+_SMALL_BY_LOG = ["log", ["add", 1.0, ["exp", ["neg", ["abs", "z"]]]]]
 
 
 def _sum(*formulas: Formula) -> Formula:
@@ -64,6 +69,7 @@ KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
     (["log", ["add", 1.0, ["exp", "z"]]], act.softplusActivation(1.0, 40.0)),
     (["log1p", ["exp", "z"]], act.softplusActivation(1.0, 40.0)),
     (_sum(["relu", "z"], _SMALL), act.softplusActivation(1.0, 40.0)),
+    (_sum(["relu", "z"], _SMALL_BY_LOG), act.softplusActivation(1.0, 40.0)),
 ]
 
 
@@ -89,12 +95,36 @@ def resolve(output: Node) -> Node:
                 chain = {} if formula is None else _composed(formula, chains[of])
                 new = _recognise_kinks(node, chain) or _applied(node, of)
             case Product():
-                left, right = made[node.left], made[node.right]
-                chain = _joined("mul", chains[left], chains[right])
-                new = _function_of_one(node, chain) or _polarised(node.place, left, right)
+                new, chain = _product(node, made[node.left], made[node.right], chains)
         made[node] = new
         chains[new] = {new: "z"} | chain
     return made[output]
+
+
+def _product(
+    node: Product, left: Node, right: Node, chains: dict[Node, dict[Node, Formula]]
+) -> tuple[Node, dict[Node, Formula]]:
+    """Return a product without products, and formulas of it.
+
+    Factors of features that an exporter moved into one side, as in z ⊙ (c ⊙ σ(z)), are moved out for it.
+    """
+    for (u, a), (v, b) in itertools.product(_unscaled(left), _unscaled(right)):
+        chain = _joined("mul", chains.get(u, {}), chains.get(v, {}))
+        found = _function_of_one(node, chain)
+        if found is not None:
+            new = affine(node.place, [(found, compose(a, b))])
+            return new, chain if new is found else {}
+    return _polarised(node.place, left, right), _joined("mul", chains[left], chains[right])
+
+
+def _unscaled(node: Node) -> list[tuple[Node, Map]]:
+    """Return a value, and itself without the factors of its features."""
+    found: list[tuple[Node, Map]] = [(node, 1.0)]
+    if isinstance(node, Affine) and len(node.terms) == 1 and node.offset is None:
+        ((term, matrix),) = node.terms
+        if isinstance(matrix, Tensor) and torch.equal(matrix, torch.diag(torch.diagonal(matrix))):
+            found.append((term, matrix))
+    return found
 
 
 def _function_of_one(node: Product, chain: dict[Node, Formula]) -> Node | None:
