@@ -156,7 +156,7 @@ class _Node:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a way to interpret the operator."""
+        """Return True if there is a way to interpret the operator."""
         tables = (_HANDLERS, operations.POINTWISE, operations.ADDITIVE)
         return self.is_standard and any(self.operator in table for table in tables)
 
@@ -245,6 +245,8 @@ def _unchanged(call: _Node, args: list[Any], rows: int) -> Any:
     import onnx
 
     to = call.attributes.get("to", onnx.TensorProto.FLOAT)
+    if call.operator == "Cast" and to in {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}:
+        raise refuse(call.place, "rounds the values to few digits", "keep the values as float32 or float64")
     if call.operator == "Cast" and to not in {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}:
         raise refuse(call.place, "makes other numbers of the values", "keep the values as float32 or float64")
     if call.operator == "Dropout" and len(args) > 2 and args[2] is not None and bool(args[2]):
@@ -302,6 +304,9 @@ def _first(result: Any) -> Any:
 
 def _power(call: _Node, args: list[Any], rows: int) -> Features:
     base, exponent = args
+    if not isinstance(base, Features) and base.numel() == 1 and float(base) > 0:
+        scaled = multiply(call.place, exponent, base.log(), rows)
+        return Features(TORCH["exp"](call.place, scaled.node), scaled.shape)
     if isinstance(exponent, Features) or exponent.numel() != 1:
         raise refuse(
             call.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"

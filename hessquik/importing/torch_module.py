@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessquik.errors import UnsupportedError
 from hessquik.importing.capture import capture, example_of
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.source import Imported, Source, bring
@@ -68,7 +69,10 @@ def import_module(
     program = capture(module, example)
 
     def evaluate(x: Tensor) -> Tensor:
-        result: Tensor = module(x.reshape(len(x), *example.shape[1:]))
+        result = module(x.reshape(len(x), *example.shape[1:]))
+        if not isinstance(result, Tensor):
+            kind = type(result).__name__
+            raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
         return result
 
     return bring(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)

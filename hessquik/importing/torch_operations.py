@@ -136,7 +136,8 @@ UNCHANGED = {
 #: Linear operations that add nothing: those on shapes, and sums.
 _SHAPES = """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t slice select index_select narrow
-    split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile
+    split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile numpy_T
+    pixel_shuffle pixel_unshuffle einsum
 """
 #: Linear operations, with the positions of arguments that are added: these become the offset.
 ADDITIVE: dict[str, tuple[int, ...]] = {
@@ -157,6 +158,7 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
     "cat": (0,),
     "stack": (0,),
     "constant_pad_nd": (2,),
+    "pad": (3,),
     **dict.fromkeys(_SHAPES.split(), ()),
 }
 
@@ -187,7 +189,11 @@ _REASONS = (
     ),
     ("normalises with the statistics of the batch", _EVAL, "native_batch_norm _native_batch_norm_legit"),
     ("changes its own buffers, as batch normalisation in training does", _EVAL, "add_ copy_ mul_ sub_ fill_ zero_"),
-    ("drops features or draws slopes at random", _EVAL, "dropout feature_dropout alpha_dropout rrelu"),
+    (
+        "drops features or draws slopes at random",
+        _EVAL,
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu",
+    ),
     (
         "divides by a sum over all features",
         "return the values before it, and apply it to those",
@@ -227,6 +233,18 @@ _REASONS = (
         "make the module deterministic",
         "rand randn rand_like randn_like bernoulli normal multinomial randint randperm",
     ),
+    (
+        "takes a norm or a deviation of features, which has kinks or is divided by",
+        "return the values before it, and apply it to those",
+        "linalg_vector_norm norm cdist pairwise_distance cosine_similarity var std",
+    ),
+    (
+        "solves with or factors a matrix that depends on the inputs",
+        "return the matrix, and solve with its values and derivatives",
+        "linalg_det linalg_inv linalg_solve linalg_eigh linalg_eigvalsh linalg_cholesky linalg_svd",
+    ),
+    ("makes complex numbers", "write it with real and imaginary parts", "fft_fft fft_rfft complex view_as_complex"),
+    ("multiplies all features", "write it as products of two", "prod cumprod"),
     (
         "is a function with kinks",
         "use its smooth counterpart: sigmoid, SiLU or x - tanh(x)",

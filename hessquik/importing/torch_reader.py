@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,11 @@ class Call:
         """The operator's name without package and overload."""
         return self.target.split(".")[1] if self.target.startswith("aten.") else self.target
 
+    @property
+    def computes(self) -> bool:
+        """Return True if it returns a value, rather than asserting something."""
+        return bool(self.outputs) and not self.operation.startswith("_assert")
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -97,8 +103,9 @@ def read(program: Program, point: Node) -> Node:
     rows, *shape = program.shape
     values: dict[str, Any] = {name: as_float64(tensor) for name, tensor in program.constants.items()}
     values[program.input] = Features(point, tuple(shape))
+    _expect_known(program)
     for call in program.calls:
-        if call.outputs and not call.operation.startswith("_assert"):
+        if call.computes:
             args, kwargs = _arguments(call, values)
             with readable(_place(call)):
                 _store(call, _interpret(call, args, kwargs, rows), values)
@@ -106,6 +113,27 @@ def read(program: Program, point: Node) -> Node:
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
     return output.node
+
+
+def _expect_known(program: Program) -> None:
+    """Refuse a program with an operator that cannot be exact, before anything of it is computed."""
+    dependent = {program.input}
+    for call in program.calls:
+        if not call.computes:
+            continue
+        if dependent.isdisjoint(_names(call.args)) and dependent.isdisjoint(_names(list(call.kwargs.values()))):
+            continue
+        tables = (_HANDLERS, operations.POINTWISE, operations.ADDITIVE)
+        if call.target != "_operator.getitem" and not any(call.operation in table for table in tables):
+            raise _unknown(call)
+        dependent |= set(call.outputs) if call.operation not in _SIZES else set()
+
+
+def _names(argument: Any) -> list[str]:
+    """Return the names of all values in an argument."""
+    if isinstance(argument, list | tuple):
+        return [name for part in argument for name in _names(part)]
+    return [argument.name] if isinstance(argument, Ref) else []
 
 
 def run(program: Program, x: Tensor) -> Tensor:
@@ -116,7 +144,7 @@ def run(program: Program, x: Tensor) -> Tensor:
     }
     values[program.input] = x.reshape(program.shape)
     for call in program.calls:
-        if call.outputs and not call.operation.startswith("_assert"):
+        if call.computes:
             args, kwargs = _arguments(call, values)
             _store(call, _compute(call, args, kwargs), values)
     result: Tensor = values[program.output]
@@ -191,6 +219,8 @@ def _place(call: Call) -> str:
 def _unknown(call: Call) -> UnsupportedError:
     if call.operation in operations.REFUSED:
         return refuse(_place(call), *operations.REFUSED[call.operation])
+    if "higher_order" in call.target:
+        return refuse(_place(call), "decides or repeats while it runs", "write forward without branches on values")
     if not call.target.startswith("aten."):
         return refuse(_place(call), "is an operator of your own", "write it with torch's operators")
     return refuse(
@@ -218,6 +248,10 @@ def _by_table(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: i
     if name in operations.ADDITIVE:
         return _linear(call, args, kwargs, rows)
     raise _unknown(call)
+
+
+#: Operators whose results are sizes.
+_SIZES = ("size", "sym_size")
 
 
 def _size(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
@@ -253,7 +287,39 @@ def _unchanged(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
     dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
     if any(not dtype.is_floating_point for dtype in dtypes):
         raise refuse(_place(call), "makes integers of the values", "keep the values as real numbers")
+    if not {torch.float32, torch.float64} >= set(dtypes):
+        raise refuse(_place(call), "rounds the values to few digits", "keep the values as float32 or float64")
     return args[0]
+
+
+def _power(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
+    """Interpret z to a power, or a positive number to the power z."""
+    base, exponent = args
+    if isinstance(base, Features) and not isinstance(exponent, Features | Tensor):
+        return _by_table(call, args, kwargs, rows)
+    if isinstance(base, int | float) and base > 0:
+        place = _place(call)
+        scaled = multiply(place, exponent, torch.tensor(math.log(base), dtype=torch.float64), rows)
+        return Features(operations.POINTWISE["exp"](place, scaled.node), exponent.shape)
+    raise refuse(
+        _place(call), "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
+    )
+
+
+def _gate(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
+    """Interpret u ⊙ sigmoid(v) with the halves u and v of a value."""
+    dim = args[1] if len(args) > 1 else -1
+    left, right = apply_affine(_place(call), lambda z: z.chunk(2, dim), args[:1], (), rows)
+    gate = Features(operations.POINTWISE["sigmoid"](_place(call), right.node), right.shape)
+    return multiply(_place(call), left, gate, rows)
+
+
+def _random_slope(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
+    """Interpret RReLU, whose slope is the mean one in evaluation mode."""
+    x, lower, upper, is_training = (*args, *(1 / 8, 1 / 3, False)[len(args) - 1 :])[:4]
+    if is_training:
+        raise _unknown(call)
+    return Features(operations.POINTWISE["leaky_relu"](_place(call), x.node, (lower + upper) / 2), x.shape)
 
 
 def _slopes(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
@@ -275,11 +341,14 @@ def _linear(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
 #: Operations that need more than their row in a table.
 _HANDLERS: dict[str, Callable[[Call, tuple[Any, ...], dict[str, Any], int], Any]] = {
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
-    **dict.fromkeys(("size", "sym_size"), _size),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _drop),
+    **dict.fromkeys(_SIZES, _size),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _drop),
     **dict.fromkeys(("mul", "div"), _multiply),
     "batch_norm": _normalise,
+    "glu": _gate,
+    "pow": _power,
     "prelu": _slopes,
+    "rrelu": _random_slope,
     "maximum": lambda call, args, kwargs, rows: maximum(_place(call), args[0], args[1], rows),
     "minimum": lambda call, args, kwargs, rows: minimum(_place(call), args[0], args[1], rows),
 }
