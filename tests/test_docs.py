@@ -161,9 +161,11 @@ def test_generated_tables_are_whole(site: Path) -> None:
     text = (site / "reference" / "settings" / "index.html").read_text()
     assert all(f"HESSQUIK_{name.upper()}" in text for name in Settings.model_fields)
     assert Overloaded.code in (site / "reference" / "http" / "index.html").read_text()
+    importable = (site / "how-to" / "import" / "index.html").read_text()
+    assert all(f"<code>{name}</code>" in importable for name in ("log_sigmoid", "BatchNormalization", "MLPRegressor"))
     commands = (site / "reference" / "commands" / "index.html").read_text()
     assert all(f"hessquik {name}" in commands for name in ("serve", "models", "convert", "check"))
-    assert "{{" not in text + commands
+    assert "{{" not in text + commands + importable
 
 
 @pytest.mark.parametrize("image", sorted((DOCS / "images").iterdir()), ids=lambda path: path.name)

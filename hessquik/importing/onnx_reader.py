@@ -28,7 +28,7 @@ from hessquik.importing.interpreting import (
 )
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["Signature", "expect_known", "read", "signature"]
+__all__ = ["HANDLERS", "Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
@@ -157,7 +157,7 @@ class _Node:
     @property
     def is_known(self) -> bool:
         """Return True if there is a way to interpret the operator."""
-        tables = (_HANDLERS, operations.POINTWISE, operations.ADDITIVE)
+        tables = (HANDLERS, operations.POINTWISE, operations.ADDITIVE)
         return self.is_standard and any(self.operator in table for table in tables)
 
     def compute(self, *args: Any) -> Any:
@@ -230,8 +230,8 @@ def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
         raise _unknown(compared)
     if not call.is_known:
         raise _unknown(call)
-    if call.operator in _HANDLERS:
-        return _HANDLERS[call.operator](call, args, rows)
+    if call.operator in HANDLERS:
+        return HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:
         x = args[0]
         return Features(operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)), x.shape)
@@ -385,7 +385,7 @@ def _shape(call: _Node, args: list[Any], rows: int) -> Tensor:
 
 
 #: Operators that need more than their row in a table.
-_HANDLERS: dict[str, Callable[[_Node, list[Any], int], Any]] = {
+HANDLERS: dict[str, Callable[[_Node, list[Any], int], Any]] = {
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
     "BatchNormalization": _normalise,
     "Clip": _clip,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hessquik.importing import onnx_operations, sklearn_estimator, torch_operations
+from collections.abc import Iterable
+
+from hessquik.importing import onnx_operations, onnx_reader, sklearn_estimator, torch_operations, torch_reader
 from hessquik.importing.sequential import MODULES
 
 __all__ = ["table"]
@@ -13,19 +15,26 @@ def table() -> str:
 
     Example:
         >>> table().splitlines()[0]
-        '| source | kind | supported |'
+        '| source | kind | operations |'
     """
-    pointwise, affine = "functions of one variable", "affine operations"
-    rows = [
-        ("torch", pointwise, sorted({*torch_operations.POINTWISE, "maximum", "minimum", "prelu"})),
-        ("torch", affine, sorted(torch_operations.ADDITIVE)),
-        ("torch", "modules of a state dict's architecture", sorted(MODULES)),
-        ("torch", "refused with a reason", sorted(torch_operations.REFUSED)),
-        ("ONNX", pointwise, sorted({*onnx_operations.POINTWISE, "Clip", "Max", "Min", "PRelu", "Pow"})),
-        ("ONNX", affine, sorted({*onnx_operations.ADDITIVE, "Mul", "Div", "Scaler", "LinearRegressor"})),
-        ("ONNX", "refused with a reason", sorted(onnx_operations.REFUSED)),
-        ("scikit-learn", "estimators", list(sklearn_estimator.ESTIMATORS)),
-        ("scikit-learn", "transformers", list(sklearn_estimator.TRANSFORMERS)),
+    rows: list[tuple[str, str, Iterable[str]]] = []
+    for source, operations, handlers in (
+        ("torch", torch_operations, torch_reader.HANDLERS),
+        ("ONNX", onnx_operations, onnx_reader.HANDLERS),
+    ):
+        by_table = operations.POINTWISE.keys() | operations.ADDITIVE.keys()
+        rows += [
+            (source, "functions of one variable", operations.POINTWISE),
+            (source, "affine operations", operations.ADDITIVE),
+            (source, "under conditions that a refusal names", handlers.keys() - by_table),
+            (source, "refused with a reason", operations.REFUSED.keys() - handlers.keys()),
+        ]
+    rows += [
+        ("state dict", "modules of an architecture", MODULES),
+        ("scikit-learn", "estimators", sklearn_estimator.ESTIMATORS),
+        ("scikit-learn", "transformers", sklearn_estimator.TRANSFORMERS),
     ]
-    lines = [f"| {source} | {kind} | {', '.join(f'`{name}`' for name in names)} |" for source, kind, names in rows]
-    return "\n".join(["| source | kind | supported |", "|---|---|---|", *lines])
+    lines = [
+        f"| {source} | {kind} | {', '.join(f'`{name}`' for name in sorted(names))} |" for source, kind, names in rows
+    ]
+    return "\n".join(["| source | kind | operations |", "|---|---|---|", *lines])

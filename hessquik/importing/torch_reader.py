@@ -29,7 +29,7 @@ from hessquik.importing.interpreting import (
     rectify,
 )
 
-__all__ = ["Call", "Program", "Ref", "read", "run"]
+__all__ = ["HANDLERS", "Call", "Program", "Ref", "read", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _expect_known(program: Program) -> None:
             continue
         if dependent.isdisjoint(_names(call.args)) and dependent.isdisjoint(_names(list(call.kwargs.values()))):
             continue
-        tables = (_HANDLERS, operations.POINTWISE, operations.ADDITIVE)
+        tables = (HANDLERS, operations.POINTWISE, operations.ADDITIVE)
         if call.target != "_operator.getitem" and not any(call.operation in table for table in tables):
             raise _unknown(call)
         dependent |= set(call.outputs) if call.operation not in _SIZES else set()
@@ -201,7 +201,7 @@ def _function(call: Call) -> Callable[..., Any]:
     if call.target in _ON_SIZES:
         return _ON_SIZES[call.target]
     name = call.operation
-    is_known = name in {*operations.ADDITIVE, *operations.POINTWISE, *operations.CONSTANT, *_HANDLERS}
+    is_known = name in {*operations.ADDITIVE, *operations.POINTWISE, *operations.CONSTANT, *HANDLERS}
     if not call.target.startswith("aten.") or not is_known:
         raise _unknown(call)
     packet = getattr(torch.ops.aten, name)
@@ -236,7 +236,7 @@ def _interpret(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
         return args[0][args[1]]
     if not (features_in(args) + features_in(list(kwargs.values()))):
         return as_float64(_compute(call, args, kwargs))
-    return _HANDLERS.get(call.operation, _by_table)(call, args, kwargs, rows)
+    return HANDLERS.get(call.operation, _by_table)(call, args, kwargs, rows)
 
 
 def _by_table(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
@@ -339,7 +339,7 @@ def _linear(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
 
 
 #: Operations that need more than their row in a table.
-_HANDLERS: dict[str, Callable[[Call, tuple[Any, ...], dict[str, Any], int], Any]] = {
+HANDLERS: dict[str, Callable[[Call, tuple[Any, ...], dict[str, Any], int], Any]] = {
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
     **dict.fromkeys(_SIZES, _size),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _drop),

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import hessquik
 from hessquik.errors import UnsupportedError
-from hessquik.importing import onnx_operations, torch_operations
+from hessquik.importing import onnx_operations, onnx_reader, support, torch_operations, torch_reader
 
 WIDTH = 4
 
@@ -421,3 +421,10 @@ def test_there_are_200_of_them_and_every_reason_says_what_to_do_instead():
 def test_no_operation_is_both_supported_and_refused():
     assert not {*torch_operations.POINTWISE, *torch_operations.ADDITIVE} & torch_operations.REFUSED.keys()
     assert not {*onnx_operations.POINTWISE, *onnx_operations.ADDITIVE} & onnx_operations.REFUSED.keys()
+
+
+def test_the_table_of_the_documentation_has_all_that_the_readers_know():
+    named = {*re.findall(r"`(\w+)`", support.table())}
+    for operations, reader in ((torch_operations, torch_reader), (onnx_operations, onnx_reader)):
+        assert named >= {*operations.POINTWISE, *operations.ADDITIVE, *operations.REFUSED, *reader.HANDLERS}
+    assert named >= {"MLPRegressor", "Pipeline", "StandardScaler", "BatchNorm1d"}
