@@ -41,7 +41,7 @@ test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 90 minutes, 60 of them simulated
-	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation \
+	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation tests/importing \
 		tests/engine/test_triton_backend.py --timeout 7200
 
 sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer
@@ -61,6 +61,7 @@ bench: $(STAMP)  ## engine and service against their peers; tables and plots int
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
 	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --output build
+	$(BIN)/python -m benchmarks.imported --output build
 	$(BIN)/python -m benchmarks.serving --output build
 
 gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false

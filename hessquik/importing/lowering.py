@@ -33,13 +33,42 @@ def lower(output: Node) -> NN:
     nodes = ordered([output])
     groups = _schedule(nodes)
     states = _states(nodes, groups, output)
+    residual = _residual(nodes, states[-2], groups[-1], output) if groups else None
+    if residual is not None:
+        states[-1] = [residual]
     layers: list[hessQuikLayer] = []
     for group, (before, after) in zip(groups, pairwise(states), strict=True):
         layers += _layers(_Step.of(group, before, after))
-    if not groups:
-        linear, offset = _express([output], states[0])[0]
-        layers.append(_single(_stack([linear], states[0], [output.width]), offset, identityActivation()))
+    if states[-1] != [output]:
+        linear, offset = _express([output], states[-1])[0]
+        layers.append(_single(_stack([linear], states[-1], [output.width]), offset, identityActivation()))
     return NN(*layers)
+
+
+def _residual(nodes: Sequence[Node], before: Sequence[Node], group: Sequence[Pointwise], output: Node) -> Node | None:
+    """Return the value u + h σ(…) that the output is an affine function of, if there is one.
+
+    It makes a residual layer and a linear one, whose matrix is applied once instead of to u and to σ(…).
+    """
+    if len(before) != 1 or len(group) != 1:
+        return None
+    (u,), (function,) = before, group
+    for node in _affine_in({u, function}, nodes):
+        if node.width == u.width and node is not output and output in _affine_in({node}, nodes):
+            maps, offset = _express([node], [u, function])[0]
+            skip, h = maps.get(u), maps.get(function)
+            if isinstance(skip, float) and skip == 1.0 and isinstance(h, float) and offset is None:
+                return node
+    return None
+
+
+def _affine_in(basis: set[Node], nodes: Sequence[Node]) -> list[Node]:
+    """Return the values that are affine functions of others, in order."""
+    found: dict[Node, None] = {}
+    for node in nodes:
+        if isinstance(node, Affine) and node not in basis and all(p in basis or p in found for p in parents(node)):
+            found[node] = None
+    return list(found)
 
 
 def _schedule(nodes: Sequence[Node]) -> list[list[Pointwise]]:

@@ -18,14 +18,14 @@ from tests.engine import triton_interpreter  # noqa: F401
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the compiled kernel", allow_module_level=True)
 
-from hessquik import Evaluator, ShapeError, evaluator
+from hessquik import Evaluator, ShapeError, evaluator, from_torch
 from hessquik.backends import choice
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
 from hessquik.backends.gpu_unrolled import Unrolling
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.evaluator import COMMON
-from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer
+from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer, skipLayer
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from hessquik.pointwise import PRIMITIVES
 from hessquik.steps import Buffer, Instruction, Map, Program, Space, View
@@ -189,6 +189,30 @@ def test_all_quantities(name: str, dtype: torch.dtype) -> None:
         bound = 200 * torch.finfo(dtype).eps
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * (1 + wanted.abs().max().item()))
         assert torch.equal(unrolled[quantity], found), "interpreted, both round alike"
+
+
+class Skips(torch.nn.Module):
+    """A module whose import has skip layers that mix, carry features along and add offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (torch.nn.Linear(*sizes) for sizes in ((2, 3), (5, 3), (5, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = torch.cat([torch.tanh(self.first(x)), x], 1)
+        return self.last(torch.cat([torch.tanh(self.second(u)), x], 1)) + 0.5 * x
+
+
+def test_skip_layers_of_an_imported_network() -> None:
+    torch.manual_seed(0)
+    network = from_torch(Skips().double())
+    assert sum(isinstance(layer, skipLayer) for layer in network) == 2
+    evaluate, x = Evaluator(network), torch.randn(3, 2, dtype=torch.float64)
+    for asked in choose([("gradient",)], [(name,) for name in ("value", "gradient", "hessian", "laplacian")]):
+        (expected,) = (getattr(evaluate(x, asked), name) for name in asked)
+        out = {name: torch.full_like(expected, float("nan")) for name in asked}
+        TritonProgram(evaluate.plan(asked).program, torch.float64, CPU).run({"x": x, **out}, 0, 3)
+        torch.testing.assert_close(out[asked[0]], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:

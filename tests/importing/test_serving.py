@@ -107,7 +107,7 @@ def network_by_hand(module):
 
 @pytest.mark.parametrize("asked", [("value",), ("gradient",), QUANTITIES, ("laplacian",), ("hessian_diagonal",)])
 def test_plans_are_those_of_the_same_network_written_with_our_layers(asked):
-    """So it is as fast; benchmarks/engine.py measures it."""
+    """So it is as fast; benchmarks/imported.py measures it."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(16, 16), nn.SiLU())
     module = nn.Sequential(
