@@ -250,7 +250,9 @@ def _destination(source: Path, out: Path, name: str | None) -> Path:
     elif name is not None and out.stem != name:
         _fail(f"expected a folder or {name}{SUFFIX} as OUT beside --name {name}, got {out.name}", status=2)
     if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
-        _fail(f"expected a file named like model{SUFFIX}, got {out.name}", status=2)
+        _fail(f"expected a folder, or a file named like model{SUFFIX}, as OUT, got {out.name}", status=2)
+    if not out.parent.is_dir():
+        _fail(f"the folder {out.parent} does not exist", status=2)
     return out
 
 

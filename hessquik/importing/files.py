@@ -78,7 +78,8 @@ def import_file(
     if architecture is None:
         raise FormatError(
             f"{path.name}: the file must be .onnx or .pt2 (torch.export.save), or a state dict beside --architecture "
-            "FILE.json; networks of the original hessQuik are for hessquik convert"
+            "FILE.json; a whole module or TorchScript holds code: export it with torch.export.save; networks of the "
+            "original hessQuik are for hessquik convert"
         )
     module = read_sequential(path, architecture)
     return torch_module.import_module(module, None, scaling, allow_kinks, dtype, bounds)

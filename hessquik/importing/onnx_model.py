@@ -96,14 +96,32 @@ def _load(path_or_model: Any) -> Any:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise FormatError(f"{path.name}: the file must have at most {MAX_FILE_BYTES} bytes")
         try:
-            model = onnx.load(path)
-        except OSError:
+            model = onnx.load(path, load_external_data=False)
+            _load_weights(model, path)
+        except (OSError, FormatError):
             raise
         except Exception as error:  # whatever a damaged file makes of the parser
             raise FormatError(f"{path.name}: the file must be an ONNX model ({str(error)[:100]})") from None
     if not isinstance(model, onnx.ModelProto) or not model.graph.node:
         raise FormatError("the model must be an ONNX model with at least one node")
     return inliner.inline_local_functions(model) if model.functions else model
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    """Load weights that an exporter put into files beside the model's.
+
+    Raises:
+        FormatError: they are too large.
+    """
+    from onnx import external_data_helper as external
+
+    names = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    size = sum(file.stat().st_size for name in names if (file := path.parent / name).is_file())
+    if size > MAX_FILE_BYTES:
+        raise FormatError(f"{path.name}: the weights beside the file must have at most {MAX_FILE_BYTES} bytes")
+    external.load_external_data_for_model(model, str(path.parent))  # it refuses files that are not below that folder
 
 
 def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:

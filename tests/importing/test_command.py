@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import hessquik
 from hessquik import proof, storage
+from hessquik.errors import FormatError
+from hessquik.importing import onnx_model
 from service.cli import app
 from tests.importing import onnx_networks
 
@@ -143,6 +145,7 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
     (tmp_path / "damaged.pt2").write_bytes(exported.read_bytes()[:-200])
     (tmp_path / "forest.pkl").write_bytes(b"")
     cases = [
+        (("whole.pt",), "a whole module or TorchScript holds code: export it with torch.export.save"),
         (("forest.pkl",), "can hold code, and are not opened; call hessquik.from_sklearn"),
         (("state.pt",), "or a state dict beside --architecture"),
         (("whole.pt", "--architecture", "short.json"), "a whole module is a pickle of code"),
@@ -183,3 +186,39 @@ def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
     result = run(pickled, tmp_path / "other.safetensors")
     assert result.exit_code == 1
     assert "must be stored as raw numbers, got a pickle" in result.stderr
+
+
+def test_the_place_to_write_is_checked_first(exported, tmp_path):
+    missing = run(exported, tmp_path / "missing" / "out.safetensors")
+    assert (missing.exit_code, missing.stderr.strip()[-14:]) == (2, "does not exist")
+    nowhere = run(exported, tmp_path / "models")
+    assert nowhere.exit_code == 2
+    assert "expected a folder, or a file named like model.safetensors, as OUT, got models" in nowhere.stderr
+    (tmp_path / "my model.pt2").write_bytes(exported.read_bytes())
+    assert "got my model.safetensors" in run(tmp_path / "my model.pt2", tmp_path).stderr
+
+
+def beside(tmp_path, location):
+    """A model whose weights are in another file."""
+    model, d, f = onnx_networks.model(1)
+    for tensor in model.graph.initializer:
+        onnx.external_data_helper.set_external_data(tensor, location)
+    onnx.save(model, tmp_path / "model" / "net.onnx")
+    return tmp_path / "model" / "net.onnx", d, f
+
+
+def test_weights_beside_the_file_are_read_from_its_folder_alone(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    path, d, f = beside(tmp_path, "net.onnx.data")
+    x = torch.randn(3, d, dtype=torch.float64)
+    torch.testing.assert_close(hessquik.from_onnx(path)(x)[0].detach(), f(x), rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(onnx_model, "MAX_FILE_BYTES", 8 << 10)
+    with (tmp_path / "model" / "net.onnx.data").open("ab") as file:
+        file.write(bytes(9 << 10))
+    with pytest.raises(FormatError, match=r"net.onnx: the weights beside the file must have at most 8192 bytes"):
+        hessquik.from_onnx(path)
+    data = path.read_bytes().replace(b"net.onnx.data", b"../secret.dat")
+    (tmp_path / "secret.dat").write_bytes((tmp_path / "model" / "net.onnx.data").read_bytes()[:100])
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="must be an ONNX model"):
+        hessquik.from_onnx(path)

@@ -90,7 +90,7 @@ def test_torch_with_every_activation(dynamo):
 
 
 def test_random_modules_exported_by_torch():
-    for seed in range(choose(1, 100)):
+    for seed in range(choose(1, 30)):
         module, d = torch_networks.module(seed, list(torch_networks.SMOOTH))
         assert worst_error(hessquik.from_onnx(exported(module, d)), module, points(d)) <= TOLERANCE, seed
 
