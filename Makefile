@@ -40,7 +40,7 @@ test chaos: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 90 minutes, 60 of them simulated
+chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 95 minutes, 60 of them simulated
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation tests/importing \
 		tests/engine/test_triton_backend.py --timeout 7200
 

@@ -39,7 +39,7 @@ def lower(output: Node) -> NN:
     layers: list[hessQuikLayer] = []
     for group, (before, after) in zip(groups, pairwise(states), strict=True):
         layers += _layers(_Step.of(group, before, after))
-    if states[-1] != [output]:
+    if residual is not None or not groups:
         linear, offset = _express([output], states[-1])[0]
         layers.append(_single(_stack([linear], states[-1], [output.width]), offset, identityActivation()))
     return NN(*layers)

@@ -37,3 +37,21 @@ def test_random_modules_with_kinks():
         module, d = torch_networks.module(seed, torch_networks.KINKED)
         network = hessquik.from_torch(module, points(d), allow_kinks=True)
         assert worst_error(network, module, points(d)) <= TOLERANCE, seed
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch.nn.Identity(),
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout().eval()),
+        torch_networks.Function(lambda x: 2 * x[:, :1]),
+        torch_networks.Function(torch.nn.functional.glu),
+        torch_networks.Function(lambda x: torch.einsum("nd,dh->nh", x, torch.ones(4, 3, dtype=x.dtype).cumsum(1))),
+        torch_networks.Function(lambda x: torch.nn.functional.pad(x, (1, 2), value=0.5) ** 2),
+        torch_networks.Function(lambda x: 1.5**x + torch.pow(2, -x)),
+        torch_networks.Residual(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), 0.3).double(),
+    ],
+    ids=["identity", "flatten", "linear", "glu", "einsum", "pad", "powers", "residual"],
+)
+def test_small_modules(module):
+    assert worst_error(hessquik.from_torch(module, points(4)), module, points(4)) <= TOLERANCE
