@@ -420,7 +420,7 @@ def create_app(settings: Settings | None = None, node: NodeLike | None = None) -
 
 _DESCRIPTION = (
     "Exact values, gradients, Hessians and more of saved networks. Every reply carries X-Request-Id. "
-    "The same server speaks UM-Bridge 1.0 (/Info, /Evaluate, …) the Open Inference Protocol v2 (/v2/…) "
+    "The same server speaks UM-Bridge 1.0 (/Info, /Evaluate, …), the Open Inference Protocol v2 (/v2/…) "
     "and the interface of Tesseracts (/tesseract/{model}/…)."
 )
 

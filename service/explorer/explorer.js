@@ -10,6 +10,8 @@ import * as snippets from "./snippets.js";
 
 const POLL_MS = 2000;
 const WINDOW = 5; // readings that live figures span
+const FOLLOW_POLLS = 3; // polls between two looks at the list of models
+const FEW = 6; // models that are listed with all their facts and without a search
 const PATH_METHODS = { newton: "Newton", minimise: "Minimise" };
 
 const $ = (id) => document.getElementById(id);
@@ -18,6 +20,7 @@ const make = (tag, text = "", attributes = {}) => {
   element.textContent = text;
   return element;
 };
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const show = (number, digits = 6) => (Number.isFinite(number) ? String(Number(number.toPrecision(digits))) : "–");
 
 let models = []; // as the service lists them, each with its details
@@ -28,6 +31,7 @@ let point = null; // {x, value, gradient, hessian}
 let path = null; // {method, iterates, outcome}
 let needsKey = false;
 let isGone = false;
+let remembered = new URLSearchParams(location.hash.slice(1)); // of the address that the page was opened with
 
 // ---- errors, keys, state -------------------------------------------------------------------------------------------
 
@@ -90,26 +94,46 @@ async function loadModels() {
     listed.map((one) => (one.state === "ready" ? getJson(`/v1/models/${one.name}?version=${one.default_version}`) : one)),
   );
   setState(models.some(({ state }) => state === "ready") ? "ready" : "no model is ready", models.length ? "good" : "bad");
-  const again = models.find(({ name, state }) => name === chosen?.name && state === "ready");
-  const next = again ?? models.find(({ state }) => state === "ready");
+  const ready = models.filter(({ state }) => state === "ready");
+  const again = ready.find(({ name }) => name === chosen?.name);
+  const wanted = ready.find(({ name }) => name === remembered.get("model"));
+  const next = again ?? wanted ?? ready.find(({ d }) => d === 2) ?? ready[0];
   if (!next) {
     listModels();
-  } else if (again && picture) {
+  } else if (again && picture?.asked.model === again.name && picture.sha256 === again.sha256) {
     chosen = again;
     listModels();
-  } else await choose(next);
+  } else {
+    const from = next === wanted ? remembered : undefined;
+    remembered = new URLSearchParams(); // the address that the page was opened with counts once
+    await choose(next, from);
+  }
+}
+
+/** Loads the models again when the service lists others, other versions or other states. */
+async function followModels() {
+  const { models: listed } = await getJson("/v1/models");
+  const facts = (one) => [one.name, one.state, one.default_version, one.versions.join(), one.parameters].join(" ");
+  if (listed.map(facts).join("\n") !== models.map(facts).join("\n")) await attempt(loadModels);
 }
 
 function listModels() {
+  $("model-search").hidden = models.length <= FEW;
+  const sought = $("model-search").value.toLowerCase();
+  const isSought = (model) => model.name === chosen?.name || `${model.name} ${model.metadata?.description ?? ""}`.toLowerCase().includes(sought);
+  $("model-list").classList.toggle("compact", models.length > FEW);
   $("model-list").replaceChildren(
-    ...models.map((model) => {
+    ...models.filter((model) => models.length <= FEW || isSought(model)).map((model) => {
       const button = make("button", "", { type: "button", disabled: model.state !== "ready" });
       button.dataset.model = model.name;
       button.setAttribute("aria-pressed", String(model.name === chosen?.name));
       const title = make("strong", model.name);
       title.append(make("span", model.state, { className: `pill ${model.state === "ready" ? "good" : "bad"}` }));
       button.append(title, ...describe(model).map((line) => make("span", line, { className: "line" })));
-      button.addEventListener("click", () => attempt(() => choose(model)));
+      button.addEventListener("click", () => {
+        $("slice").scrollIntoView({ block: "nearest" });
+        attempt(() => choose(model));
+      });
       const item = make("li");
       item.append(button);
       return item;
@@ -126,6 +150,7 @@ function describe(model) {
     .map(([name, error]) => `${name} ${show(100 * error, 2)} %`);
   return [
     metadata.description ?? "",
+    model.members > 1 ? `ensemble of ${model.members} networks` : "",
     `${model.d} → ${model.m}, ${model.parameters} parameters, ${model.dtype} on ${model.device}` +
       (model.versions.length > 1 ? `, version ${model.default_version} of ${model.versions.join(", ")}` : ""),
     metadata.lower_bounds ? `domain: ${domainText(model)}` : "domain: not stated",
@@ -150,9 +175,13 @@ function isConvex(architecture) {
 const inputNames = (model) => Array.from({ length: model.d }, (_, k) => model.metadata?.input_names?.[k] ?? `input ${k + 1}`);
 const bounds = (model, k) => [model.metadata?.lower_bounds?.[k] ?? -1, model.metadata?.upper_bounds?.[k] ?? 1];
 
+/** The bounds that a model states, [low, high] of each input; null if it states none. */
+const boxOf = ({ d, metadata: { lower_bounds: lower, upper_bounds: upper } = {} }) =>
+  lower && upper ? Array.from({ length: d }, (_, k) => [lower[k], upper[k]]) : null;
+
 const widths = (model) => Array.from({ length: model.d }, (_, k) => bounds(model, k)[1] - bounds(model, k)[0]);
 
-async function choose(model) {
+async function choose(model, from) {
   chosen = model;
   point = path = null;
   const box = Array.from({ length: model.d }, (_, k) => bounds(model, k));
@@ -164,14 +193,43 @@ async function choose(model) {
   };
   listModels();
   fillControls();
+  if (from) recall(from);
   showPoint();
   await redraw();
+  const at = from?.get("at")?.split(",").map(Number) ?? [];
+  if (at.length === model.d && at.every(Number.isFinite)) await look(at);
+}
+
+// ---- the address ---------------------------------------------------------------------------------------------------
+
+/** Keeps what is looked at in the address, so that it can be sent to others. */
+function remember() {
+  const state = { model: chosen.name, show: $("field").value, as: $("kind").value, axes: view.axes.join() };
+  if (chosen.m > 1) state.output = $("output").selectedIndex;
+  if (point) state.at = point.x.join();
+  history.replaceState(null, "", `#${new URLSearchParams(state)}`);
+}
+
+/** Sets the controls as an address has them; what does not fit the model is left out. */
+function recall(from) {
+  const axes = (from.get("axes") ?? "").split(",").map(Number);
+  const fits = axes.length === view.axes.length && new Set(axes).size === axes.length && axes.every((k) => Number.isInteger(k) && k >= 0 && k < chosen.d);
+  if (fits) view = { ...view, axes, ranges: axes.map((k) => [...bounds(chosen, k)]) };
+  fillControls();
+  for (const [id, name] of [["field", "show"], ["kind", "as"]]) {
+    if ([...$(id).options].some(({ value }) => value === from.get(name))) $(id).value = from.get(name);
+  }
+  const output = Number(from.get("output"));
+  if (output < chosen.m) $("output").selectedIndex = output;
 }
 
 // ---- the slice -----------------------------------------------------------------------------------------------------
 
 function fillControls() {
   const names = inputNames(chosen);
+  const fields = Object.entries(FIELDS).filter(([, { isOfEnsembles }]) => !isOfEnsembles || chosen.members > 1);
+  const shown = fields.some(([value]) => value === $("field").value) ? $("field").value : "value";
+  $("field").replaceChildren(...fields.map(([value, { label }]) => make("option", label, { value, selected: value === shown })));
   const options = (labels, selected) => labels.map((label, value) => make("option", label, { value, selected: value === selected }));
   $("axis-x").replaceChildren(...options(names, view.axes[0]));
   $("axis-y").replaceChildren(...options(names, view.axes[1]));
@@ -291,7 +349,7 @@ async function drawOnce() {
   const answered = performance.now();
   const z = field(slice, tensors, model.d, count);
   if (chosen !== model) return;
-  picture = { slice, asked, names: inputNames(model), z, gradient: slice.hasArrows ? tensors.gradient.data : null, d: model.d, count };
+  picture = { slice, asked, sha256: model.sha256, box: boxOf(model), names: inputNames(model), z, gradient: slice.hasArrows ? tensors.gradient.data : null, d: model.d, count };
   await paint();
   const drawn = performance.now();
   $("slice-note").textContent =
@@ -397,21 +455,25 @@ async function showPoint() {
       return row;
     }),
   );
-  $("eigenvalues").textContent = values.map((value) => show(value, 5)).join(",  ");
   if (path) {
-    $("path-outcome").textContent = `${PATH_METHODS[path.method]}: ${path.outcome}, ${path.iterates.length - 1} steps`;
+    $("path-outcome").textContent = `${PATH_METHODS[path.method]}: ${path.outcome}, ${counted(path.iterates.length - 1, "step")}`;
     $("path-rows").replaceChildren(
-      ...path.iterates.map(({ value, gradient }, k) => {
+      ...path.iterates.map(({ value, slope }, k) => {
         const row = make("tr");
-        row.append(make("th", String(k), { scope: "row" }), make("td", show(value, 8)), make("td", show(norm(gradient), 3)));
+        row.append(make("th", String(k), { scope: "row" }), make("td", show(value, 8)), make("td", show(slope, 3)));
         return row;
       }),
     );
     $("slice-through-end").hidden = chosen.d < 3;
   }
   const isScaled = new Set(widths(chosen)).size > 1;
-  $("hessian-title").textContent = isScaled ? "Hessian, each input in widths of its domain" : "Hessian";
-  await Promise.all([drawHessian($("hessian"), point.hessian, names, isScaled ? widths(chosen) : names.map(() => 1)), paint()]);
+  const units = isScaled ? widths(chosen) : names.map(() => 1);
+  const inUnits = point.hessian.map((entry, k) => entry * units[Math.floor(k / chosen.d)] * units[k % chosen.d]);
+  const said = isScaled ? ", each input in widths of its domain" : "";
+  $("hessian-title").textContent = `Hessian${said}`;
+  $("eigenvalues-title").textContent = `Eigenvalues of the Hessian${said}`;
+  $("eigenvalues").textContent = eigen(inUnits, chosen.d, false).values.map((value) => show(value, 5)).join(",  ");
+  await Promise.all([drawHessian($("hessian"), point.hessian, names, units), paint()]);
   showSnippet();
 }
 
@@ -427,13 +489,14 @@ for (const method of Object.keys(PATH_METHODS)) {
     buttons.forEach((button) => (button.disabled = true));
     try {
       const domain = {
-        lower: Array.from({ length: model.d }, (_, k) => model.metadata?.lower_bounds?.[k] ?? -Infinity),
-        upper: Array.from({ length: model.d }, (_, k) => model.metadata?.upper_bounds?.[k] ?? Infinity),
+        lower: Array.from({ length: model.d }, (_, k) => bounds(model, k)[0]),
+        upper: Array.from({ length: model.d }, (_, k) => bounds(model, k)[1]),
         width: widths(model),
+        isStated: boxOf(model) !== null,
       };
       const { iterates, outcome } = await methods[method](point.x, askAt, domain);
       if (chosen !== model) return;
-      path = { method, outcome, iterates: iterates.map(({ x, unscaled }) => ({ ...unscaled, x })) };
+      path = { method, outcome, iterates: iterates.map(({ x, unscaled, slope }) => ({ ...unscaled, x, slope })) };
       point = path.iterates.at(-1);
       await showPoint();
     } finally {
@@ -451,6 +514,7 @@ $("slice-through-end").addEventListener("click", () => attempt(async () => {
 
 function showSnippet() {
   if (!picture) return;
+  remember();
   const isPoint = $("snippet-of").value === "point" && point;
   const { slice, asked, count } = picture;
   $("snippet").textContent = snippets[$("snippet-as").value]({
@@ -476,6 +540,7 @@ $("copy").addEventListener("click", async () => {
 // ---- live figures --------------------------------------------------------------------------------------------------
 
 let readings = [];
+let polls = 0;
 
 async function poll() {
   if (document.hidden || (needsKey && !key.get())) return;
@@ -487,6 +552,7 @@ async function poll() {
       readings = readings.slice(-1);
       await attempt(loadModels);
     }
+    else if (++polls % FOLLOW_POLLS === 0) await followModels();
     if (readings.length > 1) showFigures(figures(readings[0], readings.at(-1)));
   } catch (error) {
     report(error);
@@ -515,7 +581,7 @@ function showFigures(now) {
 
 // ---- start ---------------------------------------------------------------------------------------------------------
 
-$("field").replaceChildren(...Object.entries(FIELDS).map(([value, { label }]) => make("option", label, { value })));
+$("model-search").addEventListener("input", listModels);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => picture && showOrPaint());
 const showOrPaint = () => attempt(point ? showPoint : paint);
 

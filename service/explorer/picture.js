@@ -22,17 +22,19 @@ function layout(extra) {
     font: { family: style("--font"), size: 12.5, color: style("--text") },
     margin: { l: 62, r: 8, t: 10, b: 50 },
     showlegend: false,
+    modebar: { bgcolor: "rgba(0,0,0,0)" },
     hovermode: "closest",
     dragmode: "zoom",
     ...extra(axis),
   };
 }
 
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+// On phones the buttons would cover the picture.
+const config = { responsive: true, displaylogo: false, displayModeBar: matchMedia("(max-width: 52rem)").matches ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
 /** The slice with arrows, the chosen point, its quadratic model and a path. */
 export async function drawSlice(element, picture) {
-  const { slice, names, z, gradient, d, count, isSurface, point, showsModel, path } = picture;
+  const { slice, box, names, z, gradient, d, count, isSurface, point, showsModel, path } = picture;
   const { axes: [i, j], ranges: [x, y], field } = slice;
   const { xs, ys } = grid(slice, count);
   const [low, high] = extent(z);
@@ -51,7 +53,7 @@ export async function drawSlice(element, picture) {
   const levels = niceLevels(low, high);
   const model = showsModel && point ? quadraticModel(slice, point, count) : null;
   const ink = isSigned ? "40,40,60" : "255,255,255";
-  if (j === undefined) return drawCurve(element, { xs, z, model, point, label: FIELDS[field].label, name: names[i], i });
+  if (j === undefined) return drawCurve(element, { xs, z, model, point, label: FIELDS[field].label, name: names[i], i, shapes: outside(box, [i], [x]) });
   const traces = isSurface
     ? surfaceTraces({ shared, isSigned, bound, model, point, path, i, j, field })
     : contourTraces({ shared, colours, levels, model, point, path, i, j, ink });
@@ -62,8 +64,9 @@ export async function drawSlice(element, picture) {
     traces,
     layout((axis) =>
       isSurface
-        ? { margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.6 }, camera: { eye: { x: 1.15, y: 1.15, z: 0.75 }, center: { x: 0, y: 0, z: -0.12 } }, xaxis: { ...axis, title: { text: titles[0] } }, yaxis: { ...axis, title: { text: titles[1] } }, zaxis: { ...axis, title: { text: FIELDS[field].label } } }, uirevision: "scene" }
+        ? { margin: { l: 0, r: 0, t: 0, b: 0 }, scene: { aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.6 }, camera: { eye: { x: 1.15, y: 1.15, z: 0.75 }, center: { x: 0, y: 0, z: -0.12 } }, xaxis: { ...axis, title: { text: titles[0] } }, yaxis: { ...axis, title: { text: titles[1] } }, zaxis: { ...axis, title: { text: FIELDS[field].label }, ...(model && field === "value" ? { range: [low, high] } : {}) } }, uirevision: "scene" }
         : {
+            shapes: outside(box, [i, j], [x, y]),
             xaxis: { ...axis, title: { text: titles[0], standoff: 8 }, range: [...x], constrain: "domain" },
             yaxis: { ...axis, title: { text: titles[1], standoff: 4 }, range: [...y] },
           },
@@ -73,13 +76,30 @@ export async function drawSlice(element, picture) {
 }
 
 /** A model of one input: a curve, its parabola, its point. */
-function drawCurve(element, { xs, z, model, point, label, name, i }) {
+function drawCurve(element, { xs, z, model, point, label, name, i, shapes }) {
   const line = (y, extra) => ({ type: "scatter", mode: "lines", x: xs, y, ...extra });
   const traces = [line(z[0], { name: label, line: { color: style("--accent-line"), width: 2.5 }, hovertemplate: "%{x:.5g}<br><b>%{y:.7g}</b><extra></extra>" })];
   if (model) traces.push(line(clipped(model, z)[0], { name: "quadratic model", hoverinfo: "skip", line: { dash: "4px,3px", color: style("--text") } }));
   if (point && label === "value") traces.push({ type: "scatter", mode: "markers", name: "point", x: [point.x[i]], y: [point.value], hoverinfo: "skip", marker: { size: 11, color: PATH_COLOURS.minimise } });
   const titled = (text) => (axis) => ({ ...axis, title: { text } });
-  return Plotly.react(element, traces, layout((axis) => ({ xaxis: titled(shortened(name))(axis), yaxis: titled(label)(axis) })), config);
+  return Plotly.react(element, traces, layout((axis) => ({ shapes, hovermode: "x", xaxis: titled(shortened(name))(axis), yaxis: titled(label)(axis) })), config);
+}
+
+/** Shades over what lies outside a model's bounds. */
+function outside(box, axes, [x, y]) {
+  if (!box) return [];
+  const shade = (x0, x1, y0, y1) => ({
+    type: "rect", name: "outside", xref: "x", yref: y ? "y" : "paper", x0, x1, y0, y1, line: { width: 0 }, fillcolor: style("--text"), opacity: 0.35, layer: "above",
+  });
+  const [low, high] = [Math.max(x[0], Math.min(box[axes[0]][0], x[1])), Math.min(x[1], Math.max(box[axes[0]][1], x[0]))];
+  const [bottom, top] = y ?? [0, 1];
+  const shades = [
+    x[0] < low && shade(x[0], low, bottom, top),
+    high < x[1] && shade(high, x[1], bottom, top),
+    y && bottom < box[axes[1]][0] && shade(low, high, bottom, Math.min(top, box[axes[1]][0])),
+    y && box[axes[1]][1] < top && shade(low, high, Math.max(bottom, box[axes[1]][1]), top),
+  ];
+  return shades.filter(Boolean);
 }
 
 /** About LEVELS levels at round numbers, the same for a field and its model. */
@@ -125,7 +145,7 @@ function contourTraces({ shared, colours, levels, model, point, path, i, j, ink 
 function surfaceTraces({ shared, isSigned, bound, model, point, path, i, j, field }) {
   const traces = [{ type: "surface", ...shared, ...(isSigned ? { cmin: -bound, cmax: bound } : {}) }];
   if (field !== "value") return traces;
-  if (model) traces.push({ type: "surface", name: "quadratic model", x: shared.x, y: shared.y, z: clipped(model, shared.z), showscale: false, opacity: 0.45, hoverinfo: "skip" });
+  if (model) traces.push({ type: "surface", name: "quadratic model", x: shared.x, y: shared.y, z: model, showscale: false, opacity: 0.45, hoverinfo: "skip" });
   const colour = PATH_COLOURS[path?.method] ?? style("--text");
   const on = path ? path.iterates.map(({ x, value }) => [x[i], x[j], value]) : point ? [[point.x[i], point.x[j], point.value]] : [];
   traces.push({
@@ -161,14 +181,16 @@ export async function drawHessian(element, matrix, names, units) {
   const d = names.length;
   const rows = units.map((a, row) => units.map((b, column) => matrix[row * d + column] * a * b));
   const bound = Math.max(...rows.flat().map(Math.abs), Number.MIN_VALUE);
-  const ticktext = names.map((name, k) => (d <= 4 ? shortened(name, 10) : String(k + 1)));
+  const every = Math.ceil(d / 12); // more labels would overlap
+  const shown = names.map((_, k) => k).filter((k) => k % every === 0);
+  const ticktext = shown.map((k) => (d <= 4 ? shortened(names[k], 10) : String(k + 1)));
   const hover = names.map((a, row) => names.map((b, column) => `${shortened(a, 30)}<br>${shortened(b, 30)}<br><b>${matrix[row * d + column].toPrecision(7)}</b>`));
-  const axisOf = (axis) => ({ ...axis, tickvals: names.map((_, k) => k), ticktext, showgrid: false, zeroline: false, ticks: "" });
+  const axisOf = (axis) => ({ ...axis, tickvals: shown, ticktext, showgrid: false, zeroline: false, ticks: "" });
   await Plotly.react(
     element,
     [{
       type: "heatmap", z: rows, text: hover, zmin: -bound, zmax: bound, colorscale: SIGNED, xgap: 1, ygap: 1,
-      texttemplate: d <= 4 ? "%{z:.4~g}" : "", hovertemplate: "%{text}<extra></extra>",
+      texttemplate: d <= 3 ? "%{z:.3~g}" : "", textfont: { size: 13 }, hovertemplate: "%{text}<extra></extra>",
       colorbar: { thickness: 10, len: 1, outlinewidth: 0, tickformat: ".3~g" },
     }],
     layout((axis) => ({

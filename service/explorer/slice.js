@@ -12,6 +12,7 @@ export const FIELDS = {
     needs: ["gradient"],
     read: (t, r, d) => Math.hypot(...t.gradient.data.subarray(r * d, (r + 1) * d)),
   },
+  spread: { label: "standard deviation of the value", needs: ["value_std"], read: (t, r) => t.value_std.data[r], isOfEnsembles: true },
   laplacian: { label: "Laplacian", needs: ["laplacian"], read: (t, r) => t.laplacian.data[r], isSigned: true },
   eigenvalue: {
     label: "smallest Hessian eigenvalue",
@@ -29,11 +30,11 @@ export const grid = ({ ranges: [x, y] }, count) => ({ xs: ticks(...x, count), ys
 
 /** The quantities that a slice asks for, in the service's order. */
 export const quantitiesOf = ({ field, hasArrows }) =>
-  ["value", "gradient", "hessian", "laplacian"].filter((q) => FIELDS[field].needs.includes(q) || (hasArrows && q === "gradient"));
+  ["value", "gradient", "hessian", "laplacian", "value_std"].filter((q) => FIELDS[field].needs.includes(q) || (hasArrows && q === "gradient"));
 
 /** The most points per side, up to 101, that the service's limits let through in one request. */
 export function pointsPerSide(slice, d, limits) {
-  const perRow = { value: 1, gradient: d, hessian: d * d, laplacian: 1 };
+  const perRow = { value: 1, gradient: d, hessian: d * d, laplacian: 1, value_std: 1 };
   const numbers = quantitiesOf(slice).reduce((sum, quantity) => sum + perRow[quantity], 0);
   const rows = Math.min(limits.rows, limits.reply_bytes / (8 * numbers), (limits.body_bytes - 4096) / (8 * d));
   return Math.max(2, Math.min(POINTS_PER_SIDE, Math.floor(Math.sqrt(rows))));

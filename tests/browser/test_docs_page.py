@@ -27,3 +27,13 @@ def test_docs_page_lists_and_tries_every_path(server: LiveServer, context: Brows
         evaluate.get_by_role("button", name="Execute").click()
         reply = evaluate.locator(".live-responses-table .response-col_description code").first
         expect(reply).to_contain_text('"gradient"', timeout=30_000)
+
+
+def test_docs_page_has_dark_colours(server: LiveServer, context: BrowserContext) -> None:
+    with opened(context, f"{server.url}/docs") as watched:
+        page = watched.page
+        for scheme, colour in (("light", "rgba(0, 0, 0, 0)"), ("dark", "rgb(20, 22, 28)")):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == colour
+        page.locator(".swagger-ui").first.wait_for()
+        assert "invert" in page.evaluate("getComputedStyle(document.querySelector('.swagger-ui')).filter")

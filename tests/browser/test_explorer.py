@@ -17,6 +17,9 @@ import torch
 from playwright.sync_api import BrowserContext, Page, expect
 
 import hessquik
+import hessquik.activations
+import hessquik.layers
+import hessquik.networks
 from service.client import Client
 from tests.browser.conftest import Watched, opened
 from tests.live import ROOT, LiveServer
@@ -416,3 +419,225 @@ def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, con
             expect(page.locator("#problem")).to_be_hidden()
             choose(page, "curve")
             assert len(trace(page, "value")["y"]) == SIDE
+
+
+def restarted(models: Path, port: int, **settings: object) -> LiveServer:
+    """Another server on the same port."""
+    patch = f"sys.argv[sys.argv.index('--port') + 1] = '{port}'"
+    command = ("-c", f"import sys; {patch}; from service.cli import main; main()")
+    return LiveServer(models, settings=settings, command=command)
+
+
+@pytest.fixture(scope="module")
+def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight models: ``flat`` and ``bowl`` state no bounds."""
+    folder = tmp_path_factory.mktemp("several")
+    torch.manual_seed(1)
+    tanh = hessquik.activations.tanhActivation
+    flat = hessquik.networks.NN(hessquik.layers.singleLayer(2, 1, act=tanh())).double()
+    hessquik.save(flat, folder / "flat.safetensors")
+    for name in ("peaks", "borehole", "borehole_ensemble"):
+        (folder / f"{name}.safetensors").write_bytes((shipped_models / f"{name}.safetensors").read_bytes())
+    many = hessquik.networks.fullyConnectedNN([30, 4, 1], act=tanh()).double()
+    hessquik.save(many, folder / "many.safetensors", description="thirty inputs")
+    curve = hessquik.networks.fullyConnectedNN([1, 8, 1], act=tanh()).double()
+    for name in ("one", "two"):
+        hessquik.save(curve, folder / f"{name}.safetensors", lower_bounds=[-1.0], upper_bounds=[1.0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crowded(several: Path) -> Iterator[LiveServer]:
+    with LiveServer(several, settings={"watch_s": 0.3}) as live:
+        yield live
+
+
+def first_picture(page: Page) -> None:
+    expect(page.locator("#slice-note")).to_contain_text("in one request", timeout=60_000)
+    settled(page)
+
+
+def shown_model(page: Page) -> str:
+    return page.locator("#plot").get_attribute("aria-label") or ""
+
+
+def test_after_an_outage_the_picture_is_the_chosen_models(several: Path, context: BrowserContext) -> None:
+    first = LiveServer(several).wait_until_ready()
+    with opened(context, f"{first.url}/#model=borehole", expected_error="Failed to load resource") as watched:
+        page = watched.page
+        first_picture(page)
+        assert "of borehole over" in shown_model(page)
+        first.stop()
+        page.click("#model-list button[data-model=peaks]")
+        expect(page.locator("#state")).to_have_text("not reachable", timeout=15_000)
+        with restarted(several, first.port):
+            expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
+            expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of peaks over"), timeout=15_000)
+            settled(page)
+            assert trace(page, "value")["x"][-1] == 3.0
+
+
+def test_opens_on_a_model_of_two_inputs_and_follows_the_folder(
+    crowded: LiveServer, several: Path, context: BrowserContext
+) -> None:
+    with opened(context, crowded.url) as watched:
+        page = watched.page
+        first_picture(page)
+        assert "of flat over" in shown_model(page)
+        new = several / "new.safetensors"
+        new.write_bytes((several / "one.safetensors").read_bytes())
+        expect(page.locator("#model-list button[data-model=new]")).to_have_count(1, timeout=20_000)
+        new.unlink()
+        expect(page.locator("#model-list button[data-model=new]")).to_have_count(0, timeout=20_000)
+        page.fill("#model-search", "thirty")
+        names = page.locator("#model-list button").evaluate_all("all => all.map((one) => one.dataset.model)")
+        assert names == ["flat", "many"]  # the chosen one stays
+
+
+def test_choosing_brings_the_picture_into_view_and_it_stays_there(
+    crowded: LiveServer, context: BrowserContext
+) -> None:
+    with opened(context, crowded.url) as watched:
+        page = watched.page
+        first_picture(page)
+        page.set_viewport_size({"width": 1440, "height": 800})
+        choose(page, "many")
+        page.locator("#input-rows .input-row").nth(15).scroll_into_view_if_needed()
+        box = page.locator("#plot").bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] < 100
+        look(page, 0.1, 0.2)
+        labels = page.evaluate('() => document.getElementById("hessian").layout.xaxis.ticktext.length')
+        assert labels <= 12
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.locator("#model-list button[data-model=two]").click()
+        settled(page)
+        box = page.locator("#slice").bounding_box()
+        assert box is not None
+        assert box["y"] < 740
+
+
+def test_the_address_says_what_is_looked_at(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, crowded.url) as watched:
+        page = watched.page
+        first_picture(page)
+        choose(page, "borehole")
+        page.select_option("#axis-x", "3")
+        settled(page)
+        page.select_option("#field", "gradient")
+        settled(page)
+        look(page, 1000.0, 20000.0)
+        address = page.url
+    with opened(context, address) as watched:
+        page = watched.page
+        expect(page.locator("#point-facts")).to_be_visible(timeout=60_000)
+        settled(page)
+        assert "gradient norm of borehole over potentiometric head" in shown_model(page)
+        assert float(page.input_value("#point-x")) == 1000.0
+        assert page.url == address
+
+
+def test_what_is_outside_the_bounds_is_shaded(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, f"{crowded.url}/#model=peaks") as watched:
+        page = watched.page
+        first_picture(page)
+        shades = "() => document.getElementById('plot').layout.shapes.map(({x0, x1, y0, y1}) => [x0, x1, y0, y1])"
+        assert page.evaluate(shades) == []
+        for label, number in (("x, from", "-4"), ("x, to", "5"), ("y, to", "3.5")):
+            page.get_by_label(label, exact=True).fill(number)
+            page.get_by_label(label, exact=True).press("Enter")
+            settled(page)
+        assert page.evaluate(shades) == [[-4, -3, -3, 3.5], [3, 5, -3, 3.5], [-3, 3, 3, 3.5]]
+        choose(page, "flat")
+        assert page.evaluate(shades) == []
+
+
+def test_an_ensembles_spread_can_be_drawn(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, f"{crowded.url}/#model=borehole_ensemble") as watched:
+        page = watched.page
+        first_picture(page)
+        expect(page.locator("#model-list button[aria-pressed=true]")).to_contain_text("ensemble of 5 networks")
+        page.select_option("#field", "spread")
+        settled(page)
+        drawn = np.array(trace(page, "standard deviation of the value")["z"])
+        with Client(crowded.url) as client:
+            model = client.model("borehole_ensemble")
+            about = model.describe()["metadata"]
+            low, high = about["lower_bounds"], about["upper_bounds"]
+            base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+            points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
+            np.testing.assert_array_equal(drawn.ravel(), model.value_std(points)[:, 0])
+        choose(page, "peaks")
+        assert page.input_value("#field") == "value"
+        assert page.locator("#field option[value=spread]").count() == 0
+
+
+def test_paths_say_what_they_found(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, crowded.url) as watched:
+        page = watched.page
+        first_picture(page)
+        assert "of flat over" in shown_model(page)
+        look(page, 0.5, 0.5)
+        assert "minimum" not in walk(page, "minimise")
+        assert "stopped" in page.inner_text("#path-outcome")
+        along = trace(page, "path")
+        assert np.abs(along["x"]).max() <= 5.5  # the picture is [−1, 1]: two widths beyond it
+        choose(page, "peaks")
+        look(page, 0.42, -0.39)
+        said = walk(page, "newton")
+        assert "saddle point" in said, said
+        page.press("#point-y", "Enter")  # the same point, to the nine digits that are shown
+        expect(page.locator("#path")).to_be_hidden()
+        said = walk(page, "minimise")
+        assert ": minimum" in said, said
+        values = [float(text) for text in page.locator("#path-rows tr td:nth-child(2)").all_inner_texts()]
+        assert values == sorted(values, reverse=True)
+        assert values[-1] < values[0]
+
+
+def test_slopes_of_a_path_are_those_it_goes_by(crowded: LiveServer, context: BrowserContext) -> None:
+    """In mixed units the plain norm may rise while the path goes down; Hessian and eigenvalues have one unit, too."""
+    with opened(context, f"{crowded.url}/#model=borehole") as watched:
+        page = watched.page
+        first_picture(page)
+        look(page, 0.1, 20000)
+        with Client(crowded.url) as client:
+            model = client.model("borehole")
+            about = model.describe()["metadata"]
+            low, high = np.array(about["lower_bounds"]), np.array(about["upper_bounds"])
+            x = (low + high) / 2
+            x[:2] = 0.1, 20000
+            out = model.evaluate(x, ["gradient", "hessian"], dtype="float64")
+        width = high - low
+        eigenvalues = [float(text) for text in page.inner_text("#eigenvalues").split(",")]
+        scaled = np.outer(width, width) * out.hessian[..., 0]
+        expected = np.linalg.eigvalsh(scaled)
+        np.testing.assert_allclose(eigenvalues, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+        assert "widths of its domain" in page.inner_text("#eigenvalues-title")
+        walk(page, "newton")
+        first = float(page.locator("#path-rows tr").first.locator("td").nth(1).inner_text())
+        assert first == pytest.approx(np.linalg.norm(width * out.gradient[:, 0]), rel=1e-2)
+        norms = [float(text) for text in page.locator("#path-rows tr td:nth-child(3)").all_inner_texts()]
+        assert norms == sorted(norms, reverse=True)
+
+
+def test_a_curve_can_be_clicked_beside_it(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, f"{crowded.url}/#model=one") as watched:
+        page = watched.page
+        first_picture(page)
+        page.locator("#plot .nsewdrag").first.hover(position={"x": 210, "y": 20})
+        page.locator("#plot .nsewdrag").first.click(position={"x": 210, "y": 20})
+        expect(page.locator("#point-facts")).to_be_visible()
+
+
+def test_a_quadratic_model_on_a_surface_is_cut_by_the_axis(crowded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, f"{crowded.url}/#model=peaks&as=surface&at=0.5,-1.0") as watched:
+        page = watched.page
+        expect(page.locator("#point-facts")).to_be_visible(timeout=60_000)
+        page.check("#show-model")
+        settled(page)
+        model = np.array(trace(page, "quadratic model")["z"], dtype=float)
+        assert np.isfinite(model).all()  # no holes with teeth at their rims
+        low, high = page.evaluate("() => document.getElementById('plot').layout.scene.zaxis.range")
+        value = np.array(trace(page, "value")["z"])
+        assert (low, high) == (value.min(), value.max())
