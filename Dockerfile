@@ -22,6 +22,7 @@ RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
         --require-hashes --no-deps --only-binary :all: -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY hessquik hessquik
+COPY hessquik_client hessquik_client
 COPY service service
 # The lock holds setuptools, which torch needs; so nothing is fetched here.
 RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \

@@ -29,7 +29,7 @@ import torch
 
 from hessquik import Evaluator, storage
 from hessquik.networks import NN, fullyConnectedNN
-from service.client import Client
+from hessquik_client import Client
 
 QUANTITIES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature")
 DIRECTIONAL = frozenset({"jvp", "hvp", "curvature"})

@@ -13,8 +13,9 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from hessquik.importing import support
-from service import cli, errors, loadtest
-from service.errors import ServiceError
+from hessquik_client import errors
+from hessquik_client.errors import ServiceError
+from service import cli, loadtest
 from service.settings import Settings
 
 

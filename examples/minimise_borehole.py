@@ -13,8 +13,8 @@ import argparse
 import numpy as np
 from scipy.optimize import Bounds, minimize
 
-from service.client import Client
-from service.client.for_scipy import Objective, bounds
+from hessquik_client import Client
+from hessquik_client.for_scipy import Objective, bounds
 
 
 def main() -> None:

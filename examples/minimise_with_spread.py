@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.client import Client, Model, OutsideDomainWarning
-from service.client.for_scipy import bounds
+from hessquik_client import Client, Model, OutsideDomainWarning
+from hessquik_client.for_scipy import bounds
 
 ITERATIONS = 30
 #: Radius of the first trust region, and the shortest one.

@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 from rich.progress import track
 
-from service.client import Client, Model
+from hessquik_client import Client, Model
 
 Array = NDArray[np.float64]
 STARTS = 1000

@@ -20,7 +20,7 @@ import numpy as np
 import umbridge
 from numpy.typing import NDArray
 
-from service.client import Client
+from hessquik_client import Client
 
 Array = NDArray[np.float64]
 

@@ -16,9 +16,9 @@ import numpy as np
 import pymc as pm
 import pytensor
 
-from service.client import Client
-from service.client.for_pymc import remote_function
-from service.client.for_scipy import bounds
+from hessquik_client import Client
+from hessquik_client.for_pymc import remote_function
+from hessquik_client.for_scipy import bounds
 
 MEASURED, ERROR = 120.0, 10.0
 

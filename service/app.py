@@ -23,10 +23,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from service.assets import ASSETS
-from service.core import Core
-from service.devices import resolve_devices
-from service.errors import (
+from hessquik_client.errors import (
     Forbidden,
     InternalError,
     InvalidInput,
@@ -37,12 +34,15 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from hessquik_client.question import Question
+from service.assets import ASSETS
+from service.core import Core
+from service.devices import resolve_devices
 from service.http import asgi
 from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
 from service.logs import AccessLog, log_administration
 from service.metrics import REFUSED
 from service.node import Node, NodeLike
-from service.question import Question
 from service.repository import Served
 from service.routes import derivatives, health, inference_protocol, models, pages, tesseract, umbridge
 from service.routes.operation import NATIVE, Dialect, Direct

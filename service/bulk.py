@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import InvalidInput, OutsideDomain
-from service.evaluators import TORCH_DTYPES, Evaluators
-from service.quantities import AXES, floats_per_row, row_shapes
-from service.question import DTYPES, Shape, make_question
+from hessquik_client.errors import InvalidInput, OutsideDomain
+from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
+from hessquik_client.quantities import AXES, floats_per_row, row_shapes
+from hessquik_client.question import DTYPES, Shape, make_question
 
 __all__ = ["FORMATS", "Job", "evaluate_file"]
 

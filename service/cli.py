@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from service.settings import Settings, unknown_variables
 
 if TYPE_CHECKING:
-    from service.client import Client
+    from hessquik_client import Client
 
 __all__ = ["main"]
 
@@ -102,8 +102,8 @@ def serve(**flags: Any) -> None:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
+    from hessquik_client.errors import StartUpError
     from service.app import create_app
-    from service.errors import StartUpError
     from service.logs import log_start, set_up_logging
     from service.server import EXIT_START_UP
     from service.server import serve as run
@@ -299,11 +299,11 @@ def evaluate(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from hessquik import HessQuikError, storage
+    from hessquik_client.domain import OUTSIDE
+    from hessquik_client.errors import ServiceError
+    from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
+    from hessquik_client.quantities import QUANTITIES
     from service.bulk import Job, evaluate_file
-    from service.domain import OUTSIDE
-    from service.errors import ServiceError
-    from service.evaluators import TORCH_DTYPES, Evaluators
-    from service.quantities import QUANTITIES
 
     names = tuple(dict.fromkeys(name.strip() for name in quantities.split(",")))
     if not set(names) <= set(QUANTITIES):
@@ -360,7 +360,7 @@ def _administer(url: str, action: Callable[[Client], dict[str, Any]]) -> None:
     import json
     import os
 
-    from service.client import Client, ClientError
+    from hessquik_client import Client, ClientError
 
     try:
         with Client(url, api_key=os.environ.get("HESSQUIK_API_KEY") or None) as client:

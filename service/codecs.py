@@ -16,10 +16,10 @@ import numpy as np
 import orjson
 import safetensors.numpy
 
-from service.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from hessquik_client.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
+from hessquik_client.question import DTYPES, Question, Shape, make_question
 from service.http.negotiation import best
 from service.json_reader import expect_object, numbers
-from service.question import DTYPES, Question, Shape, make_question
 from service.wire import Array
 
 __all__ = [

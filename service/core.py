@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from service.domain import Domain
-from service.errors import InvalidInput, ReplyTooLarge, ServiceError
+from hessquik_client.domain import Domain
+from hessquik_client.errors import InvalidInput, ReplyTooLarge, ServiceError
+from hessquik_client.quantities import floats_per_row, row_shapes
+from hessquik_client.question import Question, Shape
 from service.keys import Keys
 from service.link import Links
 from service.metrics import Gauge, Metrics
 from service.node import NodeLike
-from service.quantities import floats_per_row, row_shapes
-from service.question import Question, Shape
 from service.repository import Served
 from service.scheduler import BatchKey, End, Job, Limits, LoopClock, Scheduler
 from service.settings import Settings

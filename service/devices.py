@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from service.errors import StartUpError
+from hessquik_client.errors import StartUpError
 
 __all__ = ["resolve_devices"]
 

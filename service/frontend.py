@@ -29,8 +29,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hessquik_client.errors import BY_CODE, InternalError, ServiceError
 from service import wire
-from service.errors import BY_CODE, InternalError, ServiceError
 from service.node import Health
 from service.repository import ModelFile, Served, Table
 from service.settings import Settings

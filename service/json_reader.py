@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from service.errors import InvalidInput, MalformedBody
+from hessquik_client.errors import InvalidInput, MalformedBody
 from service.wire import Array
 
 __all__ = ["SHORT_BYTES", "expect_object", "has_booleans", "numbers", "read_json", "read_long_json"]

@@ -25,9 +25,9 @@ import h11
 import numpy as np
 import safetensors.numpy
 
-from service.client import Client, ClientError
-from service.client.messages import SAFETENSORS, Array
-from service.quantities import DIRECTIONAL, QUANTITIES
+from hessquik_client import Client, ClientError
+from hessquik_client.messages import SAFETENSORS, Array
+from hessquik_client.quantities import DIRECTIONAL, QUANTITIES
 
 try:
     import httptools

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any, NamedTuple, Protocol
 
-from service.errors import StartUpError
+from hessquik_client.errors import StartUpError
 from service.repository import Repository, Served, Table
 from service.settings import Settings
 from service.workers import WorkerProcess, Workers

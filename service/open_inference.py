@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from hessquik_client.errors import InvalidInput, MalformedBody
+from hessquik_client.quantities import QUANTITIES, quantities_of, row_shapes
+from hessquik_client.question import Question, Shape, make_question
 from service.codecs import Piece, json_rows
-from service.errors import InvalidInput, MalformedBody
 from service.http.messages import JSON, Reply
 from service.json_reader import numbers
-from service.quantities import QUANTITIES, quantities_of, row_shapes
-from service.question import Question, Shape, make_question
 from service.wire import Array
 
 __all__ = [

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from service.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
+from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
 from service.statistics import ModelStatistics
 from service.workers import LoadError, Workers
 

@@ -25,7 +25,7 @@ from itertools import count
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-from service.errors import (
+from hessquik_client.errors import (
     DeadlineExceeded,
     EvaluationFailed,
     Failure,

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from service.domain import Outside
-from service.quantities import AXES, QUANTITIES, TEXTS, Quantity, describe_shape
+from hessquik_client.domain import Outside
+from hessquik_client.quantities import AXES, QUANTITIES, TEXTS, Quantity, describe_shape
 
 __all__ = [
     "Answer",

@@ -14,8 +14,8 @@ from typing import cast
 
 import uvicorn
 
+from hessquik_client.errors import NotReady, StartUpError
 from service.app import Application
-from service.errors import NotReady, StartUpError
 from service.http.connection import Connection, Limits, Listener
 from service.settings import Settings
 

@@ -16,7 +16,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from service.domain import Outside
+from hessquik_client.domain import Outside
 
 __all__ = ["PREFIX", "Settings", "unknown_variables"]
 

@@ -19,8 +19,8 @@ import time
 from itertools import count
 from typing import Any
 
+from hessquik_client.errors import ServiceError, StartUpError
 from service.devices import resolve_devices
-from service.errors import ServiceError, StartUpError
 from service.keys import Keys
 from service.node import Node
 from service.settings import Settings

@@ -49,10 +49,10 @@ import torch
 
 from hessquik import HessQuikError, storage
 from hessquik.backends import names as backends
+from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
+from hessquik_client.quantities import DOMAIN_DISTANCE, row_shapes
 from service import wire
 from service.codecs import json_rows
-from service.evaluators import TORCH_DTYPES, Evaluators
-from service.quantities import DOMAIN_DISTANCE, row_shapes
 
 __all__ = ["main"]
 

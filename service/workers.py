@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from service.errors import StartUpError
+from hessquik_client.errors import StartUpError
 from service.settings import Settings
 from service.wire import Channel, WireError
 

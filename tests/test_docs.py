@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 
+from hessquik_client.quantities import QUANTITIES, describe_shape
 from service import cli
-from service.quantities import QUANTITIES, describe_shape
 from tests.live import ROOT, LiveServer
 
 pytestmark = pytest.mark.xdist_group("docs")
@@ -155,7 +155,7 @@ def test_site_builds_without_warnings_and_needs_no_other_host(site: Path) -> Non
 
 
 def test_generated_tables_are_whole(site: Path) -> None:
-    from service.errors import Overloaded
+    from hessquik_client.errors import Overloaded
     from service.settings import Settings
 
     text = (site / "reference" / "settings" / "index.html").read_text()

@@ -30,13 +30,28 @@ LAYERS = {
         hessquik.conversion hessquik.importing hessquik.proof
         hessquik
     """,
+    "hessquik_client": """
+        hessquik_client.errors hessquik_client.domain hessquik_client.quantities
+        hessquik_client.question
+        hessquik_client.evaluators
+        hessquik_client.messages
+        hessquik_client.parts
+        hessquik_client.steps
+        hessquik_client.progress
+        hessquik_client.local hessquik_client.models hessquik_client.transport
+        hessquik_client.client
+        hessquik_client.memo
+        hessquik_client.for_casadi hessquik_client.for_ipopt hessquik_client.for_jax hessquik_client.for_openmdao
+        hessquik_client.for_pymc hessquik_client.for_pyomo hessquik_client.for_scipy hessquik_client.for_torch
+        hessquik_client
+    """,
     "service": """
-        service.domain service.errors service.quantities service.statistics service.versions service.wire
+        service.statistics service.versions service.wire
         service.metrics
         service.settings
         service.keys
-        service.http service.json_reader service.question
-        service.bulk service.evaluators
+        service.http service.json_reader
+        service.bulk
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.metadata service.schemas
         service.open_inference service.shared
@@ -180,8 +195,13 @@ def test_the_engine_knows_nothing_of_the_service():
     assert not any(module.startswith("service") for _, path in sources("hessquik") for module, _ in imports(path))
 
 
+def test_the_client_knows_nothing_of_the_server():
+    found = {module for _, path in sources("hessquik_client") for module, _ in imports(path)}
+    assert not any(module.split(".")[0] == "service" for module in found)
+
+
 def test_the_client_loads_neither_torch_nor_the_server():
-    program = f"import sys, service.client; print(*{NOT_FOR_THE_CLIENT!r} & sys.modules.keys())"
+    program = f"import sys; from hessquik_client import Client; print(*{NOT_FOR_THE_CLIENT!r} & sys.modules.keys())"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
     )
@@ -189,7 +209,7 @@ def test_the_client_loads_neither_torch_nor_the_server():
     assert run.stdout.split() == []
 
 
-@pytest.mark.parametrize("module", ["hessquik", "hessquik.quantities", "service.quantities"])
+@pytest.mark.parametrize("module", ["hessquik", "hessquik.quantities", "hessquik_client.quantities"])
 def test_quantities_are_known_without_any_package(module):
     """A front end and a client need the table of quantities, and not what computes them."""
     program = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"

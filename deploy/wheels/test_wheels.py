@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DIST = Path(os.environ.get("DIST", ROOT / "dist"))
 WHEELS = sorted(DIST.glob("*.whl"))
+PACKAGES = ("hessquik", "hessquik_client", "service")
 KERNEL = "hessquik/backends/cpu/_kernel.abi3.so"
 
 
@@ -38,7 +39,7 @@ def test_wheels_have_the_packages_and_a_kernel_of_their_architecture(machine: st
         header = archive.read(KERNEL)[:20]
     assert header[:4] == b"\x7fELF"
     assert int.from_bytes(header[18:20], "little") == elf
-    assert names - {KERNEL} == {name for name in tracked("hessquik", "service") if "generated" not in name}
+    assert names - {KERNEL} == {name for name in tracked(*PACKAGES) if "generated" not in name}
     assert wheel.stat().st_size < 2 * 2**20
 
 
@@ -46,7 +47,7 @@ def test_source_distribution_has_all_that_tests_need() -> None:
     (path,) = DIST.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert tracked("hessquik", "service", "tests", "models", "docs", "deploy", "examples", "benchmarks") <= names
+    assert tracked(*PACKAGES, "tests", "models", "docs", "deploy", "examples", "benchmarks") <= names
     assert {"Makefile", "constraints.txt", "README.md", "mkdocs.yml", "Dockerfile"} <= names
 
 
@@ -79,7 +80,7 @@ def test_the_base_install_is_the_client(installed: Path, tmp_path: Path) -> None
     packages = {line.split("==")[0].lower() for line in listed.stdout.split()}
     assert {"numpy", "httpx", "safetensors", "hessquik-service"} <= packages
     assert not {"torch", "fastapi", "pydantic"} & packages
-    code = "from service.client import Client; Client('http://127.0.0.1:9').close(); print('client')"
+    code = "from hessquik_client import Client; Client('http://127.0.0.1:9').close(); print('client')"
     ended = subprocess.run(
         [installed / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

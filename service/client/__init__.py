@@ -1,71 +1,44 @@
-"""A client of the service that needs numpy, httpx and safetensors only.
+"""The client by another name: ``service.client`` is :mod:`hessquik_client`, and so for each of its modules."""
 
-with Client("http://127.0.0.1:8000") as client:
-    peaks = client.model("peaks")
-    out = peaks.evaluate(x, ["value", "gradient", "hessian"])
-"""
+from __future__ import annotations
 
-from service.client.client import AsyncClient, AsyncModel, Client, Model
-from service.client.errors import (
-    BodyTooLarge,
-    ClientError,
-    ConnectionLost,
-    DeadlineExceeded,
-    EvaluationFailed,
-    Forbidden,
-    InternalError,
-    InvalidInput,
-    MalformedBody,
-    MethodNotAllowed,
-    ModelNotFound,
-    ModelRefused,
-    NotAcceptable,
-    NotFound,
-    NotReady,
-    OutsideDomain,
-    Overloaded,
-    ReplyTooLarge,
-    ServiceError,
-    TooExpensive,
-    Unauthorized,
-    UnexpectedReply,
-    UnsupportedMediaType,
-    VersionNotFound,
-    WorkerLost,
-)
-from service.client.messages import Answer
-from service.client.steps import OutsideDomainWarning
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
 
-__all__ = [
-    "Answer",
-    "AsyncClient",
-    "AsyncModel",
-    "BodyTooLarge",
-    "Client",
-    "ClientError",
-    "ConnectionLost",
-    "DeadlineExceeded",
-    "EvaluationFailed",
-    "Forbidden",
-    "InternalError",
-    "InvalidInput",
-    "MalformedBody",
-    "MethodNotAllowed",
-    "Model",
-    "ModelNotFound",
-    "ModelRefused",
-    "NotAcceptable",
-    "NotFound",
-    "NotReady",
-    "OutsideDomain",
-    "OutsideDomainWarning",
-    "Overloaded",
-    "ReplyTooLarge",
-    "ServiceError",
-    "TooExpensive",
-    "Unauthorized",
-    "UnexpectedReply",
-    "UnsupportedMediaType",
-    "VersionNotFound",
-    "WorkerLost",
-]
+import hessquik_client
+
+ALIAS = f"{__name__}."
+
+
+class _Known(Loader):
+    """Loads nothing: the module is there under its own name."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
+
+
+class _Aliases(MetaPathFinder):
+    """Finds ``service.client.NAME`` in :mod:`hessquik_client`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(ALIAS):
+            return None
+        module = import_module(f"{hessquik_client.__name__}.{fullname.removeprefix(ALIAS)}")
+        return spec_from_loader(fullname, _Known(module))
+
+
+sys.meta_path.insert(0, _Aliases())
+sys.modules[__name__] = hessquik_client

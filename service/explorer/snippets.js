@@ -36,7 +36,7 @@ export function python({ origin, needsKey, model, version, quantities, weights, 
   const x = point ? `x = np.array(${list(point)})\n` : pythonGrid(grid);
   return `${needsKey ? "import os\n\n" : ""}import numpy as np
 
-from service.client import Client
+from hessquik_client import Client
 
 ${x}
 with Client("${origin}"${key}) as client:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.errors import BodyTooLarge, ClientGone, MalformedBody
+from hessquik_client.errors import BodyTooLarge, ClientGone, MalformedBody
 from service.http.messages import LARGE_BYTES, Application, Head, Reply, Request
 
 __all__ = ["ASGI", "Message", "Receive", "Scope", "Send", "answer", "call"]

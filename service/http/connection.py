@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from service.errors import BodyTooLarge, ClientGone, MalformedBody, Overloaded, ServiceError
+from hessquik_client.errors import BodyTooLarge, ClientGone, MalformedBody, Overloaded, ServiceError
 from service.http.messages import LARGE_BYTES, Application, Head, Reply, Request
 
 __all__ = ["Connection", "Limits", "Listener"]

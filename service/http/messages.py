@@ -9,7 +9,7 @@ from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
-from service.errors import Overloaded, ServiceError
+from hessquik_client.errors import Overloaded, ServiceError
 
 __all__ = ["JSON", "LARGE_BYTES", "Application", "Budget", "Cancel", "Head", "Reply", "Request", "Stream"]
 
@@ -142,7 +142,7 @@ class Budget:
         >>> budget.take(60)
         >>> budget.take(60)
         Traceback (most recent call last):
-        service.errors.Overloaded: expected at most 100 bytes held for clients, got 120; try again later
+        hessquik_client.errors.Overloaded: expected at most 100 bytes held for clients, got 120; try again later
         >>> budget.give(60)
         >>> budget.held_bytes
         0

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import orjson
 from fastapi import APIRouter, Query
 
+from hessquik_client.domain import Outside
+from hessquik_client.quantities import QUANTITIES, Quantity
+from hessquik_client.question import Question, Shape
 from service import codecs
 from service.codecs import JSON
-from service.domain import Outside
 from service.http.messages import Cancel, Head, Reply, Request
 from service.json_reader import SHORT_BYTES, read_json, read_long_json
-from service.quantities import QUANTITIES, Quantity
-from service.question import Question, Shape
 from service.repository import Served
 from service.routes.operation import (
     ANY,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from fastapi import APIRouter
 
+from hessquik_client.errors import InvalidInput, ServiceError
 from service import open_inference, schemas
-from service.errors import InvalidInput, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
 from service.repository import Served, find_files

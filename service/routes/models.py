@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from service import errors
+from hessquik_client import errors
+from hessquik_client.errors import NotReady, ReplyTooLarge
+from hessquik_client.quantities import quantities_of
+from hessquik_client.question import MAX_DIRECTIONS
 from service.codecs import SAFETENSORS
 from service.core import Core
-from service.errors import NotReady, ReplyTooLarge
 from service.http.messages import LARGE_BYTES, Cancel, Head, Reply, Request
-from service.quantities import quantities_of
-from service.question import MAX_DIRECTIONS
 from service.repository import Served
 from service.routes.operation import (
     ADMIN,

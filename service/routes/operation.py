@@ -11,9 +11,9 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service import errors
+from hessquik_client import errors
+from hessquik_client.errors import InvalidInput, ServiceError
 from service.core import Core
-from service.errors import InvalidInput, ServiceError
 from service.http import messages
 from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
 

@@ -19,13 +19,13 @@ import numpy as np
 import orjson
 from fastapi import APIRouter
 
+from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ReplyTooLarge, ServiceError
+from hessquik_client.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, row_shapes
+from hessquik_client.question import make_question
 from service import schemas
-from service.errors import InvalidInput, NotAcceptable, OutsideDomain, ReplyTooLarge, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.http.negotiation import best
 from service.json_reader import numbers
-from service.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, row_shapes
-from service.question import make_question
 from service.repository import Served
 from service.routes.operation import Deadline, Dialect, Direct, ModelName, read_query, with_object
 from service.wire import Array

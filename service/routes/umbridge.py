@@ -15,11 +15,11 @@ import numpy as np
 import orjson
 from fastapi import APIRouter
 
+from hessquik_client.errors import InvalidInput, InvalidOutput, ServiceError
+from hessquik_client.question import make_question
 from service import schemas
-from service.errors import InvalidInput, InvalidOutput, ServiceError
 from service.http.messages import JSON, Cancel, Head, Reply, Request
 from service.json_reader import numbers
-from service.question import make_question
 from service.repository import Served
 from service.routes.operation import Deadline, Dialect, Direct, read_query, with_object
 from service.wire import Array

@@ -20,7 +20,7 @@ import hessquik
 import hessquik.activations
 import hessquik.layers
 import hessquik.networks
-from service.client import Client
+from hessquik_client import Client
 from tests.browser.conftest import Watched, opened
 from tests.live import ROOT, LiveServer
 

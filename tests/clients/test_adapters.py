@@ -14,12 +14,12 @@ from pyomo.contrib.pynumero.interfaces.external_grey_box import ExternalGreyBoxB
 from scipy import optimize
 
 from hessquik import Evaluator
-from service.client import Client, ClientError, Model
-from service.client.for_casadi import RemoteFunction
-from service.client.for_jax import remote_function
-from service.client.for_pyomo import RemoteGreyBox
-from service.client.for_scipy import Objective, bounds, constraint, minimize_from
-from service.client.for_torch import RemoteNetwork
+from hessquik_client import Client, ClientError, Model
+from hessquik_client.for_casadi import RemoteFunction
+from hessquik_client.for_jax import remote_function
+from hessquik_client.for_pyomo import RemoteGreyBox
+from hessquik_client.for_scipy import Objective, bounds, constraint, minimize_from
+from hessquik_client.for_torch import RemoteNetwork
 from tests.clients.conftest import Zoo
 from tests.clients.test_client import Counting
 
@@ -65,7 +65,7 @@ class InProcess:
         return self._at(x, "hessian")[..., 0]
 
 
-@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")  # some methods look outside
+@pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")  # some methods look outside
 @pytest.mark.parametrize("start", [(0.3, -1.0), (-0.5, 0.8), (2.0, 2.0)])
 def test_trust_exact_takes_the_same_iterates_with_one_request_per_point(
     zoo: Zoo, counting: tuple[Client, Counting], start: tuple[float, float]
@@ -147,7 +147,7 @@ def test_multistart_finds_the_lowest_minimum(zoo: Zoo, counting: tuple[Client, C
     assert transport.methods["GET"] == 1
 
 
-@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")  # some methods look outside
+@pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")  # some methods look outside
 @pytest.mark.parametrize(
     "method",
     [None, "BFGS", "L-BFGS-B", "CG", "SLSQP", "TNC", "Nelder-Mead", "Powell", "COBYLA", "Newton-CG", "trust-ncg"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.resources
+import os
 import pickle
 import subprocess
 import sys
@@ -15,19 +16,20 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
 
-from service import client as package
-from service import errors as service_errors
-from service.client import AsyncClient, Client, ClientError, messages, parts, steps
-from service.client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
-from service.client.messages import Reply, Request
-from service.client.steps import Pause, Persistence, Send, exchange
-from service.quantities import DIRECTIONAL, QUANTITIES
+import hessquik_client as package
+from hessquik_client import AsyncClient, Client, ClientError, messages, parts, steps
+from hessquik_client import errors as service_errors
+from hessquik_client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
+from hessquik_client.messages import Reply, Request
+from hessquik_client.quantities import DIRECTIONAL, QUANTITIES
+from hessquik_client.steps import Pause, Persistence, Send, exchange
 from tests.clients.conftest import ADMIN, Zoo
 from tests.fault_proxy import RARE, SHARES, FaultProxy
 from tests.whole import IS_WHOLE, Note, choose
@@ -48,11 +50,11 @@ def client(zoo: Zoo) -> Iterator[Client]:
 
 def test_import_loads_no_server_package() -> None:
     heavy = {"torch", "fastapi", "starlette", "pydantic", "orjson", "uvicorn", "scipy", "jax"}
-    code = f"import sys, service.client; sys.exit(','.join(sorted({heavy!r} & sys.modules.keys())) or 0)"
+    code = f"import sys, hessquik_client.client; sys.exit(','.join(sorted({heavy!r} & sys.modules.keys())) or 0)"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     # The check can fail: a module that does need one of them is found out.
-    code = code.replace("service.client", "service.codecs")
+    code = code.replace("hessquik_client.client", "service.codecs")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1
 
 
@@ -590,4 +592,30 @@ def test_every_call_over_a_bad_network_ends_right_or_typed_and_in_time(zoo: Zoo,
 
 
 def test_py_typed_ships() -> None:
-    assert (importlib.resources.files("service") / "py.typed").is_file()
+    for package_name in ("hessquik_client", "service"):
+        assert (importlib.resources.files(package_name) / "py.typed").is_file()
+
+
+def test_the_client_beside_a_folder_named_service(tmp_path: Path) -> None:
+    """A project may have a package of its own that is named service."""
+    (tmp_path / "service").mkdir()
+    (tmp_path / "service" / "__init__.py").write_text("own = True\n")
+    code = "import service, hessquik_client.for_scipy; from hessquik_client import Client; print(service.own)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_service_client_is_the_same_package() -> None:
+    from service.client.errors import InvalidInput
+
+    from service import client as alias
+    from service.client import for_scipy
+
+    assert alias is package
+    assert InvalidInput is package.InvalidInput
+    assert for_scipy is importlib.import_module("hessquik_client.for_scipy")
+    assert for_scipy.__name__ == for_scipy.__spec__.name == "hessquik_client.for_scipy"
+    with pytest.raises(ModuleNotFoundError, match="hessquik_client"):
+        importlib.import_module("service.client.no_such_module")

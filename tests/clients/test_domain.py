@@ -12,13 +12,13 @@ import httpx
 import numpy as np
 import pytest
 
-from service.client import AsyncClient, Client, OutsideDomain, OutsideDomainWarning
-from service.client.for_casadi import RemoteFunction
-from service.client.for_jax import remote_function
-from service.client.for_pyomo import RemoteGreyBox
-from service.client.for_scipy import Objective, constraint, minimize_from
-from service.client.for_torch import RemoteNetwork
-from service.domain import Domain
+from hessquik_client import AsyncClient, Client, OutsideDomain, OutsideDomainWarning
+from hessquik_client.domain import Domain
+from hessquik_client.for_casadi import RemoteFunction
+from hessquik_client.for_jax import remote_function
+from hessquik_client.for_pyomo import RemoteGreyBox
+from hessquik_client.for_scipy import Objective, constraint, minimize_from
+from hessquik_client.for_torch import RemoteNetwork
 from tests.clients.conftest import Zoo
 from tests.live import LiveServer
 
@@ -36,7 +36,7 @@ def client(zoo: Zoo) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
+@pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_distance_is_the_largest_excess_over_a_range(client: Client, dtype: str) -> None:
     peaks = client.model("peaks")

@@ -14,9 +14,9 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 
 from hessquik import storage
 from hessquik.networks import Ensemble
+from hessquik_client import Client, InvalidInput
+from hessquik_client.evaluators import Evaluators
 from service.bulk import Job, evaluate_file
-from service.client import Client, InvalidInput
-from service.evaluators import Evaluators
 from tests.clients.conftest import Zoo
 from tests.oracle import derivatives
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.client import (
+from hessquik_client import (
     AsyncClient,
     Client,
     ClientError,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hessquik import Evaluator
-from service.client import Client, Model, OutsideDomain
-from service.client.for_casadi import RemoteFunction
-from service.client.for_ipopt import RemoteProblem, minimize
+from hessquik_client import Client, Model, OutsideDomain
+from hessquik_client.for_casadi import RemoteFunction
+from hessquik_client.for_ipopt import RemoteProblem, minimize
 from tests.clients.conftest import Zoo
 from tests.clients.test_client import Counting
 

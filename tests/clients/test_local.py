@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 
 import hessquik
-from service.client import AsyncClient, Client, ClientError, InvalidInput, OutsideDomain, OutsideDomainWarning
-from service.client.errors import UnexpectedReply
-from service.client.for_scipy import Objective
-from service.client.messages import Reply, parse_file
-from service.errors import NotReady, Overloaded
+from hessquik_client import AsyncClient, Client, ClientError, InvalidInput, OutsideDomain, OutsideDomainWarning
+from hessquik_client.errors import NotReady, Overloaded, UnexpectedReply
+from hessquik_client.for_scipy import Objective
+from hessquik_client.messages import Reply, parse_file
+from hessquik_client.quantities import DIRECTIONAL, quantities_of
 from service.http.messages import Budget, Head, Request
-from service.quantities import DIRECTIONAL, quantities_of
 from service.repository import ModelFile
 from service.routes.models import _send_file
 from service.settings import Settings
@@ -58,7 +57,7 @@ def test_the_served_file_comes_with_its_digest_and_version(zoo: Zoo) -> None:
     assert httpx.post(f"{zoo.url}/v1/models/vector/file").json()["code"] == "method_not_allowed"
 
 
-@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
+@pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")
 @pytest.mark.parametrize("name", ["vector", "single", "borehole", "trio"])
 def test_a_local_model_answers_with_the_same_bits(client: Client, name: str) -> None:
     remote = client.model(name)
@@ -136,7 +135,7 @@ def test_a_damaged_file_is_refused() -> None:
 
 def test_without_torch_the_error_says_what_to_install(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.startswith("service.client.local"):
+        if name.startswith("hessquik_client.local"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"pip install 'hessquik-service\[local\]'"):
@@ -145,7 +144,7 @@ def test_without_torch_the_error_says_what_to_install(client: Client, monkeypatc
 
 def test_local_needs_torch_and_the_client_alone() -> None:
     code = (
-        "import sys, service.client.local; print(*{'fastapi', 'orjson', 'pydantic', 'uvicorn'} & sys.modules.keys())"
+        "import sys, hessquik_client.local; print(*{'fastapi', 'orjson', 'pydantic', 'uvicorn'} & sys.modules.keys())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 

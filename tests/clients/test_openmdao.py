@@ -9,8 +9,8 @@ import numpy as np
 import openmdao.api as om
 import pytest
 
-from service.client import Client, OutsideDomain
-from service.client.for_openmdao import RemoteComponent
+from hessquik_client import Client, OutsideDomain
+from hessquik_client.for_openmdao import RemoteComponent
 from tests.clients.conftest import Zoo
 from tests.clients.test_client import Counting
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from service.client import Client, Model, OutsideDomain
+from hessquik_client import Client, Model, OutsideDomain
 from tests.clients.conftest import Zoo
 from tests.clients.test_client import Counting
 
@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # arviz announces another version of itself
     import pytensor.tensor as pt
     from pytensor.gradient import NullTypeGradError, hessian_vector_product
 
-    from service.client.for_pymc import remote_function
+    from hessquik_client.for_pymc import remote_function
 
 pytestmark = [pytest.mark.xdist_group("clients"), pytest.mark.filterwarnings("ignore")]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from hessquik_client import Client, Forbidden, VersionNotFound
 from service.cli import app
-from service.client import Client, Forbidden, VersionNotFound
 from tests.clients.conftest import ADMIN, Zoo
 
 pytestmark = pytest.mark.xdist_group("clients")

@@ -83,7 +83,8 @@ def test_last_stage_copies_no_tests_and_no_tools() -> None:
         "/models",
     }
     kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
-    assert kept == {"requirements", "pyproject.toml", "README.md", "LICENSE", "hessquik", "service", "models"}
+    packages = {"hessquik", "hessquik_client", "service"}
+    assert kept == {"requirements", "pyproject.toml", "README.md", "LICENSE", "models", *packages}
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import hessquik
-from service.client import Client
+from hessquik_client import Client
 from service.loadtest import build_load, run
 from service.settings import Settings
 from tests import oracle
@@ -90,7 +90,7 @@ def test_requests_in_progress_say_how_many_nodes_are_wanted(requests: dict[str, 
     assert desired_nodes(context)[0] == nodes
 
 
-@pytest.mark.filterwarnings("ignore::service.client.OutsideDomainWarning")
+@pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")
 @pytest.mark.parametrize("address", [FIRST, SECOND])
 def test_each_node_answers_every_quantity(address: str, cluster: TwoNodes, models: Path, note: Note) -> None:
     note(f"two nodes were ready after {cluster.started_s:.0f} s")

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from service.quantities import QUANTITIES
+from hessquik_client.quantities import QUANTITIES
 from tests.live import LiveServer
 from tests.raw import ask, check_error, exchange, post, request
 from tests.security.test_keys import flood

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from hessquik import EnsembleEvaluator, Evaluator, storage
 from hessquik.ensemble import evaluator_of
+from hessquik_client.domain import Domain
+from hessquik_client.quantities import DOMAIN_DISTANCE, QUANTITIES, quantities_of
 from service.app import create_app
-from service.domain import Domain
-from service.quantities import DOMAIN_DISTANCE, QUANTITIES, quantities_of
 from service.settings import Settings
 from tests.live import LiveServer
 from tests.oracle import derivatives

@@ -9,7 +9,8 @@ import pytest
 
 from tests.live import ROOT
 
-FILES = sorted(path for package in ("hessquik", "service") for path in (ROOT / package).rglob("*.py"))
+PACKAGES = ("hessquik", "hessquik_client", "service")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 BANNED_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
 #: The command that converts checkpoints of the original library, offline, by a restricted unpickler that runs no code
 #: of theirs; nothing that serves imports it.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from service.errors import ServiceError
+from hessquik_client.errors import ServiceError
 from service.scheduler import Batch, BatchKey, Job, Limits, Scheduler
 from service.statistics import ModelStatistics
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 import hessquik
 from hessquik.activations import tanhActivation
 from hessquik.networks import fullyConnectedNN
+from hessquik_client.evaluators import Evaluators
 from service import bulk
 from service.bulk import Job, evaluate_file
 from service.cli import app
-from service.evaluators import Evaluators
 
 D, M, N = 3, 2, 1000
 X = np.random.default_rng(0).uniform(-1, 1, (N, D))

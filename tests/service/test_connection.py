@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service.errors import ServiceError
+from hessquik_client.errors import ServiceError
 from service.http.connection import MAX_PIPELINED, Connection, Limits, Listener
 from service.http.messages import JSON, Budget, Head, Reply, Request
 from tests.live import ROOT, LiveServer

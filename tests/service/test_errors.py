@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-from service import errors
-from service.errors import BY_CODE, Failure, InvalidInput, Overloaded, ServiceError, Unauthorized
+from hessquik_client import errors
+from hessquik_client.errors import BY_CODE, Failure, InvalidInput, Overloaded, ServiceError, Unauthorized
 
 KINDS = [kind for kind in ServiceError.__subclasses__() if kind.code]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
+from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 from service.repository import ModelFile, Repository, find_files, scan
 from service.workers import LoadError
 

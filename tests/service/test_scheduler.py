@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import ClientGone, EvaluationFailed, Failure, NotReady, Overloaded, ServiceError, TooExpensive
+from hessquik_client.errors import (
+    ClientGone,
+    EvaluationFailed,
+    Failure,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    TooExpensive,
+)
 from service.scheduler import PREEMPTING_COST, SINGLE_ROWS, Batch, Job
 from tests.service.simulated import SPEED, SimulatedWorkers
 

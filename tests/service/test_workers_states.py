@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from hessquik_client.errors import StartUpError
 from service import workers as module
-from service.errors import StartUpError
 from service.settings import Settings
 from service.wire import Channel
 from service.workers import MAX_DEATHS, MAX_FIRST_DEATHS, TRANSITIONS, LoadError, State, WorkerProcess, Workers

@@ -15,7 +15,7 @@ from heapq import heappop
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from service.errors import ClientGone, Overloaded, ServiceError
+from hessquik_client.errors import ClientGone, Overloaded, ServiceError
 from service.http import connection as connection_module
 from service.http.messages import JSON, Budget, Head, Reply, Request
 from tests.service.simulated import SimulatedClock

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from hessquik_client.errors import ClientGone, ServiceError
 from service import scheduler as scheduler_module
-from service.errors import ClientGone, ServiceError
 from service.scheduler import CLOCK_S, MAX_FAILURES, Batch, BatchKey, Job, Limits
 from service.statistics import ModelStatistics
 from tests.service.simulated import SPEED, Observer, SimulatedClock

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from service.client.client import Model
-from service.domain import Outside
+from hessquik_client.client import Model
+from hessquik_client.domain import Outside
 
 __all__ = ["RemoteNetwork"]
 

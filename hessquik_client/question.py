@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.domain import OUTSIDE, Domain
-from service.errors import InvalidInput, OutsideDomain
-from service.quantities import DIRECTIONAL, QUANTITIES, SPREADS
+from hessquik_client.domain import OUTSIDE, Domain
+from hessquik_client.errors import InvalidInput, OutsideDomain
+from hessquik_client.quantities import DIRECTIONAL, QUANTITIES, SPREADS
 
 __all__ = ["DTYPES", "MAX_DIRECTIONS", "Question", "Shape", "make_question"]
 

@@ -12,10 +12,10 @@ import numpy as np
 from pyomo.contrib.pynumero.interfaces.external_grey_box import ExternalGreyBoxModel
 from scipy.sparse import coo_matrix
 
-from service.client.client import Model
-from service.client.memo import LastPoint
-from service.client.messages import Array, ArrayLike
-from service.domain import Outside
+from hessquik_client.client import Model
+from hessquik_client.domain import Outside
+from hessquik_client.memo import LastPoint
+from hessquik_client.messages import Array, ArrayLike
 
 __all__ = ["RemoteGreyBox"]
 

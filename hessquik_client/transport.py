@@ -18,9 +18,9 @@ from typing import Any
 import httpcore
 import httpx
 
-from service.client.errors import ClientError, ConnectionLost, DeadlineExceeded
-from service.client.messages import DOCUMENT_BYTES, Reply, unexpected
-from service.client.steps import Send
+from hessquik_client.errors import ClientError, ConnectionLost, DeadlineExceeded
+from hessquik_client.messages import DOCUMENT_BYTES, Reply, unexpected
+from hessquik_client.steps import Send
 
 __all__ = ["LIMITS", "Body", "DeadlineTransport", "options", "too_late", "translate"]
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from hessquik import storage
-from service.client.messages import Answer, Array, Facts, Question
-from service.client.models import Model
-from service.client.progress import bar
-from service.client.steps import Conversation, Persistence, Steps, Together
-from service.evaluators import TORCH_DTYPES, Evaluators
-from service.question import Shape, make_question
+from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
+from hessquik_client.messages import Answer, Array, Facts, Question
+from hessquik_client.models import Model
+from hessquik_client.progress import bar
+from hessquik_client.question import Shape, make_question
+from hessquik_client.steps import Conversation, Persistence, Steps, Together
 
 __all__ = ["LocalModel"]
 
@@ -26,9 +26,9 @@ T = TypeVar("T")
 class LocalModel(Model):
     """A model whose file was fetched from a service, evaluated by the engine in this process.
 
-    Methods, arguments, errors and warnings are those of :class:`~service.client.Model`. Questions are checked and cut
-    as for the service, and computed as a worker computes them, so that answers are equal to the last bit on a machine
-    of the same kind. Threads may share it.
+    Methods, arguments, errors and warnings are those of :class:`~hessquik_client.Model`. Questions are checked and
+    cut as for the service, and computed as a worker computes them, so that answers are equal to the last bit on a
+    machine of the same kind. Threads may share it.
 
     Args:
         name: The model's name.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.client.client import Model
-from service.client.messages import Answer, Array, ArrayLike
+from hessquik_client.client import Model
+from hessquik_client.messages import Answer, Array, ArrayLike
 
 __all__ = ["LastPoint"]
 

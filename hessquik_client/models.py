@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import numpy.typing as npt
 
-from service.client import progress as bars
-from service.client.messages import Answer, Array, ArrayLike, Question, ask
-from service.client.steps import Conversation, Persistence, Steps
-from service.domain import Outside
+from hessquik_client import progress as bars
+from hessquik_client.domain import Outside
+from hessquik_client.messages import Answer, Array, ArrayLike, Question, ask
+from hessquik_client.steps import Conversation, Persistence, Steps
 
 if TYPE_CHECKING:
-    from service.client.local import LocalModel
+    from hessquik_client.local import LocalModel
 
 __all__ = ["AsyncModel", "Model", "Options", "RemoteModel"]
 
@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
         weights: (m,) or (n, m): derivatives of Σ_j weights_j f_j, and m becomes 1.
         dtype: ``float32`` or ``float64`` to compute in; the model's own if not given.
         outside: ``allow`` points outside the model's bounds, or ``refuse`` them with
-            :class:`~service.client.errors.OutsideDomain`; the service's setting if not given.
+            :class:`~hessquik_client.errors.OutsideDomain`; the service's setting if not given.
         progress: Draw a bar over the parts of a split batch; needs ``rich``.
     """
 
@@ -47,7 +47,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
     arrays come back, without the n axis for one point. A batch over the service's limits is split, by points and by
     directions, and its parts are sent concurrently.
 
-    Methods take the keywords of :class:`Options`. They raise :class:`~service.client.errors.ClientError` when there
+    Methods take the keywords of :class:`Options`. They raise :class:`~hessquik_client.errors.ClientError` when there
     is no answer, one class per code; ``TypeError`` for what is no array of numbers, ``ValueError`` for another number
     of axes or rows, and ``ImportError`` for a bar without ``rich``.
     """
@@ -150,7 +150,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
 
         Args:
             x: Points, (d,) or (n, d).
-            quantities: Names out of :data:`service.quantities.QUANTITIES`.
+            quantities: Names out of :data:`hessquik_client.quantities.QUANTITIES`.
             directions: (k, d) or (n, k, d), for jvp, hvp and curvature.
             options: See :class:`Options`.
         """
@@ -218,7 +218,7 @@ def _local_model() -> type[LocalModel]:
         ImportError: torch is not installed.
     """
     try:
-        from service.client.local import LocalModel
+        from hessquik_client.local import LocalModel
     except ModuleNotFoundError as error:
         raise ImportError(f"local: expected {error.name}; pip install 'hessquik-service[local]'") from None
     return LocalModel

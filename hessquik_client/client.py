@@ -1,4 +1,4 @@
-"""``Client`` and ``AsyncClient``: the steps of :mod:`service.client.steps`, carried out with httpx."""
+"""``Client`` and ``AsyncClient``: the steps of :mod:`hessquik_client.steps`, carried out with httpx."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Generic, Self, TypeVar
 
 import httpx
 
-from service.client.errors import ClientError
-from service.client.messages import Reply
-from service.client.models import AsyncModel, Model
-from service.client.progress import bar
-from service.client.steps import Pause, Persistence, Send, Steps, Together, list_models, post
-from service.client.transport import LIMITS, Body, DeadlineTransport, options, too_late, translate
+from hessquik_client.errors import ClientError
+from hessquik_client.messages import Reply
+from hessquik_client.models import AsyncModel, Model
+from hessquik_client.progress import bar
+from hessquik_client.steps import Pause, Persistence, Send, Steps, Together, list_models, post
+from hessquik_client.transport import LIMITS, Body, DeadlineTransport, options, too_late, translate
 
 __all__ = ["AsyncClient", "AsyncModel", "Client", "Model"]
 

@@ -1,8 +1,8 @@
 """The steps that a client takes to get an answer, without any input or output.
 
 Everything that takes a decision is written here once, as generators: they yield a step, receive its outcome and
-return the result. :class:`~service.client.Client` carries the steps out with blocking calls,
-:class:`~service.client.AsyncClient` with awaited ones.
+return the result. :class:`~hessquik_client.Client` carries the steps out with blocking calls,
+:class:`~hessquik_client.AsyncClient` with awaited ones.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from service.client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
-from service.client.messages import (
+from hessquik_client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
+from hessquik_client.messages import (
     Answer,
     Array,
     Facts,
@@ -34,7 +34,7 @@ from service.client.messages import (
     parse_file,
     unexpected,
 )
-from service.client.parts import Part, Result, cut
+from hessquik_client.parts import Part, Result, cut
 
 __all__ = [
     "Conversation",
@@ -293,6 +293,6 @@ class Conversation:
 def _frames_to_caller() -> int:
     """Return the level of a warning that is shown where the client was called."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("service.client"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hessquik_client"):
         level, frame = level + 1, frame.f_back
     return level

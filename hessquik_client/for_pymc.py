@@ -20,9 +20,9 @@ from pytensor.gradient import grad_not_implemented
 from pytensor.graph.basic import Apply
 from pytensor.graph.op import Op
 
-from service.client.client import Model
-from service.client.memo import LastPoint
-from service.domain import Outside
+from hessquik_client.client import Model
+from hessquik_client.domain import Outside
+from hessquik_client.memo import LastPoint
 
 __all__ = ["remote_function"]
 

@@ -5,7 +5,9 @@ traceback, a path, an address or the input itself. The server answers with these
 client raises the same classes. Only the standard library is imported here.
 
     ClientError                base of everything that a call of the client raises
-    └── ServiceError           an error with a code, one class each
+    ├── ConnectionLost         no whole reply came
+    └── ServiceError           an error with a code, one class each; has status, code, detail and request_id
+        └── UnexpectedReply    a reply that the service does not send, say a proxy's
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ __all__ = [
     "BodyTooLarge",
     "ClientError",
     "ClientGone",
+    "ConnectionLost",
     "DeadlineExceeded",
     "EvaluationFailed",
     "Failure",
@@ -39,6 +42,7 @@ __all__ = [
     "StartUpError",
     "TooExpensive",
     "Unauthorized",
+    "UnexpectedReply",
     "UnsupportedMediaType",
     "VersionNotFound",
     "WorkerLost",
@@ -51,6 +55,10 @@ class StartUpError(Exception):
 
 class ClientError(Exception):
     """Base of everything that a call of the client raises."""
+
+
+class ConnectionLost(ClientError):
+    """The service could not be reached, or the connection broke before the reply was whole."""
 
 
 class ServiceError(ClientError):
@@ -283,8 +291,16 @@ class ClientGone(ServiceError):
     status, code, title = 499, "client_gone", "Client gone"
 
 
+class UnexpectedReply(ServiceError):
+    """The reply is not one that this service sends for the request."""
+
+    code, title = "", "Unexpected reply"
+
+
 #: The class of every code that the native interface answers with: nobody reads client_gone, invalid_output is
-#: UM-Bridge's.
+#: UM-Bridge's, and an unexpected reply has none.
 BY_CODE: dict[str, type[ServiceError]] = {
-    kind.code: kind for kind in ServiceError.__subclasses__() if kind not in {ClientGone, InvalidOutput}
+    kind.code: kind
+    for kind in ServiceError.__subclasses__()
+    if kind not in {ClientGone, InvalidOutput, UnexpectedReply}
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from service.client.steps import Together
+from hessquik_client.steps import Together
 
 __all__ = ["bar", "check"]
 

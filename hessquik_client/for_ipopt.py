@@ -13,10 +13,10 @@ from typing import Any
 import cyipopt
 import numpy as np
 
-from service.client.client import Model
-from service.client.memo import LastPoint
-from service.client.messages import Array, ArrayLike
-from service.domain import Outside
+from hessquik_client.client import Model
+from hessquik_client.domain import Outside
+from hessquik_client.memo import LastPoint
+from hessquik_client.messages import Array, ArrayLike
 
 __all__ = ["RemoteProblem", "minimize"]
 

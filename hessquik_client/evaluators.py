@@ -14,8 +14,8 @@ from hessquik.ensemble import evaluator_of
 from hessquik.evaluator import COMMON
 from hessquik.networks import Ensemble
 from hessquik.proof import prove_quickly
-from service.domain import Domain
-from service.quantities import DOMAIN_DISTANCE
+from hessquik_client.domain import Domain
+from hessquik_client.quantities import DOMAIN_DISTANCE
 
 __all__ = ["TORCH_DTYPES", "Evaluators"]
 

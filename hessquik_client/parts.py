@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.client.messages import HEADER_BYTES, Answer, Array, Facts, Question
-from service.quantities import DIRECTIONAL
+from hessquik_client.messages import HEADER_BYTES, Answer, Array, Facts, Question
+from hessquik_client.quantities import DIRECTIONAL
 
 __all__ = ["Part", "Result", "cut"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from service.client.client import Model
-from service.domain import Outside
+from hessquik_client.client import Model
+from hessquik_client.domain import Outside
 
 __all__ = ["remote_function"]
 

@@ -1,7 +1,7 @@
 """Questions → requests, replies → answers: all that the client knows of the wire.
 
 Nothing in a reply is believed: sizes, types, names and shapes are compared with what was asked, and what does not fit
-is an :class:`~service.client.errors.UnexpectedReply`.
+is an :class:`~hessquik_client.errors.UnexpectedReply`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from service.client.errors import BY_CODE, ServiceError, UnexpectedReply
-from service.domain import OUTSIDE, Domain
-from service.quantities import DIRECTIONAL, QUANTITIES, floats_per_row, row_shapes
+from hessquik_client.domain import OUTSIDE, Domain
+from hessquik_client.errors import BY_CODE, ServiceError, UnexpectedReply
+from hessquik_client.quantities import DIRECTIONAL, QUANTITIES, floats_per_row, row_shapes
 
 __all__ = [
     "Answer",
@@ -167,8 +167,8 @@ class Question:
 class Answer:
     """The service's answer: an attribute per quantity that was asked for, also by name, ``answer["hessian"]``.
 
-    The shapes are those of :func:`service.quantities.describe_shape`, such as (n, d, m) for the gradient of a batch;
-    a single point's have no n axis. With weights, m is 1.
+    The shapes are those of :func:`hessquik_client.quantities.describe_shape`, such as (n, d, m) for the gradient of a
+    batch; a single point's have no n axis. With weights, m is 1.
 
     Args:
         model: The model's name.
