@@ -1,39 +1,58 @@
 # One file for both targets:
 #   docker build -t hessquik:cpu .
 #   docker build -t hessquik:cuda --build-arg TARGET=cuda .
+#   docker build -t hessquik:cuda --build-arg TARGET=cuda --build-arg LOCK=cuda-arm64 --platform linux/arm64 .
 # The CUDA libraries come with torch's own wheels, so both start from the same small base.
 ARG BASE=docker.io/library/python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
-FROM ${BASE} AS build
+# What the service needs: a layer of its own, which stays the same for as long as the lock does.
+FROM ${BASE} AS dependencies
 ARG TARGET=cpu
+# A file in requirements/.
+ARG LOCK=${TARGET}
 # torch's CPU build lies on PyTorch's own index. Only files whose hash is in the lock are installed, so a second index
 # adds no trust. Without internet access: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
-WORKDIR /build
-# pip stays in an environment of its own, and so in this stage.
-RUN python3 -m venv tools && python3 -m venv --without-pip /opt/hessquik
+COPY requirements/${LOCK}.lock /requirements.lock
+COPY deploy/image/trim.py /trim.py
+# pip stays in an environment of its own, and so in this stage. Unused parts of torch and plotly are left out.
+RUN python3 -m venv /tools && python3 -m venv --without-pip /opt/hessquik && \
+    /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
+        --require-hashes --no-deps --only-binary :all: -r /requirements.lock && \
+    python3 /trim.py /opt/hessquik
+
+# The project itself, a small layer on top.
+FROM dependencies AS code
 # The CPU kernel is C. Its compiler stays in this stage, and Debian's current one will do.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-COPY requirements/${TARGET}.lock requirements.lock
-RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
-        --require-hashes --no-deps --only-binary :all: -r requirements.lock
+WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY hessquik hessquik
 COPY hessquik_client hessquik_client
 COPY service service
 # The lock holds setuptools, which torch needs; so nothing is fetched here.
-RUN tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir \
-        --no-index --no-deps --no-build-isolation .
+RUN /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir --no-index --no-deps \
+        --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
+    mv /layer/lib/python3.11/site-packages/bin /layer/bin
 
 FROM ${BASE} AS service
 ARG TARGET=cpu
+ARG LOCK=${TARGET}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="hessquik-service" \
+      org.opencontainers.image.description="Exact derivatives of saved hessQuik networks over HTTP" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}-${TARGET}" \
+      org.opencontainers.image.revision="${REVISION}"
 # A name for the user: torch asks for it. Nobody can log in with it, and it owns nothing.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hessquik
-COPY --from=build /opt/hessquik /opt/hessquik
-COPY requirements/${TARGET}.cdx.json /opt/hessquik/sbom.cdx.json
+COPY --from=dependencies /opt/hessquik /opt/hessquik
+COPY requirements/${LOCK}.cdx.json /opt/hessquik/sbom.cdx.json
+COPY --from=code /layer /opt/hessquik
 COPY models /models
 ENV PATH=/opt/hessquik/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

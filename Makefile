@@ -9,7 +9,7 @@ TARGET ?= cpu
 # A Python with torch for CUDA, triton and, for comparison, JAX.
 GPU_PYTHON ?= python3
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --quiet
+	--python-version 3.11 --no-header --quiet --python-platform
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
@@ -80,13 +80,14 @@ wheels: $(STAMP)  ## wheels for x86-64 and aarch64 with the kernel, and the sour
 	$(BIN)/python deploy/wheels/build.py
 	$(BIN)/python -m pytest deploy/wheels
 
-lock: $(STAMP)  ## lock what the images install, CPU and CUDA, and list it in bills of materials
-	$(LOCK) $(TORCH_CPU) --output-file requirements/cpu.lock
-	$(LOCK) --output-file requirements/cuda.lock
-	$(BIN)/python deploy/sbom.py requirements/cpu.lock requirements/cuda.lock
+lock: $(STAMP)  ## lock what the images install, CPU and CUDA, x86-64 and arm64, and list it in bills of materials
+	$(LOCK) x86_64-manylinux_2_28 $(TORCH_CPU) --output-file requirements/cpu.lock
+	$(LOCK) x86_64-manylinux_2_28 --output-file requirements/cuda.lock
+	$(LOCK) aarch64-manylinux_2_28 --output-file requirements/cuda-arm64.lock
+	$(BIN)/python deploy/sbom.py requirements/*.lock
 
 image:  ## build the container image (TARGET=cuda for GPUs)
-	docker build --build-arg TARGET=$(TARGET) --tag hessquik:$(TARGET) .
+	docker build --build-arg TARGET=$(TARGET) --build-arg REVISION=$$(git rev-parse HEAD) --tag hessquik:$(TARGET) .
 
 image-test: $(STAMP)  ## build the CPU image without a Docker engine, run it confined and question it
 	deploy/image/build $(BIN)/python

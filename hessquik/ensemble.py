@@ -59,9 +59,12 @@ class EnsembleEvaluator:
         threads: int = 1,
         backend: str | None = None,
         compiled: Sequence[Sequence[str]] = (),
+        owned: bool = False,
     ) -> None:
         """Freeze the members."""
-        self.members = [Evaluator(member, device, dtype, threads, backend, compiled) for member in network.networks()]
+        self.members = [
+            Evaluator(member, device, dtype, threads, backend, compiled, owned) for member in network.networks()
+        ]
         first = self.members[0]
         self.d, self.m, self.dtype, self.device = first.d, first.m, first.dtype, first.device
         self.backend, self.compiled = first.backend, first.compiled

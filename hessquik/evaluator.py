@@ -57,6 +57,7 @@ class Evaluator:
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
             each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
             Triton's cache on disk. All other calls share one kernel. The choice holds as long as the evaluator.
+        owned: Whether weights in float64 in main memory are used where they are: nobody changes them any more.
 
     Attributes:
         d: Number of inputs.
@@ -86,6 +87,7 @@ class Evaluator:
         threads: int = 1,
         backend: str | None = None,
         compiled: Sequence[Sequence[str]] = (),
+        owned: bool = False,
     ) -> None:
         """Freeze the network."""
         if isinstance(network, Ensemble):
@@ -100,7 +102,7 @@ class Evaluator:
         self.m = network.dim_output()
         self.backend = backends.chosen(self.device, backend)
         # In float64, so that what forms compute of weights (L⁺ = softplus(L)) is exact for either dtype.
-        copy = deepcopy(network).to("cpu", torch.float64).requires_grad_(False)
+        copy = (network if owned else deepcopy(network)).to("cpu", torch.float64).requires_grad_(False)
         self._forms = copy.forms()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None

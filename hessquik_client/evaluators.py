@@ -44,6 +44,9 @@ class Evaluators:
         self.threads = threads
         self.domain = Domain.of(saved.metadata)
         self.members = len(saved.network.networks()) if isinstance(saved.network, Ensemble) else 1
+        # Every evaluator works on this one copy, which is in float64 whatever the network's own dtype is.
+        self._own_dtype = next(saved.network.parameters()).dtype
+        self._network = saved.network.to("cpu", torch.float64).requires_grad_(False)
         self._evaluators: dict[torch.dtype, Evaluator | EnsembleEvaluator] = {}
         self.dtype = self.evaluator(None).dtype
 
@@ -51,9 +54,10 @@ class Evaluators:
         """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
         if dtype is None or dtype not in self._evaluators:
             compiled = COMMON if dtype is None else ()  # when the model is loaded, and never in a request
-            made = evaluator_of(self.saved.network, self.device, dtype, self.threads, compiled=compiled)
+            chosen = dtype or self._own_dtype
+            made = evaluator_of(self._network, self.device, chosen, self.threads, compiled=compiled, owned=True)
             bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
-            prove_quickly(self.saved.network, *bounds, evaluate=made)
+            prove_quickly(self._network, *bounds, evaluate=made)
             self._evaluators[made.dtype] = made
             return made
         return self._evaluators[dtype]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -260,3 +261,30 @@ def test_stop_signal_ends_an_idle_container_without_waiting_for_the_drain(mortal
     mortal.stop()
     assert mortal.process.wait(10) == 0
     assert time.monotonic() - began < 10.0
+
+
+def test_image_names_its_licences_and_itself(container: Container, config: dict[str, Any]) -> None:
+    notices = container.execute("cat", "/opt/hessquik/THIRD_PARTY_LICENSES.txt").stdout
+    for name in ("torch", "numpy", "fastapi", "uvloop"):
+        assert re.search(rf"^{name} \d\S*: ", notices, re.MULTILINE), name
+    assert config["Labels"]["org.opencontainers.image.title"] == "hessquik-service"
+    shown = container.execute("hessquik", "--version").stdout
+    assert shown.startswith(f"hessquik {config['Labels']['org.opencontainers.image.version'].split('-')[0]} ")
+
+
+def test_code_that_changes_is_small(root: Path) -> None:
+    """What a new version of the project pushes, apart from the dependencies."""
+    packages = root / "opt" / "hessquik" / "lib" / "python3.11" / "site-packages"
+    own = [packages / name for name in ("hessquik", "hessquik_client", "service")]
+    size = sum(path.stat().st_size for folder in own for path in folder.rglob("*") if path.is_file())
+    assert size < 20e6
+
+
+def test_cuda_is_refused_with_status_3_without_a_gpu(root: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    container = start(root, config, tmp_path, "hessquik", "serve", "--device", "cuda")
+    try:
+        assert container.process.wait(START_S) == 3
+    finally:
+        subprocess.run(["runc", "delete", "--force", container.name], check=False, capture_output=True)

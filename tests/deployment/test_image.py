@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,88 @@ def test_hadolint_finds_nothing() -> None:
 def test_base_is_pinned_by_digest_and_every_stage_starts_from_it() -> None:
     (base,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert PINNED.fullmatch(base)
-    assert {instructions("FROM", stage)[0].split()[0] for stage in range(1, len(STAGES))} == {"${BASE}"}
+    assert {instructions("FROM", stage)[0].split()[0] for stage in range(1, len(STAGES))} == {
+        "${BASE}",
+        "dependencies",
+    }
 
 
 def test_everything_is_installed_by_hash_or_without_an_index() -> None:
     """But for the compiler, which comes from the distribution and stays in the stage that builds."""
-    compiler, *installs = [line for line in DOCKERFILE.replace("\\\n", "").split("RUN ") if " install " in line]
+    locked, compiler, project = [line for line in DOCKERFILE.replace("\\\n", "").split("RUN ") if " install " in line]
     assert compiler.startswith("apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev &&")
     assert DOCKERFILE.index("apt-get") < DOCKERFILE.index(" AS service")
-    assert len(installs) == 2
-    assert all("--require-hashes" in line or "--no-index" in line for line in installs)
+    assert "--require-hashes" in locked
+    assert "--no-index" in project
     assert not re.search(
         r"\b(apt-get|apk|curl|wget|git)\b", DOCKERFILE.replace("RUN apt-get", "").replace("&& apt-get", "")
     )
+
+
+def test_dependencies_are_a_layer_that_a_change_of_the_code_leaves_alone() -> None:
+    """The stage of dependencies takes the lock and nothing of the project; the code comes from one on top of it."""
+    names = [instructions("FROM", stage)[0].split()[-1] for stage in range(1, len(STAGES))]
+    assert names == ["dependencies", "code", "service"]
+    assert instructions("FROM", 2) == ["dependencies AS code"]
+    taken = {copied.split()[0] for copied in instructions("COPY", 1)}
+    assert taken == {"requirements/${LOCK}.lock", "deploy/image/trim.py"}
+    sources = [copied.split()[:2] for copied in instructions("COPY") if copied.startswith("--from")]
+    assert sources == [["--from=dependencies", "/opt/hessquik"], ["--from=code", "/layer"]]
+
+
+def test_image_has_the_labels_that_registries_show() -> None:
+    (labels,) = instructions("LABEL")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]*)"', labels))
+    assert found.keys() == {"title", "description", "licenses", "version", "revision"}
+    assert found["title"] == project["name"]
+    assert found["licenses"] == project["license"]
+    assert instructions("ARG")[-2:] == [f"VERSION={project['version']}", "REVISION=unknown"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_start_without_a_gpu_is_refused_with_status_3(device: str) -> None:
+    """As the CUDA image starts, where there is none."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HESSQUIK_DEVICE": device, "HESSQUIK_PORT": "0"}
+    command = [sys.executable, "-m", "service", "serve", str(ROOT / "models")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "CUDA device" in done.stderr
+
+
+def test_trimming_keeps_licences_and_what_pages_load(tmp_path: Path) -> None:
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    kept = [
+        "torch/lib/libtorch.so",
+        "torch/bin/torch_shm_manager",
+        "torch/testing/a.py",
+        "plotly/__init__.py",
+        "plotly/package_data/plotly.min.js",
+    ]
+    gone = [
+        "torch/test/a",
+        "torch/include/a/b.h",
+        "torch/bin/protoc",
+        "plotly/graph_objs/a.py",
+        "plotly/package_data/x",
+    ]
+    for name in kept + gone:
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("x" * 10)
+    info = packages / "torch-2.dist-info"
+    (info / "licenses").mkdir(parents=True)
+    (info / "METADATA").write_text("Name: torch\nVersion: 2\nLicense-Expression: BSD-3-Clause\n")
+    (info / "licenses" / "LICENSE").write_text("Redistribution and use …")
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy" / "image" / "trim.py", tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 MB removed\n"
+    assert {name for name in kept + gone if (packages / name).exists()} == set(kept)
+    notices = (tmp_path / "THIRD_PARTY_LICENSES.txt").read_text()
+    assert "torch 2: BSD-3-Clause" in notices
+    assert "Redistribution and use" in notices
 
 
 def test_last_stage_runs_as_nobody_in_particular() -> None:
@@ -77,14 +147,16 @@ def test_last_stage_runs_as_nobody_in_particular() -> None:
 
 
 def test_last_stage_copies_no_tests_and_no_tools() -> None:
-    assert {copied.split()[-1] for copied in instructions("COPY")} == {
+    assert [copied.split()[-1] for copied in instructions("COPY")] == [
         "/opt/hessquik",
         "/opt/hessquik/sbom.cdx.json",
+        "/opt/hessquik",
         "/models",
-    }
+    ]
     kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
     packages = {"hessquik", "hessquik_client", "service"}
-    assert kept == {"requirements", "pyproject.toml", "README.md", "LICENSE", "models", *packages}
+    parts = {"requirements", "pyproject.toml", "README.md", "LICENSE", "models", *packages}
+    assert kept == parts | {"deploy/image/trim.py"}
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 

@@ -21,7 +21,7 @@ from packaging.version import Version
 from referencing import Registry
 
 ROOT = Path(__file__).parents[2]
-LOCKS = [ROOT / "requirements" / "cpu.lock", ROOT / "requirements" / "cuda.lock"]
+LOCKS = [ROOT / "requirements" / f"{name}.lock" for name in ("cpu", "cuda", "cuda-arm64")]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SERVER = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["server"]]
