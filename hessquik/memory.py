@@ -24,7 +24,7 @@ LARGE_BYTES = 4 << 20
 #: Arrays below this size are not worth a place in an arena.
 SMALL_BYTES = 64 << 10
 HUGE_PAGE_BYTES = 2 << 20
-#: What is kept, in all, of results that nobody holds any more; a program with room for more may say so.
+#: Bytes of released results that are kept in all; a program with room for more may set more.
 KEPT_BYTES = 48 << 20
 
 _kept: list[mmap.mmap] = []

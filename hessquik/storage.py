@@ -336,7 +336,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-#: What the metadata of a file may hold, with the test that it fits and what that test expects.
+#: Keys that the metadata of a file may have, each with its check and the sentence of what the check expects.
 METADATA: dict[str, tuple[Callable[[Any, Network], bool], str]] = {
     "description": (lambda value, _: isinstance(value, str), "a string"),
     "input_names": (lambda value, f: _is_names(value, f.dim_input()), "one string per input"),

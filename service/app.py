@@ -68,7 +68,7 @@ RETURNED_BYTES = 1 << 18
 STREAMED_BYTES = 1 << 20
 #: Size of numbers in JSON over their size in binary, an estimate.
 TEXT_FACTOR = 3
-#: When the collector looks at young objects: hundreds of requests hold thousands of them, none in a cycle.
+#: Objects after which the collector looks at young ones: hundreds of requests hold thousands, none in a cycle.
 COLLECT = (20_000, 20, 20)
 
 
@@ -130,7 +130,7 @@ class Application(FastAPI):
             StartUpError: there is no folder, or no worker becomes ready.
         """
         await self.core.start()
-        # What lives now lives on: the collector need not look at it again and again.
+        # Objects that are alive now stay: the collector need not look at them again and again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*COLLECT)

@@ -37,7 +37,7 @@ MAX_DEPTH = 4
 MAX_PARSED_NESTING = 1000
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _OPENING = re.compile(rb"(?:\s*\[)+")
-#: Where a list may be cut, by its nesting: behind group 1 and before group 2.
+#: Patterns of places at which a list may be cut, by its nesting: behind group 1 and before group 2.
 _CUTS = {2: re.compile(rb"(\])\s*,\s*(?=(\[))"), 3: re.compile(rb"(\]\s*\])\s*,\s*(?=(\[\s*\[))")}
 #: Names of long lists in the dialects, as errors may repeat them.
 _FIELDS = {

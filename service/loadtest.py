@@ -40,7 +40,7 @@ __all__ = ["Load", "Tally", "arguments", "build_load", "main", "run"]
 MAX_BODIES, MAX_BODIES_BYTES = 256, 32 << 20
 #: Time after the end for answers that are still to come, and for a connection to be made.
 LINGER_S = 10.0
-#: What a client waits after a failure: it shows the failure, and is no attack.
+#: Seconds that a client waits after a failure, so that failures do not become a flood.
 PAUSE_S = 0.1
 #: Time between looks at the tally.
 TICK_S = 0.25
@@ -242,7 +242,7 @@ class _Client(asyncio.Protocol):
             else:
                 self._answer.set_exception(error)
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -258,7 +258,7 @@ class _Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._finish(ConnectionError("the connection was lost"))
 
-    # What the parser calls.
+    # Called by the parser.
 
     def on_body(self, body: bytes) -> None:
         self._tally.received_bytes += len(body)

@@ -288,7 +288,7 @@ class Batch:
         return [Batch(self.key, first, is_retry=True), Batch(self.key, second, is_retry=True)]
 
 
-#: Why a batch failed: its worker is gone, it passed the time limit, memory ran out, or the numbers cannot be had.
+#: Reasons of a failed batch: its worker is gone, it passed the time limit, memory ran out, or it cannot be computed.
 Reason = str
 
 

@@ -423,7 +423,7 @@ class TesseractFault(BaseModel):
 
 
 class TesseractFaults(BaseModel):
-    """What does not fit."""
+    """An input that does not fit, and the reason."""
 
     detail: list[TesseractFault]
 

@@ -56,7 +56,7 @@ from service.codecs import json_rows
 
 __all__ = ["main"]
 
-#: How torch says that memory ran out on a CPU, in an error of no class of its own.
+#: Words of torch's error when memory runs out on a CPU; it has no class of its own.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 #: Largest result that is computed only to warm up.
 MAX_WARM_UP_BYTES = 64 << 20

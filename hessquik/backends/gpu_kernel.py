@@ -190,7 +190,7 @@ def _product(
     groups = tl.where(in_groups, live * outers, 1)
     is_aligned = (tl.load(table + at + 1) & IS_ALIGNED) != 0
     whole = length // BM
-    # What is left takes a block of its own size, or a whole one that is not full.
+    # The rows that are left take a block of their own size, or a whole one that is not full.
     whole += (length - whole * BM > SMALL).to(tl.int32)
     whole = tl.where(is_aligned, whole, 0)
     for group in range(groups):

@@ -178,7 +178,7 @@ class _Stage:
             for slot in self.slots:
                 slot.drain(driver)
         except BaseException:
-            # What is on its way is waited for, as it reads and writes this stage's memory, and is of no use.
+            # Wait for copies and kernels in flight: they read and write this stage's memory. Their results are not used.
             ended = driver.event()
             for stream in (self.inward, self.compute, self.outward):
                 driver.record(ended, stream)

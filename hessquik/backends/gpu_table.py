@@ -121,7 +121,7 @@ class Table:
         alpha = _bits(1.0 if scaling is None else scaling.alpha)
         places = [self._out(view) if view in (views[3], views[7]) else self._view(view) for view in views]
         for place in places:
-            # What a row takes beyond its inner entries, if these are counted through.
+            # A row's numbers beyond its inner entries, if these are counted through.
             place[8] = 0 if flags & IN_GROUPS else place[4] - inner * place[6]
         if all(self._is_aligned(view, places[i], i in {3, 7}) for i, view in enumerate(views)):
             flags |= IS_ALIGNED

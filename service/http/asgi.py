@@ -105,7 +105,7 @@ def _read_head(scope: Scope) -> Head:
     for name, value in scope["headers"]:
         headers.setdefault(name.lower(), value)
     given = headers.get(b"content-length", b"0")
-    # What is no length here is refused when the body is read.
+    # An invalid length is refused when the body is read.
     length = int(given) if given.isdigit() and len(given) < 19 else None
     return Head(scope["method"], scope["path"], scope["query_string"], headers, length)
 

@@ -37,9 +37,9 @@ MAX_HEADS, MAX_HEAD_BYTES = 1024, 1024
 NOT_REMEMBERED = frozenset({b"x-request-id", b"traceparent", b"expect", b"transfer-encoding"})
 #: The event loop's timers are this exact.
 CLOCK_S = 0.001
-#: How long after a client has closed its sending side, and how often, the connection is probed.
+#: Seconds after a client has closed its sending side until the connection is probed, and between probes.
 PROBE_S = 0.03
-#: How long, and up to how many bytes, what follows a malformed request is discarded.
+#: Seconds and bytes for which input after a malformed request is read and discarded.
 MALFORMED_LINGER_S, MALFORMED_LINGER_BYTES = 2.0, 1 << 20
 #: Bodies up to this size are discarded after a refusal, so that the connection can be kept.
 DISCARDED_BYTES = LARGE_BYTES

@@ -64,7 +64,7 @@ DIALECT = Dialect(JSON, lambda path: path.startswith("/tesseract/"), _write_erro
 
 
 class Asked(NamedTuple):
-    """What a head asks for.
+    """A request's model, encoding and time.
 
     Attributes:
         model: From the path.

@@ -19,7 +19,7 @@ def points(d, seed=0):
 
 
 def by_onnxruntime(model, x):
-    """What onnxruntime computes, or nothing where it lacks an operator in float64."""
+    """Return onnxruntime's outputs, or nothing where it lacks an operator in float64."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     try:

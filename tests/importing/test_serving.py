@@ -55,7 +55,7 @@ def http(tmp_path_factory):
 
 
 def evaluated(http, name, x):
-    """What the server answers; JSON keeps every bit."""
+    """Return the server's answer; JSON keeps every bit."""
     question = {"inputs": x.tolist(), "quantities": QUANTITIES, "dtype": "float64"}
     reply = http.post(f"/v1/models/{name}/evaluate", json=question)
     assert reply.status_code == 200, reply.text

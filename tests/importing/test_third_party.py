@@ -48,7 +48,7 @@ KINKED = {
     "pytorch-operator/test_operator_": "clip selu",
     "simple/": "test_single_relu_model",
 }
-#: Why the others are refused: what the message must have, and how many there are.
+#: Refusals of the others: words of the message, and their number.
 REFUSED = {
     r"node \w+ \(Conv\) is a convolution, .*; use MatMul": 36,
     r"node \w+ \(ConvTranspose\) is a convolution, .*; use MatMul": 3,

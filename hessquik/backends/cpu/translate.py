@@ -182,7 +182,7 @@ class Translation:
             names |= {"by": scaling.by, "term": scaling.add, "term_by": scaling.add_by}
         around = [view for view in (*beside, out) if view is not None]
         structure.is_plain = all(_has_plain_columns(view) for view in around)
-        # Where columns lie apart somewhere, all arrays are written number by number.
+        # If the columns of any array are not adjacent, all arrays are written number by number.
         write = self._write if structure.is_plain else self._numbers
         structure.out = write(out, width)
         structure.scaled = write(scaling.out if scaling else None, width)
