@@ -6,7 +6,8 @@ Servers check what was posted here, and a client what it asks of a local model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from hessquik_client.domain import OUTSIDE, Domain
 from hessquik_client.errors import InvalidInput, OutsideDomain
 from hessquik_client.quantities import DIRECTIONAL, QUANTITIES, SPREADS
 
-__all__ = ["DTYPES", "MAX_DIRECTIONS", "Question", "Shape", "make_question"]
+__all__ = ["DTYPES", "MAX_DIRECTIONS", "Question", "Shape", "make_question", "misspelt"]
 
 Array = npt.NDArray[Any]
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024
+#: Longest name that is compared with those that are known.
+MAX_NAME = 32
 
 
 class Shape(NamedTuple):
@@ -116,6 +119,20 @@ def make_question(
     return Question(inputs, is_single, asked, dtype, weights, directions)
 
 
+def misspelt(given: Iterable[str], known: Collection[str]) -> str | None:
+    """Return which known name the first unknown one resembles; what was given is not repeated.
+
+    Example:
+        >>> misspelt(["value", "hesian"], QUANTITIES)
+        'one like hessian'
+    """
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is None or len(unknown) > MAX_NAME:
+        return None
+    alike = get_close_matches(unknown, known, n=1)
+    return f"one like {alike[0]}" if alike else None
+
+
 def _check_domain(inputs: Array, outside: Any, shape: Shape) -> None:
     """Refuse points outside the model's bounds, if the request or the service wants that."""
     if outside is None:
@@ -158,7 +175,8 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
 def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
     """Different known names in canonical order."""
     if not set(names) <= set(QUANTITIES) or len(set(names)) != len(names):
-        raise _invalid("quantities", f"a list of different names out of {', '.join(QUANTITIES)}", "something else")
+        got = misspelt([name for name in names if isinstance(name, str)], QUANTITIES) or "something else"
+        raise _invalid("quantities", f"a list of different names out of {', '.join(QUANTITIES)}", got)
     return tuple(name for name in QUANTITIES if name in names)
 
 

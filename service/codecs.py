@@ -17,7 +17,7 @@ import orjson
 import safetensors.numpy
 
 from hessquik_client.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
-from hessquik_client.question import DTYPES, Question, Shape, make_question
+from hessquik_client.question import DTYPES, Question, Shape, make_question, misspelt
 from service.http.negotiation import best
 from service.json_reader import expect_object, numbers
 from service.wire import Array
@@ -89,7 +89,7 @@ def parse_json(document: Any, may_be_booleans: bool, fixed: str | None, shape: S
     if not isinstance(document, dict):
         expect_object(document)
     if not document.keys() <= _FIELDS:
-        raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", "another one")
+        raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", misspelt(document, _FIELDS) or "another one")
     arrays = {}
     for name in ("inputs", "weights", "directions"):
         value = document.get(name)

@@ -98,8 +98,10 @@ class Node:
         if self._user is not None:
             return
         self._user = user
-        if not self.settings.models.is_dir():
-            raise StartUpError("expected a folder of models, there is none at the given place")
+        path = self.settings.models
+        if not path.is_dir():
+            found = "a file" if path.exists() else "nothing"
+            raise StartUpError(f"expected a folder of models at {path}, found {found}")
         await self.workers.start()
         await self.repository.load_all()
         self.is_loaded = True

@@ -133,6 +133,8 @@ def describe(app: Application, port: int) -> Iterator[str]:
     """Yield lines that tell a person what is served, on what, and where to look at it."""
     core, settings = app.core, app.core.settings
     names = core.repository.names()
+    if not names:
+        yield f"no model: expected NAME.safetensors in {settings.models}"
     for name in names[:SHOWN_MODELS]:
         for version, served in sorted(core.repository.versions(name).items()):
             facts = served.facts
