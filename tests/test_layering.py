@@ -64,7 +64,7 @@ LAYERS = {
         service.server service.worker
         service.frontend
         service.supervisor
-        service.cli service.ray_serve
+        service.cli service.ray_data service.ray_serve
         service.__main__
         service
     """,

@@ -1,0 +1,109 @@
+"""A saved network at the rows of a Ray Dataset, on as many machines as the cluster has.
+
+    points = ray.data.read_parquet("points/")                        # a column "x" of d numbers, or one per input
+    evaluate_dataset(points, "models/peaks.safetensors", ["value", "gradient"]).write_parquet("results/")
+
+The file is read once, here, and sent to the actors as bytes; each proves the derivatives before it evaluates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = ["evaluate_dataset"]
+
+Array = np.ndarray[Any, Any]
+#: Points that an actor evaluates at once.
+BATCH_ROWS = 4096
+
+
+class _Actor:
+    """A network in a process of Ray's, which evaluates batches.
+
+    Args:
+        data: The file.
+        quantities: Their names.
+        columns: The column of points, or one per input.
+        options: ``weights`` (m), ``directions`` (k, d), ``dtype`` and ``outside``, as a request has them.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self, data: bytes, quantities: Sequence[str], columns: Sequence[str], options: Mapping[str, Any], device: str
+    ) -> None:
+        """Read and prove the network."""
+        import torch
+
+        from hessquik import storage
+        from hessquik_client.evaluators import Evaluators
+        from hessquik_client.question import Shape
+
+        self._evaluators = Evaluators(storage.parse(data), torch.device(device), 1)
+        evaluate = self._evaluators.evaluator(None)
+        dtype = str(self._evaluators.dtype).removeprefix("torch.")
+        domain, outside = self._evaluators.domain, options.get("outside") or "allow"
+        rows, members = BATCH_ROWS * 1024, self._evaluators.members
+        self._shape = Shape(evaluate.d, evaluate.m, dtype, rows, domain, outside, members)
+        self._quantities, self._columns, self._options = list(quantities), list(columns), options
+
+    def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """Return a batch with a column for each quantity more."""
+        from hessquik_client.evaluators import TORCH_DTYPES
+        from hessquik_client.question import make_question
+
+        found = [np.asarray(batch[name]) for name in self._columns]
+        points = found[0] if len(found) == 1 and found[0].ndim == 2 else np.stack(found, axis=1)
+        given = {name: self._options.get(name) for name in ("weights", "directions")}
+        arrays = {name: np.asarray(array) for name, array in given.items() if array is not None}
+        asked = make_question(
+            {"inputs": points, **arrays}, self._quantities, None, self._options.get("dtype"), self._shape
+        )
+        fields = {"inputs": asked.inputs, "weights": asked.weights, "directions": asked.directions}
+        ready = {
+            name: np.require(np.broadcast_to(array, (len(points), *array.shape[1:])), requirements=["C", "W"])
+            for name, array in fields.items()
+            if array is not None
+        }
+        return {**batch, **self._evaluators.evaluate(ready, TORCH_DTYPES[asked.dtype], asked.quantities)}
+
+
+def evaluate_dataset(
+    dataset: Dataset,
+    model: str | Path,
+    quantities: Sequence[str] = ("value",),
+    columns: Sequence[str] = ("x",),
+    actors: int | tuple[int, int] = 1,
+    device: str = "cpu",
+    **options: Any,
+) -> Dataset:
+    """Return the dataset with a column for each quantity; nothing is computed until it is read.
+
+    Args:
+        dataset: Rows with the points.
+        model: A saved network or ensemble on this machine.
+        quantities: Names out of :data:`hessquik_client.quantities.QUANTITIES`.
+        columns: One column of d numbers a row, or the inputs' columns in order.
+        actors: Processes that evaluate, or their least and most number.
+        device: Where each computes, ``cpu`` or ``cuda``; an actor on ``cuda`` reserves a GPU.
+        options: ``weights`` (m), ``directions`` (k, d), ``dtype`` and ``outside``.
+
+    Raises:
+        InvalidInput: when a point does not fit, as an error of Ray's task.
+        OSError: the file cannot be read.
+    """
+    given = (Path(model).read_bytes(), tuple(quantities), tuple(columns), options, device)
+    return dataset.map_batches(
+        _Actor,
+        fn_constructor_args=given,
+        batch_format="numpy",
+        batch_size=BATCH_ROWS,
+        concurrency=actors,
+        num_gpus=1 if device.startswith("cuda") else None,
+    )
