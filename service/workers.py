@@ -194,7 +194,7 @@ class WorkerProcess:
 
     def kill(self, why: str, is_counted: bool = True) -> None:
         """End the process at once; ``is_counted`` says whether that is a sign that workers cannot be kept alive."""
-        if self.state is not State.DEAD:
+        if self.state is not State.DEAD and not self._workers.is_closing:  # closed connections end it in its own time
             logger.warning("worker %s on %s is killed: %s", self.pid, self.device, why)
             if self._process is not None:
                 self._process.kill()
@@ -307,7 +307,7 @@ class Workers:
         self._models: dict[int, _Model] = {}
         self._deaths = 0
         self._was_ready = False
-        self._is_closing = False
+        self.is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._started: asyncio.Future[None] | None = None
 
@@ -328,7 +328,7 @@ class Workers:
 
     async def close(self) -> None:
         """End all workers."""
-        self._is_closing = True
+        self.is_closing = True
         for task in self._tasks:
             task.cancel()
         for worker in self.workers:
@@ -408,7 +408,7 @@ class Workers:
 
     def on_lost(self, worker: WorkerProcess, is_counted: bool) -> None:
         """Replace a worker that is gone."""
-        if self._is_closing:
+        if self.is_closing:
             return
         self.restarts += 1
         if worker.loading and (entry := self._models.get(worker.loading[0])) is not None and entry.facts is None:

@@ -177,6 +177,7 @@ def test_stopping_answers_what_was_accepted_and_exits_with_0(folder: Path) -> No
         status = live.stop()
         assert [reply.result().status_code for reply in accepted] == [200] * 4
     assert status == 0
+    assert not [line for line in live.log if " WARNING " in line or " ERROR " in line]
 
 
 def test_what_cannot_be_answered_before_the_stop_is_told_so(folder: Path) -> None:
