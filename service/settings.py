@@ -22,8 +22,8 @@ __all__ = ["PREFIX", "Settings", "unknown_variables"]
 
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 PREFIX = "HESSQUIK_"
-#: Variables that are no settings of the server: the client's key.
-CLIENT_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_KEY"})
+#: Variables that are no settings of the server: the client's key, and how the kernel is built.
+OTHER_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_KEY", "HESSQUIK_KERNEL"})
 
 
 class Settings(BaseSettings):
@@ -140,7 +140,7 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
         >>> unknown_variables(["HESSQUIK_MAX_ROW", "HESSQUIK_PORT", "HOME"])
         ['HESSQUIK_MAX_ROW is no setting; the nearest is HESSQUIK_MAX_ROWS']
     """
-    known = CLIENT_VARIABLES | {PREFIX + name.upper() for name in Settings.model_fields}
+    known = OTHER_VARIABLES | {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
     return [
         f"{name} is no setting; the nearest is {get_close_matches(name.upper(), sorted(known), 1, 0.0)[0]}"
