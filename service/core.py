@@ -262,3 +262,7 @@ class Core:
         yield Gauge("hessquik_workers", "Workers, by state.", workers, ("state",))
         yield Gauge("hessquik_device_memory_bytes", "Memory of a worker.", memory_bytes, ("worker",))
         yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})
+        yield Gauge(
+            "hessquik_self_check_rows_total", "Points computed again by self-checks.", {(): health.checked_rows}
+        )
+        yield Gauge("hessquik_self_check_failures_total", "Self-checks that failed.", {(): health.mismatches})

@@ -26,6 +26,8 @@ class Health(NamedTuple):
         devices: Of the workers.
         memory_bytes: Of the workers.
         restarts: How many workers were replaced.
+        checked_rows: How many rows self-checks computed again.
+        mismatches: How many self-checks failed.
     """
 
     is_loaded: bool = False
@@ -34,6 +36,8 @@ class Health(NamedTuple):
     devices: tuple[str, ...] = ()
     memory_bytes: tuple[int, ...] = ()
     restarts: int = 0
+    checked_rows: int = 0
+    mismatches: int = 0
 
 
 class User(Protocol):
@@ -120,7 +124,8 @@ class Node:
         states = {state.value: count for state, count in workers.states().items()}
         devices = tuple(worker.device for worker in workers.workers)
         memory_bytes = tuple(worker.memory_bytes for worker in workers.workers)
-        return Health(self.is_loaded, workers.is_fresh(), states, devices, memory_bytes, workers.restarts)
+        counts = (workers.restarts, workers.checked_rows, workers.mismatches)
+        return Health(self.is_loaded, workers.is_fresh(), states, devices, memory_bytes, *counts)
 
     async def load(self, name: str) -> list[Served]:
         """Load a model from the folder; see :meth:`Repository.load <service.repository.Repository.load>`."""

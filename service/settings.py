@@ -89,6 +89,13 @@ class Settings(BaseSettings):
     start_timeout_s: float = Field(120.0, gt=0, description="Time for a worker to start.")
     load_timeout_s: float = Field(120.0, gt=0, description="Time for a worker to load one model.")
     batch_timeout_s: float = Field(10.0, gt=0, description="Time for one batch, after which its worker is replaced.")
+    self_check: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of batches that are computed again in other company and compared bit by bit before they "
+        "are answered; a worker that disagrees with itself is replaced.",
+    )
     drain_s: float = Field(20.0, ge=0, description="Time to finish what was accepted when told to stop.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")

@@ -45,6 +45,7 @@ MAX_DEATHS = 8
 SHARED_METRICS = (
     "hessquik_workers", "hessquik_device_memory", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
     "hessquik_models", "hessquik_model_ready", "hessquik_queue_age", "process_start_time", "process_max_fds",
+    "hessquik_self_check",
 )  # fmt: skip
 
 

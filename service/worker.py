@@ -7,7 +7,10 @@ From the supervisor, on the control socket:
     attach    {"op", "fds": 1}                     a socket of a front, which sends what follows below
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
-    ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s"}
+    ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s",
+                                                      "checked_rows"}, of these those since the last
+
+A worker whose self-check fails says {"op": "disagreed", "model"} and ends.
 
 From a front; replies carry the "number" of what they answer:
 
@@ -21,7 +24,8 @@ From a front; replies carry the "number" of what they answer:
                                                      of their numbers alone; or {…, "error"}
     drop      {"op", "buffer"}                     → nothing
 
-Run as ``python -P -m service.worker FD DEVICE THREADS SPIN_US LIMIT_S``; FD is our end of the control socket.
+Run as ``python -P -m service.worker FD DEVICE THREADS SPIN_US LIMIT_S CHECKED_SHARE``; FD is our end of the
+control socket.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from random import random
 from typing import Any
 
 import numpy as np
@@ -68,13 +73,19 @@ NUMBERS_BETWEEN = 8192
 QUICK_PARAMETERS = 1 << 20
 #: Longest time that one thread keeps the interpreter from another.
 SWITCH_S = 0.0005
-#: Exit status after an error that may have spoiled the device's context.
+#: Rows of a batch that a self-check computes again at most.
+CHECKED_ROWS = 256
+#: Exit status after an error that may have spoiled the device's context, and after a self-check that failed.
 SPOILED = 71
 _PR_SET_PDEATHSIG = 1
 
 
 class Late(Exception):
     """A batch took longer than it may."""
+
+
+class Disagreement(Exception):
+    """Results differ from those of the same rows in other company."""
 
 
 class Model(Evaluators):
@@ -210,12 +221,17 @@ class Worker:
         threads: Threads to compute with, on a CPU.
         spin_s: Time to look for the next frame before sleeping, while requests come one by one.
         limit_s: Time limit of a batch.
+        checked_share: Share of batches that are computed again and compared.
     """
 
-    def __init__(self, device: torch.device, threads: int, spin_s: float, limit_s: float = 10.0) -> None:
+    def __init__(
+        self, device: torch.device, threads: int, spin_s: float, limit_s: float = 10.0, checked_share: float = 0.0
+    ) -> None:
         """Hold no model yet."""
         self.device, self.threads, self.spin_s, self.limit_s = device, threads, spin_s, limit_s
         self.models: dict[int, Model] = {}
+        self.checked_share, self.checked_rows = checked_share, 0
+        self._tell: Callable[[dict[str, Any]], None] = lambda head: None
         self._connections: list[Connection] = []
         self._attached: deque[Connection] = deque()
         self._waiting: deque[tuple[Connection, dict[str, Any], dict[str, Any]]] = deque()
@@ -358,9 +374,28 @@ class Worker:
         model, dtype = self.models[head["model"]], TORCH_DTYPES[head["dtype"]]
         try:
             out = None if places is None else places(model, head, fields)
-            return {"op": "done"}, model.evaluate(fields, dtype, head["quantities"], self._between, out)
+            results = model.evaluate(fields, dtype, head["quantities"], self._between, out)
+            if self.checked_share and random() < self.checked_share:
+                self._check(head, fields, results)
+            return {"op": "done"}, results
         except (HessQuikError, MemoryError, RuntimeError, ValueError, Late) as error:
             return {"op": "done", "error": _reason(error)}, {}
+
+    def _check(self, head: dict[str, Any], fields: dict[str, Any], results: dict[str, wire.Array]) -> None:
+        """Compute the first rows again, without the others and in reversed order, and compare bits.
+
+        Raises:
+            Disagreement: they differ.
+        """
+        order = np.arange(min(len(fields["inputs"]), CHECKED_ROWS))[::-1]
+        given = {name: np.ascontiguousarray(array[order]) for name, array in fields.items()}
+        again = self.models[head["model"]].evaluate(
+            given, TORCH_DTYPES[head["dtype"]], head["quantities"], self._between
+        )
+        self.checked_rows += len(order)
+        if any(results[name][order].tobytes() != array.tobytes() for name, array in again.items()):
+            self._tell({"op": "disagreed", "model": head["model"]})
+            raise Disagreement
 
     def _texts(self, head: dict[str, Any], results: dict[str, wire.Array]) -> wire.Frame:
         """Write results as JSON."""
@@ -426,6 +461,8 @@ class Worker:
             with lock:
                 wire.send(sock, head, {})
 
+        self._tell = send
+
         def load(model: int, fields: dict[str, Any]) -> None:
             data = bytes(fields.pop("file"))  # the frame is freed before it is parsed
             send({"op": "loaded", "model": model, **self.load(model, data)})
@@ -458,7 +495,9 @@ class Worker:
         if not busy_since_s and model is not None:
             evaluate = model.evaluator(model.dtype)
             evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
-        return {"op": "pong", "memory_bytes": self._memory_bytes(), "busy_s": busy_s, "stalled_s": stalled_s}
+        checked_rows, self.checked_rows = self.checked_rows, 0
+        facts = {"memory_bytes": self._memory_bytes(), "checked_rows": checked_rows}
+        return {"op": "pong", "busy_s": busy_s, "stalled_s": stalled_s, **facts}
 
     def _memory_bytes(self) -> int:
         """Return what the networks and their work take: memory of the device, or of the process on a CPU."""
@@ -509,6 +548,9 @@ def _run(device: str, work: Callable[[], None]) -> None:
     except torch.AcceleratorError as error:
         sys.stderr.write(f"worker on {device}: {type(error).__name__}, giving up the device's context\n")
         status = SPOILED
+    except Disagreement:
+        sys.stderr.write(f"worker on {device}: a batch's results differ from those of its rows in other company\n")
+        status = SPOILED
     except BaseException:
         status = 1
         sys.excepthook(*sys.exc_info())
@@ -521,12 +563,12 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    descriptor, device, threads, spin_us, limit_s = arguments
+    descriptor, device, threads, spin_us, limit_s, checked_share = arguments
     torch.set_num_threads(int(threads))
     torch.set_float32_matmul_precision("highest")
     sys.setswitchinterval(SWITCH_S)
     torch.zeros(1, device=torch.device(device))
-    worker = Worker(torch.device(device), int(threads), int(spin_us) / 1e6, float(limit_s))
+    worker = Worker(torch.device(device), int(threads), int(spin_us) / 1e6, float(limit_s), float(checked_share))
     sock = socket.socket(fileno=int(descriptor))
     for work in (worker.load_for_ever, lambda: worker.control(sock)):
         threading.Thread(target=_run, args=(device, work), daemon=True).start()

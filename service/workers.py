@@ -122,7 +122,8 @@ class WorkerProcess:
         """
         settings = self._workers.settings
         ours, theirs = socket.socketpair()
-        limits = [str(settings.threads), str(settings.spin_us), str(settings.batch_timeout_s)]
+        shown = (settings.threads, settings.spin_us, settings.batch_timeout_s, settings.self_check)
+        limits = list(map(str, shown))
         command = [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), self.device, *limits]
         # A signal mask is inherited: the process never sees these signals, from its first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
@@ -239,6 +240,10 @@ class WorkerProcess:
             case "loaded" if self.loading and head.get("model") == self.loading[0]:
                 self._load_since_s = now
                 self._workers.on_loaded(self, self.loading.pop(0), head)
+            case "disagreed":
+                self._workers.mismatches += 1
+                self.kill("a batch's results differ from those of its rows in other company")
+                return
             case "pong" if self.is_ready and self._is_asked:
                 self._on_pong(now, head)
             case _:
@@ -250,13 +255,11 @@ class WorkerProcess:
 
     def _on_pong(self, now: float, head: dict[str, Any]) -> None:
         try:
-            busy_s, stalled_s, memory_bytes = (
-                float(head["busy_s"]),
-                float(head["stalled_s"]),
-                int(head["memory_bytes"]),
-            )
+            busy_s, stalled_s = float(head["busy_s"]), float(head["stalled_s"])
+            memory_bytes, checked_rows = int(head["memory_bytes"]), int(head["checked_rows"])
         except (KeyError, TypeError, ValueError):
-            raise WireError("expected three numbers in a pong") from None
+            raise WireError("expected four numbers in a pong") from None
+        self._workers.checked_rows += checked_rows
         settings, self._is_asked = self._workers.settings, False
         self._heard_s, self.well_s, self.memory_bytes = now, now - stalled_s, memory_bytes
         state = State.BUSY if busy_s > 0 else State.READY
@@ -301,7 +304,7 @@ class Workers:
     ) -> None:
         """Describe workers that are not started yet."""
         self.settings, self.now = settings, now
-        self.restarts = 0
+        self.restarts = self.checked_rows = self.mismatches = 0
         self.workers = [WorkerProcess(self, device) for device in devices]
         self._owner = owner
         self._models: dict[int, _Model] = {}

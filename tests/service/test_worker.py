@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ PEAKS = (ROOT / "models" / "peaks.safetensors").read_bytes()
 HEAD = {"op": "evaluate", "model": 1, "dtype": "float64", "quantities": ["hessian"], "is_alone": False}
 
 
-def make(threads: int = 1, limit_s: float = 10.0) -> worker_module.Worker:
-    return worker_module.Worker(torch.device("cpu"), threads, spin_s=0.0, limit_s=limit_s)
+def make(threads: int = 1, limit_s: float = 10.0, checked_share: float = 0.0) -> worker_module.Worker:
+    device = torch.device("cpu")
+    return worker_module.Worker(device, threads, spin_s=0.0, limit_s=limit_s, checked_share=checked_share)
 
 
 def loaded(**options: Any) -> worker_module.Worker:
@@ -195,6 +197,44 @@ def test_what_cannot_be_computed_is_an_error_and_not_a_death(change: dict[str, A
     head = {**HEAD, "form": "arrays", "number": 7, "sizes": [2], **change}
     reply, fields = loaded().evaluate(head, {"inputs": np.zeros((2, 2))})
     assert (reply, fields) == ({"op": "done", "number": 7, "error": error}, {})
+
+
+@pytest.mark.parametrize("n", [1, 7, 700])
+def test_a_self_check_finds_equal_bits_whatever_is_asked(n: int) -> None:
+    worker = loaded(checked_share=1.0)
+    generator = np.random.default_rng(n)
+    fields = {
+        "inputs": generator.normal(size=(n, 2)),
+        "weights": generator.normal(size=(n, 1)),
+        "directions": generator.normal(size=(n, 3, 2)),
+    }
+    head = {**HEAD, "form": "arrays", "sizes": [n], "number": 0, "quantities": ["hessian", "hvp", "domain_distance"]}
+    for dtype in ("float64", "float32"):
+        given = {name: array.astype(dtype) for name, array in fields.items()}
+        reply, results = worker.evaluate({**head, "dtype": dtype}, given)
+        assert reply["op"] == "done"
+        assert "error" not in reply
+        assert results["hessian"].shape == (n, 2, 2, 1)
+    assert worker.pong()["checked_rows"] == 2 * min(n, worker_module.CHECKED_ROWS)
+    assert worker.pong()["checked_rows"] == 0
+
+
+def test_a_self_check_tells_of_one_bit_and_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, told = loaded(checked_share=1.0), []
+    worker._tell = told.append
+    evaluate, calls = worker_module.Model.evaluate, count()
+
+    def wrong_at_first(*given: Any) -> dict[str, Any]:
+        results = evaluate(*given)
+        if next(calls) == 0:
+            results["hessian"][3, 0, 0] = np.nextafter(results["hessian"][3, 0, 0], np.inf)
+        return results
+
+    monkeypatch.setattr(worker_module.Model, "evaluate", wrong_at_first)
+    head = {**HEAD, "form": "arrays", "sizes": [5], "number": 0}
+    with pytest.raises(worker_module.Disagreement):
+        worker.evaluate(head, {"inputs": np.ones((5, 2))})
+    assert told == [{"op": "disagreed", "model": 1}]
 
 
 def test_numbers_alone_are_the_rows_without_brackets() -> None:

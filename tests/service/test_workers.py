@@ -24,7 +24,7 @@ from hessquik.activations import tanhActivation
 from hessquik.networks import NN, fullyConnectedNN
 from tests.live import ROOT, LiveServer
 from tests.raw import check_error, post, receive_all, replies
-from tests.service.faulty_worker import HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
+from tests.service.faulty_worker import DIFFERS, HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
 
 #: One client for all threads: making one takes longer than most of what is measured here.
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
@@ -167,6 +167,25 @@ def test_metrics_add_up_to_what_was_sent(server: LiveServer) -> None:
     assert server.metric(sample % 200) == before[200] + 10
     assert server.metric(sample % 422) == before[422] + 3
     assert server.metric("hessquik_rows_total") == rows + 10
+
+
+def test_a_worker_that_disagrees_with_itself_answers_no_more(folder: Path, network: NN) -> None:
+    with LiveServer(folder, settings={"self_check": 1}, command=FAULTY) as live:
+        before = live.workers()
+        for number in range(5):
+            value = ask(live, [0.5, number / 10]).json()["value"]
+            assert value == pytest.approx([expected(network, [0.5, number / 10])], abs=1e-12)
+        reply = ask(live, [DIFFERS, 0.0])
+        assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
+        assert live.metric("hessquik_self_check_failures_total") >= 1
+        live.wait_until_ready()
+        assert not {*before} & {*live.workers()}
+        value = ask(live, [0.5, 0.0]).json()["value"]
+        assert value == pytest.approx([expected(network, [0.5, 0.0])], abs=1e-12)
+        deadline = time.monotonic() + 10
+        while live.metric("hessquik_self_check_rows_total") < 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert live.metric("hessquik_self_check_rows_total") >= 1
 
 
 def test_stopping_answers_what_was_accepted_and_exits_with_0(folder: Path) -> None:

@@ -60,7 +60,15 @@ class Process:
             case "load":
                 self.say({"op": "loaded", "model": head["model"], **FACTS})
             case "ping":
-                self.say({"op": "pong", "memory_bytes": 7, "busy_s": self.busy_s, "stalled_s": self.stalled_s})
+                self.say(
+                    {
+                        "op": "pong",
+                        "memory_bytes": 7,
+                        "checked_rows": 3,
+                        "busy_s": self.busy_s,
+                        "stalled_s": self.stalled_s,
+                    }
+                )
             case "attach":
                 os.close(head["fds"][0])
 
