@@ -24,17 +24,19 @@ pytestmark = [pytest.mark.xdist_group("ray_data"), pytest.mark.filterwarnings("i
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        configure_logging=False,
-        runtime_env=environment,
-        object_store_memory=100 << 20,
-        logging_level=logging.ERROR,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # or Ray writes a token into the user's home
+        ray.init(
+            num_cpus=1,
+            include_dashboard=False,
+            configure_logging=False,
+            runtime_env=environment,
+            object_store_memory=100 << 20,
+            logging_level=logging.ERROR,
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.timeout(240)

@@ -37,6 +37,7 @@ class TwoNodes:
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # or a token of the user's is wanted from everybody who asks the dashboard
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # two nodes on loopback addresses
             "HESSQUIK_MODELS": str(models),
             "HESSQUIK_PORT": str(self.port),
