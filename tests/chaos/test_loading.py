@@ -22,7 +22,7 @@ from tests.whole import Note, choose
 
 ADMIN = {"Authorization": "Bearer admin"}
 #: Of a network that takes seconds to read, prove and try.
-LARGE_MIB = choose(60, 400)
+LARGE_MIB = choose(16, 400)
 MODELS = choose(150, 2000)
 READY_S = 60.0
 #: What a start takes without models, on two free cores; where all else is slower, so is loading.
