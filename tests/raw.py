@@ -100,8 +100,8 @@ def check_error(reply: Reply) -> None:
     assert LEAKS.search(reply.body) is None, reply
     assert len(reply.body) <= 1024, reply
     problem = reply.json()
-    if reply.headers["content-type"] == "application/json":  # UM-Bridge and Open Inference Protocol
-        assert list(problem) == ["error"], problem
+    if reply.headers["content-type"] == "application/json":  # UM-Bridge and Open Inference Protocol; Tesseract
+        assert list(problem) in (["error"], ["detail"]), problem
         return
     assert reply.headers["content-type"] == "application/problem+json", reply
     assert {"type", "title", "status", "detail", "code", "request_id"} <= set(problem), problem
