@@ -15,7 +15,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test bench chaos gpu sanitize check format docs wheels lock image image-test clean
+.PHONY: serve test quick bench chaos gpu sanitize check format docs wheels lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -35,10 +35,13 @@ serve: $(SERVER)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 	$(BIN)/hessquik serve models --port $(PORT)
 
 # Two processes test at once: threads of OpenMP that wait for a core make products ten times as slow.
-test chaos: export OMP_NUM_THREADS = 1
+test quick chaos: export OMP_NUM_THREADS = 1
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; less than a minute
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --quick -q
 
 chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 95 minutes, 60 of them simulated
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation tests/importing \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,29 @@ import pytest
 from tests.live import ROOT, LiveServer
 from tests.whole import PROPERTY, Note, figures
 
+#: Signs of a test that starts processes, or of Triton's interpreter, which is as slow.
+PROCESSES = re.compile(r"LiveServer|subprocess|Popen|triton_interpreter|\bzoo\b|\bpage\b")
 #: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
 collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run each file in one process, so that its servers are started once."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of ``make quick``."""
+    parser.addoption("--quick", action="store_true", help="the first case of each test that starts no process")
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """Return whether a test is not marked slow, and nothing in its file starts a process."""
+    return item.get_closest_marker("slow") is None and not PROCESSES.search(item.path.read_text())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run each file in one process, so that its servers are started once; drop what is not quick, if asked to."""
+    if config.getoption("quick"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        kept = {item for item in first.values() if _is_quick(item)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -42,6 +42,15 @@ class TwoNodes:
             "HESSQUIK_MODELS": str(models),
             "HESSQUIK_PORT": str(self.port),
         }
+        self._nodes: list[psutil.Process] = []
+        try:
+            self._begin(folder, gcs, dashboard, client, agents)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, folder: Path, gcs: int, dashboard: int, client: int, agents: list[int]) -> None:
+        """Start the nodes and deploy the application."""
         head = ["--head", "--port", gcs, "--dashboard-host", FIRST, "--dashboard-port", dashboard]
         head += ["--ray-client-server-port", client, "--temp-dir", folder / "ray"]
         self._dashboard = f"http://{FIRST}:{dashboard}"
@@ -73,7 +82,9 @@ class TwoNodes:
     def _start(self, address: str, agent: int, *arguments: object) -> psutil.Process:
         resources = ["--num-cpus", 2, "--num-gpus", 1, "--dashboard-agent-listen-port", agent]
         command = [BIN / "ray", "start", "--block", "--node-ip-address", address, *resources, *arguments]
-        return psutil.Popen(list(map(str, command)), env=self._environment, stdout=self._log, stderr=self._log)
+        node = psutil.Popen(list(map(str, command)), env=self._environment, stdout=self._log, stderr=self._log)
+        self._nodes.append(node)
+        return node
 
     def _await(self, url: str, began: float) -> None:
         while True:
@@ -101,7 +112,11 @@ class TwoNodes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for node in (self.second, self.first):
+        self.close()
+
+    def close(self) -> None:
+        """Kill the nodes, the first one last."""
+        for node in reversed(self._nodes):
             self.kill(node)
         self._log.close()
 
