@@ -45,7 +45,7 @@ quick: $(STAMP)  ## the first case of each test that starts no process, for the 
 
 chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 95 minutes, 60 of them simulated
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos tests/security tests/simulation tests/importing \
-		tests/engine/test_triton_backend.py --timeout 7200
+		tests/engine/test_triton_backend.py tests/deployment/test_ray_serve.py --timeout 7200
 
 sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python tools/sanitize.py

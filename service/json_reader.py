@@ -199,22 +199,18 @@ def _next_cut(text: bytes, nesting: int, start: int, stop: int, last: int) -> tu
     return (last, last) if found is None else (found.end(1), found.start(2))
 
 
-def _put_back(document: Any, arrays: list[Array | bytes]) -> Any:
+def _put_back(value: Any, arrays: list[Array | bytes], depth: int = MAX_DEPTH) -> Any:
     """Put the arrays in their places: in all dialects, members of objects, which are not very deep in others."""
-
-    def fill(value: Any, depth: int) -> None:
-        if isinstance(value, dict):
-            for name, member in value.items():
-                if isinstance(member, str) and member.startswith(_MARK):
-                    value[name] = arrays[int(member[len(_MARK) :])]
-                elif depth:
-                    fill(member, depth - 1)
-        elif isinstance(value, list) and depth:
-            for item in value:
-                fill(item, depth - 1)
-
-    fill(document, MAX_DEPTH)
-    return document
+    if isinstance(value, dict):
+        for name, member in value.items():
+            if isinstance(member, str) and member.startswith(_MARK):
+                value[name] = arrays[int(member[len(_MARK) :])]
+            elif depth:
+                _put_back(member, arrays, depth - 1)
+    elif isinstance(value, list) and depth:
+        for item in value:
+            _put_back(item, arrays, depth - 1)
+    return value
 
 
 def numbers(field: str, value: Any, may_be_booleans: bool, first_row: int = 0) -> Array:
