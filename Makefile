@@ -40,7 +40,7 @@ test quick chaos: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; less than a minute
+quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; about 90 seconds
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --quick -q
 
 chaos: $(STAMP)  ## what breaks and what is hostile, every count in full; takes about 95 minutes, 60 of them simulated

@@ -12,7 +12,7 @@ from tests.live import ROOT, LiveServer
 from tests.whole import PROPERTY, Note, figures
 
 #: Signs of a test that starts processes, or of Triton's interpreter, which is as slow.
-PROCESSES = re.compile(r"LiveServer|subprocess|Popen|triton_interpreter|\bzoo\b|\bpage\b")
+PROCESSES = re.compile(r"LiveServer|subprocess|Popen|ray\.init|chaos\.conftest|triton_interpreter|\bzoo\b|\bpage\b")
 #: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
 collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
 

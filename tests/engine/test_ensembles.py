@@ -170,6 +170,7 @@ def test_members_of_different_types_cannot_be_saved() -> None:
         storage.serialize(mixed)
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_proven_and_a_wrong_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Ensemble(*(fullyConnectedNN([D, 6, M], act=activations.tanhActivation()).double() for _ in range(2)))
     rows = prove(network, samples=2)

@@ -87,6 +87,7 @@ def test_every_quantity_with_weights_and_directions_is_that_of_torch_func(name, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_random_networks_of_every_kind_agree_with_torch_func(backend):
     for seed in range(80):
         draw = random.Random(seed)

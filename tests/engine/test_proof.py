@@ -31,6 +31,7 @@ def failed(rows):
 
 
 @pytest.mark.parametrize("part", range(2))
+@pytest.mark.slow
 def test_right_networks_pass(part):
     for seed in range(part, 24, 2):
         draw = random.Random(seed)
@@ -63,6 +64,7 @@ def test_the_network_is_left_as_it_was():
     assert all(parameter.dtype is torch.float32 for parameter in f.parameters())
 
 
+@pytest.mark.slow
 def test_the_rows_are_the_same_every_time():
     f = network()
     assert prove(f) == prove(f)

@@ -79,6 +79,7 @@ def exported(module, d, dynamo=True):
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.slow
 def test_torch_with_every_activation(dynamo):
     """Its exporter writes softplus as a choice, and CELU in float32."""
     torch.manual_seed(0)

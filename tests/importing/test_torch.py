@@ -16,6 +16,7 @@ def points(d, seed=0):
 
 
 @pytest.mark.parametrize("start", range(0, choose(100, 1000), 50))
+@pytest.mark.slow
 def test_random_modules(start):
     for seed in range(start, start + 50):
         module, d = torch_networks.module(seed)
@@ -32,6 +33,7 @@ def test_random_modules_on_every_backend(backend):
         assert worst_error(network, module, points(d), backend) <= TOLERANCE, seed
 
 
+@pytest.mark.slow
 def test_random_modules_with_kinks():
     for seed in range(choose(40, 200)):
         module, d = torch_networks.module(seed, torch_networks.KINKED)

@@ -17,6 +17,7 @@ MOST_EVENTS = 2_000_000
 ENDS = {"answered", "abandoned", "good", "refused 400", "refused 413", "refused 503"}
 
 
+@pytest.mark.slow
 def test_the_ledger_holds_in_every_world(run_worlds: Callable[..., Counter[str]]) -> None:
     module = make_module()
     assert set(run_worlds(lambda seed: run_wire(seed, STEPS, module))) >= ENDS

@@ -18,6 +18,7 @@ MOST_EVENTS = 200_000
 ENDS = {"ok", "deadline_exceeded", "client_gone", "evaluation_failed", "too_expensive", "overloaded"}
 
 
+@pytest.mark.slow
 def test_the_ledger_holds_in_every_world(run_worlds: Callable[..., Counter[str]]) -> None:
     assert set(run_worlds(lambda seed: run(seed, STEPS))) >= ENDS
 
