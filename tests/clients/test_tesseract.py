@@ -252,15 +252,16 @@ def test_keys_are_asked_for(shipped_models: Path) -> None:
 
 
 def test_torch_differentiates_through_it(zoo: Zoo, vector: Tesseract) -> None:
-    apply_tesseract = pytest.importorskip("tesseract_torch").apply_tesseract
+    from tesseract_torch import apply_tesseract
+
     x = torch.tensor(X, requires_grad=True)
     apply_tesseract(vector, {"x": x})["value"].mul(torch.from_numpy(C)).sum().backward()
     close(x.grad.numpy(), np.einsum("naj,nj->na", zoo.derivatives("vector", X)["gradient"], C))
 
 
 def test_jax_differentiates_through_it(vector: Tesseract, truth: dict[str, np.ndarray]) -> None:
-    apply_tesseract = pytest.importorskip("tesseract_jax").apply_tesseract
     import jax
+    from tesseract_jax import apply_tesseract
 
     with jax.enable_x64(True):
         f = jax.jit(lambda x: apply_tesseract(vector, {"x": x})["value"])

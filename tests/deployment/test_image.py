@@ -99,7 +99,7 @@ def test_image_has_the_labels_that_registries_show() -> None:
 def test_start_without_a_gpu_is_refused_with_status_3(device: str) -> None:
     """As the CUDA image starts, where there is none."""
     if Path("/dev/nvidiactl").exists():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("needs a machine without a GPU, on which asking for one is refused")
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HESSQUIK_DEVICE": device, "HESSQUIK_PORT": "0"}
     command = [sys.executable, "-m", "service", "serve", str(ROOT / "models")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -219,6 +219,22 @@ def test_a_self_check_finds_equal_bits_whatever_is_asked(n: int) -> None:
     assert worker.pong()["checked_rows"] == 0
 
 
+def test_a_self_check_that_takes_too_long_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = loaded(checked_share=1.0)
+    evaluate, calls = worker_module.Model.evaluate, count()
+
+    def late_at_last(*given: Any) -> dict[str, Any]:
+        if next(calls):
+            raise worker_module.Late
+        return evaluate(*given)
+
+    monkeypatch.setattr(worker_module.Model, "evaluate", late_at_last)
+    head = {**HEAD, "form": "arrays", "sizes": [5], "number": 0}
+    reply, results = worker.evaluate(head, {"inputs": np.ones((5, 2))})
+    assert "error" not in reply
+    assert results["hessian"].shape == (5, 2, 2, 1)
+
+
 def test_a_self_check_tells_of_one_bit_and_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, told = loaded(checked_share=1.0), []
     worker._tell = told.append
