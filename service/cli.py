@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from hessquik_client import Client
 
 __all__ = ["main"]
+
+#: New objects after which the collector looks for cycles; importing torch makes hundreds of thousands, which stay.
+MANY_OBJECTS = 200_000
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Derivatives of saved hessQuik networks over HTTP."
@@ -413,7 +417,11 @@ def _fail(message: str, status: int) -> NoReturn:
 def main() -> None:
     """Run the command."""
     logging.captureWarnings(True)
-    app()
+    gc.set_threshold(MANY_OBJECTS)
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: no need to look for cycles among all that torch defines
 
 
 if __name__ == "__main__":

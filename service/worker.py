@@ -24,7 +24,7 @@ From a front; replies carry the "number" of what they answer:
                                                      of their numbers alone; or {…, "error"}
     drop      {"op", "buffer"}                     → nothing
 
-Run as ``python -P -m service.worker FD DEVICE THREADS SPIN_US LIMIT_S CHECKED_SHARE``; FD is our end of the
+Run as ``python -P -m service.run_worker FD DEVICE THREADS SPIN_US LIMIT_S CHECKED_SHARE``; FD is our end of the
 control socket.
 """
 
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import queue
@@ -561,6 +562,8 @@ def _run(device: str, work: Callable[[], None]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run a worker until its supervisor is gone."""
+    gc.freeze()  # what modules define stays: the collector need not look at it again and again
+    gc.enable()
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -574,7 +577,3 @@ def main(arguments: list[str]) -> None:
     for work in (worker.load_for_ever, lambda: worker.control(sock)):
         threading.Thread(target=_run, args=(device, work), daemon=True).start()
     _run(device, worker.serve)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

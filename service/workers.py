@@ -33,7 +33,7 @@ __all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
 logger = logging.getLogger(__name__)
 
 #: The module that worker processes run.
-WORKER_MODULE = "service.worker"
+WORKER_MODULE = "service.run_worker"
 #: Intervals at which workers are checked and pinged.
 TICK_S = 0.25
 #: A worker that was well within this time is well.

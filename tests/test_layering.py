@@ -62,6 +62,7 @@ LAYERS = {
         service.routes
         service.app
         service.server service.worker
+        service.run_worker
         service.frontend
         service.supervisor
         service.cli service.ray_data service.ray_serve
