@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.live import ROOT, LiveServer
-from tests.whole import PROPERTY, Note, figures
+from tests.whole import IS_WHOLE, PROPERTY, Note, figures
 
 #: Signs of a test that starts processes, or of Triton's interpreter, which is as slow.
 PROCESSES = re.compile(r"LiveServer|subprocess|Popen|ray\.init|chaos\.conftest|triton_interpreter|\bzoo\b|\bpage\b")
@@ -28,12 +28,15 @@ def _is_quick(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run each file in one process, so that its servers are started once; drop what is not quick, if asked to."""
+    """Run each file in one process, so that its servers are started once; drop what this form leaves out."""
+    kept = [item for item in items if IS_WHOLE or item.get_closest_marker("whole") is None]
     if config.getoption("quick"):
-        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-        kept = {item for item in first.values() if _is_quick(item)}
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(kept)}
+        kept = [item for item in kept if first[item.nodeid.partition("[")[0]] is item and _is_quick(item)]
+    if len(kept) < len(items):
+        dropped = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = kept
     # The engine's files last: they are short, so that at the end no process waits long for the other.
     items.sort(key=lambda item: "engine" in item.path.parts)
     for item in items:

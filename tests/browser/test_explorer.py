@@ -340,12 +340,13 @@ def test_light_and_dark_differ(explorer: Watched) -> None:
 
 @pytest.fixture(scope="module")
 def strange_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model of one input and two outputs that says strange things about itself."""
+    """Two models of one input and two outputs; the first says strange things about itself."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     network = hessquik.networks.fullyConnectedNN([1, 8, 2], act=hessquik.activations.tanhActivation())
     mark = "<img src=x onerror=document.title='owned'>"
     hessquik.save(network.double(), folder / "curve.safetensors", description=mark, input_names=[mark])
+    hessquik.save(network, folder / "wide.safetensors", lower_bounds=[-5.0], upper_bounds=[5.0])
     return folder
 
 
@@ -405,11 +406,14 @@ def test_error_is_shown_as_the_api_gives_it(explorer: Watched, server: LiveServe
 
 
 def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, context: BrowserContext) -> None:
+    """A model that was chosen during the outage is the one that is drawn after it."""
     with opened(context, guarded.url, expected_error="Failed to load resource") as watched:
         page = watched.page
         give_key(page, "opensesame")
         expect(page.locator("#slice-note")).to_contain_text("in one request")
+        assert "of curve over" in shown_model(page)
         guarded.stop()
+        page.click("#model-list button[data-model=wide]")
         expect(page.locator("#problem")).to_contain_text("does not answer", timeout=15_000)
         expect(page.locator("#state")).to_have_text("not reachable")
         port = f"sys.argv[sys.argv.index('--port') + 1] = '{guarded.port}'"
@@ -417,15 +421,11 @@ def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, con
         with LiveServer(strange_models, settings={"api_keys": "opensesame"}, command=command):
             expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
             expect(page.locator("#problem")).to_be_hidden()
+            expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of wide over"), timeout=15_000)
+            settled(page)
+            assert trace(page, "value")["x"][-1] == 5.0
             choose(page, "curve")
             assert len(trace(page, "value")["y"]) == SIDE
-
-
-def restarted(models: Path, port: int, **settings: object) -> LiveServer:
-    """Another server on the same port."""
-    patch = f"sys.argv[sys.argv.index('--port') + 1] = '{port}'"
-    command = ("-c", f"import sys; {patch}; from service.cli import main; main()")
-    return LiveServer(models, settings=settings, command=command)
 
 
 @pytest.fixture(scope="module")
@@ -459,22 +459,6 @@ def first_picture(page: Page) -> None:
 
 def shown_model(page: Page) -> str:
     return page.locator("#plot").get_attribute("aria-label") or ""
-
-
-def test_after_an_outage_the_picture_is_the_chosen_models(several: Path, context: BrowserContext) -> None:
-    first = LiveServer(several).wait_until_ready()
-    with opened(context, f"{first.url}/#model=borehole", expected_error="Failed to load resource") as watched:
-        page = watched.page
-        first_picture(page)
-        assert "of borehole over" in shown_model(page)
-        first.stop()
-        page.click("#model-list button[data-model=peaks]")
-        expect(page.locator("#state")).to_have_text("not reachable", timeout=15_000)
-        with restarted(several, first.port):
-            expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
-            expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of peaks over"), timeout=15_000)
-            settled(page)
-            assert trace(page, "value")["x"][-1] == 3.0
 
 
 def test_opens_on_a_model_of_two_inputs_and_follows_the_folder(

@@ -46,10 +46,11 @@ def start(shipped_models: Path) -> Iterator[Start]:
         live.stop()
 
 
-@pytest.fixture(scope="module")
-def busy(start: Start) -> LiveServer:
-    """A server with two workers."""
-    return start(workers=2)
+@pytest.fixture(scope="session")
+def busy(shipped_models: Path) -> Iterator[LiveServer]:
+    """A server with two workers, which are killed now and then; those who ask wait until all are ready again."""
+    with LiveServer(shipped_models, workers=2, settings={"batch_timeout_s": BATCH_TIMEOUT_S}) as live:
+        yield live
 
 
 def all_ready(server: LiveServer) -> bool:

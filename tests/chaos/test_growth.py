@@ -76,6 +76,7 @@ def test_nothing_grows(busy: LiveServer, asked: list[Question], note: Note) -> N
     assert max(others) <= 0
 
 
+@pytest.mark.whole
 def test_a_leak_is_caught(start: Start, asked: list[Question], note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a front that keeps a little of every request."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))

@@ -56,7 +56,7 @@ def server(start: Start) -> LiveServer:
     return start("hanging-worker", batch_timeout_s=6)
 
 
-@pytest.mark.parametrize("fault", ["dead", "stopped", "hung worker"])
+@pytest.mark.parametrize("fault", ["dead", pytest.param("stopped", marks=pytest.mark.whole), "hung worker"])
 def test_ready_is_false_while_no_worker_answers(server: LiveServer, fault: str, note: Note) -> None:
     slowest_s = 0.0
     for _ in range(TIMES):
@@ -78,6 +78,7 @@ def test_ready_is_false_while_no_worker_answers(server: LiveServer, fault: str, 
     assert slowest_s <= KNOWN_WITHIN_S + 0.5
 
 
+@pytest.mark.whole
 def test_a_hung_loop_is_not_alive(start: Start, note: Note) -> None:
     server = start("hanging")
     for _ in range(TIMES):

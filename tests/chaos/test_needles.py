@@ -67,13 +67,14 @@ async def differing(port: int, count: int, companies: int, seed: int) -> tuple[i
 
 
 def test_company_changes_no_bit(busy: LiveServer, note: Note) -> None:
-    needles, companies = choose((12, 25), (500, 25))
+    needles, companies = choose((8, 25), (500, 25))
     compared, bytes_ = run(differing(busy.port, needles, companies, seed=10))
     note(f"{needles} needles in {companies} companies: {compared} answers compared, {bytes_} bytes differ")
     assert compared == needles * companies * len(QUANTITIES)
     assert bytes_ == 0
 
 
+@pytest.mark.whole
 def test_bits_that_depend_on_company_are_caught(start: Start, note: Note) -> None:
     """The control: workers that compute rows as they come, without the fixed tiles."""
     server = start("untiled")

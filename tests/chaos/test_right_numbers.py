@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
@@ -61,6 +63,7 @@ def test_every_answer_is_right_while_workers_are_killed(busy: LiveServer, asked:
     assert ledger.balances()
 
 
+@pytest.mark.whole
 def test_rows_that_change_places_are_caught(start: Start, asked: list[Question], note: Note) -> None:
     """The control: a worker that now and then answers with another row's numbers."""
     server = start("mixed")
@@ -104,6 +107,7 @@ async def bad_network(port: int, swaps: int, drops: int) -> AsyncIterator[int]:
         proxy.close()
 
 
+@pytest.mark.whole
 def test_changed_and_swallowed_answers_are_caught(busy: LiveServer, asked: list[Question], note: Note) -> None:
     """The control: a network that changes one digit in 50 answers, and loses one in 80."""
 

@@ -7,6 +7,8 @@ import random
 import re
 import signal
 
+import pytest
+
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
@@ -50,6 +52,7 @@ def test_stopping_loses_nothing(start: Start, asked: list[Question], note: Note)
     note(f"{times} SIGTERMs: {total.sent} accepted, {total.right} answered right; {closed} never accepted")
 
 
+@pytest.mark.whole
 def test_what_a_killed_server_loses_is_seen(start: Start, asked: list[Question]) -> None:
     """The control: SIGKILL loses what was accepted."""
     server = start("counting")

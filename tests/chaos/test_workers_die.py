@@ -7,6 +7,8 @@ import random
 import signal
 import time
 
+import pytest
+
 from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
@@ -56,6 +58,7 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
     assert slowest_s <= READY_AGAIN_S * max(1.0, started_s / USUAL_START_S)
 
 
+@pytest.mark.whole
 def test_a_worker_killed_at_any_moment_takes_nothing_with_it(start: Start, asked: list[Question], note: Note) -> None:
     """Also while it starts, or loads its models: the next one has them all the same."""
     server, times = start(workers=2), choose(2, 20)
@@ -95,7 +98,7 @@ def test_out_of_memory_ends_in_a_right_answer_or_a_refusal(start: Start, asked: 
 def test_a_spoiled_worker_never_answers_again(start: Start, asked: list[Question], note: Note) -> None:
     """The fault is a sticky device error, after which the worker would answer every batch wrongly."""
     server = start("spoiled")
-    spoilings = choose(2, 20)
+    spoilings = choose(1, 20)
     ledger = Ledger()
 
     async def work() -> None:

@@ -11,6 +11,7 @@ from hessquik import Evaluator, backends, memory
 from hessquik.activations import tanhActivation
 from hessquik.layers import resnetLayer, singleLayer
 from hessquik.networks import NN
+from tests.whole import choose
 
 CPU = torch.device("cpu")
 #: 8 MiB, which is large.
@@ -86,6 +87,7 @@ from hessquik import Evaluator
 from hessquik.activations import tanhActivation
 from hessquik.layers import resnetLayer, singleLayer
 from hessquik.networks import NN
+from tests.whole import choose
 
 ACT = tanhActivation()
 network = NN(singleLayer(10, 256, ACT), *(resnetLayer(256, 0.5, ACT) for _ in range(6)), singleLayer(256, 1))
@@ -127,10 +129,11 @@ def mebibytes_beyond_inputs_and_results(n, call, backend):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("backend", backends.names())
-@pytest.mark.parametrize("n", [2048, 16384])
+@pytest.mark.parametrize("n", choose([16384], [2048, 16384]))
 def test_memory_beyond_inputs_and_results_does_not_grow_with_the_rows(n, backend):
     assert mebibytes_beyond_inputs_and_results(n, OURS, backend) <= 64
 
 
+@pytest.mark.whole
 def test_the_measurement_of_memory_sees_what_is_not_bounded():
     assert mebibytes_beyond_inputs_and_results(2048, UNTILED, backends.names()[0]) > 100

@@ -227,7 +227,7 @@ def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
 
 @pytest.mark.parametrize("tiles", choose([None, TILES[1]], [None, *TILES]))
 def test_bits_do_not_depend_on_company_position_or_tile(tiles: Unrolling | None) -> None:
-    evaluate = Evaluator(fullyConnectedNN([3, 20, 20, 1]), dtype=torch.float32)
+    evaluate = Evaluator(fullyConnectedNN(choose([3, 20, 1], [3, 20, 20, 1])), dtype=torch.float32)
     quantities = ("value", "gradient", "hessian")
     program = TritonProgram(evaluate.plan(quantities).program, torch.float32, CPU)
     if tiles is not None:

@@ -114,6 +114,7 @@ def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None
     assert replies(exchange(server.port, request("GET", "/readyz")))[0].status == 200
 
 
+@pytest.mark.whole
 def test_memory_that_is_left_behind_is_caught(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a front that keeps a little of every request."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))

@@ -98,7 +98,7 @@ def test_metrics_have_no_series_more_after_a_scan(server: LiveServer, note: Note
 
 def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer) -> None:
     body = {"inputs": [0.5] * 8, "directions": [[1] * 8]}
-    counts = (1, 2, 3, len(QUANTITIES) - 1, len(QUANTITIES))
+    counts = choose((1, 2, len(QUANTITIES) - 1, len(QUANTITIES)), (1, 2, 3, len(QUANTITIES) - 1, len(QUANTITIES)))
     sets = [names for count in counts for names in combinations(QUANTITIES, count)]
     for names in sets:
         reply = ask(
@@ -107,7 +107,7 @@ def test_every_set_of_quantities_is_counted_under_few_labels(server: LiveServer)
         )
         assert reply.status == 200, reply
     text = ask(server.port, request("GET", "/metrics")).body.decode()
-    assert len(sets) > 180
+    assert len(sets) > choose(60, 180)
     assert set(re.findall(r'hessquik_batch_rows_count{quantities="([^"]*)"}', text)) == {*QUANTITIES, "several"}
 
 

@@ -26,6 +26,7 @@ from service.json_reader import read_long_json
 from tests.live import ROOT, LiveServer
 from tests.raw import ask, check_error, exchange, post, receive_all, replies, request
 from tests.service.faulty_worker import SLOW, SLOW_S
+from tests.whole import IS_WHOLE
 
 VALUE, EVALUATE = "/v1/models/peaks/value", "/v1/models/peaks/evaluate"
 BODY = b'{"inputs":[[0.5,0.25],[-1,1]],"quantities":["value","gradient","hessian"],"dtype":"float64"}'
@@ -486,6 +487,7 @@ BOMBS = {
     "digits": b"[" + b"1" * SIZE + b"]",
     "unclosed": b"[" + b"[0,0]," * (SIZE // 6),
 }
+FEW = ("nested", "numbers", "strings")
 PLACES = {
     "native": (VALUE, b'{"inputs":%b}'),
     "UM-Bridge": ("/Evaluate", b'{"name":"peaks","input":%b}'),
@@ -496,12 +498,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
-@pytest.mark.parametrize(("path", "form"), PLACES.values(), ids=PLACES.keys())
-def test_no_body_stalls_the_service(live: LiveServer, path: str, form: bytes, bomb: bytes) -> None:
+#: All dialects read JSON with one reader: in the short form the native one is tried with all, the others with a few.
+CASES = [(place, bomb) for place in PLACES for bomb in (BOMBS if place == "native" or IS_WHOLE else FEW)]
+
+
+@pytest.mark.parametrize(("place", "bomb"), CASES)
+def test_no_body_stalls_the_service(live: LiveServer, place: str, bomb: str) -> None:
+    path, form = PLACES[place]
     front = psutil.Process(live.process.pid)
     before = front.memory_info().rss
-    data = post(path, form % bomb)
+    data = post(path, form % BOMBS[bomb])
 
     def send() -> None:
         reply = ask(live.port, data, 30)

@@ -14,8 +14,10 @@ import hessquik
 from hessquik.activations import tanhActivation
 from hessquik.networks import NN, fullyConnectedNN
 from tests.live import LiveServer
+from tests.whole import choose
 
 ADMIN = {"Authorization": "Bearer admin"}
+SWAPS = choose(48, 200)
 
 
 def network(seed: int) -> NN:
@@ -27,17 +29,34 @@ def value(seed: int) -> float:
     return float(network(seed)(torch.ones(1, 2, dtype=torch.float64))[0].detach())
 
 
+def write_first(folder: Path) -> Path:
+    (folder / "net").mkdir(exist_ok=True)
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    hessquik.save(network(1), folder / "net" / "1.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server that the tests of this file share."""
+    with LiveServer(write_first(tmp_path_factory.mktemp("models")), settings={"admin_keys": "admin"}) as live:
+        yield live
+
+
+@pytest.fixture
+def server(served: LiveServer) -> LiveServer:
+    """The shared server, with one model of one version, whatever the test before left."""
+    write_first(served.models)
+    reply = httpx.post(f"{served.url}/v1/models/net/load", headers=ADMIN, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return served
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "net").mkdir()
-    hessquik.save(network(1), tmp_path / "net" / "1.safetensors")
-    return tmp_path
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[LiveServer]:
-    with LiveServer(folder, settings={"admin_keys": "admin"}) as live:
-        yield live
+    """A folder for a test that starts a server of its own."""
+    return write_first(tmp_path)
 
 
 def ask(http: httpx.Client, version: str | None = None) -> tuple[str, float]:
@@ -47,7 +66,7 @@ def ask(http: httpx.Client, version: str | None = None) -> tuple[str, float]:
     return reply.json()["version"], reply.json()["value"][0]
 
 
-def test_200_swaps_under_load_lose_and_mix_nothing(server: LiveServer, folder: Path) -> None:
+def test_swaps_under_load_lose_and_mix_nothing(server: LiveServer) -> None:
     """Versions 1, 2, 3, … come and go; version v always holds the network of seed v."""
     values = {str(version): value(version) for version in range(1, 8)}
     wrong: list[str] = []
@@ -69,9 +88,9 @@ def test_200_swaps_under_load_lose_and_mix_nothing(server: LiveServer, folder: P
     for thread in threads:
         thread.start()
     with httpx.Client(base_url=server.url, timeout=60, headers=ADMIN) as http:
-        for swap in range(200):
+        for swap in range(SWAPS):
             version = 2 + swap % 6
-            path = folder / "net" / f"{version}.safetensors"
+            path = server.models / "net" / f"{version}.safetensors"
             if path.exists():
                 path.unlink()
             else:
@@ -85,8 +104,8 @@ def test_200_swaps_under_load_lose_and_mix_nothing(server: LiveServer, folder: P
     assert min(counted) > 0
 
 
-def test_a_failed_load_leaves_the_old_version_serving(server: LiveServer, folder: Path) -> None:
-    (folder / "net" / "1.safetensors").write_bytes(b"damaged on the way")
+def test_a_failed_load_leaves_the_old_version_serving(server: LiveServer) -> None:
+    (server.models / "net" / "1.safetensors").write_bytes(b"damaged on the way")
     with httpx.Client(base_url=server.url, timeout=60) as http:
         reply = http.post("/v1/models/net/load", headers=ADMIN).json()
         assert reply["loaded"][0]["state"] == "failed"
@@ -94,8 +113,8 @@ def test_a_failed_load_leaves_the_old_version_serving(server: LiveServer, folder
         assert ask(http) == ("1", pytest.approx(value(1), rel=1e-12))
 
 
-def test_the_highest_version_is_the_default_and_others_can_be_named(server: LiveServer, folder: Path) -> None:
-    hessquik.save(network(12), folder / "net" / "12.safetensors")
+def test_the_highest_version_is_the_default_and_others_can_be_named(server: LiveServer) -> None:
+    hessquik.save(network(12), server.models / "net" / "12.safetensors")
     with httpx.Client(base_url=server.url, timeout=60) as http:
         http.post("/v1/models/net/load", headers=ADMIN)
         shown = http.get("/v1/models/net").json()

@@ -32,17 +32,6 @@ atexit.register(HTTP.close)
 FAULTY = ("-m", "tests.service.faulty_serve")
 
 
-@pytest.mark.parametrize("spin_us", [0, 10_000])
-def test_a_worker_that_looks_for_work_answers_all_of_it(folder: Path, network: NN, spin_us: int) -> None:
-    points = [[number / 10, 1.0] for number in range(20)]
-    with LiveServer(folder, settings={"spin_us": spin_us, "threads": 2}) as live:
-        live.wait_until_ready()
-        for pause_s in (0.0, 0.005, 0.02):
-            for point in points:
-                time.sleep(pause_s)
-                assert ask(live, point).json()["value"] == pytest.approx([expected(network, point)], abs=1e-12)
-
-
 @pytest.fixture(scope="module")
 def network() -> NN:
     torch.manual_seed(3)
@@ -58,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, network: NN) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LiveServer]:
-    settings = {"batch_timeout_s": 1.5, "max_queue_requests": 20}
+    settings = {"batch_timeout_s": 1.5, "max_queue_requests": 20, "spin_us": 10_000, "threads": 2}
     with LiveServer(folder, workers=1, settings=settings, command=FAULTY) as live:
         yield live
 
@@ -69,6 +58,19 @@ def ask(server: LiveServer, point: list[float], **options: Any) -> httpx.Respons
 
 def expected(network: NN, point: list[float]) -> float:
     return float(network(torch.tensor([point], dtype=torch.float64))[0].detach())
+
+
+def answers_all(server: LiveServer, network: NN) -> None:
+    """Ask often enough that the worker waits for work, and seldom enough that it sleeps."""
+    for pause_s in (0.0, 0.005, 0.02):
+        for number in range(20):
+            time.sleep(pause_s)
+            point = [number / 10, 1.0]
+            assert ask(server, point).json()["value"] == pytest.approx([expected(network, point)], abs=1e-12)
+
+
+def test_a_worker_that_looks_for_work_answers_all_of_it(server: LiveServer, network: NN) -> None:
+    answers_all(server, network)
 
 
 @pytest.mark.parametrize("poison", [KILLED, RAISES, SHORT], ids=["kills", "raises", "answers too few rows"])
@@ -170,11 +172,9 @@ def test_metrics_add_up_to_what_was_sent(server: LiveServer) -> None:
 
 
 def test_a_worker_that_disagrees_with_itself_answers_no_more(folder: Path, network: NN) -> None:
-    with LiveServer(folder, settings={"self_check": 1}, command=FAULTY) as live:
+    with LiveServer(folder, settings={"self_check": 1, "spin_us": 0}, command=FAULTY) as live:
         before = live.workers()
-        for number in range(5):
-            value = ask(live, [0.5, number / 10]).json()["value"]
-            assert value == pytest.approx([expected(network, [0.5, number / 10])], abs=1e-12)
+        answers_all(live, network)  # also without looking for work
         reply = ask(live, [DIFFERS, 0.0])
         assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
         assert live.metric("hessquik_self_check_failures_total") >= 1
