@@ -170,10 +170,11 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
-        runner, arrays = self._prepare(x, quantities, weights, directions)
-        n = x.shape[0]
-        results = self._results(quantities, runner, n, x.device) if out is None else dict(out)
-        if out is not None:
+        runner, arrays, n = self._prepare(x, quantities, weights, directions)
+        if out is None:
+            results = self._results(quantities, runner, n, x)
+        else:
+            results = dict(out)
             self._check_out(quantities, runner, n, x.device, results)
         arrays.update(results)
         if between is None or self.device.type != "cpu":
@@ -194,11 +195,11 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
-        runner, arrays = self._prepare(x, quantities, weights, directions)
-        n, start = x.shape[0], 0
+        runner, arrays, n = self._prepare(x, quantities, weights, directions)
+        start = 0
         while start < max(n, 1):
             rows = min(runner.ladder[-1], n - start)
-            results = self._results(quantities, runner, rows, x.device)
+            results = self._results(quantities, runner, rows, x)
             inputs = {
                 name: array if name in runner.shared else array[start : start + rows]
                 for name, array in arrays.items()
@@ -209,15 +210,16 @@ class Evaluator:
 
     def _prepare(
         self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None
-    ) -> tuple[backends.Runner, dict[str, Tensor]]:
-        """Check everything and return what computes, with the arrays of the inputs."""
+    ) -> tuple[backends.Runner, dict[str, Tensor], int]:
+        """Check everything and return what computes, with the arrays of the inputs and the number of points."""
         key = (
             tuple(quantities),
             None if weights is None else weights.ndim,
             None if directions is None else (directions.ndim, directions.shape[-2:]),
         )
-        runner = self._known.get(key)
-        if runner is None or x.ndim != 2 or x.shape[1] != self.d or weights is not None or directions is not None:
+        runner, shape = self._known.get(key), x.shape
+        is_known = runner is not None and weights is None and directions is None
+        if not is_known or len(shape) != 2 or shape[1] != self.d:
             self._check(x, quantities, weights, directions)
         if runner is None:
             directed = directions if needs_directions(quantities) else None
@@ -232,14 +234,15 @@ class Evaluator:
             arrays["weights"] = self._placed(weights)
         if directions is not None and runner.plan.ask.directions is not None:
             arrays["directions"] = self._placed(directions)
-        return runner, arrays
+        return runner, arrays, shape[0]
 
     def _placed(self, array: Tensor) -> Tensor:
         """Return an input as it is computed with: itself if it is so already; a GPU takes a host's array in tiles."""
-        device = self.device if array.device.type != "cpu" else array.device
-        if array.dtype is not self.dtype or array.device != device or not array.is_contiguous() or array.is_neg():
-            array = array.detach().resolve_neg().to(device, self.dtype).contiguous()
-        return array
+        is_placed = array.is_cpu or array.device == self.device
+        if is_placed and array.dtype is self.dtype and array.is_contiguous() and not array.is_neg():
+            return array
+        device = array.device if array.is_cpu else self.device
+        return array.detach().resolve_neg().to(device, self.dtype).contiguous()
 
     @staticmethod
     def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
@@ -322,16 +325,14 @@ class Evaluator:
         for future in waiting:
             future.result()
 
-    def _results(
-        self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        """Return arrays for the results; for few rows like earlier ones, which takes half the time."""
+    def _results(self, quantities: Sequence[str], runner: backends.Runner, n: int, x: Tensor) -> dict[str, Tensor]:
+        """Return arrays for the results, where the points are; those of few rows like earlier ones, for speed."""
         key = (tuple(quantities), n)
-        known = runner.templates.get(key) if device.type == "cpu" else None
-        if known is not None:
+        known = runner.templates.get(key)
+        if known is not None and x.is_cpu:
             return {name: _empty_like(template) for name, template in known}
-        results = {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, device) for name in quantities}
-        if n <= FEW_ROWS and device.type == "cpu" and sum(array.nbytes for array in results.values()) <= FEW_BYTES:
+        results = {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, x.device) for name in quantities}
+        if n <= FEW_ROWS and x.is_cpu and sum(array.nbytes for array in results.values()) <= FEW_BYTES:
             if len(runner.templates) >= MAX_TEMPLATES:
                 runner.templates.clear()
             runner.templates[key] = tuple((name, torch.empty_like(array)) for name, array in results.items())

@@ -319,6 +319,30 @@ def linear(matrix):
     return Program((), (Product(x, b, None, out),), 0, 0, 16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entries", [1, 3, 5])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 64])
+def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, dtype, vector_bytes):
+    pitch = -(-width // 16) * 16
+    x = View(Buffer(Space.INPUT, entries * width, "x"), (1, entries, width), (0, width, 1))
+    tile = View(Buffer(Space.TILE, entries * pitch), (1, entries, width), (0, pitch, 1))
+    square = Map((x,), (Instruction("mul", (0, 0)),), ((1, tile),))
+    column = Buffer(Space.CONSTANT, width, data=torch.randn(width, 1, dtype=torch.float64), is_shared=True)
+    out = View(Buffer(Space.OUTPUT, entries, "out"), (1, entries, 1), (0, 1, 1))
+    product = Product(tile, View(column, (1, width, 1), (0, 1, 1)), None, out)
+    program = Program((), (square, product), entries * pitch, 0, 16)
+    inputs = {"x": torch.randn(11, entries * width)}
+    expected = interpret(program, {"x": inputs["x"].double()}, 11, tile_rows=4)
+    run(program, {"x": torch.full((11, entries * width), math.inf)}, 11, dtype, 4, vector_bytes)  # into the memory
+    found = run(program, inputs, 11, dtype, 4, vector_bytes)
+    assert torch.allclose(found["out"].double(), expected["out"], rtol=0, atol=1e-4)
+    for row in range(11):
+        alone = run(program, {"x": inputs["x"][row : row + 1]}, 1, dtype, 4, vector_bytes)
+        assert_same_bits(alone, {"out": found["out"][row : row + 1]})
+    kernel_steps = CpuProgram(program, dtype, 4, vector_bytes)._translation._kept
+    assert [type(step).__name__ for step in kernel_steps if hasattr(step, "kind")] == ["Map", "Contract"]
+
+
 def test_programs_share_constants_which_go_with_the_last_of_them():
     gc.collect()
     before = len(packing._known)
@@ -381,9 +405,19 @@ def test_misuse_of_the_module_is_an_error_and_no_crash():
     program = CpuProgram(linear(torch.ones(2, 2, dtype=torch.float64)), torch.float32, 4)
     with pytest.raises(TypeError):
         kernel.run(1)
-    with pytest.raises(ValueError, match="as many arrays"):
-        kernel.run(program._address, 0, 1)
+    arrays = {"x": torch.zeros(1, 2), "value": torch.zeros(1, 2)}
+    kernel.run(program._address, ("x", "value"), arrays, 0, 1)
+    with pytest.raises(ValueError, match="as many names"):
+        kernel.run(program._address, ("x",), arrays, 0, 1)
+    with pytest.raises(ValueError, match="as many names"):
+        kernel.run(0, ("x", "value"), arrays, 0, 1)
+    with pytest.raises(TypeError, match="a tuple of names"):
+        kernel.run(program._address, ["x", "value"], arrays, 0, 1)
     with pytest.raises(TypeError):
-        kernel.run(program._address, "0", 1, 0, 0)
+        kernel.run(program._address, ("x", "value"), arrays, "0", 1)
+    with pytest.raises(KeyError, match="value"):
+        kernel.run(program._address, ("x", "value"), {"x": arrays["x"]}, 0, 1)
+    with pytest.raises(AttributeError, match="data_ptr"):
+        kernel.run(program._address, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
     with pytest.raises(AttributeError):
         structures.make("Array", spce=1)

@@ -62,4 +62,4 @@ class CpuProgram:
             start: The first row.
             stop: The row after the last one.
         """
-        self._run(self._address, start, stop, *[arrays[name].data_ptr() for name in self._arrays])
+        self._run(self._address, self._arrays, arrays, start, stop)

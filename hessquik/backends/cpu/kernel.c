@@ -47,7 +47,7 @@
 #define JOINED_(a, b) a##b
 #define JOINED(a, b) JOINED_(a, b)
 
-enum { MOST_NV = 4 * NV, MOST_SUMS = 16, BLOCK = 4 };
+enum { MOST_NV = 4 * NV, MOST_SUMS = 16 };
 
 /* What a program runs with: memory, the call's arrays and the tile. */
 typedef struct {

@@ -7,20 +7,36 @@
 
 enum { MOST_ARRAYS = 32 };
 
+/* The address of an array's first number; null with an error set if there is none. */
+static void *address(PyObject *arrays, PyObject *name) {
+    static PyObject *method;
+    if (!method && !(method = PyUnicode_InternFromString("data_ptr"))) return NULL;
+    PyObject *array = PyObject_GetItem(arrays, name);
+    PyObject *number = array ? PyObject_CallMethodObjArgs(array, method, NULL) : NULL;
+    void *found = number ? PyLong_AsVoidPtr(number) : NULL;
+    Py_XDECREF(array);
+    Py_XDECREF(number);
+    return found;
+}
+
 static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     void *arrays[MOST_ARRAYS];
-    if (count < 3 || count - 3 > MOST_ARRAYS) {
-        PyErr_SetString(PyExc_TypeError, "expected program, start, stop and addresses of up to 32 arrays");
+    if (count != 5 || !PyTuple_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "expected a program, a tuple of names, arrays by name, start and stop");
         return NULL;
     }
     const Program *program = PyLong_AsVoidPtr(arguments[0]);
-    const I start = PyLong_AsLongLong(arguments[1]), stop = PyLong_AsLongLong(arguments[2]);
-    for (Py_ssize_t i = 3; i < count; i++) arrays[i - 3] = PyLong_AsVoidPtr(arguments[i]);
+    const I start = PyLong_AsLongLong(arguments[3]), stop = PyLong_AsLongLong(arguments[4]);
     if (PyErr_Occurred()) return NULL;
-    if (!program || program->arrays != count - 3) {
-        PyErr_SetString(PyExc_ValueError, "expected as many arrays as the program has");
+    const Py_ssize_t names = PyTuple_Size(arguments[1]);
+    if (!program || program->arrays != names || names > MOST_ARRAYS) {
+        PyErr_SetString(PyExc_ValueError, "expected as many names as the program has arrays, at most 32");
         return NULL;
+    }
+    for (Py_ssize_t i = 0; i < names; i++) {
+        arrays[i] = address(arguments[2], PyTuple_GetItem(arguments[1], i));
+        if (!arrays[i] && PyErr_Occurred()) return NULL;
     }
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -63,9 +79,10 @@ static PyObject *interface(PyObject *self, PyObject *none) {
     SPACES(CONSTANT_ROW)
     KINDS(CONSTANT_ROW)
     PRIMITIVES(PRIMITIVE_ROW)
-    CONSTANT_ROW(CHUNK)
+    CONSTANT_ROW(CHUNK_BYTES)
     CONSTANT_ROW(NV)
     CONSTANT_ROW(PAIRS)
+    CONSTANT_ROW(BLOCK)
     return Py_BuildValue("(NN)", structures, constants);
 failed:
     Py_XDECREF(structures);
@@ -75,7 +92,7 @@ failed:
 
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
-     "run(program, start, stop, *arrays)\n--\n\nCompute rows start to stop; all but the rows are addresses."},
+     "run(program, names, arrays, start, stop)\n--\n\nCompute rows start to stop of the arrays, in the program's order."},
     {"vector_bytes", vector_bytes, METH_NOARGS,
      "vector_bytes()\n--\n\nReturn the bytes of this machine's vectors."},
     {"interface", interface, METH_NOARGS,

@@ -197,7 +197,7 @@ static __attribute__((noinline)) void NAME(sine_of_large)(const REAL *x, REAL *r
 }
 
 static void NAME(sines)(const REAL *x, I step, REAL *result, I count, INT quarters) {
-    REAL copy[CHUNK * LANES];
+    REAL copy[CHUNK_BYTES / sizeof(REAL)];
     VI is_large = {0};
     for (I i = 0; i < count; i++) {
         V v = NAME(load)(x + i * step);
@@ -287,24 +287,26 @@ INLINE void NAME(next)(NAME(Place) *at, const Map *m) {
 static void NAME(gather)(
     const Map *m, const Array *a, const REAL *base, NAME(Place) at, I width, REAL *restrict copy
 ) {
-    const I left = m->columns - at.w, count = left < width ? left : width;
+    const I left = m->columns - at.w, count = left < width ? left : width, whole = a->is_whole ? count : count / VL * VL;
     for (I n = 0; n < at.entries; n++, copy += width, NAME(next)(&at, m)) {
         const REAL *from = NAME(entry)(base, a, &at);
-        if (a->column == 1)
-            for (I w = 0; w < count; w += VL)
-                NAME(store)(copy + w, a->is_whole ? NAME(load)(from + w) : NAME(load_some)(from + w, count - w));
-        else
+        if (a->column == 1) {
+            I w = 0;
+            for (; w < whole; w += VL) NAME(store)(copy + w, NAME(load)(from + w));
+            if (w < count) NAME(store)(copy + w, NAME(load_some)(from + w, count - w));
+        } else
             for (I w = 0; w < width; w++) copy[w] = w < count ? from[w * a->column] : 0;
     }
 }
 
 static void NAME(scatter)(const Map *m, const Array *a, REAL *base, NAME(Place) at, I width, const REAL *copy) {
-    const I left = m->columns - at.w, count = left < width ? left : width;
+    const I left = m->columns - at.w, count = left < width ? left : width, whole = count / VL * VL;
     for (I n = 0; n < at.entries; n++, copy += width, NAME(next)(&at, m)) {
         REAL *to = NAME(entry)(base, a, &at);
-        if (a->column == 1)
-            for (I w = 0; w < count; w += VL) NAME(store_last)(to + w, NAME(load)(copy + w), count - w, a->is_whole);
-        else
+        if (a->column == 1) {
+            for (I w = 0; w < whole; w += VL) NAME(store)(to + w, NAME(load)(copy + w));
+            if (whole < count) NAME(store_last)(to + whole, NAME(load)(copy + whole), count - whole, a->is_whole);
+        } else
             for (I w = 0; w < count; w++) to[w * a->column] = copy[w];
     }
 }
@@ -319,7 +321,7 @@ INLINE void NAME(mask_rest)(const Map *m, REAL *at, I entries, I w, I width) {
 }
 
 static void NAME(map)(const Call *call, const Map *m) {
-    const I size = CHUNK * VL, inputs = m->inputs, constants = m->constants, outputs = m->outputs;
+    const I size = CHUNK_BYTES / sizeof(REAL), inputs = m->inputs, constants = m->constants, outputs = m->outputs;
     const I registers = inputs + constants + m->instructions;
     const Input *input = (const Input *)m->input;
     const Instruction *instruction = (const Instruction *)m->instruction;

@@ -63,7 +63,8 @@ enum { PRIMITIVES(PRIMITIVE_CODE) };
 
 /* Sums over the inner axis; over the columns; and J diag(c_m) J^T. */
 #define SUM_PRODUCTS_FIELDS(F) F(I, kind) F(Array, a) F(Array, b) F(Array, out) F(I, outer) F(I, inner) F(I, columns)
-#define CONTRACT_FIELDS(F) F(I, kind) F(Array, a) F(Array, b) F(Array, out) F(I, left) F(I, right) F(I, columns)
+#define CONTRACT_FIELDS(F) \
+    F(I, kind) F(Array, a) F(Array, b) F(Array, out) F(I, left) F(I, right) F(I, columns) F(I, is_merged)
 #define CONGRUENCE_FIELDS(F) \
     F(I, kind) F(Array, a) F(Array, b) F(Array, out) F(I, tangents) F(I, outputs) F(I, columns) F(I, by_pairs)
 
@@ -90,8 +91,9 @@ typedef struct { PROGRAM_FIELDS(FIELD) } Program;
     F(Output, OUTPUT_FIELDS) F(Map, MAP_FIELDS) F(SumProducts, SUM_PRODUCTS_FIELDS) F(Contract, CONTRACT_FIELDS) \
     F(Congruence, CONGRUENCE_FIELDS) F(Program, PROGRAM_FIELDS)
 
-/* Vectors of a chunk that a map's instructions go over; vectors per panel of a packed matrix; rows of pairs at once. */
-enum { CHUNK = 16, NV = 2, PAIRS = 24 };
+/* Bytes of a chunk that a map's instructions go over; vectors per panel of a packed matrix; rows of pairs, and of dot
+ * products, at once. */
+enum { CHUNK_BYTES = 2048, NV = 2, PAIRS = 24, BLOCK = 4 };
 
 /* Bytes of this machine's vectors. */
 I hessquik_vector_bytes(void);

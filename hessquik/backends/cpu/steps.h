@@ -275,9 +275,9 @@ static void NAME(pack)(const REAL *B, I b_depth, I b_column, I depth, I columns,
             for (I l = 0; l < panel; l++) packed[l] = j + l < columns ? B[k * b_depth + (j + l) * b_column] : 0;
 }
 
-static NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I outer) {
-    REAL *at = NAME(at)(call, a);
-    return (NAME(Beside)){at ? at + row * a->row + outer * a->outer : 0, a->row, a->inner, a->column};
+INLINE NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I outer) {
+    if (a->space == ABSENT) return (NAME(Beside)){0};
+    return (NAME(Beside)){NAME(at)(call, a) + row * a->row + outer * a->outer, a->row, a->inner, a->column};
 }
 
 static void NAME(product)(const Call *call, const Product *s) {
@@ -318,46 +318,64 @@ INLINE V NAME(across)(V *sums) {
     return sums[0];
 }
 
-/* The dot products of the first rows of A with the first columns, rows of B, over a padded width, of BLOCK x BLOCK. */
+/* The dot products of a few rows of A with a few rows of B over a padded width, in the order of `out`. */
 INLINE void NAME(dots)(
-    const int rows, const int columns, I width, const REAL *const *a, const REAL *const *b, REAL *out
+    const int rows, const int columns, I width, const REAL *A, I a_row, const REAL *B, I b_row, REAL *out
 ) {
     V sum[BLOCK * BLOCK];
     UNROLL for (int i = 0; i < BLOCK * BLOCK; i++) sum[i] = (V){0};
     for (I w = 0; w < width; w += VL) {
         V right[BLOCK];
-        UNROLL for (int j = 0; j < columns; j++) right[j] = NAME(load)(b[j] + w);
+        UNROLL for (int j = 0; j < columns; j++) right[j] = NAME(load)(B + j * b_row + w);
         UNROLL for (int i = 0; i < rows; i++) {
-            V left = NAME(load)(a[i] + w);
-            UNROLL for (int j = 0; j < columns; j++) sum[i * BLOCK + j] += left * right[j];
+            V left = NAME(load)(A + i * a_row + w);
+            UNROLL for (int j = 0; j < columns; j++) sum[i * columns + j] += left * right[j];
         }
     }
-    UNROLL for (int i = 0; i < BLOCK * BLOCK; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
+    UNROLL for (int i = 0; i < rows * columns; i += VL) NAME(store)(out + i, NAME(across)(sum + i));
 }
 
-/* One output after the other: the weighted rows J_a c_m times the rows J_b. */
+/* Like those of products, each size is a function of its own. */
+#define DOTS_FUNCTION(rows, columns) \
+    static void NAME(dots_##rows##_##columns)( \
+        I width, const REAL *A, I a_row, const REAL *B, I b_row, REAL *out \
+    ) { NAME(dots)(rows, columns, width, A, a_row, B, b_row, out); }
+#define DOTS_ENTRY(rows, columns) NAME(dots_##rows##_##columns),
+FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 1)
+FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 2)
+FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 3)
+FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 4)
+static void (*const NAME(dots_of)[BLOCK][BLOCK])(I, const REAL *, I, const REAL *, I, REAL *) = {
+    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 1)},
+    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 2)},
+    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 3)},
+    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 4)},
+};
+#undef DOTS_FUNCTION
+#undef DOTS_ENTRY
+
+/* One output after the other: the weighted rows J_a c_m times the rows J_b, blocks of about the same height. */
 static void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *weighted) {
-    const I d = s->tangents, width = s->columns;
+    const I d = s->tangents, width = s->columns, row = s->a.inner, blocks = (d + BLOCK - 1) / BLOCK;
     REAL dot[BLOCK * BLOCK];
-    const REAL *left[BLOCK], *right[BLOCK];
-    for (int i = 0; i < BLOCK; i++) left[i] = weighted + i * width;
-    for (I a = 0; a < d; a += BLOCK)
+    for (I m = 0, a = 0, rows; m < blocks; m++, a += rows) {
+        rows = d * (m + 1) / blocks - a;
         for (I k = 0; k < s->outputs; k++) {
-            for (int i = 0; i < BLOCK; i++)
+            const REAL *left = J + a * row, *weights = c + k * s->b.inner;
+            for (I i = 0; i < rows; i++, left += row)
                 for (I w = 0; w < width; w += VL)
-                    NAME(store)(weighted + i * width + w,
-                                NAME(load)(J + (a + i < d ? a + i : d - 1) * s->a.inner + w) *
-                                    NAME(load)(c + k * s->b.inner + w));
-            for (I b = a; b < d; b += BLOCK) {
-                for (int j = 0; j < BLOCK; j++) right[j] = J + (b + j < d ? b + j : d - 1) * s->a.inner;
-                NAME(dots)(BLOCK, BLOCK, width, left, right, dot);
-                for (int i = 0; i < BLOCK && a + i < d; i++)
-                    for (int j = b == a ? i : 0; j < BLOCK && b + j < d; j++)
+                    NAME(store)(weighted + i * width + w, NAME(load)(left + w) * NAME(load)(weights + w));
+            for (I n = m, b = a, columns; n < blocks; n++, b += columns) {
+                columns = d * (n + 1) / blocks - b;
+                NAME(dots_of)[columns - 1][rows - 1](width, weighted, width, J + b * row, row, dot);
+                for (I i = 0; i < rows; i++)
+                    for (I j = b == a ? i : 0; j < columns; j++)
                         H[(a + i) * s->out.outer + (b + j) * s->out.inner + k * s->out.column] =
                             H[(b + j) * s->out.outer + (a + i) * s->out.inner + k * s->out.column] =
-                                dot[i * BLOCK + j];
+                                dot[i * columns + j];
             }
         }
+    }
 }
 
 /* All outputs at once: the products J_a J_b, entry by entry, times the matrix of the c, written to both halves. */
@@ -390,22 +408,20 @@ static void NAME(congruence)(const Call *call, const Congruence *s) {
 }
 
 static void NAME(contract)(const Call *call, const Contract *s) {
-    const I rows = s->left, columns = s->right;
-    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *left[BLOCK], *right[BLOCK];
+    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b);
     REAL *C = NAME(at)(call, &s->out), dot[BLOCK * BLOCK];
-    for (I row = 0; row < call->rows; row++, A += s->a.row, B += s->b.row, C += s->out.row)
-        for (I i0 = 0; i0 < rows; i0 += BLOCK)
-            for (I j0 = 0; j0 < columns; j0 += BLOCK) {
-                for (int i = 0; i < BLOCK; i++) {
-                    left[i] = A + (i0 + i < rows ? i0 + i : rows - 1) * s->a.inner;
-                    right[i] = B + (j0 + i < columns ? j0 + i : columns - 1) * s->b.inner;
-                }
-                if (columns > 1) NAME(dots)(BLOCK, BLOCK, s->columns, left, right, dot);
-                else if (rows > 1) NAME(dots)(BLOCK, 1, s->columns, left, right, dot);
-                else NAME(dots)(1, 1, s->columns, left, right, dot);
-                for (int i = 0; i < BLOCK && i0 + i < rows; i++)
-                    for (int j = 0; j < BLOCK && j0 + j < columns; j++)
-                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = dot[i * BLOCK + j];
+    const I count = s->is_merged ? 1 : call->rows, left = s->is_merged ? call->rows * s->left : s->left;
+    for (I row = 0; row < count; row++, A += s->a.row, B += s->b.row, C += s->out.row)
+        for (I i0 = 0; i0 < left; i0 += BLOCK)
+            for (I j0 = 0; j0 < s->right; j0 += BLOCK) {
+                const I rows = left - i0 < BLOCK ? left - i0 : BLOCK;
+                const I columns = s->right - j0 < BLOCK ? s->right - j0 : BLOCK;
+                NAME(dots_of)[columns - 1][rows - 1](
+                    s->columns, A + i0 * s->a.inner, s->a.inner, B + j0 * s->b.inner, s->b.inner, dot
+                );
+                for (I i = 0; i < rows; i++)
+                    for (I j = 0; j < columns; j++)
+                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = dot[i * columns + j];
             }
 }
 

@@ -21,7 +21,6 @@ __all__ = ["Translation"]
 
 #: A product's arrays beside its matrices never jump to another row.
 _NO_PERIOD = 2**31 - 1
-_BLOCK = 4
 #: With so many outputs a congruence of all of them at once is faster.
 OUTPUTS_BY_PAIRS = 8
 
@@ -45,6 +44,7 @@ class Translation:
         """Translate every step."""
         self._program = program
         self._dtype = dtype
+        self._vector_bytes = vector_bytes
         self._lanes = vector_bytes // dtype.itemsize
         self._kept: list[Any] = []
         self._scratch = 0
@@ -146,12 +146,14 @@ class Translation:
         self._kept.append(structure)
         return structure
 
-    def _needs(self, numbers: int) -> None:
-        """Note the scratch memory of a step."""
-        self._scratch = max(self._scratch, numbers * self._dtype.itemsize)
+    def _needs(self, size: int) -> None:
+        """Note the bytes of scratch memory of a step."""
+        self._scratch = max(self._scratch, size)
 
     def _product(self, step: Product) -> Structure:
         step = _with_outer_as_inner(step)
+        if self._is_contraction(step):
+            return self._contract(Contract(step.a, step.b.permuted(0, 2, 1), step.out))
         a, b, out, scaling = step.a, step.b, step.out, step.scaling
         outer, inner, depth = a.shape
         columns = b.shape[2]
@@ -168,7 +170,7 @@ class Translation:
             structure.b = self._read(b, width)
             if b.buffer.space not in _INSIDE or structure.b.column != 1:
                 structure.packs, structure.panel = True, depth * panel
-                self._needs(-(-columns // panel) * depth * panel)
+                self._needs(-(-columns // panel) * depth * panel * self._dtype.itemsize)
         beside = (step.add, *((scaling.out, scaling.by, scaling.add, scaling.add_by) if scaling else ()))
         matrices = [view for view in (a, out) if view is not None]
         is_b_shared = b.buffer.row_stride == 0
@@ -230,10 +232,8 @@ class Translation:
             )
             if flags[-1]:
                 direct.add(place)
-        self._needs(
-            (used * CONSTANTS["CHUNK"] + len(numbers)) * self._lanes
-            + 2 * 8 * (3 * len(views) + results + len(operands))
-        )
+        pointers = 3 * len(views) + results + len(operands)
+        self._needs(used * CONSTANTS["CHUNK_BYTES"] + len(numbers) * self._vector_bytes + 2 * 8 * pointers)
         constants = (ctypes.c_double * len(numbers))(*numbers)
         self._kept.append(constants)
         return make(  # type: ignore[no-any-return]
@@ -304,18 +304,31 @@ class Translation:
             inner=inner, columns=columns,
         )  # fmt: skip
 
+    def _is_contraction(self, step: Product) -> bool:
+        """Return whether a product is that of rows, zeros behind them, with the only column of a constant."""
+        a, b = step.a, step.b
+        is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.data is not None
+        if not is_single or step.out is None or step.add is not None or step.scaling is not None:
+            return False
+        is_padded = a.shape[2] + self._program.padding(a) >= self._whole(a.shape[2])
+        return a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1) and is_padded
+
     def _contract(self, step: Contract) -> Structure:
+        a, b, out = self._reduced(step.a), self._reduced(step.b), self._numbers(step.out)
+        is_merged = step.b.buffer.row_stride == 0 and _is_even(step.a) and _is_even(step.out)
+        if is_merged and step.a.shape[1] == 1:
+            a.inner, out.inner = a.row, out.row
         return make(  # type: ignore[no-any-return]
-            "Contract", kind=CONSTANTS["CONTRACT"], a=self._reduced(step.a), b=self._reduced(step.b),
-            out=self._numbers(step.out), left=step.a.shape[1], right=step.b.shape[1],
-            columns=self._whole(step.a.shape[2]),
+            "Contract", kind=CONSTANTS["CONTRACT"], a=a, b=b, out=out, left=step.a.shape[1], right=step.b.shape[1],
+            columns=self._whole(step.a.shape[2]), is_merged=is_merged,
         )  # fmt: skip
 
     def _congruence(self, step: Congruence) -> Structure:
         tangents, outputs, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
         by_pairs = outputs >= OUTPUTS_BY_PAIRS and step.out.strides[2] == 1
         panel = CONSTANTS["NV"] * self._lanes
-        self._needs(max(_BLOCK * columns, (CONSTANTS["PAIRS"] + -(-outputs // panel) * panel) * columns))
+        rows = max(CONSTANTS["BLOCK"], CONSTANTS["PAIRS"] + -(-outputs // panel) * panel)
+        self._needs(rows * columns * self._dtype.itemsize)
         out = self._write(step.out, self._whole(outputs)) if by_pairs else self._numbers(step.out)
         return make(  # type: ignore[no-any-return]
             "Congruence", kind=CONSTANTS["CONGRUENCE"], a=self._reduced(step.a), b=self._reduced(step.b), out=out,
@@ -324,7 +337,7 @@ class Translation:
 
     def _reduced(self, view: View | None) -> Any:
         """Return an array of which whole vectors are read, zeros behind its columns."""
-        is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1
+        is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
         if view is not None and (not is_dense or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
             raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
         return self._read(view, 0 if view is None else self._whole(view.shape[2]))
