@@ -152,8 +152,9 @@ class Translation:
 
     def _product(self, step: Product) -> Structure:
         step = _with_outer_as_inner(step)
-        if self._is_contraction(step):
-            return self._contract(Contract(step.a, step.b.permuted(0, 2, 1), step.out))
+        contraction = self._as_contraction(step)
+        if contraction is not None:
+            return self._contract(contraction)
         a, b, out, scaling = step.a, step.b, step.out, step.scaling
         outer, inner, depth = a.shape
         columns = b.shape[2]
@@ -304,14 +305,16 @@ class Translation:
             inner=inner, columns=columns,
         )  # fmt: skip
 
-    def _is_contraction(self, step: Product) -> bool:
-        """Return whether a product is that of rows, zeros behind them, with the only column of a constant."""
+    def _as_contraction(self, step: Product) -> Contract | None:
+        """Return a product of zero-padded rows with the only column of a constant; ``None`` if it is another."""
         a, b = step.a, step.b
         is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.data is not None
         if not is_single or step.out is None or step.add is not None or step.scaling is not None:
-            return False
-        is_padded = a.shape[2] + self._program.padding(a) >= self._whole(a.shape[2])
-        return a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1) and is_padded
+            return None
+        is_dense = a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1)
+        if not is_dense or a.shape[2] + self._program.padding(a) < self._whole(a.shape[2]):
+            return None
+        return Contract(a, b.permuted(0, 2, 1), step.out)
 
     def _contract(self, step: Contract) -> Structure:
         a, b, out = self._reduced(step.a), self._reduced(step.b), self._numbers(step.out)
