@@ -1,4 +1,4 @@
-"""Arrays → a question that fits a model, checked at this one place; or an error that names field and row.
+"""Lists or arrays → a question that fits a model, checked at this one place; or an error that names field and row.
 
 Servers check what was posted here, and a client what it asks of a local model.
 """
@@ -18,12 +18,24 @@ from hessquik_client.domain import OUTSIDE, Domain
 from hessquik_client.errors import InvalidInput, OutsideDomain
 from hessquik_client.quantities import DIRECTIONAL, QUANTITIES, SPREADS
 
-__all__ = ["DTYPES", "MAX_DIRECTIONS", "Question", "Shape", "make_question", "misspelt"]
+__all__ = [
+    "DTYPES",
+    "MAX_DIRECTIONS",
+    "MAX_NESTING",
+    "Question",
+    "Shape",
+    "kind",
+    "make_question",
+    "misspelt",
+    "numbers",
+]
 
 Array = npt.NDArray[Any]
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024
+#: Dimensions of the largest array: directions, (n, k, d).
+MAX_NESTING = 3
 #: Longest name that is compared with those that are known.
 MAX_NAME = 32
 
@@ -200,6 +212,95 @@ def _converted(field: str, array: Array, dtype: str) -> Array:
 
 def _describe(array: Array) -> str:
     return f"shape ({', '.join(map(str, array.shape))})"
+
+
+def numbers(field: str, value: Any, may_be_booleans: bool, first_row: int = 0) -> Array:
+    """Make an array of a nested list of numbers; an array is returned as it is.
+
+    Args:
+        field: The field's name, for errors.
+        value: The parsed list.
+        may_be_booleans: Whether there may be booleans, which numpy would take for numbers.
+        first_row: The number of the list's first row, for errors.
+
+    Raises:
+        InvalidInput: there is something else in it, at the row that is named.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf" or array.ndim == 0 or may_be_booleans:
+        _find_fault(field, value, first_row)
+    if array.ndim > MAX_NESTING:
+        raise _invalid(field, f"lists nested at most {MAX_NESTING} deep", "deeper ones")
+    if array.dtype.kind in "iuf":
+        return array
+    try:
+        return np.asarray(value, dtype=np.float64)  # whole numbers of more than 64 bits
+    except OverflowError:
+        row = next(row for row, entry in enumerate(value) if not _fits_float64(entry))
+        raise _invalid(field, "finite numbers in float64", "one that is not", row=first_row + row) from None
+    except (ValueError, TypeError):
+        raise _invalid(field, "lists of numbers, all as long as each other", "something else") from None
+
+
+def _fits_float64(entry: Any) -> bool:
+    """Return whether no whole number of an entry is over the largest float64."""
+    try:
+        np.asarray(entry, dtype=np.float64)
+    except OverflowError:
+        return False
+    return True
+
+
+def _find_fault(field: str, value: Any, first_row: int) -> None:
+    """Refuse the first row that is not numbers, or not as long as the first."""
+    if not isinstance(value, list):
+        raise _invalid(field, "a list", kind(value))
+    width: int | None = None
+    for row, entry in enumerate(value, first_row):
+        if isinstance(entry, list):
+            if width is None:
+                width = len(entry)
+            if len(entry) != width:
+                raise _invalid(field, f"{width} numbers, as in the rows before", f"{len(entry)}", row=row)
+        elif width is not None:
+            raise _invalid(field, "a list of numbers, as in the rows before", kind(entry), row=row)
+        got = _fault(entry, MAX_NESTING - 1)
+        if got is not None:
+            raise _invalid(field, "numbers", got, row=row)
+
+
+def _fault(entry: Any, nesting: int) -> str | None:
+    """Return the kind of the first thing that is neither a number nor a list of them nested as deep as may be."""
+    if not isinstance(entry, list):
+        is_number = isinstance(entry, int | float) and not isinstance(entry, bool)
+        return None if is_number else kind(entry)
+    if set(map(type, entry)) <= {int, float}:
+        return None
+    if nesting == 0:
+        return "a list"
+    return next((got for item in entry if (got := _fault(item, nesting - 1)) is not None), None)
+
+
+def kind(value: Any) -> str:
+    """Return a JSON value's kind, without the value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
 
 
 #: The error for a field that does not fit.

@@ -1,8 +1,4 @@
-"""Bodies ↔ arrays, checked at this one place: JSON and safetensors, in and out.
-
-Whatever comes is turned into a :class:`Question` that fits the model, or into an error that names the field, the row,
-what was expected and what came.
-"""
+"""Media types, safetensors ↔ questions and answers, and the text of numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +13,8 @@ import orjson
 import safetensors.numpy
 
 from hessquik_client.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
-from hessquik_client.question import DTYPES, Question, Shape, make_question, misspelt
+from hessquik_client.question import DTYPES, Question, Shape, make_question
 from service.http.negotiation import best
-from service.json_reader import expect_object, numbers
 from service.wire import Array
 
 __all__ = [
@@ -28,18 +23,14 @@ __all__ = [
     "Piece",
     "accepted_type",
     "content_type",
-    "encode_json",
     "encode_safetensors",
     "json_rows",
-    "parse_json",
     "parse_safetensors",
     "raw",
-    "refuse_bombs",
     "safetensors_header",
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
-_FIELDS = dict.fromkeys(("inputs", "quantities", "weights", "directions", "dtype", "outside")).keys()
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
 
 #: A stretch of a reply's body.
@@ -71,32 +62,6 @@ def accepted_type(header: bytes) -> str:
     if chosen is None:
         raise NotAcceptable(f"expected to be asked for {JSON} or {SAFETENSORS}")
     return chosen
-
-
-def parse_json(document: Any, may_be_booleans: bool, fixed: str | None, shape: Shape) -> Question:
-    """Check a parsed JSON body.
-
-    Args:
-        document: The body; long lists may be arrays already.
-        may_be_booleans: Whether it may hold any, which numpy would take for numbers.
-        fixed: The quantity that the path names; ``None`` if the body may name several.
-        shape: What it has to fit.
-
-    Raises:
-        MalformedBody: it is not a JSON object.
-        InvalidInput: it does not fit.
-    """
-    if not isinstance(document, dict):
-        expect_object(document)
-    if not document.keys() <= _FIELDS:
-        raise _invalid("body", f"only the fields {', '.join(_FIELDS)}", misspelt(document, _FIELDS) or "another one")
-    arrays = {}
-    for name in ("inputs", "weights", "directions"):
-        value = document.get(name)
-        if value is not None:
-            arrays[name] = numbers(name, value, may_be_booleans)
-    given = document.get
-    return make_question(arrays, given("quantities"), fixed, given("dtype"), shape, given("outside"))
 
 
 def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
@@ -136,21 +101,8 @@ def json_rows(array: Array) -> bytes:
     return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
-def encode_json(model: str, version: str, answers: Mapping[str, Sequence[Piece]], is_single: bool) -> list[Piece]:
-    """The reply as JSON, from the texts of each quantity's rows in their order."""
-    pieces: list[Piece] = [b'{"model":"%s","version":"%s"' % (model.encode(), version.encode())]
-    opening, closing = (b'":', b"") if is_single else (b'":[', b"]")
-    for name, rows in answers.items():
-        pieces.append(b',"' + name.encode() + opening)
-        for piece in rows[:-1]:
-            pieces += (piece, b",")
-        pieces += (rows[-1], closing)
-    pieces.append(b"}")
-    return pieces
-
-
 def encode_safetensors(
-    model: str, version: str, answers: Mapping[str, Sequence[Array]], is_single: bool
+    model: str, version: int, answers: Mapping[str, Sequence[Array]], is_single: bool
 ) -> list[Piece]:
     """Return the reply as safetensors, a tensor per quantity: a header and the arrays' own memory."""
     tensors = {
@@ -161,10 +113,10 @@ def encode_safetensors(
 
 
 def safetensors_header(
-    model: str, version: str, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
+    model: str, version: int, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 ) -> bytes:
     """Return what comes before the numbers in a reply as safetensors."""
-    header: dict[str, Any] = {"__metadata__": {"model": model, "version": version}}
+    header: dict[str, Any] = {"__metadata__": {"model": model, "version": str(version)}}
     start = 0
     for name, (dtype, shape) in tensors.items():
         end = start + math.prod(shape) * dtype.itemsize
@@ -178,17 +130,6 @@ def safetensors_header(
 def raw(array: Array) -> memoryview:
     """Return an array's bytes."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def refuse_bombs(body: bytes, shape: Shape) -> None:
-    """Refuse, before it is parsed, JSON of more lists or numbers than any request that fits the model has.
-
-    Raises:
-        InvalidInput: it has more.
-    """
-    lists, numbers = 4 * shape.max_rows + 4, (2 * shape.d + shape.m) * shape.max_rows + 16
-    if body.count(b"[") > lists or body.count(b",") > numbers or body.count(b"{") > 1:
-        raise _invalid("body", f"one object of at most {numbers} numbers in {lists} lists", "more")
 
 
 #: The error for a field that does not fit.

@@ -1,4 +1,4 @@
-"""The service without HTTP: repository, scheduler, workers, limits. What routes of every dialect call."""
+"""The service without HTTP: repository, scheduler, workers, limits. What a call asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from hessquik_client.domain import Domain
-from hessquik_client.errors import InvalidInput, ReplyTooLarge, ServiceError
+from hessquik_client.errors import InvalidInput
 from hessquik_client.quantities import floats_per_row, row_shapes
 from hessquik_client.question import Question, Shape
 from service.keys import Keys
@@ -16,7 +16,7 @@ from service.link import Links
 from service.metrics import Gauge, Metrics
 from service.node import NodeLike
 from service.repository import Served
-from service.scheduler import BatchKey, End, Job, Limits, LoopClock, Scheduler
+from service.scheduler import BatchKey, Limits, LoopClock, Scheduler
 from service.settings import Settings
 from service.workers import WorkerProcess
 
@@ -123,14 +123,6 @@ class Core:
             milliseconds = int(header)
         return milliseconds
 
-    def expect_room(self) -> None:
-        """Refuse a request before it is read, if not even the smallest would find a place.
-
-        Raises:
-            Overloaded: as many requests wait as may.
-        """
-        self.scheduler.queue.expect_room()
-
     def shape(self, served: Served) -> Shape:
         """Return what questions about a model have to fit."""
         shape: Shape | None = served.kinds.get("shape")
@@ -141,51 +133,6 @@ class Core:
             shape = Shape(*sizes, domain, settings.outside, facts["members"])
             served.kinds["shape"] = shape
         return shape
-
-    def ask(self, served: Served, question: Question, form: str, deadline_s: float, end: End) -> Job:
-        """Have a question answered; the model is held until it is.
-
-        Args:
-            served: The model. Whoever awaits anything between looking it up and this call has to hold it too, see
-                :meth:`Table.holding <service.repository.Table.holding>`.
-            question: What is asked.
-            form: ``arrays``, ``json`` or ``flat``, see :class:`~service.scheduler.BatchKey`.
-            deadline_s: On the monotonic clock.
-            end: Called once with the job when it has ended, never before this returns. ``job.answers`` and
-                ``job.error`` may be read until it returns.
-
-        Raises:
-            ReplyTooLarge: the reply would be over its limit.
-            Overloaded: too much is waiting.
-            NotReady: workers cannot be kept alive.
-            TooExpensive: a row takes longer than a batch may.
-        """
-        inputs, _, quantities, dtype, weights, directions = question
-        k = 0 if directions is None else directions.shape[1]
-        known = (dtype, quantities, weights is not None, k, form)
-        try:
-            key = served.kinds.get(known) or self._key(served, question, known)
-            reply_bytes, most = len(inputs) * key.row_bytes, self.settings.max_reply_bytes
-            if reply_bytes > most:
-                raise ReplyTooLarge(
-                    f"expected a reply of at most {most} bytes, got {reply_bytes}",
-                    limit_bytes=most,
-                    reply_bytes=reply_bytes,
-                )
-            payload_bytes = inputs.nbytes
-            payload_bytes += 0 if weights is None else weights.nbytes
-            payload_bytes += 0 if directions is None else directions.nbytes
-            job = Job(key, len(inputs), inputs, weights, directions, payload_bytes, deadline_s, end)
-            self.scheduler.submit(job)
-        except ServiceError:
-            served.statistics.fail.add(0.0)
-            raise
-        self.repository.hold(served)
-        return job
-
-    def abandon(self, job: Job, error: ServiceError) -> None:
-        """End a job that nobody waits for any more; do nothing if it has ended."""
-        self.scheduler.abandon(job, error)
 
     def why_not_ready(self) -> list[str]:
         """Return the reasons why the service is not ready; none if it is."""
@@ -200,39 +147,26 @@ class Core:
             reasons.append("no model is ready")
         return reasons
 
-    def _key(
-        self, served: Served, question: Question, known: tuple[str, tuple[str, ...], bool, int, str]
-    ) -> BatchKey:
+    def key(self, served: Served, question: Question, form: str) -> BatchKey:
         """Make what questions have in common that may share a batch, and keep it with the model."""
-        _, _, is_weighted, k, form = known
-        repository, statistics = self.repository, served.statistics
-
-        def ended(job: Job) -> None:
-            repository.release(served)
-            now = time.monotonic()
-            if job.failure is None:
-                statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
-            else:
-                statistics.fail.add(now - job.queued_at)
-
+        is_weighted = question.weights is not None
+        k = 0 if question.directions is None else question.directions.shape[1]
         sizes = (question.quantities, served.d, served.m, k, is_weighted)
-        shapes, row_bytes = row_shapes(*sizes), floats_per_row(*sizes) * question.inputs.dtype.itemsize
         key = BatchKey(
             served.id,
             served.file.name,
             question.dtype,
             question.quantities,
             form,
-            shapes,
-            row_bytes,
+            row_shapes(*sizes),
+            floats_per_row(*sizes) * question.inputs.dtype.itemsize,
             is_weighted,
             k,
-            statistics,
-            ended,
+            served.statistics,
         )
         if len(served.kinds) >= MAX_KEYS:
             del served.kinds[next(iter(served.kinds))]
-        served.kinds[known] = key
+        served.kinds[question.dtype, question.quantities, is_weighted, k, form] = key
         return key
 
     async def _tidy(self) -> None:

@@ -120,7 +120,7 @@ class AccessLog:
         self._thread = Thread(target=self._run, name="access log", daemon=True)
         self._thread.start()
 
-    def write(self, request: Request, route: str, status: int) -> None:
+    def ended(self, request: Request, route: str, status: int) -> None:
         """Write a request's line: time, id, method, route, model, rows, status and milliseconds."""
         if self._lines.qsize() >= MAX_LINES:
             self._lost += 1

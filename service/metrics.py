@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, generate_latest
@@ -16,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 from service.versions import versions
 
-__all__ = ["REFUSED", "Distribution", "Gauge", "Metrics", "Tally"]
+__all__ = ["REFUSED", "Distribution", "Gauge", "Metrics", "ModelStatistics", "Tally", "Total"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: Route label of what was refused before it was a request.
@@ -188,6 +189,50 @@ class _Queueing(Distribution):
         """Return both families."""
         yield from self.merged("hessquik_queue_seconds", "Time in the queue.").collect()
         yield from super().collect()
+
+
+@dataclass(slots=True)
+class Total:
+    """A number of events, and their total duration."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It took place again."""
+        self.count += 1
+        self.seconds += seconds
+
+
+@dataclass(slots=True)
+class ModelStatistics:
+    """Counts since the version was loaded.
+
+    Attributes:
+        rows: Points answered.
+        batches: Batches computed.
+        last_answer_ms: When the last request was answered, in milliseconds since 1970; 0 if none was.
+        success: Requests that got numbers.
+        fail: Requests that did not.
+        queue: Their time in the queue.
+        compute: Their time after it.
+    """
+
+    rows: int = 0
+    batches: int = 0
+    last_answer_ms: int = 0
+    success: Total = field(default_factory=Total)
+    fail: Total = field(default_factory=Total)
+    queue: Total = field(default_factory=Total)
+    compute: Total = field(default_factory=Total)
+
+    def answered(self, rows: int, queue_s: float, compute_s: float) -> None:
+        """A request got its numbers."""
+        self.rows += rows
+        self.last_answer_ms = time_ns() // 1_000_000
+        for total, seconds in ((self.success, queue_s + compute_s), (self.queue, queue_s), (self.compute, compute_s)):
+            total.count += 1
+            total.seconds += seconds
 
 
 class Metrics:

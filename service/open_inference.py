@@ -18,10 +18,9 @@ import orjson
 
 from hessquik_client.errors import InvalidInput, MalformedBody
 from hessquik_client.quantities import QUANTITIES, quantities_of, row_shapes
-from hessquik_client.question import Question, Shape, make_question
+from hessquik_client.question import Question, Shape, make_question, numbers
 from service.codecs import Piece, json_rows
 from service.http.messages import JSON, Reply
-from service.json_reader import numbers
 from service.wire import Array
 
 __all__ = [

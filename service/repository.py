@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
-from service.statistics import ModelStatistics
+from service.metrics import ModelStatistics
 from service.workers import LoadError, Workers
 
 __all__ = ["ModelFile", "Repository", "Served", "Table", "find_files", "printable", "scan"]

@@ -35,7 +35,7 @@ from hessquik_client.errors import (
     TooExpensive,
     WorkerLost,
 )
-from service.statistics import ModelStatistics
+from service.metrics import ModelStatistics
 from service.wire import Array
 
 __all__ = [
@@ -107,6 +107,27 @@ class LoopClock:
 
 
 @dataclass(slots=True, eq=False)
+class _Line:
+    """Waiting jobs of one key: those that received nothing, in order of arrival, and those served in part."""
+
+    fresh: dict[Job, None] = field(default_factory=dict)
+    begun: dict[Job, None] = field(default_factory=dict)
+
+    def first(self) -> Job | None:
+        """Return the job that is next."""
+        fresh = next(iter(self.fresh), None)
+        if not self.begun:
+            return fresh
+        begun = min(self.begun, key=lambda job: job.place)
+        return begun if fresh is None or begun.place < fresh.place else fresh
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, waiting or not."""
+        self.fresh.pop(job, None)
+        self.begun.pop(job, None)
+
+
+@dataclass(slots=True, eq=False)
 class BatchKey:
     """The common properties of jobs that may share a batch; one object per combination, compared by identity.
 
@@ -115,16 +136,17 @@ class BatchKey:
         name: The model's name.
         dtype: ``float32`` or ``float64``.
         quantities: Names, in the order of replies.
-        form: Of the results: ``arrays``; ``json`` for the text of their rows; ``flat`` likewise without brackets.
+        form: Of the results: ``arrays``, or how the text of their rows is written: ``json``; ``flat``, without
+            brackets; ``vectors``, a list of numbers for each row; ``transposed``, with the last two axes swapped.
         shapes: Of one row of each quantity.
         row_bytes: Bytes of a row's results as arrays.
         is_weighted: Whether there are weights.
         k: Number of directions, 0 without.
         statistics: The model's.
-        ended: Called with each job that has ended, before the job's own ``end``.
         row_cost: Operations per row, from the worker's plan; ``None`` until that is known.
         row_s: Time per row at the speed that the worker measured; 0 until it is known.
         refusal: Why its jobs cannot be computed, once that is known.
+        line: Its jobs that wait.
     """
 
     model: int
@@ -137,11 +159,11 @@ class BatchKey:
     is_weighted: bool
     k: int
     statistics: ModelStatistics
-    ended: End
     row_cost: float | None = None
     row_s: float = 0.0
     refusal: Failure | None = None
     plan_failures: int = 0
+    line: _Line = field(default_factory=_Line, init=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -348,27 +370,6 @@ class Limits(NamedTuple):
     batch_s: float
 
 
-@dataclass(slots=True, eq=False)
-class _Line:
-    """Waiting jobs of one key: those that received nothing, in order of arrival, and those served in part."""
-
-    fresh: dict[Job, None] = field(default_factory=dict)
-    begun: dict[Job, None] = field(default_factory=dict)
-
-    def first(self) -> Job | None:
-        """Return the job that is next."""
-        fresh = next(iter(self.fresh), None)
-        if not self.begun:
-            return fresh
-        begun = min(self.begun, key=lambda job: job.place)
-        return begun if fresh is None or begun.place < fresh.place else fresh
-
-    def remove(self, job: Job) -> None:
-        """Forget a job, waiting or not."""
-        self.fresh.pop(job, None)
-        self.begun.pop(job, None)
-
-
 class Queue:
     """Jobs that wait, and batches that have failed, in fair order; what has ended is forgotten at once."""
 
@@ -412,9 +413,7 @@ class Queue:
             raise _overloaded("bytes", held, limits.payload_bytes)
         self.requests, self.rows, self.payload_bytes = requests, rows, held
         job.start, job.order, job.missing_rows = self._clock, next(self._order), job.rows
-        line = self._lines.get(job.key)
-        if line is None:
-            line = self._lines[job.key] = _Line()
+        line = self._lines[job.key] = job.key.line
         line.fresh[job] = None
 
     def put_again(self, batches: Iterable[Batch]) -> None:
@@ -666,7 +665,6 @@ class Scheduler:
     def _close(self, job: Job) -> None:
         self.queue.close(job)
         self._open.discard(job)
-        job.key.ended(job)
         end, job.end, job.on_rows = job.end, None, None
         assert end is not None
         end(job)

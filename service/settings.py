@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="How log lines are written.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     access_log: bool = Field(False, description="A JSON line on standard output for every request.")
+    tracing: bool = Field(
+        False, description="An OpenTelemetry span for every request, sent as the OTEL_ variables say; needs [otel]."
+    )
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod

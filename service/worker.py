@@ -19,9 +19,9 @@ From a front; replies carry the "number" of what they answer:
     evaluate  {"op", "number", "model", "dtype", "quantities", "form", "sizes", "is_alone", "is_small", "buffer"?}
               + "inputs", "weights"?, "directions"?
                                                    → {"op": "done"} and one array per quantity, in the buffer if
-                                                     there is one; if the form is "json" or "flat", "lengths" and
-                                                     "text": for each quantity that of each request's rows, or that
-                                                     of their numbers alone; or {…, "error"}
+                                                     there is one; if the form is another than "arrays", "lengths"
+                                                     and "text": for each quantity that of each request's rows, as
+                                                     the form says; or {…, "error"}
     drop      {"op", "buffer"}                     → nothing
 
 Run as ``python -P -m service.run_worker FD DEVICE THREADS SPIN_US LIMIT_S CHECKED_SHARE``; FD is our end of the
@@ -79,6 +79,14 @@ CHECKED_ROWS = 256
 #: Exit status after an error that may have spoiled the device's context, and after a self-check that failed.
 SPOILED = 71
 _PR_SET_PDEATHSIG = 1
+
+#: What of a request's rows is written, by the form of the answer.
+_VIEWS: dict[str, Callable[[wire.Array], wire.Array]] = {
+    "json": lambda rows: rows,
+    "flat": lambda rows: rows.reshape(-1),
+    "vectors": lambda rows: rows.reshape(len(rows), -1),
+    "transposed": lambda rows: np.ascontiguousarray(rows.swapaxes(-1, -2)),
+}
 
 
 class Late(Exception):
@@ -401,9 +409,10 @@ class Worker:
 
     def _texts(self, head: dict[str, Any], results: dict[str, wire.Array]) -> wire.Frame:
         """Write results as JSON."""
+        view = _VIEWS[head["form"]]
         try:
             texts = [
-                self._text(rows.reshape(-1) if head["form"] == "flat" else rows)
+                self._text(view(rows))
                 for array in results.values()
                 for rows in wire.cut(np.ascontiguousarray(array, np.float64), head["sizes"])
             ]

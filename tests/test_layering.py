@@ -46,7 +46,7 @@ LAYERS = {
         hessquik_client
     """,
     "service": """
-        service.statistics service.versions service.wire
+        service.versions service.wire
         service.metrics
         service.settings
         service.keys
@@ -54,11 +54,12 @@ LAYERS = {
         service.bulk
         service.assets service.client service.codecs service.devices service.healthcheck service.logs
         service.loadtest service.metadata service.schemas
-        service.open_inference service.shared
+        service.open_inference service.shared service.tracing
         service.scheduler service.workers
         service.link service.repository
         service.node
         service.core
+        service.front
         service.routes
         service.app
         service.server service.worker

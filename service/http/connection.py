@@ -506,7 +506,8 @@ class Connection(asyncio.Protocol):
     def respond(self, request: Request, reply: Reply) -> bool:
         """Send the reply to the request that is answered now; return whether the client is still there to get it."""
         transport = self._transport
-        self._give_back(request)
+        if request.held_bytes:
+            self._give_back(request)
         if transport is None or request is not self._current or transport.is_closing():
             return False
         if self._is_begun:
@@ -630,9 +631,8 @@ class Connection(asyncio.Protocol):
 
     def _give_back(self, request: Request) -> None:
         """Count what a request holds of the budget as held no longer; its reply counts from now on."""
-        if request.held_bytes:
-            self._application.budget.give(request.held_bytes)
-            request.held_bytes = 0
+        self._application.budget.give(request.held_bytes)
+        request.held_bytes = 0
 
     def _release(self) -> None:
         """Count the last reply's bytes as held no longer."""

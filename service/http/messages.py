@@ -9,6 +9,8 @@ from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
+import orjson
+
 from hessquik_client.errors import Overloaded, ServiceError
 
 __all__ = ["JSON", "LARGE_BYTES", "Application", "Budget", "Cancel", "Head", "Reply", "Request", "Stream"]
@@ -75,10 +77,12 @@ class Request:
         refusal: Why the request is refused before its body is read.
         cancel: Stops the work that the reply waits for, with an error.
         held_bytes: What the request holds of the budget.
+        job: What was asked of the workers for it.
     """
 
     __slots__ = (
-        "began_s", "body", "cancel", "head", "held_bytes", "id", "model", "refusal", "respond", "rows", "stream",
+        "began_s", "body", "cancel", "head", "held_bytes", "id", "job", "model", "refusal", "respond", "rows",
+        "stream",
     )  # fmt: skip
 
     def __init__(self, head: Head, respond: Callable[[Request, Reply], bool], stream: Stream | None = None) -> None:
@@ -95,6 +99,7 @@ class Request:
         self.refusal: Exception | None = None
         self.cancel: Cancel | None = None
         self.held_bytes = 0
+        self.job: Any = None
 
 
 class Reply(NamedTuple):
@@ -111,6 +116,11 @@ class Reply(NamedTuple):
     media_type: bytes
     body: Sequence[bytes | memoryview]
     headers: Sequence[tuple[bytes, bytes]] = ()
+
+    @classmethod
+    def of(cls, document: Any, status: int = 200) -> Reply:
+        """Return a reply with a JSON document."""
+        return cls(status, JSON, [orjson.dumps(document)])
 
 
 class Stream(Protocol):
@@ -151,6 +161,7 @@ class Budget:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
+        self.job: Any = None
 
     def take(self, size: int) -> None:
         """Count some bytes as held.

@@ -6,24 +6,22 @@ inference are :mod:`service.open_inference`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 
 from hessquik_client.errors import InvalidInput, ServiceError
 from service import open_inference, schemas
-from service.http.messages import JSON, Cancel, Head, Reply, Request
-from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
+from service.front import Call, Dialect
+from service.http.messages import JSON, Cancel, Reply
+from service.metrics import Total
 from service.repository import Served, find_files
-from service.routes.operation import Deadline, Dialect, Direct, ModelName, read_query, with_object
-from service.statistics import Total
-
-if TYPE_CHECKING:
-    from service.app import Application
+from service.routes.operation import Deadline, Direct, ModelName, faults
+from service.scheduler import Answers
 
 __all__ = ["DIALECT", "router"]
 
@@ -41,46 +39,41 @@ def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
 DIALECT = Dialect(JSON, lambda path: path == "/v2" or path.startswith("/v2/"), _write_error)
 
 
-def _reply(document: Any, status: int = 200) -> Reply:
-    return Reply(status, JSON, [orjson.dumps(document)])
-
-
-def _named(application: Application, request: Request) -> Served:
+def _named(call: Call) -> Served:
     """Return the version of the model that the path names, ready or not."""
-    names = request.head.target.asked
-    return application.core.repository.get(names["model"], names.get("version"))
+    return call.core.repository.get(call.target.model, call.target.version)
 
 
-def _ready(application: Application, names: Mapping[str, str]) -> Served:
+def _ready(call: Call) -> Served:
     """Return the version of the model that the path names."""
-    return application.core.repository.ready(names["model"], names.get("version"))
+    return call.core.repository.ready(call.target.model, call.target.version)
 
 
-def server_live(application: Application, request: Request) -> Reply:
+def server_live(call: Call) -> Reply:
     """Return 200 while the server answers."""
-    return _reply({"live": True})
+    return Reply.of({"live": True})
 
 
-def server_ready(application: Application, request: Request) -> Reply:
+def server_ready(call: Call) -> Reply:
     """Return the server's readiness, as /readyz does."""
-    is_ready = not application.why_not_ready()
-    return _reply({"ready": is_ready}, 200 if is_ready else 503)
+    is_ready = not call.why_not_ready()
+    return Reply.of({"ready": is_ready}, 200 if is_ready else 503)
 
 
-def server_metadata(application: Application, request: Request) -> Reply:
+def server_metadata(call: Call) -> Reply:
     """Name, version, and those extensions that are served."""
     name = "hessquik-service"
-    return _reply({"name": name, "version": installed_version(name), "extensions": EXTENSIONS})
+    return Reply.of({"name": name, "version": installed_version(name), "extensions": EXTENSIONS})
 
 
-def model_metadata(application: Application, request: Request) -> Reply:
+def model_metadata(call: Call) -> Reply:
     """Tensors of a model and their shapes."""
-    served = _ready(application, request.head.target.asked)
+    served = _ready(call)
     name, shape = served.file.name, (served.d, served.m, served.facts["dtype"])
-    return _reply(
+    return Reply.of(
         {
             "name": name,
-            "versions": [str(version) for version in sorted(application.core.repository.versions(name))],
+            "versions": [str(version) for version in sorted(call.core.repository.versions(name))],
             "platform": PLATFORM,
             "inputs": open_inference.describe_inputs(*shape),
             "outputs": open_inference.describe_outputs(*shape, served.facts["members"]),
@@ -88,16 +81,16 @@ def model_metadata(application: Application, request: Request) -> Reply:
     )
 
 
-def model_ready(application: Application, request: Request) -> Reply:
+def model_ready(call: Call) -> Reply:
     """Return 200 if a model can be evaluated."""
-    served = _named(application, request)
+    served = _named(call)
     is_ready = served.state == "ready"
-    return _reply({"name": served.file.name, "ready": is_ready}, 200 if is_ready else 503)
+    return Reply.of({"name": served.file.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
-def model_configuration(application: Application, request: Request) -> Reply:
+def model_configuration(call: Call) -> Reply:
     """A model as Triton's configuration has it, for its load generator: shapes there are without the rows."""
-    served = _ready(application, request.head.target.asked)
+    served = _ready(call)
     dtype = served.facts["dtype"]
     shape = (served.d, served.m, dtype)
     inputs = [
@@ -109,12 +102,12 @@ def model_configuration(application: Application, request: Request) -> Reply:
         {"name": tensor["name"], "data_type": _TYPES[dtype], "dims": tensor["shape"][1:]}
         for tensor in open_inference.describe_outputs(*shape, served.facts["members"])
     ]
-    return _reply(
+    return Reply.of(
         {
             "name": served.file.name,
             "platform": PLATFORM,
             "backend": PLATFORM,
-            "max_batch_size": application.core.settings.max_rows,
+            "max_batch_size": call.core.settings.max_rows,
             "input": inputs,
             "output": outputs,
             "dynamic_batching": {},
@@ -122,125 +115,99 @@ def model_configuration(application: Application, request: Request) -> Reply:
     )
 
 
-def model_statistics(application: Application, request: Request) -> Reply:
+def model_statistics(call: Call) -> Reply:
     """Counts of one version, or of all of a model."""
-    served = _named(application, request)
-    is_one = "version" in request.head.target.asked
-    all_of_them = application.core.repository.versions(served.file.name).values()
-    return _reply({"model_stats": [_statistics(one) for one in ([served] if is_one else all_of_them)]})
+    served = _named(call)
+    is_one = call.target.version is not None
+    all_of_them = call.core.repository.versions(served.file.name).values()
+    return Reply.of({"model_stats": [_statistics(one) for one in ([served] if is_one else all_of_them)]})
 
 
-def statistics(application: Application, request: Request) -> Reply:
+def statistics(call: Call) -> Reply:
     """Counts of every version of every model."""
-    repository = application.core.repository
+    repository = call.core.repository
     every = [served for name in repository.names() for served in repository.versions(name).values()]
-    return _reply({"model_stats": [_statistics(served) for served in every]})
+    return Reply.of({"model_stats": [_statistics(served) for served in every]})
 
 
-def repository_index(application: Application, request: Request) -> Reply | Cancel:
+def repository_index(call: Call) -> Reply | Cancel:
     """Every version in the folder and in service; only ready ones if the body says so."""
-
-    def index(document: dict[str, Any], _: bool = False) -> Reply:
-        repository = application.core.repository
-        found = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in find_files(repository.root)}
-        for name in repository.names():
-            for version, served in repository.versions(name).items():
-                found[name, version] = (_STATES[served.state], served.reason or "")
-        return _reply(
-            [
-                {"name": name, "version": str(version), "state": state, "reason": reason}
-                for (name, version), (state, reason) in sorted(found.items())
-                if state == "READY" or document.get("ready") is not True
-            ]
-        )
-
-    return index({}) if not request.body else with_object(application, request, index)
+    return _read_optional(call, _index)
 
 
-def load(application: Application, request: Request) -> Reply | Cancel:
+def _index(call: Call) -> Reply:
+    repository = call.core.repository
+    found = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in find_files(repository.root)}
+    for name in repository.names():
+        for version, served in repository.versions(name).items():
+            found[name, version] = (_STATES[served.state], served.reason or "")
+    return Reply.of(
+        [
+            {"name": name, "version": str(version), "state": state, "reason": reason}
+            for (name, version), (state, reason) in sorted(found.items())
+            if state == "READY" or call.document.get("ready") is not True
+        ]
+    )
+
+
+def load(call: Call) -> Reply | Cancel:
     """Read the model's files again."""
 
-    def begin(document: dict[str, Any], _: bool = False) -> Cancel:
-        if document.get("parameters"):
+    def begin(call: Call) -> Cancel:
+        if call.document.get("parameters"):
             raise InvalidInput.of("parameters", "none, as models come from the service's own folder", "some")
-        return application.run(request, _load(application, request.head.target.asked["model"]))
+        return call.run(_load(call))
 
-    return begin({}) if not request.body else with_object(application, request, begin)
+    return _read_optional(call, begin)
 
 
-async def _load(application: Application, model: str) -> Reply:
-    for served in await application.core.load(model):
+async def _load(call: Call) -> Reply:
+    for served in await call.core.load(call.target.model):
         if served.reason is not None:
             raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")
-    return _reply({})
+    return Reply.of({})
 
 
-def unload(application: Application, request: Request) -> Reply | Cancel:
+def unload(call: Call) -> Reply | Cancel:
     """Stop serving the model; nothing depends on another, so that parameters have no meaning."""
-
-    def begin(document: dict[str, Any], _: bool = False) -> Cancel:
-        return application.run(request, _unload(application, request.head.target.asked["model"]))
-
-    return begin({}) if not request.body else with_object(application, request, begin)
+    return _read_optional(call, lambda call: call.run(_unload(call)))
 
 
-async def _unload(application: Application, model: str) -> Reply:
-    await application.core.unload(model)
-    return _reply({})
+async def _unload(call: Call) -> Reply:
+    await call.core.unload(call.target.model)
+    return Reply.of({})
 
 
-class Asked(NamedTuple):
-    """The question in the head of an inference.
-
-    Attributes:
-        names: The model's and, if given, the version's.
-        json_bytes: The length of the JSON part as it was given, empty if it was not.
-        time_s: For the whole request.
-    """
-
-    names: Mapping[str, str]
-    json_bytes: bytes
-    time_s: float
+def _read_optional(call: Call, go_on: Callable[[Call], Reply | Cancel]) -> Reply | Cancel:
+    """Read a body that may be empty, and go on."""
+    return call.read(go_on, call.request.body or b"{}")
 
 
-def _read_infer_head(application: Application, head: Head, names: Mapping[str, str]) -> Asked:
-    read_query(head.query)
-    time_s = application.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000
-    if head.length is None or head.length > SHORT_BYTES:
-        _ready(application, names)  # or the body need not be sent
-    return Asked(names, head.headers.get(b"inference-header-content-length", b""), time_s)
-
-
-def infer(application: Application, request: Request) -> Reply | Cancel:
+def infer(call: Call) -> Reply | Cancel:
     """Evaluate, in JSON or with binary tensors."""
-    asked: Asked = request.head.target.asked
-    application.core.expect_room()
-    served = _ready(application, asked.names)
-    request.model = served.file.name
-    shape = application.core.shape(served)
-    if asked.json_bytes == b"0":
-        return _ask(application, request, served, open_inference.parse_raw(request.body, shape))
-    text, rest = open_inference.split(request.body, asked.json_bytes)
-    if len(text) <= SHORT_BYTES:
-        inference = open_inference.parse(expect_object(read_json(text)), rest, has_booleans(text), shape)
-        return _ask(application, request, served, inference)
+    call.find(call.target.model, call.target.version)
+    body, json_bytes = call.request.body, call.request.head.headers.get(b"inference-header-content-length", b"")
+    if json_bytes == b"0":
+        return _ask(call, open_inference.parse_raw(body, call.shape))
+    text, rest = open_inference.split(body, json_bytes)
 
-    async def read() -> Cancel:
-        with application.core.repository.holding(served):
-            document, may_be_booleans = await read_long_json(text, shape.max_rows)
-            parsed = open_inference.parse(expect_object(document), rest, may_be_booleans, shape)
-            return _ask(application, request, served, parsed)
+    def go_on(call: Call) -> Cancel:
+        return _ask(call, open_inference.parse(call.document, rest, call.may_be_booleans, call.shape))
 
-    return application.run(request, read())
+    return call.read(go_on, text)
 
 
-def _ask(application: Application, request: Request, served: Served, inference: open_inference.Inference) -> Cancel:
-    time_s = request.head.target.asked.time_s
+def _ask(call: Call, inference: open_inference.Inference) -> Cancel:
+    time_s = call.target.time_s
     if inference.timeout_us:
         time_s = min(time_s, inference.timeout_us / 1e6)
     form = "arrays" if any(inference.outputs.values()) else "flat"
-    write = partial(open_inference.encode, served.file.name, str(served.file.version), served.m, inference)
-    return application.ask(request, served, inference.question, form, request.began_s + time_s, write)
+    return call.ask(inference.question, form, partial(_write, inference), time_s=time_s)
+
+
+def _write(inference: open_inference.Inference, call: Call, answers: Answers) -> Reply:
+    served = call.served
+    return open_inference.encode(served.file.name, str(served.file.version), served.m, inference, answers)
 
 
 def _statistics(served: Served) -> dict[str, Any]:
@@ -271,48 +238,31 @@ def _statistics(served: Served) -> dict[str, Any]:
     }
 
 
-def _model(model: ModelName) -> None:
-    """The parameters of a model."""
-
-
-def _model_version(model: ModelName, version: str) -> None:
-    """The parameters of a version."""
-
-
-def _infer(model: ModelName, x_deadline_ms: Deadline = None) -> None:
-    """The parameters of an inference."""
-
-
-def _infer_version(model: ModelName, version: str, x_deadline_ms: Deadline = None) -> None:
-    """The parameters of an inference with a version."""
+_DESCRIPTIONS = {
+    400: "The request does not fit.",
+    401: "A key is needed.",
+    403: "An admin key is needed.",
+    404: "There is no such model or version.",
+    405: "The path does not have this method.",
+    413: "The body or the reply is too large.",
+    415: "The body is encoded.",
+    500: "The model could not be evaluated.",
+    503: "The service is overloaded or not ready.",
+    504: "The answer was not there in time.",
+}
 
 
 def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    descriptions = {
-        400: "The request does not fit.",
-        401: "A key is needed.",
-        403: "An admin key is needed.",
-        404: "There is no such model or version.",
-        405: "The path does not have this method.",
-        413: "The body or the reply is too large.",
-        415: "The body is encoded.",
-        500: "The model could not be evaluated.",
-        503: "The service is overloaded or not ready.",
-        504: "The answer was not there in time.",
-    }
-    return {
-        status: {"model": schemas.InferenceError, "description": descriptions[status]}
-        for status in (400, 401, 405, *statuses)
-    }
+    return faults({status: _DESCRIPTIONS[status] for status in (400, 401, 405, *statuses)}, schemas.InferenceError)
 
 
 def _routes() -> list[Direct]:
     """Return the protocol's paths."""
     tagged: dict[str, Any] = {"tags": ["Open Inference Protocol"]}
-    ready: dict[int | str, dict[str, Any]] = {503: {"model": schemas.Ready, "description": "Not ready."}}
-    model_is_ready: dict[int | str, dict[str, Any]] = {
-        503: {"model": schemas.ModelReady, "description": "Not ready."}
-    }
+    ready = faults({503: "Not ready."}, schemas.Ready)
+    model_is_ready = faults({503: "Not ready."}, schemas.ModelReady)
+    model: dict[str, Any] = {"model": ModelName}
+    version: dict[str, Any] = {**model, "version": Annotated[str, Path()]}
 
     def get(path: str, handler: Any, reply: Any, parameters: Any = None, responses: Any = None) -> Direct:
         faults = {**_faults(*(() if parameters is None else (404, 503))), **(responses or {})}
@@ -355,13 +305,10 @@ def _routes() -> list[Direct]:
         routes.append(
             post(
                 path, handler, schemas.RepositoryRequest, dict[str, Any], 403, 404, 413, 415, 503,
-                parameters=_model, openapi_extra=empty,
+                parameters=model, openapi_extra=empty,
             )
         )  # fmt: skip
-    for prefix, parameters, asking in (
-        ("/v2/models/{model}", _model, _infer),
-        ("/v2/models/{model}/versions/{version}", _model_version, _infer_version),
-    ):
+    for prefix, parameters in (("/v2/models/{model}", model), ("/v2/models/{model}/versions/{version}", version)):
         routes += [
             get(prefix, model_metadata, schemas.ModelMetadata, parameters),
             get(f"{prefix}/ready", model_ready, schemas.ModelReady, parameters, model_is_ready),
@@ -370,7 +317,7 @@ def _routes() -> list[Direct]:
             post(
                 f"{prefix}/infer", infer, schemas.InferenceRequest, schemas.InferenceReply,
                 404, 413, 415, 500, 503, 504,
-                read_head=_read_infer_head, parameters=asking, responses={200: {"content": binary}},
+                parameters={**parameters, "x_deadline_ms": Deadline}, responses={200: {"content": binary}},
                 openapi_extra={"requestBody": {"content": binary}},
             ),
         ]  # fmt: skip

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
@@ -16,7 +15,8 @@ from hessquik_client.quantities import quantities_of
 from hessquik_client.question import MAX_DIRECTIONS
 from service.codecs import SAFETENSORS
 from service.core import Core
-from service.http.messages import LARGE_BYTES, Cancel, Head, Reply, Request
+from service.front import Call
+from service.http.messages import Cancel, Reply
 from service.repository import Served
 from service.routes.operation import (
     ADMIN,
@@ -27,20 +27,14 @@ from service.routes.operation import (
     ModelName,
     Strict,
     VersionQuery,
-    read_query,
     refusals,
 )
 from service.schemas import Loaded, ModelDetails, ModelList, Unloaded
 from service.workers import LoadError
 
-if TYPE_CHECKING:
-    from service.app import Application
-
-__all__ = ["ADMINISTERED", "router"]
+__all__ = ["router"]
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=Strict)
-#: Routes that change what is served.
-ADMINISTERED = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
 
 
 UnloadQuery = Annotated[
@@ -79,20 +73,16 @@ async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = Non
     }
 
 
-def send_file(application: Application, request: Request) -> Cancel:
+def send_file(call: Call) -> Cancel:
     """The saved network that is served, as it lies in the folder, with its SHA-256 and version in the header."""
-    names, query = request.head.target.asked
-    served = application.core.repository.ready(names["model"], query.get("version"))
-    return application.run(request, _send_file(application, request, served))
+    return call.run(_send_file(call, call.core.repository.ready(call.target.model, call.target.version)))
 
 
-async def _send_file(application: Application, request: Request, served: Served) -> Reply:
-    most, size = application.core.settings.max_reply_bytes, served.file.size_bytes
+async def _send_file(call: Call, served: Served) -> Reply:
+    most, size = call.core.settings.max_reply_bytes, served.file.size_bytes
     if size > most:
         raise ReplyTooLarge(f"expected a file of at most {most} bytes, got {size}", limit_bytes=most)
-    if size > LARGE_BYTES:  # before it is read, so that what is in memory at once is bounded
-        application.budget.take(size)
-        request.held_bytes += size
+    call.hold_bytes(size)  # before it is read, so that what is in memory at once is bounded
     loop = asyncio.get_running_loop()
     try:
         data = await loop.run_in_executor(None, served.file.read, size)
@@ -111,22 +101,11 @@ async def _send_file(application: Application, request: Request, served: Served)
     return Reply(200, SAFETENSORS.encode(), [data], headers)
 
 
-def _read_file_head(
-    application: Application, head: Head, names: Mapping[str, str]
-) -> tuple[Mapping[str, str], dict[str, str]]:
-    return names, read_query(head.query, {"version"})
-
-
-def _file_parameters(model: ModelName, version: VersionQuery = None) -> None:
-    """The parameters of a file."""
-
-
 router.routes.append(
     Direct(
         "/v1/models/{model}/file",
         send_file,
-        _read_file_head,
-        parameters=_file_parameters,
+        parameters={"model": ModelName, "version": VersionQuery},
         methods=["GET"],
         name="file",
         operation_id="file",

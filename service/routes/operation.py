@@ -1,48 +1,35 @@
-"""The parts of routes: path operations that read the whole request, dialects, and how errors are documented."""
+"""The parts of routes: path operations that read the whole request, and how errors are documented."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
-from urllib.parse import parse_qsl
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, get_args
 
-from fastapi import Depends, Header, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request, params
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from hessquik_client import errors
-from hessquik_client.errors import InvalidInput, ServiceError
+from hessquik_client.errors import ServiceError
 from service.core import Core
-from service.http import messages
-from service.json_reader import SHORT_BYTES, expect_object, has_booleans, read_json, read_long_json
-
-if TYPE_CHECKING:
-    from service.app import Application
+from service.front import Call, Operation, expect_known
+from service.http.messages import Cancel, Head, Reply
 
 __all__ = [
     "ADMIN",
     "ANY",
     "ASKED",
     "NAMED",
-    "NATIVE",
     "CoreOf",
     "Deadline",
-    "Dialect",
     "Direct",
     "ModelName",
     "Strict",
     "VersionQuery",
-    "read_query",
+    "faults",
     "refusals",
-    "with_object",
 ]
-
-#: Most parameters of a query.
-MAX_PARAMETERS = 16
-
-Handler = Callable[["Application", messages.Request], "messages.Reply | messages.Cancel"]
-HeadReader = Callable[["Application", messages.Head, Mapping[str, str]], Any]
 
 # Parameters, as path operations name them.
 ModelName = Annotated[str, Path(description="A served model.")]
@@ -56,6 +43,9 @@ Deadline = Annotated[
 ]
 
 
+_REQUIRED = inspect.Parameter.empty
+
+
 async def _core(request: Request) -> Core:
     core: Core = request.app.state.core
     return core
@@ -63,28 +53,6 @@ async def _core(request: Request) -> Core:
 
 #: The service behind a path operation of FastAPI.
 CoreOf = Annotated[Core, Depends(_core)]
-
-
-class Dialect(NamedTuple):
-    """A dialect: how errors are written on its paths.
-
-    Attributes:
-        media_type: Of the bodies.
-        owns: Tells whether a path is one of the dialect's.
-        write: Makes the status and body of an error, for a request id.
-    """
-
-    media_type: bytes
-    owns: Callable[[str], bool]
-    write: Callable[[ServiceError, str], tuple[int, bytes]]
-
-
-#: The service's own: problem details, on all paths that no other dialect owns.
-NATIVE = Dialect(
-    b"application/problem+json",
-    lambda path: True,
-    lambda error, request_id: (error.status, error.problem(request_id)),
-)
 
 
 class Strict(APIRoute):
@@ -102,11 +70,6 @@ class Strict(APIRoute):
         return check
 
 
-def _without_query(_: Application, head: messages.Head, names: Mapping[str, str]) -> Mapping[str, str]:
-    read_query(head.query)
-    return names
-
-
 class Direct(APIRoute):
     """A path operation whose handler takes the whole request: from a connection, or over ASGI.
 
@@ -115,92 +78,61 @@ class Direct(APIRoute):
 
     Args:
         path: With placeholders.
-        handler: Called with the application and the request; its docstring documents the operation.
-        read_head: Makes of a head and the path's parameters what the handler finds as ``request.head.target.asked``;
-            the parameters themselves if not given.
+        answer: Answers a call; its docstring documents the operation.
+        read_head: As :class:`~service.front.Operation` has it.
         body: The model of the JSON body.
-        parameters: A function with the signature of the parameters besides the path's.
+        parameters: Annotations of the parameters by name; what is not in the path may be left out.
         options: As :class:`fastapi.routing.APIRoute` takes them.
+
+    Attributes:
+        operation: What the front needs to know of it. The query's parameters, and whether there is a time for the
+            answer, follow from the parameters.
     """
 
     def __init__(
         self,
         path: str,
-        handler: Handler,
-        read_head: HeadReader | None = None,
+        answer: Callable[[Call], Reply | Cancel],
+        read_head: Callable[[Head, frozenset[str]], tuple[Any, frozenset[str]]] | None = None,
         body: type[BaseModel] | None = None,
-        parameters: Callable[..., None] | None = None,
+        parameters: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.handler = handler
-        self.read_head = read_head or _without_query
-        given = [] if parameters is None else list(inspect.signature(parameters, eval_str=True).parameters.values())
+        parameters = parameters or {}
+        kinds = {name: get_args(annotation)[1] for name, annotation in parameters.items()}
+        given = [
+            _parameter(name, annotation, _REQUIRED if isinstance(kinds[name], params.Path) else None)
+            for name, annotation in parameters.items()
+        ]
         if body is not None:
-            given.append(inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY, annotation=body))
+            given.append(_parameter("body", body, _REQUIRED))
 
         def documented() -> None:
-            raise NotImplementedError  # the application calls the handler
+            raise NotImplementedError  # the front calls the operation
 
-        documented.__name__, documented.__doc__ = (
-            getattr(handler, "__name__", path),
-            options.pop("text", handler.__doc__),
-        )
+        name = getattr(answer, "__name__", path)
+        documented.__name__, documented.__doc__ = name, options.pop("text", answer.__doc__)
         documented.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
         super().__init__(path, documented, **options)
+        self.operation = Operation(
+            path,
+            self.path_regex if "{" in path else None,
+            frozenset(self.methods or ()),
+            answer,
+            path,
+            frozenset(name for name, kind in kinds.items() if isinstance(kind, params.Query)),
+            "x_deadline_ms" in kinds,
+            read_head,
+        )
 
 
-def read_query(query: bytes, known: Collection[str] = ()) -> dict[str, str]:
-    """Read a query's parameters, each of them known and given once at most.
-
-    Raises:
-        InvalidInput: one is not, or there are too many.
-    """
-    if not query:
-        return {}
-    try:
-        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
-    except ValueError:
-        raise InvalidInput.of("query", f"at most {MAX_PARAMETERS} parameters", "more") from None
-    expect_known([name for name, _ in pairs], set(known))
-    return dict(pairs)
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def with_object(
-    application: Application,
-    request: messages.Request,
-    go_on: Callable[[dict[str, Any], bool], messages.Reply | messages.Cancel],
-    may_have_text: bool = False,
-) -> messages.Reply | messages.Cancel:
-    """Go on with the JSON object in a request's body; a long body is read slice by slice, in a task.
-
-    Args:
-        application: What answers.
-        request: The request.
-        go_on: Called with the object, and whether it may hold booleans.
-        may_have_text: As for :func:`service.json_reader.read_long_json`.
-    """
-    body = request.body
-    if len(body) <= SHORT_BYTES:
-        return go_on(expect_object(read_json(body)), has_booleans(body))
-
-    async def read() -> messages.Reply | messages.Cancel:
-        document, may_be_booleans = await read_long_json(body, application.core.settings.max_rows, may_have_text)
-        return go_on(expect_object(document), may_be_booleans)
-
-    return application.run(request, read())
-
-
-def expect_known(given: list[str], known: set[str] | frozenset[str]) -> None:
-    """Refuse names of query parameters that are not known, or are given twice.
-
-    Raises:
-        InvalidInput: there are some.
-    """
-    if not known.issuperset(given):
-        expected = f"no parameter but {', '.join(sorted(known))}" if known else "no parameters"
-        raise InvalidInput.of("query", expected, "another one")
-    if len(set(given)) != len(given):
-        raise InvalidInput.of("query", "each parameter once", "one twice")
+def faults(by_status: Mapping[int, str], model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Document a dialect's errors: descriptions by status, and the model of their bodies."""
+    return {status: {"model": model, "description": text} for status, text in by_status.items()}
 
 
 def refusals(*faults: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

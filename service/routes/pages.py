@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
 from service.assets import ASSETS, load
+from service.front import Call
 from service.http.messages import Cancel, Reply, Request
 from service.http.negotiation import best
 from service.routes.operation import Direct
-
-if TYPE_CHECKING:
-    from service.app import Application
 
 __all__ = ["router"]
 
@@ -32,9 +29,9 @@ _HEADERS = (
 )
 
 
-def page(application: Application, request: Request) -> Cancel:
+def page(call: Call) -> Cancel:
     """Send a file of the pages."""
-    return application.run(request, _answer(request))
+    return call.run(_answer(call.request))
 
 
 async def _answer(request: Request) -> Reply:
@@ -55,7 +52,12 @@ async def _answer(request: Request) -> Reply:
     return Reply(200, asset.media_type, [asset.packed if is_packed else asset.plain], headers)
 
 
+def _route(path: str) -> Direct:
+    """Return the route of a file; all of them are counted together, and any query is let in."""
+    route = Direct(path, page, methods=["GET"], include_in_schema=False)
+    route.operation = route.operation._replace(label="pages", parameters=None)
+    return route
+
+
 router = APIRouter()
-router.routes += [
-    Direct(path, page, read_head=lambda *_: None, methods=["GET"], include_in_schema=False) for path in ASSETS
-]
+router.routes += map(_route, ASSETS)

@@ -11,27 +11,27 @@ from __future__ import annotations
 import binascii
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
 
-from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ReplyTooLarge, ServiceError
+from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ServiceError
 from hessquik_client.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, row_shapes
-from hessquik_client.question import make_question
+from hessquik_client.question import make_question, numbers
 from service import schemas
-from service.http.messages import JSON, Cancel, Head, Reply, Request
+from service.codecs import Piece
+from service.front import Call, Dialect, too_large
+from service.http.messages import JSON, Cancel, Head, Reply
 from service.http.negotiation import best
-from service.json_reader import numbers
 from service.repository import Served
-from service.routes.operation import Deadline, Dialect, Direct, ModelName, read_query, with_object
+from service.routes.operation import Deadline, Direct, ModelName, faults
+from service.scheduler import Answers
 from service.wire import Array
-
-if TYPE_CHECKING:
-    from service.app import Application
 
 __all__ = ["DIALECT", "router"]
 
@@ -63,64 +63,48 @@ def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
 DIALECT = Dialect(JSON, lambda path: path.startswith("/tesseract/"), _write_error)
 
 
-class Asked(NamedTuple):
-    """A request's model, encoding and time.
+class Output(NamedTuple):
+    """An array of a reply.
 
     Attributes:
-        model: From the path.
-        is_base64: Whether arrays are wanted in base64; ``None`` for as they come.
-        time_s: For the whole request.
+        name: As the reply has it.
+        quantity: Its numbers.
+        shape: As the protocol has it, which has no axes of length 1 for a single weight or direction.
+        within: The member of an object in which it is, if it is a Jacobian.
     """
 
-    model: str
-    is_base64: bool | None
-    time_s: float
+    name: str
+    quantity: str
+    shape: tuple[int, ...]
+    within: str = ""
 
 
-class Call:
-    """A request about a model.
+class Body:
+    """The body of a request about a model: its arrays, and how those of the reply are encoded.
 
     Args:
-        application: What answers.
-        request: The request.
-        document: Its body.
-        may_be_booleans: Whether the body may hold any, which numpy would take for numbers.
+        call: The request, whose model is found and whose JSON object is read.
+        members: Those that the object has.
+
+    Attributes:
+        inputs: The points, and what is asked of them.
+        is_base64: Whether arrays are wanted in base64; if the head does not say so, as the first one came.
     """
 
-    def __init__(
-        self, application: Application, request: Request, document: dict[str, Any], may_be_booleans: bool
-    ) -> None:
-        """Find the model.
+    def __init__(self, call: Call, members: tuple[str, ...]) -> None:
+        """Check the members.
 
         Raises:
-            ModelNotFound: there is none of this name.
-            InvalidInput: the inputs are no object of known members.
+            InvalidInput: they are others, or name another input or output than the differentiable ones.
         """
-        asked: Asked = request.head.target.asked
-        self.served: Served = application.core.repository.ready(asked.model, None)
-        request.model = self.served.file.name
-        self._application, self._request, self._document = application, request, document
-        self._may_be_booleans = may_be_booleans
-        self._is_base64 = asked.is_base64
-        self.inputs = _members("inputs", document.get("inputs"), ("x",), ("weights", "outputs", "outside"))
-
-    def expect(self, *members: str) -> None:
-        """Expect the body to have these members and no others.
-
-        Raises:
-            InvalidInput: it has not.
-        """
-        _members("body", self._document, members)
-
-    def expect_names(self, kind: str) -> None:
-        """Expect the only differentiable input and output to be named.
-
-        Raises:
-            InvalidInput: others are, or none.
-        """
-        for member, only in ((f"{kind}_inputs", "x"), (f"{kind}_outputs", "value")):
-            if self._document[member] != [only]:
-                raise InvalidInput.of(member, f'["{only}"]', "something else")
+        self.call, self.served = call, call.served
+        self.is_base64: bool | None = call.target.encoding
+        self.inputs = _members("inputs", call.document.get("inputs"), ("x",), ("weights", "outputs", "outside"))
+        self._members = _members("body", call.document, members)
+        for name in members:
+            only = "x" if name.endswith("_inputs") else "value" if name.endswith("_outputs") else None
+            if only is not None and self._members[name] != [only]:
+                raise InvalidInput.of(name, f'["{only}"]', "something else")
 
     def outputs(self) -> list[str]:
         """Return the quantities that are asked for.
@@ -135,13 +119,14 @@ class Call:
         return listed
 
     def array(self, name: str, given: Any) -> Array:
-        """Return an array that came as lists, or encoded; a reply is encoded as the first of a request.
+        """Return an array that came as lists, or encoded.
 
         Raises:
             InvalidInput: it is none, or in a form that is not served.
         """
+        may_be_booleans = self.call.may_be_booleans
         if not isinstance(given, dict):
-            return numbers(name, given, self._may_be_booleans)
+            return numbers(name, given, may_be_booleans)
         given = _members(name, given, ("shape", "dtype", "data"), ("object_type",))
         data = _members(f"{name}.data", given["data"], ("buffer", "encoding"), ("compression",))
         shape, dtype, encoding = _shape(name, given["shape"]), given["dtype"], data["encoding"]
@@ -149,12 +134,12 @@ class Call:
             raise InvalidInput.of(f"{name}.data", "the encoding json or base64, without compression", "another one")
         if not isinstance(dtype, str) or dtype not in DATATYPES:
             raise InvalidInput.of(f"{name}.dtype", f"one of {', '.join(DATATYPES)}", "another one")
-        if self._is_base64 is None:
-            self._is_base64 = encoding == "base64"
+        if self.is_base64 is None:
+            self.is_base64 = encoding == "base64"
         if encoding == "base64":
             array = _decoded(name, data["buffer"], np.dtype(dtype))
         else:
-            array = numbers(name, data["buffer"], self._may_be_booleans).ravel()
+            array = numbers(name, data["buffer"], may_be_booleans).ravel()
         if array.size != math.prod(shape):
             raise InvalidInput.of(name, f"{math.prod(shape)} numbers for its shape", f"{array.size}")
         return array.reshape(shape)
@@ -184,55 +169,85 @@ class Call:
         Raises:
             InvalidInput: it is not one array of this name and shape.
         """
-        array = self.array(f"{member}.{name}", _members(member, self._document[member], (name,))[name])
+        array = self.array(f"{member}.{name}", _members(member, self._members[member], (name,))[name])
         if array.shape != shape:
             raise InvalidInput.of(f"{member}.{name}", f"shape {list(shape)}", f"shape {list(array.shape)}")
         return array
 
-    def ask(
-        self, quantities: list[str], x: Array, write: Callable[[dict[str, Array]], Any], **given: Array | None
-    ) -> Cancel:
-        """Ask for quantities; ``write`` makes the reply of their arrays, which have no n axis for a single point."""
-        arrays = {name: array for name, array in given.items() if array is not None}
-        outside, shape = self.inputs.get("outside"), self._application.core.shape(self.served)
+    def values(self, names: Sequence[str], x: tuple[int, ...], is_weighted: bool) -> list[Output]:
+        """Return quantities at points of a shape as outputs of their names."""
+        rows = row_shapes(tuple(names), self.served.d, self.served.m, 0, is_weighted)
+        return [Output(name, name, (*x[:-1], *row)) for name, row in zip(names, rows, strict=True)]
+
+    def ask(self, form: str, outputs: list[Output], x: Array, **given: Array | None) -> Cancel:
+        """Ask for outputs.
+
+        Args:
+            form: Of their numbers in lists, as :class:`~service.scheduler.BatchKey` has it.
+            outputs: Those of the reply.
+            x: The points.
+            given: Weights and directions.
+        """
+        arrays = {"inputs": x} | {name: array for name, array in given.items() if array is not None}
+        quantities, outside = [output.quantity for output in outputs], self.inputs.get("outside")
         try:
-            question = make_question({"inputs": x, **arrays}, quantities, None, None, shape, outside)
+            question = make_question(arrays, quantities, None, None, self.call.shape, outside)
         except (InvalidInput, OutsideDomain) as error:
             field = str(error.extra.get("field"))
             place = PLACES.get(field, field)
             detail = error.detail.replace(field, place, 1)
             raise type(error)(detail, **{**error.extra, "field": place}) from None
+        is_base64 = bool(self.is_base64)
+        return self.call.ask(question, "arrays" if is_base64 else form, partial(_write, is_base64, outputs))
 
-        def reply(answers: Mapping[str, Any]) -> Reply:
-            whole = {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in answers.items()}
-            found = write({name: array[0] if question.is_single else array for name, array in whole.items()})
-            text = orjson.dumps(self._encoded(found), option=orjson.OPT_SERIALIZE_NUMPY)
-            return Reply(200, _TYPES[bool(self._is_base64)].encode(), [text])
 
-        deadline_s = self._request.began_s + self._request.head.target.asked.time_s
-        return self._application.ask(self._request, self.served, question, "arrays", deadline_s, reply)
+def _write(is_base64: bool, outputs: list[Output], call: Call, answers: Answers) -> Reply:
+    """Write the reply, each output as the protocol has arrays; lists have null where there is no number."""
+    is_single, separator, pieces = call.question.is_single, b"{", list[Piece]()
+    for output in outputs:
+        array = orjson.dumps({"object_type": "array", "shape": output.shape, "dtype": call.question.dtype})[:-1]
+        opening, closing = (b'{"%b":' % output.within.encode(), b"}") if output.within else (b"", b"")
+        pieces.append(b'%b"%b":%b%b,"data":{"buffer":' % (separator, output.name.encode(), opening, array))
+        parts, is_jacobian = answers[output.quantity], bool(output.within) and not is_single
+        if is_base64:
+            whole = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            whole = _block_diagonal(whole) if is_jacobian else _transposed(whole) if output.within else whole
+            pieces += (b'"', b64encode(whole.data), b'"')
+        elif is_jacobian:
+            pieces += _block_diagonal_lists(output.shape, b",".join(parts))
+        else:
+            pieces += [b",".join(parts)] if is_single else [b"[", b",".join(parts), b"]"]
+        pieces.append(b',"encoding":"%b"}}%b' % (b"base64" if is_base64 else b"json", closing))
+        separator = b","
+    return Reply(200, _TYPES[is_base64].encode(), [*pieces, b"}"])
 
-    def expect_room(self, floats: int) -> None:
-        """Refuse a reply of so many numbers if it is larger than may be.
 
-        Raises:
-            ReplyTooLarge: it would be.
-        """
-        size, most = 8 * floats, self._application.core.settings.max_reply_bytes
-        if size > most:
-            raise ReplyTooLarge(
-                f"expected a reply of at most {most} bytes, got {size}", limit_bytes=most, reply_bytes=size
-            )
+def _transposed(gradients: Array) -> Array:
+    """Return Jacobians, (n, m, d), of gradients, (n, d, m)."""
+    return np.ascontiguousarray(np.swapaxes(gradients, -1, -2))
 
-    def _encoded(self, found: Any) -> Any:
-        """Return arrays, and objects of arrays, as the protocol has them; JSON has null where it has no number."""
-        if isinstance(found, dict):
-            return {name: self._encoded(value) for name, value in found.items()}
-        array: Array = np.ascontiguousarray(found)
-        data = {"buffer": array.astype(np.float64), "encoding": "json"}
-        if self._is_base64:
-            data = {"buffer": b64encode(array.data).decode(), "encoding": "base64"}
-        return {"object_type": "array", "shape": array.shape, "dtype": array.dtype.name, "data": data}
+
+def _block_diagonal(gradients: Array) -> Array:
+    """Return the Jacobian of a batch, (n, m, n, d), of the rows' gradients, (n, d, m)."""
+    rows = _transposed(gradients)
+    n, m, d = rows.shape
+    whole = np.zeros((n, m, n, d), rows.dtype)
+    whole[np.arange(n), :, np.arange(n)] = rows
+    return whole
+
+
+def _block_diagonal_lists(shape: tuple[int, ...], rows: bytes) -> list[Piece]:
+    """Return the Jacobian of a batch as lists, of the text of the rows' own, (m, d) each."""
+    n, m, _, d = shape
+    vectors = rows[2:-2].replace(b"]],[[", b"],[").split(b"],[")
+    zeros = b"[" + b",".join([b"0.0"] * d) + b"],"
+    pieces: list[Piece] = [b"[[["]
+    for number, vector in enumerate(vectors):
+        row, j = divmod(number, m)
+        if number:
+            pieces.append(b",[" if j else b"],[[")
+        pieces += (zeros * row, b"[", vector, b"]", b"," * (row < n - 1), (zeros * (n - 1 - row))[:-1], b"]")
+    return [*pieces, b"]]"]
 
 
 def _members(place: str, given: Any, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -270,93 +285,90 @@ def _outputs(served: Served) -> list[str]:
     return [name for name in quantities_of(served.facts["members"]) if name not in DIRECTIONAL]
 
 
-def _shapes(served: Served, names: list[str], x: tuple[int, ...], is_weighted: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of quantities at points of a shape."""
-    rows = row_shapes(tuple(names), served.d, served.m, 0, is_weighted)
-    return {name: (*x[:-1], *row) for name, row in zip(names, rows, strict=True)}
-
-
-def _apply(call: Call) -> Cancel:
+def _apply(body: Body) -> Cancel:
     """The value, or what ``outputs`` names, such as gradient, Hessian, Laplacian; ``weights`` as everywhere."""
-    call.expect("inputs")
-    x, outputs = call.points(), call.outputs()
-    return call.ask(outputs, x, lambda found: {name: found[name] for name in outputs}, weights=call.weights(x))
+    x = body.points()
+    weights = body.weights(x)
+    return body.ask("json", body.values(body.outputs(), x.shape, weights is not None), x, weights=weights)
 
 
-def _jacobian(call: Call) -> Cancel:
+def _jacobian(body: Body) -> Cancel:
     """∂value/∂x, of the value's shape followed by that of x; rows of a batch do not depend on each other."""
-    call.expect("inputs", "jac_inputs", "jac_outputs")
-    call.expect_names("jac")
-    x = call.points()
-    weights = call.weights(x)
-    call.expect_room(x.size * math.prod(_shapes(call.served, ["value"], x.shape, weights is not None)["value"]))
-
-    def write(found: dict[str, Array]) -> Any:
-        rows = np.swapaxes(found["gradient"], -1, -2)
-        if rows.ndim == 2:
-            return {"value": {"x": rows}}
-        n, m, d = rows.shape
-        whole = np.zeros((n, m, n, d), rows.dtype)
-        whole[np.arange(n), :, np.arange(n)] = rows
-        return {"value": {"x": whole}}
-
-    return call.ask(["gradient"], x, write, weights=weights)
+    x = body.points()
+    weights = body.weights(x)
+    (value,) = body.values(["value"], x.shape, weights is not None)
+    size, most = 8 * x.size * math.prod(value.shape), body.call.core.settings.max_reply_bytes
+    if size > most:
+        raise too_large(size, most)
+    output = Output("value", "gradient", (*value.shape, *x.shape), within="x")
+    return body.ask("transposed", [output], x, weights=weights)
 
 
-def _jacobian_vector_product(call: Call) -> Cancel:
+def _jacobian_vector_product(body: Body) -> Cancel:
     """∂value/∂x times a vector of the shape of x."""
-    call.expect("inputs", "jvp_inputs", "jvp_outputs", "tangent_vector")
-    call.expect_names("jvp")
-    x = call.points()
-    directions = call.vector("tangent_vector", "x", x.shape)[..., None, :]
-    return call.ask(
-        ["jvp"], x, lambda found: {"value": found["jvp"][..., 0, :]}, weights=call.weights(x), directions=directions
-    )
+    x = body.points()
+    weights = body.weights(x)
+    (value,) = body.values(["value"], x.shape, weights is not None)
+    directions = body.vector("tangent_vector", "x", x.shape)[..., None, :]
+    return body.ask("vectors", [value._replace(quantity="jvp")], x, weights=weights, directions=directions)
 
 
-def _vector_jacobian_product(call: Call) -> Cancel:
+def _vector_jacobian_product(body: Body) -> Cancel:
     """A vector of the shape of the value times ∂value/∂x."""
-    call.expect("inputs", "vjp_inputs", "vjp_outputs", "cotangent_vector")
-    call.expect_names("vjp")
-    x = call.points()
-    weights = call.weights(x)
-    shape = _shapes(call.served, ["value"], x.shape, weights is not None)["value"]
-    cotangent = call.vector("cotangent_vector", "value", shape)
+    x = body.points()
+    weights = body.weights(x)
+    (value,) = body.values(["value"], x.shape, weights is not None)
+    cotangent = body.vector("cotangent_vector", "value", value.shape)
     weights = cotangent if weights is None else cotangent * weights
-    return call.ask(["gradient"], x, lambda found: {"x": found["gradient"][..., 0]}, weights=weights)
+    return body.ask("vectors", [Output("x", "gradient", x.shape)], x, weights=weights)
 
 
-def _abstract_eval(call: Call) -> Reply:
+def _abstract_eval(body: Body) -> Reply:
     """The shapes and types that ``apply`` would return."""
-    call.expect("inputs")
-    d, dtype = call.served.d, call.served.facts["dtype"]
-    x = _shape("inputs.x", _members("inputs.x", call.inputs["x"], ("shape", "dtype"))["shape"])
+    d, dtype = body.served.d, body.served.facts["dtype"]
+    x = _shape("inputs.x", _members("inputs.x", body.inputs["x"], ("shape", "dtype"))["shape"])
     if len(x) not in (1, 2) or x[-1] != d:
         raise InvalidInput.of("inputs.x.shape", f"[{d}] or [n, {d}]", "another one")
-    shapes = _shapes(call.served, call.outputs(), x, call.inputs.get("weights") is not None)
-    return _reply({name: {"shape": shape, "dtype": dtype} for name, shape in shapes.items()})
+    outputs = body.values(body.outputs(), x, body.inputs.get("weights") is not None)
+    return Reply.of({output.name: {"shape": output.shape, "dtype": dtype} for output in outputs})
 
 
-def health(application: Application, request: Request) -> Reply:
+class Endpoint(NamedTuple):
+    """What the protocol has for a model.
+
+    Attributes:
+        answer: Answers a body.
+        body: Its model, whose fields are the members that it has.
+        reply: The reply's model.
+    """
+
+    answer: Callable[[Body], Reply | Cancel]
+    body: type[BaseModel]
+    reply: Any
+
+
+ENDPOINTS = {
+    "apply": Endpoint(_apply, schemas.TesseractApply, schemas.TesseractOutputs),
+    "jacobian": Endpoint(_jacobian, schemas.TesseractJacobian, schemas.TesseractJacobians),
+    "jacobian_vector_product": Endpoint(_jacobian_vector_product, schemas.TesseractJvp, schemas.TesseractOutputs),
+    "vector_jacobian_product": Endpoint(_vector_jacobian_product, schemas.TesseractVjp, schemas.TesseractOutputs),
+    "abstract_eval": Endpoint(_abstract_eval, schemas.TesseractAbstract, schemas.TesseractShapes),
+}
+
+
+def health(call: Call) -> Reply:
     """Say that the model can be asked."""
-    application.core.repository.ready(request.head.target.asked["model"], None)
-    return _reply({"status": "ok"})
+    call.core.repository.ready(call.target.model, None)
+    return Reply.of({"status": "ok"})
 
 
-def describe(application: Application, request: Request) -> Reply:
+def describe(call: Call) -> Reply:
     """The OpenAPI document of one model: its arrays' shapes, what can be differentiated, and the encodings."""
-    served = application.core.repository.ready(request.head.target.asked["model"], None)
+    served = call.core.repository.ready(call.target.model, None)
     d, m, dtype, known = served.d, served.m, served.facts["dtype"], _outputs(served)
 
     def array(shape: list[int | None], text: str) -> dict[str, Any]:
         return {**_ENCODED, "description": f"{text}, shape {shape}, {dtype}".replace("None", "n")}
-
-    def named(prefix: str) -> dict[str, Any]:
-        one = {"type": "array", "minItems": 1, "maxItems": 1}
-        return {
-            f"{prefix}_inputs": {**one, "items": {"const": "x"}},
-            f"{prefix}_outputs": {**one, "items": {"const": "value"}},
-        }
 
     letters = {"d": d, "m": m, "p": d * (d + 1) // 2}
     outputs = {name: array([None, *(letters[axis] for axis in AXES[name])], TEXTS[name]) for name in known}
@@ -367,16 +379,17 @@ def describe(application: Application, request: Request) -> Reply:
         "outside": {"enum": ["allow", "refuse"]},
     }
     given = {"inputs": {"$ref": "#/components/schemas/Apply_InputSchema"}}
-    vectors = {"tangent_vector": _object({"x": _ENCODED}), "cotangent_vector": _object({"value": _ENCODED})}
-    bodies = {
-        "apply": given,
-        "jacobian": {**given, **named("jac")},
-        "jacobian_vector_product": {**given, **named("jvp"), "tangent_vector": vectors["tangent_vector"]},
-        "vector_jacobian_product": {**given, **named("vjp"), "cotangent_vector": vectors["cotangent_vector"]},
-        "abstract_eval": {"inputs": {"type": "object"}},
+    members = {
+        "inputs": given["inputs"],
+        **{name: _named("x") for name in ("jac_inputs", "jvp_inputs", "vjp_inputs")},
+        **{name: _named("value") for name in ("jac_outputs", "jvp_outputs", "vjp_outputs")},
+        "tangent_vector": _object({"x": _ENCODED}),
+        "cotangent_vector": _object({"value": _ENCODED}),
     }
+    bodies = {name: {member: members[member] for member in one.body.model_fields} for name, one in ENDPOINTS.items()}
+    bodies["abstract_eval"] = {"inputs": {"type": "object"}}
     replies = {"apply": {"$ref": "#/components/schemas/ApplyOutputSchema"}}
-    schemas = {
+    components = {
         "Apply_InputSchema": _object(inputs, ["x"]),
         "ApplyInputSchema": {
             **_object(given),
@@ -394,12 +407,12 @@ def describe(application: Application, request: Request) -> Reply:
         f"/{name}": {"post": _operation(_object(body), replies.get(name, {"type": "object"}))}
         for name, body in bodies.items()
     }
-    return _reply(
+    return Reply.of(
         {
             "openapi": "3.1.0",
             "info": {"title": served.file.name, "version": str(served.file.version)},
             "paths": {**paths, "/health": {"get": _operation(None, {"type": "object"})}},
-            "components": {"schemas": schemas},
+            "components": {"schemas": components},
             "x-supported-output-formats": FORMATS,
             "x-supported-gpu-transports": ["none"],
             "x-supported-compressions": ["none"],
@@ -424,87 +437,75 @@ def _operation(body: dict[str, Any] | None, reply: dict[str, Any]) -> dict[str, 
     return {**given, "responses": {"200": {"content": {"application/json": {"schema": reply}}}}}
 
 
-def _reply(document: Mapping[str, Any]) -> Reply:
-    return Reply(200, JSON, [orjson.dumps(document)])
+def _named(only: str) -> dict[str, Any]:
+    """Return the schema of a list of the only name that there is."""
+    return {"type": "array", "minItems": 1, "maxItems": 1, "items": {"const": only}}
 
 
-def _post(operation: Callable[[Call], Reply | Cancel], application: Application, request: Request) -> Reply | Cancel:
-    """Read the body, which is JSON whatever the header says, and find the model."""
+def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozenset[str]]:
+    """Return whether arrays are wanted in base64; ``None`` for as they come.
 
-    def go_on(document: dict[str, Any], may_be_booleans: bool) -> Reply | Cancel:
-        return operation(Call(application, request, document, may_be_booleans))
-
-    return with_object(application, request, go_on, may_have_text=True)
-
-
-def _read_head(application: Application, head: Head, names: Mapping[str, str]) -> Asked:
-    """Read the time for the request and the encoding of the reply; ``run_id``, which names logs, has no effect."""
-    read_query(head.query, {"run_id"})
-    time_s = application.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000
+    Raises:
+        NotAcceptable: they are wanted in another encoding.
+    """
     accept = head.headers.get(b"accept", b"")
     chosen = best(accept, _TYPES) if accept else _TYPES[0]
     if chosen is None:
         raise NotAcceptable(f"expected to be asked for {' or '.join(_TYPES)}")
-    return Asked(names["model"], chosen == _TYPES[1] if b"json" in accept else None, time_s)
+    return chosen == _TYPES[1] if b"json" in accept else None, known
 
 
-def _parameters(model: ModelName, x_deadline_ms: Deadline = None) -> None:
-    """The parameters of every operation."""
+def _endpoint(name: str, endpoint: Endpoint) -> Direct:
+    """Return an endpoint's route, which reads the body, JSON whatever the header says."""
+    members = tuple(endpoint.body.model_fields)
+
+    def answer(call: Call) -> Reply | Cancel:
+        call.find(call.target.model, call.target.version)
+        return call.read(lambda call: endpoint.answer(Body(call, members)), may_have_text=True)
+
+    return Direct(
+        f"/tesseract/{{model}}/{name}",
+        answer,
+        _read_head,
+        endpoint.body,
+        {"model": ModelName, "run_id": RunId, "x_deadline_ms": Deadline},
+        methods=["POST"],
+        name=f"tesseract_{name}",
+        operation_id=f"tesseract_{name}",
+        summary=name.replace("_", " ").capitalize(),
+        text=endpoint.answer.__doc__,
+        response_model=endpoint.reply,
+        **_OPTIONS,
+    )
 
 
-def _model(model: ModelName) -> None:
-    """The parameter of what has no body."""
-
-
-_FAULTS: dict[int | str, dict[str, Any]] = {
-    422: {"model": schemas.TesseractFaults, "description": "Something does not fit."},
-    **{
-        status: {"model": schemas.TesseractError, "description": description}
-        for status, description in {
-            401: "A key is missing.",
-            404: "There is no such model.",
-            405: "The method is another one.",
-            406: "The encoding is not one that is served.",
-            413: "Request or reply are too large.",
-            500: "The network could not be evaluated.",
-            503: "The service is busy or not ready.",
-            504: "There was no answer in time.",
-        }.items()
+RunId = Annotated[str | None, Query(description="Names logs, and has no effect here.")]
+_FAULTS = {
+    401: "A key is missing.",
+    404: "There is no such model.",
+    405: "The method is another one.",
+    406: "The encoding is not one that is served.",
+    413: "Request or reply are too large.",
+    500: "The network could not be evaluated.",
+    503: "The service is busy or not ready.",
+    504: "There was no answer in time.",
+}
+_OPTIONS: dict[str, Any] = {
+    "tags": ["Tesseract"],
+    "responses": {
+        **faults({422: "Something does not fit."}, schemas.TesseractFaults),
+        **faults(_FAULTS, schemas.TesseractError),
     },
 }
-_OPERATIONS: dict[str, tuple[Callable[[Call], Reply | Cancel], Any, Any]] = {
-    "apply": (_apply, schemas.TesseractApply, schemas.TesseractOutputs),
-    "jacobian": (_jacobian, schemas.TesseractJacobian, schemas.TesseractJacobians),
-    "jacobian_vector_product": (_jacobian_vector_product, schemas.TesseractJvp, schemas.TesseractOutputs),
-    "vector_jacobian_product": (_vector_jacobian_product, schemas.TesseractVjp, schemas.TesseractOutputs),
-    "abstract_eval": (_abstract_eval, schemas.TesseractAbstract, schemas.TesseractShapes),
-}
-_OPTIONS: dict[str, Any] = {"tags": ["Tesseract"], "responses": _FAULTS}
 
 router = APIRouter()
 router.routes += [
-    *(
-        Direct(
-            f"/tesseract/{{model}}/{name}",
-            partial(_post, operation),
-            _read_head,
-            body,
-            _parameters,
-            methods=["POST"],
-            name=f"tesseract_{name}",
-            operation_id=f"tesseract_{name}",
-            summary=name.replace("_", " ").capitalize(),
-            text=operation.__doc__,
-            response_model=reply,
-            **_OPTIONS,
-        )
-        for name, (operation, body, reply) in _OPERATIONS.items()
-    ),
+    *(_endpoint(name, endpoint) for name, endpoint in ENDPOINTS.items()),
     *(
         Direct(
             f"/tesseract/{{model}}/{path}",
             handler,
-            parameters=_model,
+            parameters={"model": ModelName},
             methods=["GET"],
             name=f"tesseract_{handler.__name__}",
             operation_id=f"tesseract_{handler.__name__}",

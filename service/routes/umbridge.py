@@ -9,27 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 from fastapi import APIRouter
+from pydantic import BaseModel
 
 from hessquik_client.errors import InvalidInput, InvalidOutput, ServiceError
-from hessquik_client.question import make_question
+from hessquik_client.question import make_question, numbers
 from service import schemas
-from service.http.messages import JSON, Cancel, Head, Reply, Request
-from service.json_reader import numbers
-from service.repository import Served
-from service.routes.operation import Deadline, Dialect, Direct, read_query, with_object
+from service.front import Call, Dialect
+from service.http.messages import JSON, Cancel, Reply
+from service.routes.operation import Deadline, Direct, faults
+from service.scheduler import Answers
 from service.wire import Array
-
-if TYPE_CHECKING:
-    from service.app import Application
 
 __all__ = ["DIALECT", "router"]
 
-FEATURES = ("Evaluate", "Gradient", "ApplyJacobian", "ApplyHessian")
+
+class Feature(NamedTuple):
+    """An operation that computes.
+
+    Attributes:
+        text: Its formula.
+        quantity: What it is called here.
+        indices: Of input and output vectors, which it names.
+        vectors: Besides the point: ``sens``, the weights of the outputs, and ``vec``, a direction.
+        body: The model of its body.
+    """
+
+    text: str
+    quantity: str
+    indices: tuple[str, ...]
+    vectors: tuple[str, ...]
+    body: type[BaseModel]
+
+
+FEATURES = {
+    "Evaluate": Feature("F(x).", "value", (), (), schemas.UMBridgePoint),
+    "Gradient": Feature("Jᵀ·sens.", "gradient", ("outWrt", "inWrt"), ("sens",), schemas.UMBridgeGradient),
+    "ApplyJacobian": Feature("J·vec.", "jvp", ("outWrt", "inWrt"), ("vec",), schemas.UMBridgeJacobian),
+    "ApplyHessian": Feature(
+        "(Σ_k sens_k H_k)·vec.", "hvp", ("outWrt", "inWrt1", "inWrt2"), ("sens", "vec"), schemas.UMBridgeHessian
+    ),
+}
 PATHS = frozenset({"/Info", "/ModelInfo", "/InputSizes", "/OutputSizes", *(f"/{feature}" for feature in FEATURES)})
 #: Errors that are not the caller's input, and keep their own status.
 _OWN_STATUS = frozenset({401, 403, 405, 499})
@@ -50,218 +74,148 @@ def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
 DIALECT = Dialect(JSON, PATHS.__contains__, _write_error)
 
 
-class Call:
-    """A request about a model: its body, and the model that it names.
+def _find(call: Call) -> dict[str, Any]:
+    """Find the model that the body names; return its configuration.
 
-    Args:
-        application: What answers.
-        request: The request.
-        document: Its body.
-        may_be_booleans: Whether the body may hold any, which numpy would take for numbers.
+    Raises:
+        ModelNotFound: there is none of this name.
+        InvalidInput: the name is no string, or the configuration has something else.
     """
-
-    def __init__(
-        self, application: Application, request: Request, document: Mapping[str, Any], may_be_booleans: bool
-    ) -> None:
-        """Find the model.
-
-        Raises:
-            ModelNotFound: there is none of this name.
-            InvalidInput: the name is no string, or the configuration has something else.
-        """
-        name = document.get("name")
-        if not isinstance(name, str):
-            raise InvalidInput.of("name", "a string", "something else")
-        repository = application.core.repository
-        repository.versions(name)
-        config = document.get("config")
-        config = {} if config is None else config
-        if not isinstance(config, dict):
-            raise InvalidInput.of("config", "an object", type(config).__name__)
-        if unknown := config.keys() - {"version", "dtype", "outside"}:
-            raise InvalidInput.of("config", "the keys version, dtype and outside at most", min(unknown)[:40])
-        version = config.get("version")
-        if isinstance(version, bool) or not isinstance(version, int | str | None):
-            raise InvalidInput.of("config.version", "a number or a string", "something else")
-        if isinstance(version, int):
-            version = str(version) if 0 < version < _MAX_VERSION else "0"
-        self.served: Served = repository.ready(name, version)
-        request.model = self.served.file.name
-        self._application = application
-        self._request = request
-        self._document = document
-        self._dtype, self._outside = config.get("dtype"), config.get("outside")
-        self._may_be_booleans = may_be_booleans
-
-    def point(self) -> Array:
-        """Return the only input vector, (d)."""
-        given = self._document.get("input")
-        if not isinstance(given, list | np.ndarray) or len(given) != 1:
-            raise InvalidInput.of("input", "a list of 1 vector", "something else")
-        return self.vector("input[0]", given[0], self.served.d)
-
-    def check_indices(self, *names: str) -> None:
-        """Expect every index of an input or output vector to be 0."""
-        for name in names:
-            index = self._document.get(name)
-            if isinstance(index, bool) or index != 0:
-                raise InvalidInput.of(name, "0, the only index there is (they count from 0)", "something else")
-
-    def sens(self) -> Array:
-        """Return what outputs are weighted with, (m)."""
-        return self.vector("sens", self._document.get("sens"), self.served.m)
-
-    def vec(self) -> Array:
-        """Return a direction among the inputs, (d)."""
-        return self.vector("vec", self._document.get("vec"), self.served.d)
-
-    def vector(self, name: str, given: Any, length: int) -> Array:
-        """Return a vector of so many numbers; a number alone is one of length 1.
-
-        Raises:
-            InvalidInput: it is something else.
-        """
-        listed = [given] if isinstance(given, int | float) else given
-        array = numbers(name, listed, self._may_be_booleans)
-        if array.shape != (length,):
-            raise InvalidInput.of(name, f"a list of {length} numbers", f"shape {list(array.shape)}")
-        if not np.isfinite(array).all():
-            raise InvalidInput.of(name, "finite numbers", "one that is not")
-        return array
-
-    def ask(self, quantity: str, point: Array, sens: Array | None = None, vec: Array | None = None) -> Cancel:
-        """Ask for one quantity at one point; the reply is a flat list of numbers."""
-        given = {"inputs": point, "weights": sens, "directions": None if vec is None else vec[None]}
-        arrays = {name: array for name, array in given.items() if array is not None}
-        shape = self._application.core.shape(self.served)
-        question = make_question(arrays, None, quantity, self._dtype, shape, self._outside)
-        deadline_s = self._request.began_s + self._request.head.target.asked
-        write = partial(_write, quantity)
-        return self._application.ask(self._request, self.served, question, "flat", deadline_s, write)
+    name, config = call.document.get("name"), call.document.get("config")
+    if not isinstance(name, str):
+        raise InvalidInput.of("name", "a string", "something else")
+    call.core.repository.versions(name)  # that it is not there is said before anything else
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise InvalidInput.of("config", "an object", type(config).__name__)
+    if unknown := config.keys() - {"version", "dtype", "outside"}:
+        raise InvalidInput.of("config", "the keys version, dtype and outside at most", min(unknown)[:40])
+    version = config.get("version")
+    if isinstance(version, bool) or not isinstance(version, int | str | None):
+        raise InvalidInput.of("config.version", "a number or a string", "something else")
+    if isinstance(version, int):
+        version = str(version) if 0 < version < _MAX_VERSION else "0"
+    call.find(name, version)
+    return config
 
 
-def _write(quantity: str, answers: Mapping[str, Any]) -> Reply:
-    """Write the output: of a value, a list of one vector.
+def _ask(feature: Feature, call: Call) -> Cancel:
+    """Ask for one quantity at one point."""
+    config, document, served = _find(call), call.document, call.served
+    given = document.get("input")
+    if not isinstance(given, list | np.ndarray) or len(given) != 1:
+        raise InvalidInput.of("input", "a list of 1 vector", "something else")
+    arrays = {"inputs": _vector(call, "input[0]", given[0], served.d)}
+    for name in feature.indices:
+        index = document.get(name)
+        if isinstance(index, bool) or index != 0:
+            raise InvalidInput.of(name, "0, the only index there is (they count from 0)", "something else")
+    if "sens" in feature.vectors:
+        arrays["weights"] = _vector(call, "sens", document.get("sens"), served.m)
+    if "vec" in feature.vectors:
+        arrays["directions"] = _vector(call, "vec", document.get("vec"), served.d)[None]
+    question = make_question(arrays, None, feature.quantity, config.get("dtype"), call.shape, config.get("outside"))
+    return call.ask(question, "flat", partial(_write, feature))
+
+
+def _vector(call: Call, name: str, given: Any, length: int) -> Array:
+    """Return a vector of so many numbers; a number alone is one of length 1.
+
+    Raises:
+        InvalidInput: it is something else.
+    """
+    array = numbers(name, [given] if isinstance(given, int | float) else given, call.may_be_booleans)
+    if array.shape != (length,):
+        raise InvalidInput.of(name, f"a list of {length} numbers", f"shape {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise InvalidInput.of(name, "finite numbers", "one that is not")
+    return array
+
+
+def _write(feature: Feature, _: Call, answers: Answers) -> Reply:
+    """Write the output as a flat list of numbers: of a value, in a list of one vector.
 
     Raises:
         InvalidOutput: it is not finite.
     """
-    text = b",".join(answers[quantity])
+    text = b",".join(answers[feature.quantity])
     if b"null" in text:
         raise InvalidOutput("expected finite numbers, the model's answer at this point has others")
-    return Reply(200, JSON, [b'{"output":[[%b]]}' % text if quantity == "value" else b'{"output":[%b]}' % text])
+    is_value = feature.quantity == "value"
+    return Reply(200, JSON, [b'{"output":[[%b]]}' % text if is_value else b'{"output":[%b]}' % text])
 
 
-def _evaluate(call: Call) -> Cancel:
-    """F(x)."""
-    return call.ask("value", call.point())
+def _describe(document: Callable[[Call], Mapping[str, Any]], call: Call) -> Reply:
+    """Answer what is known of a model."""
+    _find(call)
+    return Reply.of(document(call))
 
 
-def _gradient(call: Call) -> Cancel:
-    """Jᵀ·sens."""
-    point = call.point()
-    call.check_indices("outWrt", "inWrt")
-    return call.ask("gradient", point, sens=call.sens())
-
-
-def _apply_jacobian(call: Call) -> Cancel:
-    """J·vec."""
-    point = call.point()
-    call.check_indices("outWrt", "inWrt")
-    return call.ask("jvp", point, vec=call.vec())
-
-
-def _apply_hessian(call: Call) -> Cancel:
-    """(Σ_k sens_k H_k)·vec."""
-    point = call.point()
-    call.check_indices("outWrt", "inWrt1", "inWrt2")
-    return call.ask("hvp", point, sens=call.sens(), vec=call.vec())
-
-
-def _model_info(call: Call) -> Reply:
-    """The quantities that can be asked of a model."""
-    return _reply({"support": dict.fromkeys(FEATURES, True)})
-
-
-def _input_sizes(call: Call) -> Reply:
-    """The length of the input vector."""
-    return _reply({"inputSizes": [call.served.d]})
-
-
-def _output_sizes(call: Call) -> Reply:
-    """The length of the output vector."""
-    return _reply({"outputSizes": [call.served.m]})
-
-
-def info(application: Application, request: Request) -> Reply:
+def info(call: Call) -> Reply:
     """The names of the models that are ready."""
-    repository = application.core.repository
+    repository = call.core.repository
     names = [name for name in repository.names() if repository.default(name).state == "ready"]
-    return _reply({"protocolVersion": 1.0, "models": names})
+    return Reply.of({"protocolVersion": 1.0, "models": names})
 
 
-def _reply(document: Mapping[str, Any]) -> Reply:
-    return Reply(200, JSON, [orjson.dumps(document)])
+def _operation(name: str, text: str, go_on: Callable[[Call], Reply | Cancel], body: Any, reply: Any) -> Direct:
+    """Return an operation that reads the body, which is JSON whatever the header says."""
+    return Direct(
+        f"/{name}",
+        lambda call: call.read(go_on),
+        body=body,
+        parameters={"x_deadline_ms": Deadline},
+        methods=["POST"],
+        name=name,
+        operation_id=name,
+        text=text,
+        response_model=reply,
+        **_OPTIONS,
+    )
 
 
-def _post(operation: Callable[[Call], Reply | Cancel], application: Application, request: Request) -> Reply | Cancel:
-    """Read the body, which is JSON whatever the header says, and find the model."""
-
-    def go_on(document: dict[str, Any], may_be_booleans: bool) -> Reply | Cancel:
-        return operation(Call(application, request, document, may_be_booleans))
-
-    return with_object(application, request, go_on)
-
-
-def _read_time(application: Application, head: Head, names: Mapping[str, str]) -> float:
-    """Read the time for the request in seconds."""
-    read_query(head.query)
-    return application.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000
-
-
-def _parameters(x_deadline_ms: Deadline = None) -> None:
-    """The parameters of every operation."""
-
-
-_FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.UMBridgeError, "description": description}
-    for status, description in {
-        400: "`InvalidInput` or `ModelNotFound`.",
-        401: "`Unauthorized`.",
-        405: "`MethodNotAllowed`.",
-        500: "`InvalidOutput` or `EvaluationFailed`.",
-        503: "`Overloaded`, `NotReady` or `WorkerLost`.",
-        504: "`DeadlineExceeded`.",
-    }.items()
+_DESCRIPTIONS: dict[str, tuple[str, Callable[[Call], Mapping[str, Any]], Any]] = {
+    "ModelInfo": (
+        "The quantities that can be asked of a model.",
+        lambda call: {"support": dict.fromkeys(FEATURES, True)},
+        schemas.UMBridgeSupport,
+    ),
+    "InputSizes": (
+        "The length of the input vector.",
+        lambda call: {"inputSizes": [call.served.d]},
+        schemas.UMBridgeInputSizes,
+    ),
+    "OutputSizes": (
+        "The length of the output vector.",
+        lambda call: {"outputSizes": [call.served.m]},
+        schemas.UMBridgeOutputSizes,
+    ),
 }
-_OPERATIONS: dict[str, tuple[Callable[[Call], Reply | Cancel], Any, Any]] = {
-    "ModelInfo": (_model_info, schemas.UMBridgeRequest, schemas.UMBridgeSupport),
-    "InputSizes": (_input_sizes, schemas.UMBridgeRequest, schemas.UMBridgeInputSizes),
-    "OutputSizes": (_output_sizes, schemas.UMBridgeRequest, schemas.UMBridgeOutputSizes),
-    "Evaluate": (_evaluate, schemas.UMBridgePoint, schemas.UMBridgeOutputs),
-    "Gradient": (_gradient, schemas.UMBridgeGradient, schemas.UMBridgeOutput),
-    "ApplyJacobian": (_apply_jacobian, schemas.UMBridgeJacobian, schemas.UMBridgeOutput),
-    "ApplyHessian": (_apply_hessian, schemas.UMBridgeHessian, schemas.UMBridgeOutput),
+_FAULTS = {
+    400: "`InvalidInput` or `ModelNotFound`.",
+    401: "`Unauthorized`.",
+    405: "`MethodNotAllowed`.",
+    500: "`InvalidOutput` or `EvaluationFailed`.",
+    503: "`Overloaded`, `NotReady` or `WorkerLost`.",
+    504: "`DeadlineExceeded`.",
 }
-_OPTIONS: dict[str, Any] = {"tags": ["UM-Bridge"], "responses": _FAULTS}
+_OPTIONS: dict[str, Any] = {"tags": ["UM-Bridge"], "responses": faults(_FAULTS, schemas.UMBridgeError)}
 
 router = APIRouter()
 router.routes += [
     Direct("/Info", info, methods=["GET"], response_model=schemas.UMBridgeInfo, **_OPTIONS),
     *(
-        Direct(
-            f"/{name}",
-            partial(_post, operation),
-            _read_time,
-            body,
-            _parameters,
-            methods=["POST"],
-            name=name,
-            operation_id=name,
-            text=operation.__doc__,
-            response_model=reply,
-            **_OPTIONS,
+        _operation(name, text, partial(_describe, document), schemas.UMBridgeRequest, reply)
+        for name, (text, document, reply) in _DESCRIPTIONS.items()
+    ),
+    *(
+        _operation(
+            name,
+            feature.text,
+            partial(_ask, feature),
+            feature.body,
+            schemas.UMBridgeOutputs if name == "Evaluate" else schemas.UMBridgeOutput,
         )
-        for name, (operation, body, reply) in _OPERATIONS.items()
+        for name, feature in FEATURES.items()
     ),
 ]

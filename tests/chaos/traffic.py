@@ -23,7 +23,8 @@ import uvloop
 
 from hessquik import storage
 from hessquik.ensemble import evaluator_of
-from service.codecs import encode_json, json_rows
+from service.codecs import json_rows
+from service.routes.derivatives import encode_json
 from tests.oracle import derivatives
 
 #: float64 leaves 1e-16 per operation, and a network has some hundreds in a row.
@@ -80,7 +81,7 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
                 answers = {quantity: [json_rows(stored[quantity].numpy()[chosen])]}
                 body = json.dumps({"inputs": x[chosen].tolist(), "dtype": "float64"}).encode()
                 request = http_post(f"/v1/models/{path.stem}/{quantity}", body)
-                found.append(Question(request, b"".join(encode_json(path.stem, "1", answers, is_single=False))))
+                found.append(Question(request, b"".join(encode_json(path.stem, 1, answers, is_single=False))))
     finally:
         torch.set_num_threads(threads)
     random.Random(seed).shuffle(found)

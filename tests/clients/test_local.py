@@ -10,6 +10,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,6 +22,7 @@ from hessquik_client.errors import NotReady, Overloaded, UnexpectedReply
 from hessquik_client.for_scipy import Objective
 from hessquik_client.messages import Reply, parse_file
 from hessquik_client.quantities import DIRECTIONAL, quantities_of
+from service.front import Call
 from service.http.messages import Budget, Head, Request
 from service.repository import ModelFile
 from service.routes.models import _send_file
@@ -172,19 +174,19 @@ def test_a_file_is_counted_as_held_before_it_is_read(tmp_path: Path) -> None:
     file = ModelFile("large", 1, path, (str(path), 0, size, 0))
     facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     served = SimpleNamespace(file=file, facts=facts)
-    application = SimpleNamespace(budget=Budget(150_000), core=SimpleNamespace(settings=Settings()))
+    front: Any = SimpleNamespace(budget=Budget(150_000), core=SimpleNamespace(settings=Settings()))
 
     async def ask() -> Request:
         request = Request(Head("GET", "", b"", {}), lambda *_: True)
-        reply = await _send_file(application, request, served)  # type: ignore[arg-type]
+        reply = await _send_file(Call(front, request), served)  # type: ignore[arg-type]
         assert b"".join(reply.body) == path.read_bytes()
         return request
 
     request = asyncio.run(ask())
-    assert request.held_bytes == application.budget.held_bytes == size
+    assert request.held_bytes == front.budget.held_bytes == size
     path.unlink()  # reading it would be another error
     with pytest.raises(Overloaded):
         asyncio.run(ask())
-    application.budget.give(size)
+    front.budget.give(size)
     with pytest.raises(NotReady):
         asyncio.run(ask())

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hessquik_client.errors import ServiceError
+from service.metrics import ModelStatistics
 from service.scheduler import Batch, BatchKey, Job, Limits, Scheduler
-from service.statistics import ModelStatistics
 
 #: Operations that a simulated worker does in a second.
 SPEED = 1e10
@@ -161,7 +161,7 @@ class SimulatedWorkers:
     def key(self, row_cost: float | None = 1e5, row_bytes: int = 8, model: int = 1) -> BatchKey:
         return BatchKey(
             *(model, "a", "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0),
-            *(ModelStatistics(), lambda job: None, row_cost),
+            *(ModelStatistics(), row_cost),
         )
 
     def job(self, key: BatchKey, rows: int = 1, deadline_s: float = 1e6, payload_bytes: int = 8) -> Job:

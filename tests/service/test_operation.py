@@ -230,14 +230,14 @@ def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch)
     log = logs.AccessLog(write)
     request = Request(Head("POST", "/", b"", {}), lambda *_: True)
     for _ in range(5000):  # more than a pipe holds
-        log.write(request, "x" * 100, 200)
+        log.ended(request, "x" * 100, 200)
     lines: list[dict[str, Any]] = []
     with os.fdopen(read) as reader:
         time.sleep(0.2)
         taker = Thread(target=lambda: lines.extend(map(json.loads, reader)))
         taker.start()
         time.sleep(0.3)
-        log.write(request, "last", 200)
+        log.ended(request, "last", 200)
         log.close()
         os.close(write)
         taker.join(10)

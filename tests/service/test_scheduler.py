@@ -275,6 +275,10 @@ def test_a_deadline_is_kept_by_one_timer_and_what_is_late_is_not_computed() -> N
     assert len(sim.batches) == 1
 
 
+class Name(str):
+    """A name that can be referred to weakly, which shows when what has it is freed."""
+
+
 @pytest.mark.parametrize("how", ["answered", "late", "abandoned", "failed"])
 def test_a_closed_job_holds_no_arrays_and_no_traceback(how: str) -> None:
     """Also when whoever asked raises its error: the exception is not the job's, and so there is no cycle."""
@@ -282,8 +286,8 @@ def test_a_closed_job_holds_no_arrays_and_no_traceback(how: str) -> None:
     if how == "failed":
         sim.fails = lambda batch: "error"
     key = sim.key(row_cost=1e10)
-    key.ended = lambda job: None
-    gone = weakref.ref(key.ended)
+    key.name = Name("a")
+    gone = weakref.ref(key.name)
     job = sim.submit(key, deadline_s=0.5 if how == "late" else 1e6)
     arrays = weakref.ref(job.inputs)
     gc.disable()

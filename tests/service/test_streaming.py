@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 
 import hessquik
-from service.app import STREAMED_BYTES
+from service.front import STREAMED_BYTES
 from tests.live import ROOT, LiveServer
 from tests.raw import ask, post, receive_all, replies
 from tests.service.faulty_worker import RAISES, SLOW, SLOW_S

@@ -1,0 +1,538 @@
+"""What every request passes: its target, keys, limits; the call of what answers it; errors in each dialect; counting.
+
+A connection and ASGI hand requests to :class:`Front`. It knows nothing of FastAPI: :class:`Operation` says what
+answers on a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import re
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import nullcontext
+from functools import partial
+from time import monotonic
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+import orjson
+
+from hessquik_client.errors import (
+    Forbidden,
+    InternalError,
+    InvalidInput,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    ReplyTooLarge,
+    ServiceError,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from hessquik_client.question import Question, Shape
+from service.assets import ASSETS
+from service.core import Core
+from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
+from service.json_reader import SHORT_BYTES, expect_object, read_json, read_long_json
+from service.logs import AccessLog, log_administration
+from service.metrics import REFUSED
+from service.repository import Served
+from service.scheduler import Answers, Job, OnRows
+from service.tracing import Tracer
+
+__all__ = ["NATIVE", "OPEN_PATHS", "Call", "Dialect", "Front", "Operation", "Target", "expect_known", "read_query"]
+
+logger = logging.getLogger(__name__)
+
+#: The only paths that never need a key: probes, and the pages' files, which hold no data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+_ADMIN_ACTIONS = ("/load", "/unload")
+#: Paths that change what is served, and are audited.
+_ADMINISTERED = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
+#: Label of requests that match no path.
+UNMATCHED = "unmatched"
+#: Status label of requests whose client was gone before the reply.
+NO_STATUS = 499
+#: After refusing a larger body, the memory that it took is returned to the system.
+RETURNED_BYTES = 1 << 18
+#: Replies over this size are sent while their last rows are computed.
+STREAMED_BYTES = 1 << 20
+#: Size of numbers in JSON over their size in binary, an estimate.
+TEXT_FACTOR = 3
+#: Most parameters of a query.
+MAX_PARAMETERS = 16
+
+
+class Dialect(NamedTuple):
+    """A dialect: how errors are written on its paths.
+
+    Attributes:
+        media_type: Of the bodies.
+        owns: Tells whether a path is one of the dialect's.
+        write: Makes the status and body of an error, for a request id.
+    """
+
+    media_type: bytes
+    owns: Callable[[str], bool]
+    write: Callable[[ServiceError, str], tuple[int, bytes]]
+
+
+#: The service's own: problem details, on all paths that no other dialect owns.
+NATIVE = Dialect(
+    b"application/problem+json",
+    lambda path: True,
+    lambda error, request_id: (error.status, error.problem(request_id)),
+)
+
+
+class Operation(NamedTuple):
+    """What answers on a path.
+
+    Attributes:
+        path: With its placeholders.
+        pattern: What matches; ``None`` if there are no placeholders.
+        methods: Those that the path has.
+        answer: Answers a call.
+        label: The path as requests are counted.
+        parameters: Of the query; ``None`` if they are read elsewhere.
+        computes: Whether a request has a time within which its answer has to be there.
+        read_head: Makes of a head what else the operation needs to know, and chooses among the parameters.
+    """
+
+    path: str
+    pattern: re.Pattern[str] | None
+    methods: frozenset[str]
+    answer: Callable[[Call], Reply | Cancel]
+    label: str
+    parameters: frozenset[str] | None = None
+    computes: bool = False
+    read_head: Callable[[Head, frozenset[str]], tuple[Any, frozenset[str]]] | None = None
+
+
+class Target(NamedTuple):
+    """What a head was resolved to.
+
+    Attributes:
+        label: The path as the request is counted.
+        dialect: Of its errors.
+        operation: What answers; ``None`` if nothing does.
+        model: What the path names, if it names a model.
+        version: What the path or the query names.
+        query: Parameters.
+        time_s: For the whole request.
+        encoding: What the operation's ``read_head`` made of the head.
+    """
+
+    label: str
+    dialect: Dialect
+    operation: Operation | None
+    model: str = ""
+    version: str | None = None
+    query: Mapping[str, str] = {}
+    time_s: float = 0.0
+    encoding: Any = None
+
+
+class Call:
+    """A request on its way from its body to its reply: what an operation of any dialect works with.
+
+    Args:
+        front: What the request came to.
+        request: The request.
+
+    Attributes:
+        core: The service.
+        target: What the request's head asks for.
+        served: The model, once it is found.
+        shape: What questions about it have to fit.
+        document: The body's JSON object, once it is read; long lists of numbers are arrays already.
+        may_be_booleans: Whether it may hold any, which numpy would take for numbers.
+        question: What the workers are asked.
+    """
+
+    __slots__ = (
+        "_front", "_write", "core", "document", "may_be_booleans", "question", "request", "served", "shape", "target",
+    )  # fmt: skip
+    served: Served
+    shape: Shape
+    document: dict[str, Any]
+    may_be_booleans: bool
+    question: Question
+    _write: Callable[[Call, Answers], Reply]
+
+    def __init__(self, front: Front, request: Request) -> None:
+        self._front, self.core, self.request = front, front.core, request
+        self.target: Target = request.head.target
+
+    def find(self, name: str, version: str | None) -> Served:
+        """Find the model that is asked.
+
+        Raises:
+            Overloaded: as many requests wait as may.
+            ServiceError: there is no such model, or it is not ready.
+        """
+        core = self.core
+        core.scheduler.queue.expect_room()
+        served = self.served = core.repository.ready(name, version)
+        self.shape = served.kinds.get("shape") or core.shape(served)
+        self.request.model = served.file.name
+        return served
+
+    def read(
+        self, go_on: Callable[[Call], Reply | Cancel], text: bytes | None = None, may_have_text: bool = False
+    ) -> Reply | Cancel:
+        """Read the body's JSON object, and go on; a long body is read slice by slice, in a task.
+
+        Args:
+            go_on: Called when ``document`` is there.
+            text: The JSON, if it is not all of the body.
+            may_have_text: As for :func:`service.json_reader.read_long_json`.
+        """
+        body = self.request.body if text is None else text
+        if len(body) > SHORT_BYTES:
+            return self.run(self._read_long(go_on, body, may_have_text))
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            document = read_json(body)
+        self.document = document if type(document) is dict else expect_object(document)
+        self.may_be_booleans = b"true" in body or b"false" in body
+        return go_on(self)
+
+    async def _read_long(
+        self, go_on: Callable[[Call], Reply | Cancel], body: bytes, may_have_text: bool
+    ) -> Reply | Cancel:
+        core, served = self.core, getattr(self, "served", None)
+        with nullcontext() if served is None else core.repository.holding(served):
+            document, self.may_be_booleans = await read_long_json(body, core.settings.max_rows, may_have_text)
+            self.document = expect_object(document)
+            return go_on(self)
+
+    def why_not_ready(self) -> list[str]:
+        """Return the reasons why the service is not ready; none if it is."""
+        return self._front.why_not_ready()
+
+    def run(self, work: Coroutine[Any, Any, Reply | Cancel]) -> Cancel:
+        """Answer with what a coroutine returns, which runs as a task."""
+        return self._front.run(self.request, work)
+
+    def hold_bytes(self, size: int) -> None:
+        """Count the bytes of a large reply before it is made; they are given back when it is sent.
+
+        Raises:
+            Overloaded: too much is held for clients.
+        """
+        if size > LARGE_BYTES:
+            self._front.budget.take(size)
+            self.request.held_bytes += size
+
+    def ask(
+        self,
+        question: Question,
+        form: str,
+        write: Callable[[Call, Answers], Reply],
+        on_rows: OnRows | None = None,
+        time_s: float = 0.0,
+    ) -> Cancel:
+        """Have the workers answer a question, and the request with what ``write`` makes of their answers.
+
+        The model is held until then.
+
+        Args:
+            question: What is asked of the model that was found.
+            form: Of the answers, see :class:`~service.scheduler.BatchKey`.
+            write: Makes the reply.
+            on_rows: Sends the rows of a large reply as they come; then ``write`` is given none of them.
+            time_s: Time for the whole request, if the body says so.
+
+        Returns:
+            What stops it.
+
+        Raises:
+            ReplyTooLarge: the reply would be over its limit.
+            Overloaded: too much is waiting, or held for clients.
+            NotReady: workers cannot be kept alive.
+            TooExpensive: a row takes longer than a batch may.
+        """
+        core, served, request = self.core, self.served, self.request
+        inputs, _, quantities, dtype, weights, directions = question
+        k = 0 if directions is None else directions.shape[1]
+        known = (dtype, quantities, weights is not None, k, form)
+        try:
+            key = served.kinds.get(known) or core.key(served, question, form)
+            rows = request.rows = len(inputs)
+            reply_bytes, most = rows * key.row_bytes, core.settings.max_reply_bytes
+            if reply_bytes > most:
+                raise too_large(reply_bytes, most)
+            if form != "arrays":
+                reply_bytes *= TEXT_FACTOR
+            if reply_bytes > LARGE_BYTES:
+                self.hold_bytes(reply_bytes)
+                if reply_bytes <= STREAMED_BYTES or request.stream is None:
+                    on_rows = None
+            else:
+                on_rows = None
+            payload_bytes = inputs.nbytes
+            payload_bytes += 0 if weights is None else weights.nbytes
+            payload_bytes += 0 if directions is None else directions.nbytes
+            deadline_s = request.began_s + (time_s or self.target.time_s)
+            self.question, self._write = question, write
+            job = Job(key, rows, inputs, weights, directions, payload_bytes, deadline_s, self._end, on_rows)
+            core.scheduler.submit(job)
+        except ServiceError:
+            served.statistics.fail.add(0.0)
+            raise
+        core.repository.hold(served)
+        request.job, request.body = job, b""
+        return partial(core.scheduler.abandon, job)
+
+    def _end(self, job: Job) -> None:
+        """Answer, now that the job has ended."""
+        served, now = self.served, monotonic()
+        self.core.repository.release(served)
+        if job.failure is not None:
+            served.statistics.fail.add(now - job.queued_at)
+            self._front.fail(self.request, job.failure.error())
+            return
+        served.statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
+        try:
+            reply = self._write(self, job.answers)
+        except Exception as error:
+            self._front.fail(self.request, error)
+        else:
+            self._front.finish(self.request, reply)
+
+
+class Front:
+    """Answers requests, whatever they came by.
+
+    Args:
+        core: The service.
+        operations: What answers them.
+        dialects: In the order in which they are asked whether they own a path; the last owns all.
+    """
+
+    def __init__(self, core: Core, operations: Collection[Operation], dialects: tuple[Dialect, ...]) -> None:
+        self.core = core
+        self.budget = Budget(core.settings.max_held_bytes)
+        self.is_starting = False
+        self._dialects = dialects
+        self._fixed = {operation.path: operation for operation in operations if operation.pattern is None}
+        self._patterns = [operation for operation in operations if operation.pattern is not None]
+        settings = core.settings
+        self._watchers: list[AccessLog | Tracer] = [AccessLog()] if settings.access_log else []
+        self._watchers += [Tracer()] if settings.tracing else []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def why_not_ready(self) -> list[str]:
+        """Return the reasons why the service is not ready; none if it is."""
+        reasons = self.core.why_not_ready()
+        return reasons if not self.is_starting else ["the service is still loading its models", *reasons]
+
+    def table(self) -> dict[str, frozenset[str]]:
+        """Return the methods of every path with placeholders."""
+        return {one.path: one.methods for one in (*self._fixed.values(), *self._patterns)}
+
+    # Steps that every request takes.
+
+    def admit(self, head: Head) -> None:
+        """Resolve a head's target, and decide whether the body is read.
+
+        Raises:
+            ServiceError: the request is refused.
+        """
+        path = head.path
+        operation, names = self._match(path)
+        dialect = next(dialect for dialect in self._dialects if dialect.owns(path))
+        label = UNMATCHED if operation is None else operation.label
+        head.target = target = Target(label, dialect, operation, names.get("model", ""), names.get("version"))
+        self._check_key(head)
+        if operation is None:
+            raise NotFound("expected a path of this service, GET /openapi.json lists them")
+        methods = operation.methods
+        if head.method not in methods and not (head.method == "HEAD" and "GET" in methods):
+            raise MethodNotAllowed(f"expected {' or '.join(sorted(methods))} here, got {head.method}")
+        coding = head.headers.get(b"content-encoding", b"identity")
+        if coding.lower() not in (b"", b"identity"):
+            raise UnsupportedMediaType("expected a body without Content-Encoding")
+        if self.is_starting and path not in OPEN_PATHS:
+            raise NotReady("expected a service that has started, this one is still loading its models")
+        if operation.parameters is not None:
+            time_s = self.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000 if operation.computes else 0.0
+            read, known = operation.read_head, operation.parameters
+            encoding, known = (None, known) if read is None else read(head, known)
+            query = read_query(head.query, known)
+            version = names.get("version") or query.get("version")
+            head.target = target = target._replace(version=version, query=query, time_s=time_s, encoding=encoding)
+        if operation.computes and (head.length is None or head.length > SHORT_BYTES):
+            self.core.scheduler.queue.expect_room()  # or the body need not be sent
+            if target.model:
+                self.core.repository.ready(target.model, target.version)
+
+    def handle(self, request: Request) -> None:
+        """Answer a request whose body has arrived: now or later, by its ``respond``."""
+        try:
+            reply = request.head.target.operation.answer(Call(self, request))
+        except Exception as error:
+            self.fail(request, error)
+            return
+        if type(reply) is Reply:
+            self.finish(request, reply)
+        else:
+            request.cancel = reply
+
+    def finish(self, request: Request, reply: Reply) -> None:
+        """Send the reply, and count how the request ended."""
+        target: Target | None = request.head.target
+        is_sent = request.respond(request, reply)
+        request.cancel = None
+        label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
+        self.core.metrics.answered(label, request.model, status, request.began_s)
+        for watcher in self._watchers:
+            watcher.ended(request, label, status)
+        if target is not None and label in _ADMINISTERED:
+            log_administration(request, label, target.model, status, _key(request.head))
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Answer with an error in the path's dialect; what is nobody's fault but ours goes to the log."""
+        id_ = request.id.decode()
+        context = {"request_id": id_, "traceparent": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
+        if not isinstance(error, ServiceError):
+            logger.error("request %s failed", id_, exc_info=error, extra=context)
+            error = InternalError("something went wrong; the log has it under this request id")
+        elif error.status >= 500 and error.retry_after_s is None:
+            logger.error("%s %s: %s", id_, error.code, error.detail, extra=context)
+        target: Target | None = request.head.target
+        dialect = NATIVE if target is None else target.dialect
+        status, body = dialect.write(error, id_)
+        headers = error.headers()
+        if isinstance(error, MethodNotAllowed) and target is not None and target.operation is not None:
+            methods = target.operation.methods
+            allowed = methods | {"HEAD"} if "GET" in methods else methods
+            headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
+        # Of a body that did not arrive whole only the pieces were there.
+        was_large = max(len(request.body), request.held_bytes) > RETURNED_BYTES
+        self.finish(request, Reply(status, dialect.media_type, [body], headers))
+        if was_large:
+            request.body = b""
+            asyncio.get_running_loop().call_soon(_return_memory)
+
+    def abandon(self, request: Request, error: ServiceError) -> None:
+        """Stop working on a request, and answer with an error unless it has been answered."""
+        if request.cancel is None:
+            self.fail(request, error)
+        else:
+            request.cancel(error)
+
+    def run(self, request: Request, work: Coroutine[Any, Any, Reply | Cancel]) -> Cancel:
+        """Answer a request with what a coroutine returns, which runs as a task.
+
+        Returns:
+            What stops it.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # or it might be collected while it waits
+        stopped_by: list[ServiceError] = []
+
+        def end(task: asyncio.Task[Reply | Cancel]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():
+                self.fail(request, stopped_by.pop() if stopped_by else NotReady("the service is stopping"))
+            elif (error := task.exception()) is not None:
+                self.fail(request, error if isinstance(error, Exception) else InternalError("something went wrong"))
+            elif type(reply := task.result()) is Reply:
+                self.finish(request, reply)
+            else:
+                request.cancel = reply  # type: ignore[assignment]
+                if stopped_by:
+                    self.abandon(request, stopped_by.pop())
+
+        def stop(error: ServiceError) -> None:
+            stopped_by.append(error)
+            task.cancel()
+
+        task.add_done_callback(end)
+        return stop
+
+    def close(self) -> None:
+        """Write what is left of the access log, and send what is left of the spans."""
+        for watcher in self._watchers:
+            watcher.close()
+
+    def _match(self, path: str) -> tuple[Operation | None, dict[str, str]]:
+        """Return what answers on a path, and its placeholders' values."""
+        operation = self._fixed.get(path)
+        if operation is not None:
+            return operation, {}
+        for operation in self._patterns:
+            assert operation.pattern is not None
+            if (match := operation.pattern.match(path)) is not None:
+                return operation, match.groupdict()
+        return None, {}
+
+    def _check_key(self, head: Head) -> None:
+        """Decide on the path that is routed: every path needs a key, but for a short list.
+
+        Raises:
+            Unauthorized: a key is needed.
+            Forbidden: an admin key is needed.
+        """
+        keys = self.core.keys
+        is_admin = head.method == "POST" and head.path.endswith(_ADMIN_ACTIONS)
+        if head.path in OPEN_PATHS or not (keys.are_needed or is_admin):
+            return
+        given = _key(head)
+        if keys.are_needed and not keys.is_known(given):
+            raise Unauthorized("expected Authorization: Bearer and a valid key")
+        if is_admin and not keys.is_admin(given):
+            raise Forbidden("expected an admin key")
+
+
+def read_query(query: bytes, known: Collection[str] = ()) -> dict[str, str]:
+    """Read a query's parameters, each of them known and given once at most.
+
+    Raises:
+        InvalidInput: one is not, or there are too many.
+    """
+    if not query:
+        return {}
+    try:
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
+    except ValueError:
+        raise InvalidInput.of("query", f"at most {MAX_PARAMETERS} parameters", "more") from None
+    expect_known([name for name, _ in pairs], set(known))
+    return dict(pairs)
+
+
+def expect_known(given: Collection[str], known: Collection[str]) -> None:
+    """Refuse names of query parameters that are not known, or are given twice.
+
+    Raises:
+        InvalidInput: there are some.
+    """
+    if not set(known).issuperset(given):
+        expected = f"no parameter but {', '.join(sorted(known))}" if known else "no parameters"
+        raise InvalidInput.of("query", expected, "another one")
+    if len(set(given)) != len(given):
+        raise InvalidInput.of("query", "each parameter once", "one twice")
+
+
+def too_large(size: int, most: int) -> ReplyTooLarge:
+    """Return the error for a reply over its limit."""
+    detail = f"expected a reply of at most {most} bytes, got {size}"
+    return ReplyTooLarge(detail, limit_bytes=most, reply_bytes=size)
+
+
+def _key(head: Head) -> bytes:
+    """Return the key that a head carries, or nothing."""
+    scheme, _, key = head.headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
+
+
+def _return_memory() -> None:
+    """Have the allocator return free memory to the system, which it would keep for long, where it can be told."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
