@@ -46,13 +46,17 @@ class Buffer:
     def __init__(self, number: int, size: int) -> None:
         """Take the memory; its pages come when they are written to."""
         self.number, self.size = number, size
-        self.fd = os.memfd_create("results", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self.is_sent = False
         self.is_lent = False
         self.since_s = 0.0
-        self._mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.fd = os.memfd_create("results", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError:
+            os.close(self.fd)
+            raise
         self._whole: weakref.ref[Any] | None = None
 
     def arrays(self, shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Any]:

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from itertools import count
 from typing import Any
 
 from hessquik_client.errors import ServiceError, StartUpError
+from service.child import Child
 from service.devices import resolve_devices
 from service.keys import Keys
 from service.node import Node
 from service.settings import Settings
-from service.wire import Channel, WireError
+from service.wire import WireError
 from service.workers import WorkerProcess
 
 __all__ = ["Supervisor", "add_up", "supervise"]
 
 logger = logging.getLogger(__name__)
 
+#: The module that front ends run.
+FRONT_MODULE = "service.frontend"
 EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
@@ -55,45 +56,39 @@ class FrontEnd:
     Args:
         supervisor: Whose it is.
         port: Where it listens.
+
+    Raises:
+        OSError: the system does not allow it.
     """
 
     def __init__(self, supervisor: Supervisor, port: int) -> None:
         """Start the process."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "service.frontend", str(theirs.fileno())]
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
-        environment["PYTHONPATH"] = os.pathsep.join([root, *path])
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # inherited: only the supervisor takes it
-        try:
-            # A group of its own: signals that reach ours are our business.
-            self.process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment, process_group=0
-            )
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
         self.is_up = False
         self.told: dict[tuple[str, int], tuple[Any, ...]] = {}
         self.held: dict[int, Any] = {}
         self._supervisor = supervisor
         self._numbers = count(1)
         self._awaited: dict[int, asyncio.Future[Any]] = {}
-        self.channel = Channel(ours, self._on_frame, self._on_lost)
         # The supervisor reads the files of keys, and says when they change.
         settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys", "secrets"})
         with bind(supervisor.settings.host, port) as listening:
-            fds = (listening.fileno(),)
-            self.channel.write({"op": "start", "settings": settings | supervisor.keys.shown()}, {}, fds)
+            # SIGHUP is for the supervisor only; in a group of its own, signals that reach ours are our business.
+            self.child = Child(FRONT_MODULE, (), self._on_frame, self._on_lost, {signal.SIGHUP}, has_own_group=True)
+            start = {"op": "start", "settings": settings | supervisor.keys.shown()}
+            try:
+                self.child.write(start, {}, (listening.fileno(),))
+            except OSError:
+                self.child.close()
+                raise
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Give it a connection to a worker."""
-        with worker.connect() as sock:
-            self.channel.write({"op": "worker"}, {}, (sock.fileno(),))
+        """Give it a connection to a worker, or have it replaced if the system does not allow it."""
+        try:
+            with worker.connect() as sock:
+                self.child.write({"op": "worker"}, {}, (sock.fileno(),))
+        except OSError as error:
+            logger.error("front end %d gets no connection to a worker: %s", self.child.pid, error.strerror)
+            self.child.kill()
 
     async def tell(self) -> None:
         """Tell it what has changed in the table, and wait until it has taken note."""
@@ -132,7 +127,7 @@ class FrontEnd:
         number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._awaited[number] = answer
-        self.channel.write({"op": op, "number": number, **members}, {})
+        self.child.write({"op": op, "number": number, **members}, {})
         try:
             return await asyncio.wait_for(answer, ANSWER_S)
         except TimeoutError:
@@ -239,7 +234,7 @@ class Supervisor:
         """Have every job ended, since workers or front ends cannot be kept alive, and stop."""
         self._is_given_up = True
         for front in self._fronts:
-            front.channel.write({"op": "give_up"}, {})
+            front.child.write({"op": "give_up"}, {})
         self._stop.set()
 
     def on_up(self, front: FrontEnd) -> None:
@@ -276,7 +271,7 @@ class Supervisor:
             reply["error"] = {"code": error.code, "detail": error.detail, "extra": error.extra}
         if head["op"] != "metrics":
             await self._tell_all()
-        front.channel.write(reply, fields)
+        front.child.write(reply, fields)
 
     async def _tell_all(self) -> None:
         await asyncio.gather(*(front.tell() for front in self._fronts if front.is_up))
@@ -286,11 +281,11 @@ class Supervisor:
         return add_up([bytes(report["text"]) for report in reports if report and "text" in report])
 
     def _say_health(self, front: FrontEnd) -> None:
-        front.channel.write({"op": "health", **self.node.health()._asdict()}, {})
+        front.child.write({"op": "health", **self.node.health()._asdict()}, {})
 
     def _say_keys(self) -> None:
         for front in self._fronts:
-            front.channel.write({"op": "keys", **self.keys.shown()}, {})
+            front.child.write({"op": "keys", **self.keys.shown()}, {})
 
     def _start_front(self) -> None:
         try:
@@ -304,8 +299,8 @@ class Supervisor:
             return
         status = None
         if front is not None:
-            front.process.kill()
-            status = await asyncio.get_running_loop().run_in_executor(None, front.process.wait)
+            front.child.kill()
+            status = await asyncio.get_running_loop().run_in_executor(None, front.child.wait)
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
             self.give_up()
@@ -330,7 +325,7 @@ class Supervisor:
         """Drain; at the second signal, end at once."""
         if self._is_stopping:
             for front in self._fronts:
-                front.process.kill()
+                front.child.kill()
         self._stop.set()
 
     async def _drain(self) -> bool:
@@ -338,15 +333,15 @@ class Supervisor:
         self._is_stopping = True
         loop, fronts = asyncio.get_running_loop(), list(self._fronts)
         for front in fronts:
-            front.process.send_signal(signal.SIGTERM)
+            front.child.send_signal(signal.SIGTERM)
         deadline_s = time.monotonic() + self.settings.drain_s + GRACE_S
 
         def wait(front: FrontEnd) -> int:
             try:
-                return front.process.wait(max(0.1, deadline_s - time.monotonic()))
+                return front.child.wait(max(0.1, deadline_s - time.monotonic()))
             except subprocess.TimeoutExpired:
-                front.process.kill()
-                return front.process.wait()
+                front.child.kill()
+                return front.child.wait()
 
         statuses = await asyncio.gather(*(loop.run_in_executor(None, wait, front) for front in fronts))
         return all(status == EXIT_DRAINED for status in statuses)

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,8 +23,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from hessquik_client.errors import StartUpError
+from service.child import Child
 from service.settings import Settings
-from service.wire import Channel, WireError
+from service.wire import WireError
 
 __all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
 
@@ -77,7 +76,7 @@ class Owner(Protocol):
     """The user of the workers."""
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Take a worker that has become ready, by :meth:`WorkerProcess.connect`."""
+        """Take a worker that has become ready, by :meth:`WorkerProcess.connect`; an OSError has it replaced."""
 
     def refuse(self, model: int, why: str) -> None:
         """Serve a model no more that a worker refuses, although others have it."""
@@ -111,8 +110,7 @@ class WorkerProcess:
         self._workers = workers
         self._since_s = self._heard_s = self._load_since_s = workers.now()
         self._is_asked = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._child: Child | None = None
 
     def start(self) -> None:
         """Start the process.
@@ -121,28 +119,14 @@ class WorkerProcess:
             OSError: the system does not allow it.
         """
         settings = self._workers.settings
-        ours, theirs = socket.socketpair()
-        shown = (settings.threads, settings.spin_us, settings.batch_timeout_s, settings.self_check)
-        limits = list(map(str, shown))
-        command = [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), self.device, *limits]
-        # A signal mask is inherited: the process never sees these signals, from its first instruction on.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
-        try:
-            self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
-            )
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-        self._channel = Channel(ours, self._on_frame, self.lose)
+        limits = (settings.threads, settings.spin_us, settings.batch_timeout_s, settings.self_check)
+        arguments = [self.device, *map(str, limits)]
+        self._child = self._workers.spawn(WORKER_MODULE, arguments, self._on_frame, self.lose, OUR_SIGNALS)
 
     @property
     def pid(self) -> int | None:
         """The process's number."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     @property
     def is_up(self) -> bool:
@@ -160,11 +144,13 @@ class WorkerProcess:
         self.state, self._since_s = state, self._workers.now()
 
     def connect(self) -> socket.socket:
-        """Return the front's end of a new socket pair to the computing thread."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._write({"op": "attach"}, fds=(theirs.fileno(),))
-        return ours
+        """Return the front's end of a new socket pair to the computing thread.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+        assert self._child is not None
+        return self._child.connect({"op": "attach"})
 
     def load(self, model: int, data: bytes) -> None:
         """Send a model's file, unless it was sent."""
@@ -197,8 +183,8 @@ class WorkerProcess:
         """End the process at once; ``is_counted`` says whether that is a sign that workers cannot be kept alive."""
         if self.state is not State.DEAD and not self._workers.is_closing:  # closed connections end it in its own time
             logger.warning("worker %s on %s is killed: %s", self.pid, self.device, why)
-            if self._process is not None:
-                self._process.kill()
+            if self._child is not None:
+                self._child.kill()
             self.lose(is_counted)
 
     def lose(self, is_counted: bool = True) -> None:
@@ -210,24 +196,24 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Let the process end by closing our end of the socket."""
-        if self._channel is not None:
-            self._channel.close()
+        if self._child is not None:
+            self._child.close()
 
     def reap(self) -> int | None:
         """Wait for the process to end, kill it if it does not, and return its exit status."""
-        if self._process is None:
+        if self._child is None:
             return None
         for _ in range(2):
             try:
-                return self._process.wait(END_S)
+                return self._child.wait(END_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                self._child.kill()
         logger.error("worker %s on %s cannot be ended: the device's driver may hang", self.pid, self.device)
         return None
 
-    def _write(self, head: dict[str, Any], fields: dict[str, Any] | None = None, fds: tuple[int, ...] = ()) -> None:
-        if self._channel is not None:
-            self._channel.write(head, fields or {}, fds)
+    def _write(self, head: dict[str, Any], fields: dict[str, Any] | None = None) -> None:
+        if self._child is not None:
+            self._child.write(head, fields or {})
 
     def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
         now = self._workers.now()
@@ -297,13 +283,19 @@ class Workers:
         devices: One per worker.
         settings: Threads and times.
         now: The clock.
+        spawn: Starts a process.
     """
 
     def __init__(
-        self, owner: Owner, devices: list[str], settings: Settings, now: Callable[[], float] = time.monotonic
+        self,
+        owner: Owner,
+        devices: list[str],
+        settings: Settings,
+        now: Callable[[], float] = time.monotonic,
+        spawn: Callable[..., Child] = Child,
     ) -> None:
         """Describe workers that are not started yet."""
-        self.settings, self.now = settings, now
+        self.settings, self.now, self.spawn = settings, now, spawn
         self.restarts = self.checked_rows = self.mismatches = 0
         self.workers = [WorkerProcess(self, device) for device in devices]
         self._owner = owner
@@ -390,7 +382,10 @@ class Workers:
         """Use a worker that has loaded everything."""
         logger.info("worker %s on %s is ready", worker.pid, worker.device)
         self._was_ready = True
-        self._owner.attach(worker)
+        try:
+            self._owner.attach(worker)
+        except OSError as error:
+            worker.kill(f"it cannot be connected: {error.strerror}")
 
     def on_well(self) -> None:
         """Forget earlier deaths: a worker is alive."""
@@ -489,11 +484,3 @@ class Workers:
             await asyncio.sleep(TICK_S)
             for worker in list(self.workers):
                 worker.check()
-
-
-def _environment() -> dict[str, str]:
-    """The worker's environment: ours without the service's settings, keys among them; our package is found first."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
-    return {**ours, "PYTHONPATH": os.pathsep.join([root, *path])}

@@ -47,6 +47,7 @@ LAYERS = {
     """,
     "service": """
         service.versions service.wire
+        service.child
         service.metrics
         service.settings
         service.keys

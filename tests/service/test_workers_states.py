@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hessquik_client.errors import StartUpError
+from service import child
 from service import workers as module
 from service.settings import Settings
 from service.wire import Channel
@@ -34,15 +35,14 @@ class Process:
     mute: set[str]
     pid = 12345
 
-    def __init__(self, test: Supervised, worker: WorkerProcess) -> None:
+    def __init__(self, test: Supervised, on_frame: Callable[..., None], on_lost: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
-        self.test, self.worker, self.mute = test, worker, set(test.mute)
+        self.test, self.mute = test, set(test.mute)
         self.heard: list[dict[str, Any]] = []
         self.busy_s = self.stalled_s = 0.0
         self.is_killed = False
         self.channel = Channel(ours, self.hear, self.end, most_fds=1)
-        worker._channel = Channel(theirs, worker._on_frame, worker.lose)
-        worker._process = self  # type: ignore[assignment]
+        self.other_end = Channel(theirs, on_frame, on_lost)
         test.processes.append(self)
         self.say({"op": "ready"})
 
@@ -79,8 +79,20 @@ class Process:
         self.is_killed = True
         self.channel.close()
 
-    def poll(self) -> int | None:
-        return None
+    def write(self, *frame: Any) -> None:
+        self.other_end.write(*frame)
+
+    def close(self) -> None:
+        self.other_end.close()
+
+    def connect(self, head: dict[str, Any]) -> socket.socket:
+        if self.test.fails_to_connect:
+            self.test.fails_to_connect -= 1
+            raise OSError(24, "Too many open files")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.write(head, {}, (theirs.fileno(),))
+        return ours
 
     def wait(self, timeout_s: float) -> int:
         self.channel.close()
@@ -98,21 +110,20 @@ class Supervised:
         self.mute: set[str] = set()
         self.refuses: dict[int, str] = {}
         self.dies_of: set[int] = set()
-        self.fails_to_start = 0
+        self.fails_to_start = self.fails_to_connect = 0
         self.processes: list[Process] = []
         self.attached: list[WorkerProcess] = []
         self.refused: list[tuple[int, str]] = []
         self.is_given_up = False
         monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
         monkeypatch.setattr(module, "TICK_S", 0.005)
-        monkeypatch.setattr(WorkerProcess, "start", lambda worker: self.start(worker))  # noqa: PLW0108 - a method
-        self.workers = Workers(self, ["cpu"] * count, Settings(**settings), lambda: self.now)
+        self.workers = Workers(self, ["cpu"] * count, Settings(**settings), lambda: self.now, self.spawn)
 
-    def start(self, worker: WorkerProcess) -> None:
+    def spawn(self, module: str, arguments: list[str], on_frame: Any, on_lost: Any, blocked: Any) -> Any:
         if self.fails_to_start:
             self.fails_to_start -= 1
             raise OSError(11, "Resource temporarily unavailable")
-        Process(self, worker)
+        return Process(self, on_frame, on_lost)
 
     def attach(self, worker: WorkerProcess) -> None:
         self.attached.append(worker)
@@ -457,6 +468,19 @@ def test_kills_at_the_limit_of_a_batch_never_end_the_service(supervised: Callabl
     sim.run(work)
 
 
+def test_a_worker_that_cannot_be_connected_is_replaced(supervised: Callable[..., Supervised]) -> None:
+    sim = supervised()
+    sim.fails_to_connect = 2
+
+    async def work() -> None:
+        await sim.workers.start()
+        await sim.until(lambda: len(sim.attached) == 3 and sim.states() == [State.READY])
+        assert sim.workers.restarts == 2
+        assert [process.is_killed for process in sim.processes] == [True, True, False]
+
+    sim.run(work)
+
+
 def test_loading_is_never_timed_as_a_batch(supervised: Callable[..., Supervised]) -> None:
     sim = supervised(batch_timeout_s=1, load_timeout_s=100)
 
@@ -513,7 +537,7 @@ def test_a_workers_environment_has_no_keys_and_no_relative_places(monkeypatch: p
     monkeypatch.setenv("HESSQUIK_ADMIN_KEYS", "secret")
     monkeypatch.setenv("HESSQUIK_SECRETS", "/run/secrets")
     monkeypatch.setenv("PYTHONPATH", ":.:relative:/absolute")
-    environment = module._environment()
+    environment = child.environment()
     assert "secret" not in "".join(environment.values())
     places = environment["PYTHONPATH"].split(":")
     assert places[-1] == "/absolute"
@@ -540,8 +564,9 @@ def test_the_current_folder_does_not_shadow_modules_and_signals_do_not_reach(
         workers = Workers(owner, ["cpu"], Settings())
         starting = asyncio.ensure_future(workers.start())
         await asyncio.sleep(0)
-        process = workers.workers[0]._process
-        assert process is not None
+        running = workers.workers[0]._child
+        assert running is not None
+        process = running.process
         started.append(process)
         for number in (signal.SIGTERM, signal.SIGINT) * 2:
             process.send_signal(number)  # also while it imports

@@ -1,0 +1,108 @@
+"""Processes that run a module of this package, and the socket to each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from service.wire import Channel, Field
+
+__all__ = ["Child", "environment"]
+
+
+class Child:
+    """A process and the socket to it.
+
+    Args:
+        module: The module that it runs; the number of its end of the socket is its first argument.
+        arguments: The others.
+        on_frame: Called with head and fields of what it sends.
+        on_lost: Called once when it closes its end, or sends what is no frame; not after :meth:`close`.
+        blocked: Signals that it never sees.
+        has_own_group: Start a process group, which signals to ours do not reach.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Iterable[str],
+        on_frame: Callable[[dict[str, Any], dict[str, Any]], None],
+        on_lost: Callable[[], None],
+        blocked: Iterable[signal.Signals],
+        has_own_group: bool = False,
+    ) -> None:
+        """Start it."""
+        ours, theirs = socket.socketpair()
+        # A signal mask is inherited: the process never sees these signals, from its first instruction on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+                process_group=0 if has_own_group else None,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self.pid = self.process.pid
+        self._channel = Channel(ours, on_frame, on_lost)
+
+    def write(self, head: Mapping[str, Any], fields: Mapping[str, Field], fds: tuple[int, ...] = ()) -> None:
+        """Send a frame; see :meth:`Channel.write <service.wire.Channel.write>`."""
+        self._channel.write(head, fields, fds)
+
+    def connect(self, head: Mapping[str, Any]) -> socket.socket:
+        """Send a frame with one end of a new socket pair, and return the other end.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self.write(head, {}, (theirs.fileno(),))
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def close(self) -> None:
+        """Close our end of the socket, upon which the process ends."""
+        self._channel.close()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process has ended."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the process at once, unless it has ended."""
+        self.process.kill()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for the process to end, and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended in time.
+        """
+        return self.process.wait(timeout_s)
+
+
+def environment() -> dict[str, str]:
+    """Return a process's environment: ours without the settings, keys among them; our package is found first."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
+    return {**ours, "PYTHONPATH": os.pathsep.join([root, *path])}
