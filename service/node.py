@@ -109,7 +109,7 @@ class Node:
         await self.workers.start()
         await self.repository.load_all()
         self.is_loaded = True
-        if self.settings.watch_s > 0:
+        if self.settings.watch_s > 0 and not self.workers.is_closing:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def stop(self) -> None:

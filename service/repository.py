@@ -311,8 +311,8 @@ class Repository(Table):
         self._ids = count(1)
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[tuple[str, int], Stamp] = {}
-        self._unloaded: dict[str, int] = {}
-        self._left_unloaded: set[tuple[str, int]] = set()
+        #: When models (version ``None``) and single versions were unloaded, in the order of ids.
+        self._unloaded: dict[tuple[str, int | None], int] = {}
         self._left_out: dict[str, str] = {}
         self._tasks: set[asyncio.Task[list[Served]]] = set()
 
@@ -337,22 +337,32 @@ class Repository(Table):
 
         Raises:
             ModelNotFound: the folder has no file for this name.
-            ModelRefused: a file was refused; what it would have replaced is served on.
+            ModelRefused: a file was refused or a folder cannot be read; what is served is served on.
         """
-        self._left_unloaded = {one for one in self._left_unloaded if one[0] != name}
-        return await self._load(name)
+        return await self._load(name, next(self._ids))
 
-    async def _load(self, name: str) -> list[Served]:
-        """Load a model's versions but those that were unloaded alone."""
+    async def _load(self, name: str, asked: int) -> list[Served]:
+        """Load a model's versions but those that were unloaded, and that nobody asked for since; see :meth:`load`."""
+        task = asyncio.get_running_loop().create_task(self._load_model(name, asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._end_task)
+        return await asyncio.shield(task)
+
+    def _end_task(self, task: asyncio.Task[list[Served]]) -> None:
+        """Forget a load that is over; nobody may be left to take its error."""
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def _load_model(self, name: str, asked: int) -> list[Served]:
         files = (await self._scan()).get(name)
+        if self._is_hidden(name):
+            raise ModelRefused("expected a folder that can be read, this one cannot", loaded=[])
         if files is None:
             raise ModelNotFound("expected the name of a model that the folder holds")
-        files = [file for file in files if (name, file.version) not in self._left_unloaded]
-        self._unloaded.pop(name, None)
-        task = asyncio.get_running_loop().create_task(self._load_files(name, files))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        loaded = await asyncio.shield(task)
+        self._unloaded = {key: when for key, when in self._unloaded.items() if key[0] != name or when > asked}
+        files = [file for file in files if not self._is_unloaded(name, file.version)]
+        loaded = await self._load_files(name, files)
         refused = [served for served in loaded if served.state == "failed"]
         if refused:
             raise ModelRefused(
@@ -369,27 +379,29 @@ class Repository(Table):
             VersionNotFound: it has no such version.
         """
         versions = self.versions(name)
-        if version is not None and len(versions) > 1:
-            self.get(name, str(version))
-            self._left_unloaded.add((name, version))
-            self.retire(versions.pop(version))
-            logger.info("%s version %d is unloaded", name, version)
-            return
         if version is not None:
             self.get(name, str(version))
-        self._unloaded[name] = next(self._ids)
-        self._drop(name, versions)
-        logger.info("%s is unloaded", name)
+        if version is None or len(versions) == 1:
+            self._unloaded[name, None] = next(self._ids)
+            self._drop(name, versions)
+            logger.info("%s is unloaded", name)
+        else:
+            self._unloaded[name, version] = next(self._ids)
+            self.retire(versions.pop(version))
+            logger.info("%s version %d is unloaded", name, version)
 
     async def follow(self) -> None:
-        """Load what is new or changed in the folder and drop what is gone; what was unloaded stays so."""
+        """Load what is new or changed in the folder and drop what is gone; what was unloaded stays so.
+
+        A folder that cannot be read now, or is gone as a whole, changes nothing.
+        """
         files = await self._scan()
         stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
-        differing = dict(stamps.items() ^ self._seen.items()).keys() - self._left_unloaded
-        changed = {name for name, _ in differing} - set(self._unloaded)
+        differing = dict(stamps.items() ^ self._seen.items()).keys()
+        changed = {name for name, version in differing if not self._is_unloaded(name, version)}
         for name in sorted(changed, key=lambda name: (name in self._table, name)):  # new ones first
             try:
-                await self._load(name)
+                await self._load(name, 0)
             except ModelNotFound:
                 self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name}
                 if name in self._table:
@@ -410,6 +422,14 @@ class Repository(Table):
         """Have the workers forget a version."""
         self._workers.unload(served.id)
 
+    def _is_unloaded(self, name: str, version: int, since: int = 0) -> bool:
+        """Return whether a version, or its model, was unloaded after a moment."""
+        return max(self._unloaded.get((name, None), 0), self._unloaded.get((name, version), 0)) > since
+
+    def _is_hidden(self, name: str) -> bool:
+        """Return whether the folder, or a model's own one, could not be read."""
+        return "." in self._left_out or name in self._left_out
+
     def _drop(self, name: str, versions: dict[int, Served]) -> None:
         del self._table[name]
         for served in versions.values():
@@ -428,20 +448,36 @@ class Repository(Table):
 
     async def _load_files(self, name: str, files: list[ModelFile]) -> list[Served]:
         """Load a model's files, and drop the versions that have none any more."""
-        began = self._unloaded.get(name)
+        began = next(self._ids)
         async with self._locks.setdefault(name, asyncio.Lock()):
             loaded = [await self._load_file(file, began) for file in files]
-            versions = self._table.get(name, {})
-            for version in set(versions) - {file.version for file in files}:
+            versions, kept = self._table.get(name, {}), {file.version for file in files}
+            for version in set(versions) - kept:
                 self.retire(versions.pop(version))
-                self._seen.pop((name, version), None)
+            self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name or key[1] in kept}
+            if not versions:
+                self._table.pop(name, None)
         return loaded
 
-    async def _load_file(self, file: ModelFile, began: int | None) -> Served:
-        """Load a file, unless it holds what is served; ``began`` says when the model had been unloaded last."""
+    def _leave_unloaded(self, new: Served) -> Served:
+        """Forget what was unloaded while it was loaded: the later word counts."""
+        name, version = new.file.name, new.file.version
+        new.reason = new.reason or "expected a model that stays, it was unloaded while it was loaded"
+        versions = self._table.get(name, {})
+        if versions.get(version) is new:
+            del versions[version]
+            if not versions:
+                del self._table[name]
+        self.retire(new)
+        return new
+
+    async def _load_file(self, file: ModelFile, began: int) -> Served:
+        """Load a file, unless it holds what is served; what is unloaded after ``began`` is not brought back."""
         self._seen[file.name, file.version] = file.stamp
         old = self._table.get(file.name, {}).get(file.version)
         new = Served(file, next(self._ids))
+        if self._is_unloaded(file.name, file.version, began):
+            return self._leave_unloaded(new)
         loop = asyncio.get_running_loop()
         since_s = loop.time()
         try:
@@ -459,10 +495,8 @@ class Repository(Table):
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)
             if old is not None and old.state == "ready":
                 return new
-        if self._unloaded.get(file.name) != began:  # while this was loaded: the later word counts
-            new.reason = new.reason or "expected a model that stays, it was unloaded while it was loaded"
-            self.retire(new)
-            return new
+        if self._is_unloaded(file.name, file.version, began):
+            return self._leave_unloaded(new)
         versions = self._table.setdefault(file.name, {})
         replaced = versions.get(file.version)
         versions[file.version] = new

@@ -45,6 +45,8 @@ MAX_DEATHS, MAX_FIRST_DEATHS = 8, 3
 MAX_LOAD_DEATHS = 2
 #: Time for a process to end after its socket was closed.
 END_S = 2.0
+#: The reason why nothing is loaded any more.
+STOPPING = "expected a service that goes on, this one is stopping"
 #: Signals that are the supervisor's business, even if the whole process group gets them.
 OUR_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -171,8 +173,11 @@ class WorkerProcess:
         if self.state is State.STARTING and now - self._since_s > settings.start_timeout_s:
             self.kill(f"it did not start within {settings.start_timeout_s:g} s")
         elif self.loading and now - self._load_since_s > settings.load_timeout_s:
-            self._workers.refuse(self.loading[0], f"expected a network that loads in {settings.load_timeout_s:g} s")
-            self.kill("loading a model took too long", is_counted=False)
+            is_known = self._workers.is_known(self.loading[0])
+            if not is_known:
+                why = f"expected a network that loads in {settings.load_timeout_s:g} s"
+                self._workers.refuse(self.loading[0], why)
+            self.kill("loading a model took too long", is_counted=is_known)
         elif self.is_ready and now - self._heard_s > max(settings.batch_timeout_s, FRESH_S):
             self.kill(f"it has not answered for {now - self._heard_s:.1f} s", is_counted=False)
         elif self.is_ready and not self._is_asked:
@@ -322,12 +327,14 @@ class Workers:
             raise StartUpError(f"no worker was up within {self.settings.start_timeout_s:g} s") from None
 
     async def close(self) -> None:
-        """End all workers."""
+        """End all workers, and what waits for them."""
         self.is_closing = True
         for task in self._tasks:
             task.cancel()
         for worker in self.workers:
             worker.close()
+        for model in list(self._models):
+            self._forget(model, STOPPING)
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(loop.run_in_executor(None, worker.reap) for worker in self.workers))
 
@@ -351,6 +358,8 @@ class Workers:
         Raises:
             LoadError: it was refused.
         """
+        if self.is_closing:
+            raise LoadError(STOPPING)
         entry = self._models[model] = _Model(data)
         for slot in range(len(self.workers)):
             worker = self.workers[slot]
@@ -370,6 +379,11 @@ class Workers:
         """Let no worker have a model."""
         if self._forget(model, why):
             self._owner.refuse(model, why)
+
+    def is_known(self, model: int) -> bool:
+        """Return whether a worker has loaded a model: if another cannot, the fault is not the file's."""
+        entry = self._models.get(model)
+        return entry is not None and entry.facts is not None
 
     def on_started(self, worker: WorkerProcess) -> None:
         """Send a worker that is up everything that it has to load."""
@@ -409,7 +423,8 @@ class Workers:
         if self.is_closing:
             return
         self.restarts += 1
-        if worker.loading and (entry := self._models.get(worker.loading[0])) is not None and entry.facts is None:
+        entry = self._models.get(worker.loading[0]) if worker.loading else None
+        if entry is not None and entry.facts is None:
             is_counted = False
             entry.deaths += 1
             if entry.deaths >= MAX_LOAD_DEATHS:

@@ -329,6 +329,140 @@ def test_one_version_that_was_unloaded_stays_so_until_the_model_is_loaded(
     run(work())
 
 
+def test_a_version_that_is_unloaded_while_it_is_loaded_stays_unloaded(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        put(tmp_path, "a/2", b"two")
+        await repository.load_all()
+        put(tmp_path, "a/2", b"new")
+        workers.gate = asyncio.Event()
+        loading = asyncio.ensure_future(repository.load("a"))
+        while b"new" not in workers.loads:
+            await asyncio.sleep(0.001)
+        repository.unload("a", 2)
+        workers.gate.set()
+        with pytest.raises(ModelRefused, match="unloaded while it was loaded"):
+            await loading
+        assert served(repository) == {("a", 1): "ready"}
+        assert list(workers.held.values()) == [b"one"]
+
+    run(work())
+
+
+def test_a_model_that_is_unloaded_between_its_files_leaves_no_entry(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        put(tmp_path, "a/2", b"two")
+        workers.gate = asyncio.Event()
+        loading = asyncio.ensure_future(repository.load("a"))
+        while b"one" not in workers.loads:
+            await asyncio.sleep(0.001)
+        repository.unload("a")
+        workers.gate.set()
+        with pytest.raises(ModelRefused, match="unloaded while it was loaded"):
+            await loading
+        assert (served(repository), workers.held) == ({}, {})
+
+    run(work())
+
+
+def test_an_unload_while_the_folder_is_looked_at_is_the_later_word(tmp_path: Path, repository: Repository) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        await repository.load_all()
+        loading = asyncio.ensure_future(repository.load("a"))
+        await asyncio.sleep(0)
+        repository.unload("a")
+        assert await loading == []
+        assert served(repository) == {}
+
+    run(work())
+
+
+def test_a_load_of_what_is_not_there_changes_nothing(tmp_path: Path, repository: Repository) -> None:
+    async def work() -> None:
+        put(tmp_path, "a", b"one")
+        await repository.load_all()
+        repository.unload("a")
+        (tmp_path / "a.safetensors").unlink()
+        await repository.follow()
+        with pytest.raises(ModelNotFound):
+            await repository.load("a")
+        put(tmp_path, "a", b"two")
+        await repository.follow()
+        assert served(repository) == {}
+
+    run(work())
+
+
+def test_a_version_that_was_unloaded_and_removed_is_not_looked_for_again(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers
+) -> None:
+    async def work() -> None:
+        workers.refuses = {b"bad"}
+        for version in "12":
+            put(tmp_path, f"a/{version}", version.encode())
+        await repository.load_all()
+        repository.unload("a", 2)
+        (tmp_path / "a/2.safetensors").unlink()
+        await repository.load("a")
+        put(tmp_path, "a/1", b"bad")
+        for _ in range(5):
+            await repository.follow()
+        assert workers.loads.count(b"bad") == 1
+
+    run(work())
+
+
+def test_a_model_without_versions_is_no_model(tmp_path: Path, repository: Repository) -> None:
+    """One version was unloaded, then the file of the other was removed."""
+
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        put(tmp_path, "a/2", b"two")
+        await repository.load_all()
+        repository.unload("a", 1)
+        (tmp_path / "a/2.safetensors").unlink()
+        await repository.follow()
+        assert repository.names() == []
+
+    run(work())
+
+
+@pytest.mark.parametrize("hidden", [".", "a"], ids=["the whole folder", "a model's own"])
+def test_a_folder_that_cannot_be_read_changes_nothing(
+    tmp_path: Path, repository: Repository, caplog: pytest.LogCaptureFixture, hidden: str
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        put(tmp_path, "b", b"other")
+        await repository.load_all()
+        before = served(repository)
+        moved = tmp_path / hidden
+        moved.rename(tmp_path.parent / "moved")
+        if hidden == "a":
+            moved.symlink_to(moved)  # a circle cannot be read
+        for _ in range(3):
+            await repository.follow()
+        with pytest.raises(ModelRefused, match="folder that can be read"):
+            await repository.load("a")
+        assert served(repository) == before
+        if hidden == "a":
+            moved.unlink()
+        (tmp_path.parent / "moved").rename(moved)
+        put(tmp_path, "c", b"new")
+        await repository.follow()
+        assert served(repository) == before | {("c", 1): "ready"}
+
+    with caplog.at_level(logging.WARNING):
+        run(work())
+    assert len([record for record in caplog.records if "is left out" in record.getMessage()]) == 1
+
+
 def test_what_was_unloaded_stays_so_until_it_is_loaded(
     tmp_path: Path, repository: Repository, workers: SimulatedWorkers
 ) -> None:
@@ -484,7 +618,7 @@ def test_whatever_is_done_in_whatever_order_the_workers_hold_what_is_served(
     async def work() -> None:
         await asyncio.gather(*(act(number) for number in range(400)))
         for name in ("a", "b"):
-            repository._unloaded.pop(name, None)
+            repository._unloaded = {key: when for key, when in repository._unloaded.items() if key[0] != name}
         await repository.follow()
         ready = {one.id for name in repository.names() for one in repository.versions(name).values() if one.facts}
         assert set(workers.held) == ready

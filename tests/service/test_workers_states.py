@@ -292,6 +292,44 @@ def test_a_model_unloaded_while_it_is_loaded_leaves_nothing(supervised: Callable
     sim.run(work)
 
 
+def test_a_stop_ends_what_is_loaded(supervised: Callable[..., Supervised]) -> None:
+    sim = supervised()
+
+    async def work() -> None:
+        await sim.workers.start()
+        await sim.until(lambda: sim.attached)
+        sim.processes[0].mute = {"loaded"}
+        loading = asyncio.ensure_future(sim.workers.load(7, b"file"))
+        await sim.until(sim.processes[0].loads)
+        await sim.workers.close()
+        for load in (loading, sim.workers.load(8, b"file")):
+            with pytest.raises(LoadError, match="stopping"):
+                await load
+        assert sim.workers._models == {}
+
+    sim.run(work)
+
+
+def test_a_model_that_others_have_is_not_blamed_for_a_load_that_hangs(supervised: Callable[..., Supervised]) -> None:
+    sim = supervised(2, load_timeout_s=2)
+
+    async def work() -> None:
+        await sim.workers.start()
+        await sim.until(lambda: len(sim.attached) == 2)
+        await sim.workers.load(7, b"file")
+        sim.mute = {"loaded"}
+        sim.processes[0].end()
+        await sim.until(lambda: len(sim.processes) == 3 and sim.processes[2].loads() == [7])
+        sim.mute = set()
+        await sim.pass_time(3)
+        await sim.until(lambda: len(sim.attached) == 3)
+        assert sim.processes[2].is_killed
+        assert sim.refused == []
+        assert sim.states() == [State.READY, State.READY]
+
+    sim.run(work)
+
+
 # Deaths.
 
 

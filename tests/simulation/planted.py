@@ -1,4 +1,4 @@
-"""Bugs to plant into the scheduler and the connection: each is one replacement in their source."""
+"""Bugs to plant into the modules that are simulated: each is one replacement in their source."""
 
 # ruff: noqa: E501
 
@@ -79,4 +79,46 @@ CONNECTION_BUGS = {
     "a remembered head overtakes": ("is_free = self._current is None and not self._queue and self._is_between", "is_free = self._is_between"),
     "the last reply is not said to be the last": ('            more += b"connection: close\\r\\n"', '            more += b""'),
     "a connection that ended is not forgotten": ("        self._server_state.connections.discard(self)\n", ""),
+}  # fmt: skip
+
+#: The same for the modules of a node: which of them, what, and its replacement.
+NODE_BUGS = {
+    "nobody is asked how it is": ("workers", '            self._write({"op": "ping"})', "            pass"),
+    "a worker is asked only once": ("workers", "settings, self._is_asked = self._workers.settings, False", "settings = self._workers.settings"),
+    "workers that load are not asked": ("workers", "elif self.is_ready and not self._is_asked:", "elif self.is_ready and not self._is_asked and not self.loading and not self.loaded:"),
+    "a worker that loads is killed at the limit of a batch": ("workers", "elif self.is_ready and now - self._heard_s", "elif self.is_up and now - self._heard_s"),
+    "a start that hangs is waited for": ("workers", "if self.state is State.STARTING and now - self._since_s > settings.start_timeout_s:", "if self.state is State.STARTING and now - self._since_s > 10 * settings.start_timeout_s:"),
+    "a load that hangs is waited for": ("workers", "now - self._load_since_s > settings.load_timeout_s", "now - self._load_since_s > 10 * settings.load_timeout_s"),
+    "the time of a load begins with the first of them": ("workers", "                self._load_since_s = now\n", ""),
+    "a load that hangs for one worker refuses the model": ("workers", "            if not is_known:\n", "            if True:\n"),
+    "a batch that is stuck is waited for": ("workers", "if busy_s > settings.batch_timeout_s:", "if busy_s > 10 * settings.batch_timeout_s:"),
+    "a death is not noticed by those who wait": ("workers", "        for entry in self._models.values():\n            entry.settle(worker)\n", ""),
+    "a worker whose process cannot be started is not replaced": ("workers", "            self._count_death(True, error.strerror or type(error).__name__)\n            self._spawn(self._replace(slot, worker))", "            self._count_death(True, error.strerror or type(error).__name__)"),
+    "a worker that cannot be connected is kept": ("workers", '            worker.kill(f"it cannot be connected: {error.strerror}")', "            pass"),
+    "a worker is used before it has everything": ("workers", "if self.state is State.LOADING and not self.loading:", "if self.state is State.LOADING:"),
+    "a successor gets no models": ("workers", "            worker.load(model, entry.data)\n        if self._started", "            pass\n        if self._started"),
+    "a model is sent again to a worker that has it": ("workers", "if model not in self.loading and model not in self.loaded:", "if model not in self.loaded:"),
+    "a model that ends its worker is loaded for ever": ("workers", "            entry.deaths += 1\n", ""),
+    "a model that others have is blamed for a death": ("workers", "if entry is not None and entry.facts is None:\n            is_counted", "if entry is not None:\n            is_counted"),
+    "signs of life do not forget deaths": ("workers", '        """Forget earlier deaths: a worker is alive."""\n        self._deaths = 0', '        """Forget earlier deaths: a worker is alive."""'),
+    "deaths are not counted": ("workers", "        self._deaths += is_counted\n", ""),
+    "what was unloaded stays in the workers": ("workers", "        for worker in self.workers:\n            worker.unload(model)\n        entry.refusal", "        entry.refusal"),
+    "what is refused is not told to the owner": ("workers", "        if self._forget(model, why):\n            self._owner.refuse(model, why)", "        self._forget(model, why)"),
+    "a stop leaves loads waiting": ("workers", "            self._forget(model, STOPPING)", "            pass"),
+    "a stop leaves tasks": ("workers", "        for task in self._tasks:\n            task.cancel()\n", ""),
+    "the socket of a dead worker stays open": ("workers", "            self.become(State.DEAD)\n            self.close()\n", "            self.become(State.DEAD)\n"),
+    "a replaced version is not freed": ("repository", "            self.retire(replaced)\n", "            pass\n"),
+    "a held version is freed": ("repository", "        served.is_retired = True\n        if served.users == 0:", "        served.is_retired = True\n        if True:"),
+    "the last release does not free": ("repository", "if served.is_retired and served.users == 0:", "if served.is_retired and served.users < 0:"),
+    "a replacement that is refused takes the place": ("repository", "            if old is not None and old.state == \"ready\":\n                return new\n", ""),
+    "what is gone from the folder is served on": ("repository", "                    self._drop(name, self._table[name])\n                    logger.info(\"%s is gone", "                    logger.info(\"%s is gone"),
+    "a version that is gone is served on": ("repository", "                self.retire(versions.pop(version))\n            self._seen", "                pass\n            self._seen"),
+    "an unload while it is loaded is forgotten": ("repository", "        if self._is_unloaded(file.name, file.version, began):\n            return self._leave_unloaded(new)\n        versions", "        versions"),
+    "what was unloaded comes back when its file changes": ("repository", "if not self._is_unloaded(name, file.version)]", "]"),
+    "what was unloaded stays so when it is loaded": ("repository", "if key[0] != name or when > asked}", "}"),
+    "a version without files leaves an empty model": ("repository", "            if not versions:\n                self._table.pop(name, None)\n        return loaded", "        return loaded"),
+    "what is gone is looked for at every turn": ("repository", "if key[0] != name or key[1] in kept}", "}"),
+    "a folder that cannot be read is an empty one": ("repository", 'return "." in self._left_out or name in self._left_out', "return False"),
+    "two files of one version replace each other": ("repository", "        elif key in found:", "        elif key in found and False:"),
+    "the folder is followed once": ("node", "        while True:\n            await asyncio.sleep(self.settings.watch_s)", "        if True:\n            await asyncio.sleep(self.settings.watch_s)"),
 }  # fmt: skip
