@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -29,6 +30,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._order = count()
+        self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     def time(self) -> float:
         return self.now
@@ -57,7 +59,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:  # type: ignore[override]
-        return asyncio.Task(coro, loop=self)
+        task = asyncio.Task(coro, loop=self)
+        self._tasks.add(task)
+        return task
 
     def run_in_executor(self, executor: Any, func: Any, *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         """Call a function, all of it in one moment a little later."""
@@ -98,6 +102,14 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         if not handle.cancelled():
             self.run(handle._run)
         return True
+
+    def abandon(self) -> None:
+        """Close what has not ended: a world that a fault broke off leaves nothing to the collector."""
+        for task in list(self._tasks):
+            if not task.done():
+                task.get_coro().close()  # type: ignore[union-attr]
+        self._ready.clear()
+        self._timers.clear()
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run something as if a callback did."""

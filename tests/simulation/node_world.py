@@ -671,5 +671,9 @@ class NodeWorld:
 def run_node(seed: int, steps: int, modules: dict[str, ModuleType]) -> NodeWorld:
     """Run the world of workers and models of a seed."""
     replays = f"tests.simulation.node_world.run_node({seed}, {steps}, make_modules())"
-    world: NodeWorld = play(NodeWorld(seed, modules), steps, replays)
-    return world
+    world = NodeWorld(seed, modules)
+    try:
+        return play(world, steps, replays)  # type: ignore[no-any-return]
+    except Exception:
+        world.loop.abandon()
+        raise
