@@ -56,7 +56,10 @@ def server(start: Start) -> LiveServer:
     return start("hanging-worker", batch_timeout_s=6)
 
 
-@pytest.mark.parametrize("fault", ["dead", pytest.param("stopped", marks=pytest.mark.whole), "hung worker"])
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param("dead", marks=pytest.mark.whole), pytest.param("stopped", marks=pytest.mark.whole), "hung worker"],
+)
 def test_ready_is_false_while_no_worker_answers(server: LiveServer, fault: str, note: Note) -> None:
     slowest_s = 0.0
     for _ in range(TIMES):

@@ -16,6 +16,8 @@ import hessquik
 from hessquik.activations import tanhActivation
 from hessquik.layers import singleLayer
 from hessquik.networks import NN, resnetNN
+import pytest
+
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Connection, Ledger, Traffic, flood, questions, run
 from tests.live import LiveServer
@@ -55,6 +57,7 @@ async def watch_life(port: int, until: asyncio.Event) -> list[float]:
     return waited
 
 
+@pytest.mark.whole
 def test_overload_is_refused_not_suffered(start: Start, tmp_path: Path, note: Note) -> None:
     save_wide_network(tmp_path)
     server = start(folder=tmp_path, max_queue_requests=64)

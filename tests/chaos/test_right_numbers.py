@@ -18,7 +18,7 @@ from tests.whole import Note, choose
 
 KILL_EVERY_S = choose(1.0, 10.0)
 #: At least so many requests are sent, and so many workers killed, within so many seconds.
-REQUESTS, KILLS, LIMIT_S = choose((2000, 2, 60), (50_000, 10, 900))
+REQUESTS, KILLS, LIMIT_S = choose((2000, 1, 60), (50_000, 10, 900))
 
 
 async def kill_workers(server: LiveServer, killed: list[int], until: asyncio.Event) -> None:

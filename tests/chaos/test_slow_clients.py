@@ -12,7 +12,7 @@ from tests.chaos.conftest import Start
 from tests.chaos.traffic import Ledger, Question, Traffic, http_post, run
 from tests.whole import Note, choose
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = choose(1.5, 3.0)
 SOCKETS = choose(60, 500)
 #: What a 99th percentile of a millisecond may be off by; the short form runs beside other tests.
 SLACK_S = choose(0.05, 0.005)

@@ -16,7 +16,7 @@ from tests.whole import Note, choose
 
 #: How often each signal is sent.
 SIGNALS = choose(
-    {signal.SIGKILL: 2, signal.SIGSTOP: 1, signal.SIGSEGV: 1},
+    {signal.SIGKILL: 1, signal.SIGSTOP: 1, signal.SIGSEGV: 0},
     {signal.SIGKILL: 20, signal.SIGSTOP: 10, signal.SIGSEGV: 5},
 )
 READY_AGAIN_S = 15.0

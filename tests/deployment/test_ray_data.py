@@ -39,6 +39,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(240)
 def test_rows_get_quantities_in_columns(cluster: None, shipped_models: Path, tmp_path: Path) -> None:
     path = shipped_models / "peaks.safetensors"
