@@ -17,7 +17,7 @@ from tests.whole import Note, choose
 DRIFT_BYTES = 16 << 20
 REQUESTS = choose(1200, 100_000)
 #: So much of every request is kept by the control, which has to pass the limit in half of the requests.
-LEAK_BYTES = choose(48 << 10, 1 << 10)
+LEAK_BYTES = 1 << 10
 #: Time for the service to note that clients are gone; what it still holds of them then, it has kept.
 GONE_WITHIN_S = 10.0
 

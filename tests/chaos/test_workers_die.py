@@ -61,7 +61,7 @@ def test_a_dying_worker_is_invisible(busy: LiveServer, asked: list[Question], no
 @pytest.mark.whole
 def test_a_worker_killed_at_any_moment_takes_nothing_with_it(start: Start, asked: list[Question], note: Note) -> None:
     """Also while it starts, or loads its models: the next one has them all the same."""
-    server, times = start(workers=2), choose(2, 20)
+    server, times = start(workers=2), 20
 
     async def kill_the_youngest() -> None:
         random_ = random.Random(15)
