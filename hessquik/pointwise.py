@@ -1,8 +1,7 @@
-"""Pointwise primitives: all that activations and formulas apply to arrays entry by entry.
+"""Pointwise primitives: the operations that activations and formulas apply to arrays entry by entry.
 
-Every backend implements exactly these; whatever an activation is made of is traced into them (:mod:`hessquik.trace`).
-Comparisons give 1 and 0. NaN stays NaN through every primitive but a comparison, which gives 0, and ``where``, which
-passes on the entry that it chooses.
+Every backend implements exactly these; :mod:`hessquik.trace` reduces an activation to them. Comparisons return 1 or
+0. Primitives propagate NaN, except comparisons, which return 0, and ``where``, which returns the selected entry.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class Primitive:
 
     Attributes:
         arity: Number of operands.
-        operations: Floating-point operations that one entry costs on a CPU, about.
-        on_tensors: The same on tensors; the definition that backends are tested against.
+        operations: Approximate cost of one entry on a CPU, in floating-point operations.
+        on_tensors: The operation on tensors; backends are tested against it.
     """
 
     arity: int

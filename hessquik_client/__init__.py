@@ -4,8 +4,8 @@ with Client("http://127.0.0.1:8000") as client:
     peaks = client.model("peaks")
     out = peaks.evaluate(x, ["value", "gradient", "hessian"])
 
-The names below are imported when they are first used: the service shares the errors, the quantities and the checks of
-questions with its client, and does not load the rest. Nothing here imports the service.
+The names below are imported on first use, because the service imports only the errors, the quantities and the checks
+of requests from this package. Nothing here imports the service.
 """
 
 from __future__ import annotations

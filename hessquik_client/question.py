@@ -36,7 +36,7 @@ DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
 MAX_DIRECTIONS = 1024
 #: Dimensions of the largest array: directions, (n, k, d).
 MAX_NESTING = 3
-#: Longest name that is compared with those that are known.
+#: Longest unknown name for which a similar known name is searched.
 MAX_NAME = 32
 
 
@@ -46,11 +46,11 @@ class Shape(NamedTuple):
     Attributes:
         d: Inputs of the model.
         m: Outputs.
-        dtype: The model's own.
-        max_rows: Most points.
-        domain: Where the model was fitted, if it says so.
-        outside: What is done about points outside where the request does not say.
-        members: Networks in it; 1 if it is not an ensemble.
+        dtype: The model's own dtype, used if the request names none.
+        max_rows: Most points per request.
+        domain: The bounds within which the model was fitted, if it has any.
+        outside: Default for points outside the bounds: ``allow`` or ``refuse``.
+        members: Number of networks; 1 if the model is not an ensemble.
     """
 
     d: int
@@ -66,12 +66,12 @@ class Question(NamedTuple):
     """A checked request.
 
     Attributes:
-        inputs: (n, d).
-        is_single: Whether one point was posted flat, so that the reply has no n axis.
-        quantities: What is asked, in the order of :data:`QUANTITIES`.
-        dtype: What to compute in.
-        weights: (1 or n, m) or ``None``.
-        directions: (1 or n, k, d) or ``None``.
+        inputs: The points, shape (n, d).
+        is_single: Whether the request had one point of shape (d,), so that the reply has no n axis.
+        quantities: The quantities to compute, in the order of :data:`QUANTITIES`.
+        dtype: Dtype to compute in.
+        weights: Shape (1, m) or (n, m), or ``None``.
+        directions: Shape (1, k, d) or (n, k, d), or ``None``.
     """
 
     inputs: Array
@@ -85,11 +85,20 @@ class Question(NamedTuple):
 def make_question(
     arrays: Mapping[str, Array], quantities: Any, fixed: str | None, dtype: Any, shape: Shape, outside: Any = None
 ) -> Question:
-    """Check that everything fits the model.
+    """Check the fields of a request against a model, and convert its arrays to the dtype to compute in.
+
+    Args:
+        arrays: ``inputs`` (d,) or (n, d); optionally ``weights`` (m,) or (n, m), and ``directions`` (k, d) or
+            (n, k, d).
+        quantities: A list of names; ``None`` means ``value`` alone.
+        fixed: The quantity that the path names, if it names one; ``quantities`` must then be ``None``.
+        dtype: ``"float32"``, ``"float64"`` or ``None`` for the model's own.
+        shape: The sizes and limits of the model.
+        outside: ``"allow"``, ``"refuse"`` or ``None`` for the default of ``shape``.
 
     Raises:
-        InvalidInput: something does not.
-        OutsideDomain: a point is outside the model's bounds, and that is refused.
+        InvalidInput: a field is missing, has a wrong shape or holds a number that is not finite.
+        OutsideDomain: a point is outside the model's bounds, and ``outside`` is ``"refuse"``.
     """
     if dtype is None:
         dtype = shape.dtype
@@ -132,7 +141,9 @@ def make_question(
 
 
 def misspelt(given: Iterable[str], known: Collection[str]) -> str | None:
-    """Return which known name the first unknown one resembles; what was given is not repeated.
+    """Return a hint at the known name that the first unknown one resembles, or ``None``.
+
+    The hint does not repeat the given name, which is untrusted.
 
     Example:
         >>> misspelt(["value", "hesian"], QUANTITIES)
@@ -146,7 +157,7 @@ def misspelt(given: Iterable[str], known: Collection[str]) -> str | None:
 
 
 def _check_domain(inputs: Array, outside: Any, shape: Shape) -> None:
-    """Refuse points outside the model's bounds, if the request or the service wants that."""
+    """Refuse points outside the model's bounds if the request, or else the service, asks for it."""
     if outside is None:
         outside = shape.outside
     elif not isinstance(outside, str) or outside not in OUTSIDE:
@@ -168,7 +179,7 @@ def _check_domain(inputs: Array, outside: Any, shape: Shape) -> None:
 
 
 def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
-    """The quantities asked for, in canonical order."""
+    """Return the requested quantities in canonical order."""
     if fixed is not None:
         if listed is not None:
             raise _invalid("quantities", "none, the path names one", "some")
@@ -185,7 +196,7 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Different known names in canonical order."""
+    """Check that names are known and different, and return them in canonical order."""
     if not set(names) <= set(QUANTITIES) or len(set(names)) != len(names):
         got = misspelt([name for name in names if isinstance(name, str)], QUANTITIES) or "something else"
         raise _invalid("quantities", f"a list of different names out of {', '.join(QUANTITIES)}", got)
@@ -193,14 +204,14 @@ def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _converted(field: str, array: Array, dtype: str) -> Array:
-    """The array in the dtype to compute in, refused where that is not finite."""
+    """Convert an array to a dtype; refuse it if a number is not finite in that dtype."""
     wanted = DTYPES[dtype]
     if array.dtype == wanted:
         converted = np.ascontiguousarray(array)
     else:
         with np.errstate(over="ignore"):
             converted = np.ascontiguousarray(array, dtype=wanted)
-    # No sum of squares is finite that has one that is not; the sum alone may be too large.
+    # Fast check: if the sum of squares is finite, so is every number. The sum may also overflow by itself.
     numbers = converted.reshape(-1)
     if not math.isfinite(numbers.dot(numbers)):
         finite = np.isfinite(converted)

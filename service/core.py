@@ -22,9 +22,9 @@ from service.workers import WorkerProcess
 
 __all__ = ["Core"]
 
-#: Operations after which a batch is cut: a few milliseconds on one core.
+#: Most floating-point operations of a batch: a few milliseconds on one core.
 BATCH_COST = 1e8
-#: Bytes of results after which a batch is cut.
+#: Most bytes of a batch's results.
 BATCH_BYTES = 8 << 20
 #: Batch keys that are kept for a model.
 MAX_KEYS = 1024
@@ -33,15 +33,15 @@ TIDY_S = 1.0
 
 
 class Core:
-    """Everything that answers a question, once started.
+    """The parts that answer requests, independent of HTTP.
 
     Args:
-        settings: Limits and places.
-        node: The workers and models: this process's own, or the supervisor's.
+        settings: Settings of the service.
+        node: The workers and models, of this process or of the supervisor.
     """
 
     def __init__(self, settings: Settings, node: NodeLike) -> None:
-        """Wire the parts together; nothing runs yet."""
+        """Connect the parts; :meth:`start` starts them."""
         self.settings = settings
         self.metrics = Metrics()
         self.keys = Keys(settings)
@@ -58,28 +58,28 @@ class Core:
         self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the workers and load the models, unless that is done.
+        """Start the workers and load the models; do nothing if they are started.
 
         Raises:
-            StartUpError: there is no folder, or no worker comes up.
+            StartUpError: the folder does not exist, or no worker starts.
         """
         if self._tidying is None:
             self._tidying = asyncio.get_running_loop().create_task(self._tidy())
         await self.node.start(self)
 
     async def stop(self) -> None:
-        """End the workers."""
+        """Stop the workers and close their connections."""
         if self._tidying is not None:
             self._tidying.cancel()
         await self.node.stop()
         self.links.close()
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Use a worker of this process that has become ready."""
+        """Connect to a worker of this process that has become ready."""
         self.links.add(worker.connect(), partial(worker.kill, "its connection ended"))
 
     def give_up(self) -> None:
-        """End all jobs, since workers cannot be kept alive."""
+        """Fail all jobs, now and later, because workers cannot be kept alive."""
         self.scheduler.give_up()
 
     async def load(self, name: str) -> list[Served]:
@@ -87,7 +87,7 @@ class Core:
 
         Raises:
             ModelNotFound: the folder has no file for this name.
-            ModelRefused: a file was refused; what it would have replaced is served on.
+            ModelRefused: a file was refused; the version served so far stays.
         """
         return await self.node.load(name)
 
@@ -101,19 +101,22 @@ class Core:
         await self.node.unload(name, version)
 
     async def metrics_text(self) -> bytes:
-        """Return the metrics of the whole service in Prometheus' text format."""
+        """Return the metrics of all front ends in Prometheus' text format."""
         return await self.node.metrics_text(self.metrics.text())
 
     @property
     def is_given_up(self) -> bool:
-        """Return whether workers cannot be kept alive."""
+        """Return whether the service has given up starting workers."""
         return self.scheduler.is_given_up
 
     def time_ms(self, header: bytes) -> int:
-        """Return the time for a request whose ``X-Deadline-Ms`` this is.
+        """Return the time limit of a request in milliseconds.
+
+        Args:
+            header: Value of ``X-Deadline-Ms``; if empty, the default of the settings applies.
 
         Raises:
-            InvalidInput: the header is not a number of milliseconds within the limit.
+            InvalidInput: the header is not a whole number within the limit.
         """
         milliseconds = self.settings.deadline_ms
         if header:
@@ -124,7 +127,7 @@ class Core:
         return milliseconds
 
     def shape(self, served: Served) -> Shape:
-        """Return what questions about a model have to fit."""
+        """Return the sizes and limits for requests to a model."""
         shape: Shape | None = served.kinds.get("shape")
         if shape is None:
             facts, settings = served.facts, self.settings
@@ -135,7 +138,7 @@ class Core:
         return shape
 
     def why_not_ready(self) -> list[str]:
-        """Return the reasons why the service is not ready; none if it is."""
+        """Return the reasons why the service is not ready; an empty list if it is."""
         reasons, health = [], self.node.health()
         if self.is_draining:
             reasons.append("the service is stopping")
@@ -148,7 +151,7 @@ class Core:
         return reasons
 
     def key(self, served: Served, question: Question, form: str) -> BatchKey:
-        """Make what questions have in common that may share a batch, and keep it with the model."""
+        """Create the key that requests of the same batch share, and cache it with the version."""
         is_weighted = question.weights is not None
         k = 0 if question.directions is None else question.directions.shape[1]
         sizes = (question.quantities, served.d, served.m, k, is_weighted)
@@ -170,13 +173,13 @@ class Core:
         return key
 
     async def _tidy(self) -> None:
-        """Give shared memory back that nobody has used for a while, for ever."""
+        """Free idle shared memory periodically until cancelled."""
         while True:
             await asyncio.sleep(TIDY_S)
             self.links.drop_idle_buffers()
 
     def _gauges(self) -> Iterator[Gauge]:
-        """Yield what is read off when Prometheus asks."""
+        """Yield the gauges, computed when metrics are requested."""
         queue, health, repository = self.scheduler.queue, self.node.health(), self.repository
         served = [one for name in repository.names() for one in repository.versions(name).values()]
         is_ready = {(one.file.name, str(one.file.version)): float(one.state == "ready") for one in served}

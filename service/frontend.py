@@ -1,18 +1,18 @@
-"""A front end of several: HTTP in a process of its own, with the workers and models of the supervisor.
+"""One of several front-end processes: it serves HTTP with the workers and models of the supervisor.
 
-Run as ``python -P -m service.frontend FD``; FD is our end of a socket pair with the supervisor, which sends
+Run as ``python -P -m service.frontend FD``; FD is one end of a socket pair with the supervisor. The supervisor sends
 
     start     {"op", "settings", "fds": 1}         the first frame: what to serve, and a socket to listen on
     worker    {"op", "fds": 1}                     a connection to a worker that is ready
     table     {"op", "number", "served", "gone"}   models as they are now → {"op": "told", "number"}
-    keys      {"op", "api_keys", "admin_keys"}     other keys than it was started with
-    health    {"op", …}                            how the workers are, a few times a second
-    replied   {"op", "number", …}                  what came of a load, an unload or a question for metrics
-    report    {"op", "number"}                     → {"op": "reported", "number"} + our metrics
+    keys      {"op", "api_keys", "admin_keys"}     keys that replace those of the start
+    health    {"op", …}                            state of the workers, a few times a second
+    replied   {"op", "number", …}                  the answer to a load, unload or metrics frame
+    report    {"op", "number"}                     → {"op": "reported", "number"} + metrics of this process
     give_up   {"op"}                               workers cannot be kept alive
 
-and to which we send, beside the answers, {"op": "load" | "unload" | "metrics", "number", "name"?}, and {"op":
-"released", "id"} when no request holds a version any more that is gone.
+This process sends, besides the answers, {"op": "load" | "unload" | "metrics", "number", "name"?}, and
+{"op": "released", "id"} when no request uses a removed version any more.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from service.settings import Settings
 
 __all__ = ["Mirror", "RemoteNode", "error_of", "main"]
 
-#: Time after which what the supervisor said of the workers is no longer true.
+#: Age at which the supervisor's last report about the workers counts as stale.
 FRESH_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
 class Mirror(Table):
-    """The supervisor's table, as it last said.
+    """A copy of the supervisor's table of models, updated by its frames.
 
     Args:
-        root: The folder.
-        node: Who is told when a version is held no more.
+        root: The folder of the models.
+        node: Connection to the supervisor, which is told when a version is released.
     """
 
     def __init__(self, root: Path, node: RemoteNode) -> None:
@@ -56,7 +56,12 @@ class Mirror(Table):
         self._node = node
 
     def apply(self, served: list[Mapping[str, Any]], gone: list[Mapping[str, Any]]) -> None:
-        """Take over what has changed."""
+        """Apply a change of the table.
+
+        Args:
+            served: Versions that are new or changed.
+            gone: Versions that are no longer served.
+        """
         for one in gone:
             versions = self._table.get(one["name"], {})
             if one["version"] in versions:
@@ -74,20 +79,20 @@ class Mirror(Table):
             versions[one["version"]].facts, versions[one["version"]].reason = one["facts"], one["reason"]
 
     def free(self, served: Served) -> None:
-        """Tell the supervisor that nobody here holds a version any more."""
+        """Tell the supervisor that no request here uses a version any more."""
         self._node.write({"op": "released", "id": served.id})
 
 
 class RemoteNode:
-    """The supervisor's workers and models.
+    """The workers and models of the supervisor, reached over a socket.
 
     Args:
-        settings: The folder's place.
-        sock: Our end of the socket pair with the supervisor.
+        settings: Settings of the service.
+        sock: This process's end of the socket pair with the supervisor.
     """
 
     def __init__(self, settings: Settings, sock: socket.socket) -> None:
-        """Know nothing yet."""
+        """Start with an empty table; :meth:`start` connects to the supervisor."""
         self.repository = Mirror(settings.models, self)
         self._sock = sock
         self._channel: wire.Channel | None = None
@@ -98,7 +103,7 @@ class RemoteNode:
         self._loaded = asyncio.Event()
 
     async def start(self, user: Any) -> None:
-        """Take over what the supervisor has, and wait until its models are loaded."""
+        """Connect to the supervisor, and wait until its models are loaded."""
         if self._channel is None:
             self._user = user
             self._channel = wire.Channel(self._sock, self._on_frame, self._on_lost, most_fds=1)
@@ -106,27 +111,27 @@ class RemoteNode:
         await self._loaded.wait()
 
     async def stop(self) -> None:
-        """Leave the supervisor."""
+        """Close the connection to the supervisor."""
         if self._channel is not None:
             self._channel.close()
 
     def health(self) -> Health:
-        """Return how the workers were when the supervisor last said so."""
+        """Return the state of the workers in the supervisor's last report."""
         is_fresh = self._health.is_fresh and time.monotonic() - self._heard_s <= FRESH_S
         return self._health._replace(is_fresh=is_fresh)
 
     async def load(self, name: str) -> list[Served]:
-        """Have the supervisor load a model; it has told all front ends when this returns."""
+        """Make the supervisor load a model; return when all front ends serve it."""
         head, _ = await self._ask("load", name=name)
         served = self.repository.versions(name)
         return [served[version] for version in head["versions"] if version in served]
 
     async def unload(self, name: str, version: int | None = None) -> None:
-        """Have the supervisor unload a model or a version; it has told all front ends when this returns."""
+        """Make the supervisor unload a model or a version; return when no front end serves it."""
         await self._ask("unload", name=name, version=version)
 
     async def metrics_text(self, own: bytes) -> bytes:
-        """Return the metrics of all front ends together."""
+        """Return the metrics of all front ends together; the supervisor asks each for its own."""
         _, fields = await self._ask("metrics")
         return bytes(fields["text"])
 
@@ -173,18 +178,18 @@ class RemoteNode:
                 raise wire.WireError("expected a frame of the supervisor")
 
     def _on_lost(self) -> None:
-        """End with the supervisor: without it nobody would look after us or the workers."""
+        """Exit when the supervisor is gone, since nothing else restarts workers or front ends."""
         os._exit(1)
 
 
 def error_of(members: Mapping[str, Any]) -> ServiceError:
-    """Return the error that the supervisor sent as a value."""
+    """Return the error that a frame of the supervisor describes."""
     kind = BY_CODE.get(members["code"], InternalError)
     return kind(members["detail"], **members["extra"])
 
 
 def main(arguments: list[str]) -> int:
-    """Serve as one of several front ends."""
+    """Receive the settings and the listening socket from the supervisor, and serve until told to stop."""
     from service.app import create_app
     from service.logs import set_up_logging
     from service.server import serve

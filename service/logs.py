@@ -1,4 +1,4 @@
-"""Log lines, as text or as JSON: one line per record, whatever a file's name or a client's header holds."""
+"""Logging as text or as JSON, one line per record; control characters in names and headers are escaped."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["AccessLog", "JSONFormatter", "TextFormatter", "log_administration", 
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("service.audit")
 
-#: Of a request, where a record is about one.
+#: Attributes of a record that name the request.
 CONTEXT = ("request_id", "traceparent")
-#: Lines of the access log that wait to be written, and the time that they are gathered.
+#: Most lines of the access log that wait to be written, and the interval between writes.
 MAX_LINES, GATHER_S = 1 << 16, 0.05
 #: Time to write what is left at the end.
 CLOSE_S = 2.0
@@ -46,19 +46,19 @@ def printable(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """A line per record, with its traceback below."""
+    """Format a record as one line of text, followed by its traceback."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line, and what request it is about."""
+        """Return the line with the request's id and traceparent appended."""
         context = "".join(f" {name}={getattr(record, name)}" for name in CONTEXT if getattr(record, name, ""))
         return printable(super().formatMessage(record) + context)
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object per line."""
+    """Format a record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's time, level, source, message, request and, if there is one, its traceback."""
+        """Return the record's time, level, logger, message, request and, if there is one, its traceback."""
         document: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
@@ -73,7 +73,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Write log lines to stderr as the settings say."""
+    """Set up the root logger to write to stderr in the format and at the level of the settings."""
     handler = logging.StreamHandler()
     if settings.log_format == "json":
         handler.setFormatter(JSONFormatter())
@@ -83,7 +83,7 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def log_start(settings: Settings) -> None:
-    """Log versions and the settings in effect; of keys, their count."""
+    """Log the versions and the settings in effect; of API keys, log only their number."""
     shown, found = settings.shown(), versions()
     logger.info("hessquik-service %s, Python %s, torch %s", *found.values(), extra={"fields": {"versions": found}})
     text = ", ".join(f"{name}={value}" for name, value in shown.items())
@@ -91,7 +91,7 @@ def log_start(settings: Settings) -> None:
 
 
 def log_administration(request: Request, route: str, model: str, status: int, key: bytes) -> None:
-    """Log that somebody loaded or unloaded a model, or was refused: what, with which key, under which request."""
+    """Log a request to load or unload a model: action, model, status, request id and a digest of the API key."""
     action = route.rpartition("/")[2]
     # So that the same key is recognized and none can be read.
     digest = hashlib.sha256(key).hexdigest()[:8] if key else "none"
@@ -104,12 +104,13 @@ def log_administration(request: Request, route: str, model: str, status: int, ke
 
 
 class AccessLog:
-    """A JSON line for every answered request, written by a thread of its own.
+    """An access log with one JSON line per answered request, written by a background thread.
 
-    A reader that is slow does not hold up the service: lines that find no room are dropped, and counted in a line.
+    A slow reader does not block the service: lines that do not fit into the buffer are dropped, and the next line
+    gives their number as ``lost_lines``.
 
     Args:
-        descriptor: Where to write.
+        descriptor: The file descriptor to write to.
     """
 
     def __init__(self, descriptor: int = 1) -> None:
@@ -140,7 +141,7 @@ class AccessLog:
         self._lines.put(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the buffered lines within :data:`CLOSE_S`, and end the thread."""
         self._lines.put(None)
         self._thread.join(CLOSE_S)
 
@@ -162,7 +163,7 @@ class AccessLog:
 
 
 def _write(descriptor: int, chunk: bytes) -> None:
-    """Write all of it; nobody is told of a reader that is gone."""
+    """Write all bytes; ignore errors, such as a closed pipe."""
     try:
         while chunk:
             chunk = chunk[os.write(descriptor, chunk) :]

@@ -1,10 +1,10 @@
-"""Files on disk ↔ served models and versions.
+"""Models and versions: the files in a folder and what is served of them.
 
 ``NAME.safetensors`` is version 1 of NAME, ``NAME/VERSION.safetensors`` another. Each file is read whole and handed to
-the workers as bytes, so that a later change of the file changes nothing until it is loaded again. Requests name
-models; a name is looked up in a table and never becomes part of a path.
+the workers as bytes, so that a later change of the file has no effect until it is loaded again. A model's name in a
+request is looked up in a table and never becomes part of a path.
 
-:class:`Table` is what is served, as requests see it; :class:`Repository` keeps it up to date with the folder.
+:class:`Table` holds the served models; :class:`Repository` keeps it up to date with the folder.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class ModelFile:
     """A file that holds one version of a model.
 
     Attributes:
-        name: The model's.
-        version: From 1.
-        path: The file.
-        stamp: What changes when the file does.
+        name: Name of the model.
+        version: Number of the version, from 1.
+        path: Path of the file.
+        stamp: A fingerprint that changes when the file does.
     """
 
     name: str
@@ -59,20 +59,20 @@ class ModelFile:
 
     @property
     def size_bytes(self) -> int:
-        """Return the file's size when it was found."""
+        """Return the size that the file had when the folder was scanned."""
         return self.stamp[2]
 
     def read(self, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-        """Return its bytes.
+        """Return the bytes of the file.
 
         Args:
-            most_bytes: A larger file is refused.
+            most_bytes: Largest size that is accepted.
 
         Raises:
-            LoadError: it cannot be read, or is too large.
+            LoadError: the file is missing, unreadable, not a regular file, or too large.
         """
         try:
-            # Opened without waiting: a FIFO may have taken the file's place.
+            # Opened without blocking: the path may have become a FIFO.
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
                 status = os.fstat(opened.fileno())
                 if not stat.S_ISREG(status.st_mode):
@@ -88,7 +88,7 @@ def scan(root: Path) -> tuple[list[ModelFile], dict[str, str]]:
     """Find the models in a folder.
 
     Returns:
-        The files, ordered by name and version, one for each; and why what else is there is left out, by its path.
+        The files, one per version, ordered by name and version; and the reason for each entry left out, by its path.
     """
     found: dict[tuple[str, int], ModelFile] = {}
     left_out: dict[str, str] = {}
@@ -125,7 +125,7 @@ def find_files(root: Path) -> Iterator[ModelFile]:
 
 
 def _candidates(root: Path, left_out: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.DirEntry[str] | None]]:
-    """Yield what is named like a model's file and the folder of its own that it is in, if any; such come last."""
+    """Yield every ``*.safetensors`` entry with ``None``, then those of subfolders with the entry of the subfolder."""
     folders = []
     for entry in _entries(root, root, left_out):
         if entry.name.endswith(SUFFIX):
@@ -152,7 +152,7 @@ def _entries(folder: Path, root: Path, left_out: dict[str, str]) -> list[os.DirE
 
 
 def printable(text: object) -> str:
-    r"""Return a name as one line of text that a terminal can take.
+    r"""Return text that is safe to print as one line on a terminal.
 
     Example:
         >>> printable("peaks.safetensors"), printable("a\nb\udcff")
@@ -166,14 +166,15 @@ class Served:
     """One version of a model, as the workers hold it.
 
     Attributes:
-        file: Where it came from.
-        id: What the workers know it by; each loading gets a new one.
-        digest: Of the file's bytes; a file that did not change is not loaded again.
-        kinds: Keys of batches, kept by whoever asks.
-        facts: What a worker said of it.
-        reason: Why it is not served.
-        users: Requests that hold it.
-        statistics: What it has answered.
+        file: The file that it was loaded from.
+        id: Its number in the workers; each load gets a new one.
+        digest: SHA-256 of the file's bytes; a file with the same digest is not loaded again.
+        kinds: Cache of batch keys and shapes, filled by :class:`service.core.Core`.
+        facts: Description by a worker (``d``, ``m``, ``dtype``, metadata …); empty until it is loaded.
+        reason: Reason why it failed, or ``None``.
+        users: Number of requests that hold it.
+        is_retired: Whether it is freed when no request holds it.
+        statistics: Counts and times of its requests.
     """
 
     file: ModelFile
@@ -188,17 +189,17 @@ class Served:
 
     @property
     def state(self) -> str:
-        """``ready``, ``loading`` or ``failed``."""
+        """Return ``ready``, ``loading`` or ``failed``."""
         return "failed" if self.reason is not None else "ready" if self.facts else "loading"
 
     @property
     def d(self) -> int:
-        """Inputs."""
+        """Return the number of inputs; the version must be loaded."""
         return int(self.facts["d"])
 
     @property
     def m(self) -> int:
-        """Outputs."""
+        """Return the number of outputs; the version must be loaded."""
         return int(self.facts["m"])
 
 
@@ -206,7 +207,7 @@ class Table:
     """The served models, by name and version.
 
     Args:
-        root: The folder that it comes from.
+        root: The folder of the models.
     """
 
     def __init__(self, root: Path) -> None:
@@ -215,11 +216,11 @@ class Table:
         self._table: dict[str, dict[int, Served]] = {}
 
     def names(self) -> list[str]:
-        """Return the names of all models, also of failed ones."""
+        """Return the names of all models in order, including those that failed to load."""
         return sorted(self._table)
 
     def versions(self, name: str) -> dict[int, Served]:
-        """Return all versions of a model.
+        """Return all versions of a model by number.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -230,12 +231,12 @@ class Table:
         return versions
 
     def default(self, name: str) -> Served:
-        """Return the version that is meant when none is named: the highest that is ready, else the highest."""
+        """Return the default version of a model: the highest that is ready, else the highest."""
         versions = self.versions(name).values()
         return max(versions, key=lambda served: (served.state == "ready", served.file.version))
 
     def get(self, name: str, version: str | None) -> Served:
-        """Return a version of a model, ready or not.
+        """Return a version of a model, ready or not; the default version if ``version`` is ``None``.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -250,12 +251,12 @@ class Table:
         return served
 
     def ready(self, name: str, version: str | None) -> Served:
-        """Return a version that can be evaluated.
+        """Return a version that can be evaluated; the default version if ``version`` is ``None``.
 
         Raises:
             ModelNotFound: there is no such model.
             VersionNotFound: it has no such version.
-            NotReady: it is being loaded, or failed to load.
+            NotReady: the version is being loaded, or failed to load.
         """
         versions = self._table.get(name)
         if version is None and versions is not None and len(versions) == 1:
@@ -269,7 +270,7 @@ class Table:
 
     @contextmanager
     def holding(self, served: Served) -> Iterator[Served]:
-        """Hold a version for a request while something is awaited."""
+        """Hold a version within a ``with`` block, so that it is not freed while a request awaits something."""
         self.hold(served)
         try:
             yield served
@@ -297,11 +298,11 @@ class Table:
 
 
 class Repository(Table):
-    """The table, and the folder that it follows.
+    """The served models, kept up to date with a folder.
 
     Args:
-        root: The folder.
-        workers: What holds the models.
+        root: The folder of the models.
+        workers: The worker processes that the models are loaded into.
     """
 
     def __init__(self, root: Path, workers: Workers) -> None:
@@ -372,7 +373,7 @@ class Repository(Table):
         return loaded
 
     def unload(self, name: str, version: int | None = None) -> None:
-        """Stop serving a model, or one version, until :meth:`load`; requests that hold it are answered.
+        """Stop serving a model, or one version, until :meth:`load`; requests in progress are still answered.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -408,10 +409,15 @@ class Repository(Table):
                     self._drop(name, self._table[name])
                     logger.info("%s is gone from the folder", name)
             except ServiceError:
-                continue  # said in the log, and not tried again until the file changes
+                continue  # logged already, and not tried again until the file changes
 
     def refuse(self, model: int, why: str) -> None:
-        """Serve a model no more that a worker refused."""
+        """Mark a version as failed because a worker refused it.
+
+        Args:
+            model: Number of the version in the workers.
+            why: The reason.
+        """
         for versions in self._table.values():
             for served in versions.values():
                 if served.id == model:
@@ -436,7 +442,7 @@ class Repository(Table):
             self.retire(served)
 
     async def _scan(self) -> dict[str, list[ModelFile]]:
-        """Return the files by name; say once what is left out."""
+        """Return the files by model; log each entry that is left out once."""
         found, left_out = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
         for path in left_out.keys() - self._left_out.keys():
             logger.warning("%s is left out: %s", printable(path), left_out[path])
@@ -447,7 +453,7 @@ class Repository(Table):
         return files
 
     async def _load_files(self, name: str, files: list[ModelFile]) -> list[Served]:
-        """Load a model's files, and drop the versions that have none any more."""
+        """Load a model's files, and drop the versions whose files are gone."""
         began = next(self._ids)
         async with self._locks.setdefault(name, asyncio.Lock()):
             loaded = [await self._load_file(file, began) for file in files]

@@ -1,12 +1,12 @@
-"""Arrays to and from a GPU: copies that overlap with computing, through bounded pinned memory.
+"""Copies of arrays to and from a GPU, overlapped with computing, through bounded pinned memory.
 
-A call whose arrays are on the host goes in chunks of rows through two slots, which take turns:
+A call whose arrays are on the host is split into chunks of rows, which use two slots in turn:
 
     copy in       [ chunk 0 ][ chunk 1 ]          [ chunk 2 ] …
     compute                  [ chunk 0 ][ chunk 1 ]
     copy out                            [ chunk 0 ][ chunk 1 ]
 
-Everything that only CUDA has stands behind :class:`Driver`, so that the order of events is tested without a GPU.
+:class:`Driver` wraps every CUDA call, so that the order of events is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 __all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages"]
 
-#: Bytes of a chunk's inputs, and of its results, on the host; each slot has so much pinned memory twice.
+#: Most bytes of one array of a chunk on the host.
 CHUNK_BYTES = 8 << 20
-#: Calls of so few bytes are not copied: the kernel reads and writes the pinned memory itself.
+#: Calls of at most so many bytes are not copied: the kernel reads and writes the pinned memory itself.
 DIRECT_BYTES = 32 << 10
 SLOTS = 2
 #: Stages that are kept for later calls, per device.
@@ -46,27 +46,27 @@ class Driver(Protocol):
         ...
 
     def record(self, event: Any, stream: Any) -> None:
-        """Let an event happen when all work so far on a stream is done."""
+        """Record an event that completes when all work queued so far on a stream is done."""
         ...
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Let later work on a stream begin after an event."""
+        """Make work queued on a stream from now on wait for an event."""
         ...
 
     def synchronize(self, event: Any) -> None:
-        """Wait on the host for an event."""
+        """Block the calling thread until an event completes."""
         ...
 
     def copy(self, out: Tensor, source: Tensor, stream: Any) -> None:
-        """Copy between pinned memory and the device when the stream comes to it."""
+        """Queue a copy between pinned memory and the device on a stream."""
         ...
 
     def pinned(self, count: int) -> Tensor:
-        """Return so many bytes of pinned memory."""
+        """Return ``count`` bytes of pinned host memory."""
         ...
 
     def memory(self, count: int, stream: Any) -> Tensor:
-        """Return so many bytes of the device's memory, for use on a stream; free when it is dropped."""
+        """Return ``count`` bytes of device memory for use on a stream; deleting the tensor frees them."""
         ...
 
     def is_host(self, array: Tensor) -> bool:
@@ -98,24 +98,24 @@ class Cuda:
         event.record(stream)
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
-        """Let a stream wait."""
+        """Make a stream wait for an event."""
         stream.wait_event(event)
 
     def synchronize(self, event: torch.cuda.Event) -> None:
-        """Wait on the host."""
+        """Block the calling thread until an event completes."""
         event.synchronize()
 
     def copy(self, out: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
-        """Copy asynchronously."""
+        """Queue an asynchronous copy on a stream."""
         with torch.cuda.stream(stream):
             out.copy_(source, non_blocking=True)
 
     def pinned(self, count: int) -> Tensor:
-        """Return pinned memory."""
+        """Return ``count`` bytes of pinned host memory."""
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
     def memory(self, count: int, stream: torch.cuda.Stream) -> Tensor:
-        """Return memory of the device."""
+        """Return ``count`` bytes of device memory."""
         with torch.cuda.stream(stream):
             return torch.empty(count, dtype=torch.uint8, device=self.device)
 
@@ -130,17 +130,17 @@ Launch = Callable[[Mapping[str, Tensor], int, int, Any], None]
 
 @dataclass
 class _Slot:
-    """Memory for a chunk: on the host and on the device, inputs and results."""
+    """Buffers of one chunk: its inputs and results on the host and on the device."""
 
     done: Any
     host: dict[str, Tensor] = field(default_factory=dict)
     device: dict[str, Tensor] = field(default_factory=dict)
-    #: Results on the way: where they are wanted, and the pinned memory they come to.
+    #: Results in flight: the caller's array and the pinned memory that is copied to it.
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_used: bool = False
 
     def drain(self, driver: Driver) -> None:
-        """Wait until nothing reads or writes the memory, and put the chunk's results where they are wanted."""
+        """Wait until the chunk is computed, and copy its results to the caller's arrays."""
         if self.is_used:
             driver.synchronize(self.done)
             for wanted, found in self.waiting:
@@ -148,16 +148,16 @@ class _Slot:
             self.forget()
 
     def forget(self) -> None:
-        """Drop the results."""
+        """Discard the results in flight."""
         self.waiting.clear()
         self.is_used = False
 
 
 class _Stage:
-    """Streams and slots that one call at a time uses."""
+    """Streams and slots, used by one call at a time."""
 
     def __init__(self, driver: Driver, slots: int = SLOTS) -> None:
-        """Make the streams and events; memory comes with the calls."""
+        """Create the streams and events; memory is allocated by the first call."""
         self.driver = driver
         self.inward, self.compute, self.outward = driver.stream(), driver.stream(), driver.stream()
         self.arrived, self.computed = driver.event(), driver.event()
@@ -192,7 +192,7 @@ class _Stage:
             driver.wait(driver.caller(), ended)
 
     def _chunk(self, call: _Call, slot: _Slot, first: int, last: int, launch: Launch) -> None:
-        """Begin with a chunk; the one before it in this slot is finished."""
+        """Queue the copies and the launch of one chunk; the slot must be drained."""
         driver, count = self.driver, last - first
         arrays = dict(call.there)
         is_direct = count * call.row_bytes + call.shared_bytes <= DIRECT_BYTES
@@ -237,7 +237,7 @@ class _Stage:
 
     @staticmethod
     def _part(kept: dict[str, Tensor], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:
-        """Return memory of a slot with an array's shape, made anew if what is kept is too small."""
+        """Return a buffer of a slot in an array's shape and dtype, reallocated if it is too small."""
         size = like.numel() * like.element_size()
         memory = kept.get(name)
         if memory is None or memory.numel() < size:
@@ -247,7 +247,7 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call's arrays: those on the host, those on the device, and how many rows go at a time."""
+    """The arrays of a call on the host (``here``) and on the device (``there``), and the rows of a chunk."""
 
     here: Mapping[str, Tensor]
     there: Mapping[str, Tensor]
@@ -260,10 +260,10 @@ class _Call:
 
 
 class Stages:
-    """The stages of one device; a call takes an idle one, or a new one if all are in use."""
+    """A pool of stages for one device; a call takes an idle stage, or creates one if all are in use."""
 
     def __init__(self, driver: Driver) -> None:
-        """Begin with none."""
+        """Start with an empty pool."""
         self.driver = driver
         self._lock = threading.Lock()
         self._idle: list[_Stage] = []
@@ -277,7 +277,18 @@ class Stages:
         stop: int,
         launch: Launch,
     ) -> None:
-        """Run rows of a call some of whose arrays are on the host; its results are in place on return."""
+        """Run rows ``start`` to ``stop`` of a call that has arrays on the host.
+
+        Results on the host are complete on return; those on the device are in the order of the caller's stream.
+
+        Args:
+            arrays: The arrays of the whole call by name, on the host or on the device.
+            outputs: Names of the arrays that are written.
+            shared: Names of the arrays that all rows share; they are not sliced.
+            start: The first row.
+            stop: The row after the last.
+            launch: Launches rows of a call on a stream.
+        """
         here = {name: array for name, array in arrays.items() if self.driver.is_host(array)}
         there = {name: array for name, array in arrays.items() if name not in here}
         inputs = [name for name in here if name not in outputs]
@@ -304,6 +315,6 @@ class Stages:
                 self._idle.append(stage)
 
     def clear(self) -> None:
-        """Give back the memory of idle stages."""
+        """Free the memory of idle stages."""
         with self._lock:
             self._idle.clear()

@@ -1,4 +1,4 @@
-"""Modules captured by ``torch.export``."""
+"""Capture of torch modules with ``torch.export``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from hessquik.importing.torch_reader import Call, Program, Ref
 
 __all__ = ["capture", "example_of", "one_input", "one_output"]
 
-#: Rows of the points that a module is captured with; shapes in its code that are not these are of features.
+#: Rows of the points that a module is captured with; an axis of another length is one of features.
 ROWS = 7
 
 
 def example_of(module: nn.Module, example_input: Any) -> Tensor:
-    """Return :data:`ROWS` points to capture a module with.
+    """Return :data:`ROWS` equal points to capture a module with, on the CPU and in the dtype of its weights.
 
     Args:
         module: The module.
-        example_input: One point or several, or ``None`` where the first layer tells the number of inputs.
+        example_input: One point (d,) or several (n, d); if ``None``, a layer of the module must have ``in_features``
+            or ``num_features``, and the points are zeros of that width.
 
     Raises:
-        UnsupportedError: it does not tell, or the points are not real numbers.
+        UnsupportedError: no layer has a number of inputs, or the points are not one tensor of real numbers.
     """
     weights = (part.dtype for part in (*module.parameters(), *module.buffers()) if part.is_floating_point())
     dtype = next(weights, getattr(example_input, "dtype", torch.get_default_dtype()))
@@ -56,10 +57,10 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
 
 
 def capture(module: nn.Module, example: Tensor) -> Program:
-    """Return a module's calls of ATen operators.
+    """Capture a module as a program of calls of ATen operators.
 
     Raises:
-        UnsupportedError: the module cannot be captured; the message names the line.
+        UnsupportedError: the module cannot be captured; the message names the line of its code.
     """
     try:
         with warnings.catch_warnings():
@@ -71,7 +72,7 @@ def capture(module: nn.Module, example: Tensor) -> Program:
 
 
 def _program(exported: Any) -> Program:
-    """Return an exported program's calls."""
+    """Convert a program of ``torch.export``."""
     signature, graph = exported.graph_signature, exported.graph
     names = {
         **{name: exported.state_dict[target] for name, target in signature.inputs_to_parameters.items()},
@@ -102,19 +103,19 @@ def _program(exported: Any) -> Program:
 
 
 def one_input(names: Any) -> None:
-    """Refuse a program that takes anything but one tensor.
+    """Check that a program takes exactly one tensor.
 
     Raises:
-        UnsupportedError: it does.
+        UnsupportedError: the program has another number of inputs, or its input is not a tensor.
     """
     _expect_one(names, "takes {} inputs", "takes one tensor (n, d) and splits it")
 
 
 def one_output(names: Any) -> None:
-    """Refuse a program that returns anything but one tensor.
+    """Check that a program returns exactly one tensor.
 
     Raises:
-        UnsupportedError: it does.
+        UnsupportedError: the program returns another number of values, or a value that is not a tensor.
     """
     _expect_one(names, "returns {} values", "returns one tensor, such as torch.cat of them")
 
@@ -132,7 +133,7 @@ def _target(target: Any) -> str:
 
 
 def _plain(argument: Any) -> Any:
-    """Return an argument with names in the places of nodes."""
+    """Return an argument with every node replaced by a reference to its name."""
     if isinstance(argument, torch.fx.Node):
         return Ref(argument.name)
     if isinstance(argument, list | tuple):
@@ -141,14 +142,14 @@ def _plain(argument: Any) -> Any:
 
 
 def _place(node: torch.fx.Node) -> str:
-    """Return the path of the module that makes a call."""
+    """Return the path of the submodule that makes a call, such as ``layers.0``."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return str(paths[-1]) if paths else ""
 
 
 def _fault(module: nn.Module, error: Exception) -> str:
-    """Return a sentence that names the line of the module's code that cannot be captured."""
+    """Return the error message for a module that cannot be captured, with the line of its code."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,8 +1,8 @@
-"""Operations on arrays of rows, whoever defines them, as values of a graph.
+"""Operations on arrays of rows, of torch or ONNX, converted to nodes of a graph.
 
 A reader interprets a program on a fixed number of rows. Arguments are torch tensors where they are constants, and
 :class:`Features` where they depend on the inputs. Affine operations need no formula here: their matrices are found
-by applying them to the unit vectors.
+by applying the operations to the unit vectors.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """A value of a graph as the reader's library sees it: rows, each an array of a shape.
+    """A value that depends on the inputs, with the shape that it has in the library that is read.
 
     Attributes:
-        node: The value; its entries are those of a row's array in order.
-        shape: Of one row's array.
+        node: The node of the graph; its entries are those of one row's array, flattened in C order.
+        shape: Shape of one row's array.
     """
 
     node: Node
@@ -48,10 +48,10 @@ class Features:
 
 @contextmanager
 def readable(place: str) -> Iterator[None]:
-    """Refuse a node by name if its arguments do not fit together.
+    """Turn any exception of a node's operation into an error that names the node.
 
     Raises:
-        UnsupportedError: they do not.
+        UnsupportedError: the operation does not accept its arguments.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def readable(place: str) -> Iterator[None]:
 
 
 def as_float64(value: Any) -> Any:
-    """Return floating-point tensors, alone or in a list, in float64."""
+    """Convert a floating-point tensor, or those in a nested list, to float64 on the CPU; keep other values."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to("cpu", torch.float64)
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def as_float64(value: Any) -> Any:
 
 
 def features_in(argument: Any) -> list[Features]:
-    """Return all values of the graph in an argument, in order."""
+    """Return all :class:`Features` in an argument and its nested lists, in order."""
     if isinstance(argument, Features):
         return [argument]
     if isinstance(argument, list | tuple):
@@ -87,17 +87,17 @@ def features_in(argument: Any) -> list[Features]:
 def apply_affine(
     place: str, function: Callable[..., Any], args: Sequence[Any], additive: Collection[int], rows: int
 ) -> Any:
-    """Return what an affine operation makes of its arguments: one value of the graph, or a list of them.
+    """Return the result of an affine operation: one :class:`Features`, or a list of them.
 
     Args:
         place: The node's name.
         function: The operation on tensors of ``rows`` rows.
         args: Its arguments.
-        additive: Positions of the arguments whose constants it adds; without them it is linear.
+        additive: Positions of the arguments whose constants the operation adds; with these at 0 it is linear.
         rows: Number of rows.
 
     Raises:
-        UnsupportedError: it is not affine, or its rows depend on each other.
+        UnsupportedError: the operation is not affine, or its rows depend on each other.
     """
     depends = features_in(args)
     linear_args = tuple(_zeroed(arg) if i in additive else arg for i, arg in enumerate(args))
@@ -124,7 +124,7 @@ def _by_trial(
     features: Sequence[Features],
     rows: int,
 ) -> Features:
-    """Return an operation's result, with its matrix found by applying it to the unit vectors."""
+    """Return the result of an operation whose matrices are found by applying it to the unit vectors."""
     zeros = [torch.zeros(rows, *each.shape, dtype=torch.float64) for each in features]
     shape = tuple(linear(zeros).shape) if offset is None else tuple(offset.shape)
     if not shape or shape[0] != rows:
@@ -157,7 +157,7 @@ def _check(
     terms: Sequence[tuple[Node, Map]],
     rows: int,
 ) -> None:
-    """Refuse an operation that is not the linear function of each row that its matrices are."""
+    """Check the matrices of an operation on random rows; refuse the operation if it is not linear in each row."""
     generator = torch.Generator().manual_seed(0)
     trial = [torch.randn(rows, *each.shape, dtype=torch.float64, generator=generator) for each in features]
     products = [
@@ -174,7 +174,7 @@ def _check(
 
 
 def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False) -> Features:
-    """Return a product or quotient, entry by entry, of which one factor or both depend on the inputs."""
+    """Return the product, or with ``divide`` the quotient, entry by entry; an operand depends on the inputs."""
     if divide and isinstance(right, Features):
         node = Pointwise(place, right.node.width, right.node, ["power", "z", -1])
         right, divide = Features(node, right.shape), False
@@ -188,14 +188,14 @@ def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False)
 
 
 def _refuse_other_rows(place: str, left: Any, right: Any) -> None:
-    """Refuse a constant factor that is another one for every row."""
+    """Refuse a constant factor that differs between rows."""
     value, factor = (left, right) if isinstance(left, Features) else (right, left)
     if isinstance(factor, Tensor) and factor.ndim > len(value.shape) and not bool((factor == factor[:1]).all()):
         raise refuse(place, "multiplies every row by another constant", "multiply all rows by the same constants")
 
 
 def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
-    """Return a value repeated to a shape."""
+    """Return a value broadcast to a shape."""
     if value.shape == shape:
         return value
     found: Features = apply_affine(place, lambda u: u.broadcast_to(rows, *shape), (value,), (), rows)
@@ -203,13 +203,13 @@ def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> F
 
 
 def maximum(place: str, left: Any, right: Any, rows: int) -> Features:
-    """Return the larger of two entries, v + ReLU(u − v)."""
+    """Return max(u, v) = v + ReLU(u − v), entry by entry."""
     found: Features = apply_affine(place, torch.add, (_excess(place, left, right, rows), right), (1,), rows)
     return found
 
 
 def minimum(place: str, left: Any, right: Any, rows: int) -> Features:
-    """Return the smaller of two entries, u − ReLU(u − v)."""
+    """Return min(u, v) = u − ReLU(u − v), entry by entry."""
     found: Features = apply_affine(place, torch.sub, (left, _excess(place, left, right, rows)), (0,), rows)
     return found
 
@@ -222,7 +222,7 @@ def _excess(place: str, left: Any, right: Any, rows: int) -> Features:
 
 
 def rectify(place: str, x: Features, slopes: Tensor, rows: int) -> Features:
-    """Return ReLU(z) − λ ReLU(−z) with slopes λ that are spread to the shape of x."""
+    """Return ReLU(z) − λ ReLU(−z) with slopes λ, which are broadcast to the shape of x."""
     z = x.node
     up = Pointwise(place, z.width, z, reluActivation())
     down = Pointwise(place, z.width, affine(place, [(z, -1.0)]), reluActivation())
@@ -231,7 +231,7 @@ def rectify(place: str, x: Features, slopes: Tensor, rows: int) -> Features:
 
 
 def _filled(args: Any, arrays: Any) -> Any:
-    """Return the arguments with arrays in the places of values of the graph, in order."""
+    """Return the arguments with each :class:`Features` replaced by the next array."""
     if isinstance(args, Features):
         return next(arrays)
     if isinstance(args, list | tuple):
@@ -240,7 +240,7 @@ def _filled(args: Any, arrays: Any) -> Any:
 
 
 def _zeroed(arg: Any) -> Any:
-    """Return an argument with 0 in the place of its constants."""
+    """Return an argument with its constants replaced by 0."""
     if isinstance(arg, Tensor):
         return torch.zeros_like(arg)
     if isinstance(arg, list | tuple):

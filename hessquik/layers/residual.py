@@ -25,8 +25,8 @@ class resnetLayer(hessQuikLayer):
         h: Step size.
         act: σ; the identity if not given.
         bias: Whether there is a b.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         layer: The :class:`singleLayer` that holds K (width, width) and b (width,).
@@ -50,7 +50,7 @@ class resnetLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the inner layer."""
+        """Create the inner layer."""
         super().__init__()
         self.width = width
         self.h = h
@@ -75,5 +75,5 @@ class resnetLayer(hessQuikLayer):
         return (self.width,)
 
     def form(self) -> Form:
-        """P = K, S = 1, Q = h."""
+        """Return the layer's form with P = K, S = 1 and Q = h."""
         return replace(self.layer.form(), skip=(1.0,), out=self.h)

@@ -51,7 +51,7 @@ def module_setattr(obj: nn.Module, names: str | Sequence[str], val: Any) -> None
 
 
 def extract_data(net: nn.Module, attr: str = "data") -> Tensor:
-    """Copy an attribute of all parameters, one after the other, into one vector.
+    """Copy an attribute of all parameters into one vector, in the order of ``net.parameters()``.
 
     Args:
         net: The module.
@@ -75,7 +75,7 @@ def insert_data(net: nn.Module, theta: Tensor) -> None:
 
     Args:
         net: The module.
-        theta: As many numbers as the module has.
+        theta: A vector with as many entries as the module has parameters.
 
     Raises:
         ShapeError: ``theta`` has another length.

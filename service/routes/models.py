@@ -45,7 +45,7 @@ UnloadQuery = Annotated[
 
 @router.get("", responses=refusals(*ANY), response_model=ModelList, response_model_exclude_unset=True)
 async def list_models(core: CoreOf) -> Any:
-    """Every model, in the order of names."""
+    """List all models, ordered by name."""
     return {"models": [_summary(core, name) for name in core.repository.names()]}
 
 
@@ -53,7 +53,7 @@ async def list_models(core: CoreOf) -> Any:
     "/{model}", responses=refusals(*ANY, *NAMED), response_model=ModelDetails, response_model_exclude_unset=True
 )
 async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = None) -> Any:
-    """One version of a model, with its architecture and limits."""
+    """Describe one version of a model, with its architecture and limits."""
     served = core.repository.get(model, version)
     settings = core.settings
     return {
@@ -74,7 +74,7 @@ async def show_model(core: CoreOf, model: ModelName, version: VersionQuery = Non
 
 
 def send_file(call: Call) -> Cancel:
-    """The saved network that is served, as it lies in the folder, with its SHA-256 and version in the header."""
+    """Send the model's file, with its SHA-256 and version in the headers."""
     return call.run(_send_file(call, call.core.repository.ready(call.target.model, call.target.version)))
 
 
@@ -124,7 +124,7 @@ router.routes.append(
     "/{model}/load", responses=refusals(*ANY, *ADMIN), response_model=Loaded, response_model_exclude_unset=True
 )
 async def load_model(core: CoreOf, model: ModelName) -> Any:
-    """Read the model's files again; what fails leaves the old version serving."""
+    """Load the model's files again; if a file is refused, the version served so far stays."""
     loaded = await core.load(model)
     attempts = [{"version": str(one.file.version), "state": one.state, "reason": one.reason} for one in loaded]
     return {**_summary(core, model), "loaded": attempts}
@@ -137,7 +137,7 @@ async def load_model(core: CoreOf, model: ModelName) -> Any:
     response_model_exclude_unset=True,
 )
 async def unload_model(core: CoreOf, model: ModelName, version: UnloadQuery = None) -> Any:
-    """Stop serving a model, or one version of it: the highest other one is the default then, until the next load."""
+    """Stop serving a model, or one version of it, until the next load; the highest other version is the default."""
     if version is None:
         await core.unload(model)
         return {"name": model, "state": "unloaded"}
@@ -147,7 +147,7 @@ async def unload_model(core: CoreOf, model: ModelName, version: UnloadQuery = No
 
 
 def _summary(core: Core, name: str) -> dict[str, Any]:
-    """Return what the list says of a model: its default version's facts."""
+    """Return a model's entry in the list: its versions, and the description of the default one."""
     versions = core.repository.versions(name)
     default = core.repository.default(name)
     return {
@@ -159,7 +159,7 @@ def _summary(core: Core, name: str) -> dict[str, Any]:
 
 
 def _facts(served: Served) -> dict[str, Any]:
-    """Return state, sizes and metadata of a version."""
+    """Return the state, sizes and metadata of a version."""
     known = ("d", "m", "dtype", "device", "parameters", "members", "metadata")
     reason = {} if served.reason is None else {"reason": served.reason}
     return {"state": served.state, **reason, **{name: served.facts.get(name) for name in known}}

@@ -56,10 +56,10 @@ CoreOf = Annotated[Core, Depends(_core)]
 
 
 class Strict(APIRoute):
-    """A path operation of FastAPI that refuses query parameters which it does not have."""
+    """A path operation of FastAPI that refuses unknown and repeated query parameters."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
-        """Return FastAPI's handler behind the check."""
+        """Return FastAPI's handler, wrapped in the check of the query parameters."""
         handle = super().get_route_handler()
         known = {field.alias for field in self.dependant.query_params}
 
@@ -136,7 +136,10 @@ def faults(by_status: Mapping[int, str], model: type[BaseModel]) -> dict[int | s
 
 
 def refusals(*faults: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """Document errors as problem details by status, with the codes that each may have and an example of the first."""
+    """Return the ``responses`` of a path operation that can fail with the given errors, by status.
+
+    Each response lists the error codes of its status and has an example of the first.
+    """
     by_status: dict[int, list[type[ServiceError]]] = {}
     for fault in faults:
         by_status.setdefault(fault.status, []).append(fault)

@@ -1,4 +1,4 @@
-"""PyTensor's graphs with remote functions, and PyMC's NUTS, against autodiff."""
+"""Remote functions in PyTensor's graphs and in PyMC's NUTS sampler, compared with local evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ W = np.random.default_rng(4).normal(size=(6, 4))
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    """Graphs are interpreted: compiling takes seconds, and the calls are ours anyway."""
+    """Interpret graphs in place of compiling them, which takes seconds."""
     with pytensor.config.change_flags(mode="FAST_COMPILE", compute_test_value="off"):
         yield
 
@@ -82,7 +82,7 @@ def test_shapes_and_points_outside_are_refused(counting: tuple[Client, Counting]
 
 
 def test_nuts_samples_a_posterior_through_the_service(zoo: Zoo, counting: tuple[Client, Counting]) -> None:
-    """Of one parameter on a line through peaks, so that quadrature knows the answer."""
+    """The posterior has one parameter, so that quadrature gives its mean and standard deviation."""
     model: Model = counting[0].model("peaks")
     with pymc.Model():
         t = pymc.Normal("t", 0.0, 0.5)

@@ -1,4 +1,4 @@
-"""Every activation against 50-digit arithmetic, and at the far ends of both dtypes."""
+"""Every activation against 50-digit arithmetic, also at the largest and smallest numbers of both dtypes."""
 
 import copy
 import pickle
@@ -166,7 +166,7 @@ def test_backward_without_its_forward_is_refused():
 
 
 class documentedCubic(hessQuikActivationFunction):
-    """Written as for the original: ``forward`` and ``compute_derivatives``, with the state in ``ctx``."""
+    """A custom activation in the style of the original hessQuik, with state in ``ctx``."""
 
     def forward(self, x, do_gradient=False, do_Hessian=False, forward_mode=True):
         dsigma, d2sigma = None, None

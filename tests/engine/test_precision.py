@@ -38,7 +38,7 @@ def test_the_network_keeps_its_dtype():
 
 
 class waveLayer(hessQuikLayer):
-    """y = u + sin(2u), without any weights."""
+    """The layer y = u + sin(2u), which has no weights."""
 
     def form(self):
         return Form(sinActivation(), (3,), into=(2.0,), skip=(1.0,))

@@ -1,4 +1,4 @@
-"""The C kernel under AddressSanitizer and UBSan, in the short form; ``make sanitize`` is the whole."""
+"""The C kernel under AddressSanitizer and UBSan, for a few programs; ``make sanitize`` runs all."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from tests.test_layering import ROOT
 
 
 def has_sanitizers():
-    """Return whether gcc and the sanitizers' runtimes are here."""
+    """Return whether gcc and the sanitizers' runtime libraries are installed."""
     if sys.platform != "linux" or shutil.which("gcc") is None:
         return False
     names = ("libasan.so", "libubsan.so")

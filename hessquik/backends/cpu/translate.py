@@ -1,4 +1,4 @@
-"""Programs as the kernel reads them: every view becomes an address rule, every step a structure of its kind."""
+"""Translation of programs to the C kernel's structures: one for each step, with addresses and strides of views."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, S
 
 __all__ = ["Translation"]
 
-#: A product's arrays beside its matrices never jump to another row.
+#: Period of a product whose scaling and addends have no jump between rows.
 _NO_PERIOD = 2**31 - 1
-#: With so many outputs a congruence of all of them at once is faster.
+#: From this number of outputs on, a congruence computes all outputs of a pair of tangents at once, which is faster.
 OUTPUTS_BY_PAIRS = 8
 
 
@@ -30,13 +30,13 @@ class Translation:
 
     Args:
         program: The program.
-        dtype: Of all numbers.
+        dtype: Dtype of all arrays.
         tile_rows: Rows of a tile.
-        vector_bytes: Bytes of the kernel's vectors.
+        vector_bytes: Bytes of one SIMD vector.
 
     Attributes:
         arrays: Names of the inputs and outputs, in the order in which a call gives their addresses.
-        address: Of the kernel's program; it is valid as long as this object lives.
+        address: Address of the C structure of the program; valid as long as this object lives.
         packed_bytes: Bytes of the constants, which other programs may share.
     """
 
@@ -83,11 +83,11 @@ class Translation:
         return ctypes.addressof(array)
 
     def _whole(self, columns: int) -> int:
-        """Columns in whole vectors."""
+        """Return a number of columns rounded up to whole vectors."""
         return -(-columns // self._lanes) * self._lanes
 
     def _read(self, view: View | None, width: int = 0) -> Any:
-        """Return an array that is read up to ``width``."""
+        """Return the structure of a view that is read up to column ``width``, or of an absent array for ``None``."""
         if view is None:
             return make("Array", space=CONSTANTS["ABSENT"])
         if view.buffer.data is not None:
@@ -108,12 +108,12 @@ class Translation:
             if view.buffer.name not in self.arrays:
                 self.arrays.append(view.buffer.name)
             array.external = self.arrays.index(view.buffer.name)
-        # Memory inside goes on behind every array; callers' arrays may end with the last column.
+        # Tile memory can be read past the end of an array; a caller's array may end with its last column.
         array.is_whole = array.column == 1 and (view.buffer.space in _INSIDE or width <= view.shape[2])
         return array
 
     def _constant(self, view: View, width: int) -> Any:
-        """Return a constant, dense and with zeros up to ``width``; repeated entries stay single ones."""
+        """Return the structure of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
         single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
         columns = max(width, view.shape[2])
         data = pad_columns(view.matrix[(*single, slice(None))], self._dtype, self._whole(columns))
@@ -130,7 +130,7 @@ class Translation:
         )
 
     def _write(self, view: View | None, width: int = 0) -> Any:
-        """Return an array that is written in vectors up to ``width``, its padding with it."""
+        """Return the structure of a view that is written up to ``width`` in whole vectors, including its padding."""
         array = self._read(view, width)
         if view is not None:
             columns, padding = view.shape[2], self._program.padding(view)
@@ -147,7 +147,7 @@ class Translation:
         return structure
 
     def _needs(self, size: int) -> None:
-        """Note the bytes of scratch memory of a step."""
+        """Reserve at least ``size`` bytes of scratch memory."""
         self._scratch = max(self._scratch, size)
 
     def _product(self, step: Product) -> Structure:
@@ -207,7 +207,7 @@ class Translation:
         inputs, outputs = len(step.inputs), step.outputs
         numbers = sorted({x for instruction in step.instructions for x in instruction.inputs if isinstance(x, float)})
         results = inputs + len(numbers)
-        # Registers as the kernel counts them: constants come between inputs and results.
+        # The kernel numbers registers: inputs, then constants, then results.
         number = {register: register if register < inputs else register + len(numbers) for register in range(
             inputs + len(step.instructions))}  # fmt: skip
         operands = [
@@ -282,7 +282,7 @@ class Translation:
     def _slots(
         operands: list[list[int]], last_use: dict[int, int], inputs: int, results: int
     ) -> tuple[list[int], int]:
-        """Return a slot for every result, used again after its last use, and how many slots there are."""
+        """Allocate a slot to every result, reused after its last use; return the slots and their number."""
         free: list[int] = []
         found: list[int] = []
         used = inputs
@@ -306,7 +306,7 @@ class Translation:
         )  # fmt: skip
 
     def _as_contraction(self, step: Product) -> Contract | None:
-        """Return a product of zero-padded rows with the only column of a constant; ``None`` if it is another."""
+        """Return the contraction that equals a product with a constant of a single column, or ``None``."""
         a, b = step.a, step.b
         is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.data is not None
         if not is_single or step.out is None or step.add is not None or step.scaling is not None:
@@ -339,14 +339,14 @@ class Translation:
         )  # fmt: skip
 
     def _reduced(self, view: View | None) -> Any:
-        """Return an array of which whole vectors are read, zeros behind its columns."""
+        """Return the structure of a view that is read in whole vectors and has zeros behind its columns."""
         is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
         if view is not None and (not is_dense or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
             raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
         return self._read(view, 0 if view is None else self._whole(view.shape[2]))
 
     def _numbers(self, view: View | None, width: int = 0) -> Any:
-        """Return an array that is written number by number, and its padding after it."""
+        """Return the structure of a view that is written one number at a time, followed by its padding."""
         array = self._write(view, 0 if view is None else view.shape[2])
         array.is_whole = False
         return array
@@ -363,17 +363,17 @@ _RULES: dict[type, Any] = {
 
 
 def _is_even(view: View) -> bool:
-    """Return whether the inner entries of neighbouring rows follow each other."""
+    """Return whether the inner axis goes on from one row to the next at the same stride."""
     return view.shape[1] == 1 or view.buffer.row_stride == view.shape[1] * view.strides[1]
 
 
 def _has_plain_columns(view: View) -> bool:
-    """Return whether columns are neighbours; those of a constant's copy always are."""
+    """Return whether columns are adjacent in memory; those of a constant are, since it is copied densely."""
     return view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
 
 
 def _is_run(view: View, width: int) -> bool:
-    """Return whether all entries of all rows follow each other, ``width`` apart."""
+    """Return whether the entries of all rows lie in memory at a constant distance of ``width``."""
     extents = view.shape[:2]
     strides = (view.buffer.row_stride, *(s for e, s in zip(extents, view.strides[:2], strict=True) if e > 1))
     inside = (prod(extents), *(prod(extents[i + 1 :]) for i, e in enumerate(extents) if e > 1))
@@ -381,7 +381,7 @@ def _is_run(view: View, width: int) -> bool:
 
 
 def _with_outer_as_inner(step: Product) -> Product:
-    """Return a product whose outer entries are inner ones if B is the same for all of them."""
+    """Return a product with its outer axis merged into the inner one, if B does not depend on the outer axis."""
     outer, inner, _ = step.a.shape
     scaling = step.scaling
     views = [step.a, step.add, step.out]
