@@ -1,6 +1,7 @@
-"""Lists or arrays → a question that fits a model, checked at this one place; or an error that names field and row.
+"""Validation of a request's lists or arrays against a model.
 
-Servers check what was posted here, and a client what it asks of a local model.
+The service checks the requests that it receives here, and the client those to a local model. An error names the field
+and, for an array, the row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The service without HTTP: repository, scheduler, workers, limits. What a call asks."""
+"""The service without HTTP: repository, scheduler, workers and limits."""
 
 from __future__ import annotations
 

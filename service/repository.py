@@ -329,28 +329,28 @@ class Repository(Table):
         await asyncio.gather(*(load(name) for name in files))
 
     async def load(self, name: str) -> list[Served]:
-        """Load a model's versions from disk; each replaces the one served so far when it is ready, else not at all.
+        """Load all versions of a model from disk; a version that is loaded replaces the one served so far.
 
-        A caller that is cancelled leaves the load to go on.
+        The load continues if the caller is cancelled.
 
         Returns:
-            What is served.
+            The versions that are served.
 
         Raises:
             ModelNotFound: the folder has no file for this name.
-            ModelRefused: a file was refused or a folder cannot be read; what is served is served on.
+            ModelRefused: a file was refused or a folder cannot be read; the versions served so far stay.
         """
         return await self._load(name, next(self._ids))
 
     async def _load(self, name: str, asked: int) -> list[Served]:
-        """Load a model's versions but those that were unloaded, and that nobody asked for since; see :meth:`load`."""
+        """Load a model's versions in a task, except those that were unloaded after the moment ``asked``."""
         task = asyncio.get_running_loop().create_task(self._load_model(name, asked))
         self._tasks.add(task)
         task.add_done_callback(self._end_task)
         return await asyncio.shield(task)
 
     def _end_task(self, task: asyncio.Task[list[Served]]) -> None:
-        """Forget a load that is over; nobody may be left to take its error."""
+        """Discard a finished load and mark its error as retrieved, since its caller may be gone."""
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()
@@ -392,9 +392,10 @@ class Repository(Table):
             logger.info("%s version %d is unloaded", name, version)
 
     async def follow(self) -> None:
-        """Load what is new or changed in the folder and drop what is gone; what was unloaded stays so.
+        """Load new and changed files of the folder, and drop versions whose files are gone.
 
-        A folder that cannot be read now, or is gone as a whole, changes nothing.
+        Models and versions that were unloaded stay unloaded. If the folder cannot be read or is missing, nothing
+        changes.
         """
         files = await self._scan()
         stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
@@ -429,11 +430,11 @@ class Repository(Table):
         self._workers.unload(served.id)
 
     def _is_unloaded(self, name: str, version: int, since: int = 0) -> bool:
-        """Return whether a version, or its model, was unloaded after a moment."""
+        """Return whether a version, or its model, was unloaded after the moment ``since``."""
         return max(self._unloaded.get((name, None), 0), self._unloaded.get((name, version), 0)) > since
 
     def _is_hidden(self, name: str) -> bool:
-        """Return whether the folder, or a model's own one, could not be read."""
+        """Return whether the folder, or the model's subfolder, could not be read."""
         return "." in self._left_out or name in self._left_out
 
     def _drop(self, name: str, versions: dict[int, Served]) -> None:
@@ -466,7 +467,7 @@ class Repository(Table):
         return loaded
 
     def _leave_unloaded(self, new: Served) -> Served:
-        """Forget what was unloaded while it was loaded: the later word counts."""
+        """Discard a version that was unloaded during its load, since the later request counts."""
         name, version = new.file.name, new.file.version
         new.reason = new.reason or "expected a model that stays, it was unloaded while it was loaded"
         versions = self._table.get(name, {})
@@ -478,7 +479,7 @@ class Repository(Table):
         return new
 
     async def _load_file(self, file: ModelFile, began: int) -> Served:
-        """Load a file, unless it holds what is served; what is unloaded after ``began`` is not brought back."""
+        """Load a file, unless its bytes are those of the version served, or it was unloaded after ``began``."""
         self._seen[file.name, file.version] = file.stamp
         old = self._table.get(file.name, {}).get(file.version)
         new = Served(file, next(self._ids))

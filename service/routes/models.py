@@ -82,7 +82,7 @@ async def _send_file(call: Call, served: Served) -> Reply:
     most, size = call.core.settings.max_reply_bytes, served.file.size_bytes
     if size > most:
         raise ReplyTooLarge(f"expected a file of at most {most} bytes, got {size}", limit_bytes=most)
-    call.hold_bytes(size)  # before it is read, so that what is in memory at once is bounded
+    call.hold_bytes(size)  # before the file is read, so that memory stays bounded
     loop = asyncio.get_running_loop()
     try:
         data = await loop.run_in_executor(None, served.file.read, size)

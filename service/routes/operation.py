@@ -1,4 +1,4 @@
-"""The parts of routes: path operations that read the whole request, and how errors are documented."""
+"""Building blocks of routes: path operations, their parameters, and the documentation of errors."""
 
 from __future__ import annotations
 
@@ -71,22 +71,21 @@ class Strict(APIRoute):
 
 
 class Direct(APIRoute):
-    """A path operation whose handler takes the whole request: from a connection, or over ASGI.
+    """A path operation whose handler takes the whole request, from the HTTP server here or over ASGI.
 
-    FastAPI documents it, from its models and parameters; reading numbers through them would cost more than computing
-    a small network.
+    FastAPI only documents it: parsing numbers with pydantic would take longer than evaluating a small network.
 
     Args:
-        path: With placeholders.
-        answer: Answers a call; its docstring documents the operation.
-        read_head: As :class:`~service.front.Operation` has it.
-        body: The model of the JSON body.
-        parameters: Annotations of the parameters by name; what is not in the path may be left out.
-        options: As :class:`fastapi.routing.APIRoute` takes them.
+        path: The path, with placeholders for its parameters.
+        answer: The handler, which answers a call; its docstring documents the operation.
+        read_head: See :class:`service.front.Operation`.
+        body: The pydantic model of the JSON body.
+        parameters: Annotations of the parameters by name; those that are not in the path are optional.
+        options: Options of :class:`fastapi.routing.APIRoute`.
 
     Attributes:
-        operation: What the front needs to know of it. The query's parameters, and whether there is a time for the
-            answer, follow from the parameters.
+        operation: The operation as :mod:`service.front` uses it; its query parameters, and whether it takes a
+            deadline, follow from ``parameters``.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def faults(by_status: Mapping[int, str], model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Document a dialect's errors: descriptions by status, and the model of their bodies."""
+    """Return the ``responses`` of a dialect's errors: descriptions by status, and the pydantic model of the body."""
     return {status: {"model": model, "description": text} for status, text in by_status.items()}
 
 
