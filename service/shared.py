@@ -109,13 +109,18 @@ class Buffers:
                 self._drop(buffer)
 
     def close(self) -> None:
-        """Give up all buffers; arrays made of them stay valid."""
+        """Give up all buffers, for good; arrays made of them stay valid."""
+        self._drop = _ignore  # the worker is gone, and who would tell it holds us
         for buffer in list(self._buffers.values()):
             self._forget(buffer)
 
     def _forget(self, buffer: Buffer) -> None:
         del self._buffers[buffer.number]
         os.close(buffer.fd)
+
+
+def _ignore(buffer: Buffer) -> None:
+    """Tell no worker."""
 
 
 def offsets(shapes: Sequence[tuple[int, ...]], itemsize: int) -> tuple[list[int], int]:

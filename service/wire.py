@@ -306,10 +306,12 @@ class Channel:
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
 
     def close(self) -> None:
-        """Forget what waits and close the socket."""
+        """Forget what waits and whom to call, and close the socket."""
         if self.is_closed:
             return
         self.is_closed = True
+        # Who is called holds the channel: nothing is left to the collector.
+        self._on_frame, self._on_lost, self._on_head = _ignore, _ignore, None
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         for _, fds in self._waiting:
@@ -367,8 +369,13 @@ class Channel:
 
     def _lose(self) -> None:
         if not self.is_closed:
+            on_lost = self._on_lost
             self.close()
-            self._on_lost()
+            on_lost()
+
+
+def _ignore(*_: Any) -> None:
+    """Do nothing with what comes for a closed channel."""
 
 
 def _close_all(fds: Iterable[int]) -> None:

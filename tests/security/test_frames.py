@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
 import socket
 import struct
+import weakref
 from array import array
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -177,6 +179,42 @@ def test_a_large_frame_waits_for_its_reader_and_loses_nothing() -> None:
         assert all(np.array_equal(fields["inputs"], large) for _, fields in frames)
 
     assert on_loop(work) == ["lost"]  # when the test closes the other end
+
+
+def test_a_channel_that_is_closed_lets_go_of_whoever_it_calls() -> None:
+    class Owner:
+        def __init__(self, sock: socket.socket) -> None:
+            self.lost = 0
+            self.channel = wire.Channel(sock, self.take, self.lose, self.take)
+
+        def take(self, *_: Any) -> None:
+            raise AssertionError("nothing comes")
+
+        def lose(self) -> None:
+            self.lost += 1
+
+    async def work() -> list[bool]:
+        gone = []
+        for is_lost in (False, True):
+            ours, theirs = socket.socketpair()
+            owner = Owner(ours)
+            theirs.close()
+            if is_lost:
+                await until(lambda owner=owner: owner.lost)
+            else:
+                owner.channel.close()
+            assert owner.lost == is_lost
+            alive = weakref.ref(owner)
+            del owner
+            await asyncio.sleep(0)
+            gone.append(alive() is None)
+        return gone
+
+    gc.disable()
+    try:
+        assert asyncio.run(work()) == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_a_channel_that_is_closed_keeps_nothing() -> None:
