@@ -22,7 +22,7 @@ REQUESTS = choose(12, 10_000)
 GROWTH_BYTES = choose(12, 32) << 20
 WARM_UP = choose(8, 40)
 #: So much of every request is kept by the control.
-LEAK_BYTES = choose(128 << 10, 1 << 10)
+LEAK_BYTES = 1 << 10
 PATH, KEEP = "/v1/models/peaks/evaluate", {"Connection": "keep-alive"}
 
 
@@ -128,7 +128,7 @@ def test_requests_leave_no_memory_behind_however_they_end(start: Start, note: No
     assert growth(start(), note) <= GROWTH_BYTES
 
 
-@pytest.mark.skipif(REQUESTS < 1000, reason="the short form plants leaks elsewhere")
+@pytest.mark.whole
 def test_what_is_left_behind_is_seen(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a front that keeps a little of every request."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))

@@ -1,4 +1,4 @@
-"""SIGTERM at any moment: what was accepted is answered, and the exit status is 0."""
+"""SIGTERM or SIGINT at any moment: what was accepted is answered, and the status is 0; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import asyncio
 import random
 import re
 import signal
+import socket
+import time
 
+import psutil
 import pytest
 
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Ledger, Question, Traffic, run
 from tests.live import LiveServer
+from tests.raw import post
 from tests.whole import Note, choose
 
 
@@ -25,15 +29,16 @@ def test_stopping_loses_nothing(start: Start, asked: list[Question], note: Note)
     times = choose(1, 50)
     random_ = random.Random(9)
     total, closed = Ledger(), 0
-    for _ in range(times):
+    for number in range(times):
         server = start("counting")
+        end = (signal.SIGTERM, signal.SIGINT)[number % 2]
 
-        async def work(server: LiveServer = server) -> Ledger:
+        async def work(server: LiveServer = server, end: signal.Signals = end) -> Ledger:
             stopped = asyncio.Event()
             traffic = Traffic(server.port, asked, seed=random_.randrange(1000), is_over=stopped.is_set)
             asking = asyncio.create_task(traffic.run(clients=16, requests=10**9))
             await asyncio.sleep(random_.uniform(0.05, 1.0))
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(end)
             await asyncio.sleep(0.5)
             stopped.set()
             return await asking
@@ -49,7 +54,26 @@ def test_stopping_loses_nothing(start: Start, asked: list[Question], note: Note)
         total.sent += accepted
         total.right += ledger.right
         closed += ledger.closed
-    note(f"{times} SIGTERMs: {total.sent} accepted, {total.right} answered right; {closed} never accepted")
+    note(f"{times} signals: {total.sent} accepted, {total.right} answered right; {closed} never accepted")
+
+
+def test_the_second_signal_ends_at_once(start: Start) -> None:
+    """The first waits for a request that is not whole yet; the second does not, and leaves no worker."""
+    server = start()
+    workers = server.workers()
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(post("/v1/models/peaks/value", b'{"inputs":[1,2]}')[:-3])
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None, "it drains"
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 1
+        assert time.monotonic() - began < 5
+    assert psutil.wait_procs(workers, 5)[1] == []
+    server.stop()
+    assert not any("Traceback" in line for line in server.log), server.log
 
 
 @pytest.mark.whole

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +81,27 @@ def test_a_flag_wins_over_a_variable_and_that_over_a_file(tmp_path: Path, monkey
     assert settings.again().api_keys[0].get_secret_value() == "other"
     assert settings.again().max_rows == 9
     assert "file" not in str(settings.shown())
+
+
+@pytest.mark.parametrize(
+    "processes", [1, pytest.param(2, marks=pytest.mark.whole)], ids=["one front end", "two front ends"]
+)
+@pytest.mark.parametrize(
+    ("host", "reason"), [("127.0.0.1", "address already in use"), ("none.invalid", "name or service not known")]
+)
+def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
+    host: str, reason: str, processes: int, shipped_models: Path
+) -> None:
+    """Of errors; what was logged before it is information."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ["--host", host, "--port", str(port), "--device", "cpu", "--processes", str(processes)]
+        command = [sys.executable, "-m", "service", "serve", str(shipped_models), *flags]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 3
+    (line,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
+    assert reason in line.lower()
+    assert ended.stdout == ""
 
 
 def test_version_is_shown() -> None:
