@@ -44,27 +44,24 @@ __all__ = [
     "TensorMetadata",
     "TesseractAbstract",
     "TesseractApply",
+    "TesseractArray",
     "TesseractError",
     "TesseractFaults",
-    "TesseractJacobian",
     "TesseractJacobians",
-    "TesseractJvp",
     "TesseractOutputs",
     "TesseractShapes",
-    "TesseractVjp",
     "UMBridgeError",
     "UMBridgeFault",
-    "UMBridgeGradient",
-    "UMBridgeHessian",
+    "UMBridgeIndex",
     "UMBridgeInfo",
     "UMBridgeInputSizes",
-    "UMBridgeJacobian",
     "UMBridgeOutput",
     "UMBridgeOutputSizes",
     "UMBridgeOutputs",
     "UMBridgePoint",
     "UMBridgeRequest",
     "UMBridgeSupport",
+    "UMBridgeVector",
     "Unloaded",
 ]
 
@@ -237,7 +234,8 @@ Config = Annotated[
     dict[Literal["version", "dtype", "outside"], Any] | None,
     Field(description="At most version; dtype: float32 or float64; outside: allow or refuse."),
 ]
-Index = Annotated[Literal[0], Field(description="The only input or output vector that there is.")]
+UMBridgeIndex = Annotated[Literal[0], Field(description="The only input or output vector that there is.")]
+UMBridgeVector = Number | Row
 
 
 class UMBridgeRequest(BaseModel):
@@ -251,32 +249,6 @@ class UMBridgePoint(UMBridgeRequest):
     """The model's input: a list of one vector of d numbers."""
 
     input: Annotated[list[Row], Field(min_length=1, max_length=1)]
-
-
-class UMBridgeGradient(UMBridgePoint):
-    """The weights of the outputs: m numbers."""
-
-    outWrt: Index  # noqa: N815 - the protocol's name
-    inWrt: Index  # noqa: N815
-    sens: Number | Row
-
-
-class UMBridgeJacobian(UMBridgePoint):
-    """A direction: d numbers."""
-
-    outWrt: Index  # noqa: N815
-    inWrt: Index  # noqa: N815
-    vec: Number | Row
-
-
-class UMBridgeHessian(UMBridgePoint):
-    """Weights of the outputs, and a direction."""
-
-    outWrt: Index  # noqa: N815
-    inWrt1: Index  # noqa: N815
-    inWrt2: Index  # noqa: N815
-    sens: Number | Row
-    vec: Number | Row
 
 
 class UMBridgeInfo(BaseModel):
@@ -364,29 +336,6 @@ class TesseractApply(BaseModel):
     """A question about values or other quantities."""
 
     inputs: TesseractInputs
-
-
-class TesseractJacobian(TesseractApply):
-    """A question about the Jacobian."""
-
-    jac_inputs: list[Literal["x"]]
-    jac_outputs: list[Literal["value"]]
-
-
-class TesseractJvp(TesseractApply):
-    """A question about the Jacobian times a vector."""
-
-    jvp_inputs: list[Literal["x"]]
-    jvp_outputs: list[Literal["value"]]
-    tangent_vector: dict[Literal["x"], TesseractArray]
-
-
-class TesseractVjp(TesseractApply):
-    """A question about a vector times the Jacobian."""
-
-    vjp_inputs: list[Literal["x"]]
-    vjp_outputs: list[Literal["value"]]
-    cotangent_vector: dict[Literal["value"], TesseractArray]
 
 
 class TesseractShape(BaseModel):

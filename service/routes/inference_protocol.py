@@ -238,41 +238,25 @@ def _statistics(served: Served) -> dict[str, Any]:
     }
 
 
-_DESCRIPTIONS = {
-    400: "The request does not fit.",
-    401: "A key is needed.",
-    403: "An admin key is needed.",
-    404: "There is no such model or version.",
-    405: "The path does not have this method.",
-    413: "The body or the reply is too large.",
-    415: "The body is encoded.",
-    500: "The model could not be evaluated.",
-    503: "The service is overloaded or not ready.",
-    504: "The answer was not there in time.",
-}
-
-
-def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return faults({status: _DESCRIPTIONS[status] for status in (400, 401, 405, *statuses)}, schemas.InferenceError)
+def _faults(*statuses: int) -> dict[int | str, Any]:
+    return faults(schemas.InferenceError, 400, 401, 405, *statuses)
 
 
 def _routes() -> list[Direct]:
     """Return the protocol's paths."""
     tagged: dict[str, Any] = {"tags": ["Open Inference Protocol"]}
-    ready = faults({503: "Not ready."}, schemas.Ready)
-    model_is_ready = faults({503: "Not ready."}, schemas.ModelReady)
     model: dict[str, Any] = {"model": ModelName}
     version: dict[str, Any] = {**model, "version": Annotated[str, Path()]}
 
     def get(path: str, handler: Any, reply: Any, parameters: Any = None, responses: Any = None) -> Direct:
-        faults = {**_faults(*(() if parameters is None else (404, 503))), **(responses or {})}
+        responses = {**_faults(*(() if parameters is None else (404, 503))), **(responses or {})}
         return Direct(
             path,
             handler,
             parameters=parameters,
             methods=["GET"],
             response_model=reply,
-            responses=faults,
+            responses=responses,
             **tagged,
         )
 
@@ -293,7 +277,7 @@ def _routes() -> list[Direct]:
     routes = [
         get("/v2", server_metadata, schemas.ServerMetadata),
         get("/v2/health/live", server_live, schemas.Liveness),
-        get("/v2/health/ready", server_ready, schemas.Ready, responses=ready),
+        get("/v2/health/ready", server_ready, schemas.Ready, responses=faults(schemas.Ready, 503)),
         get("/v2/models/stats", statistics, schemas.Statistics),
         post(
             "/v2/repository/index", repository_index, schemas.IndexRequest, list[schemas.IndexEntry], 413, 415,
@@ -311,7 +295,7 @@ def _routes() -> list[Direct]:
     for prefix, parameters in (("/v2/models/{model}", model), ("/v2/models/{model}/versions/{version}", version)):
         routes += [
             get(prefix, model_metadata, schemas.ModelMetadata, parameters),
-            get(f"{prefix}/ready", model_ready, schemas.ModelReady, parameters, model_is_ready),
+            get(f"{prefix}/ready", model_ready, schemas.ModelReady, parameters, faults(schemas.ModelReady, 503)),
             get(f"{prefix}/config", model_configuration, dict[str, Any], parameters),
             get(f"{prefix}/stats", model_statistics, schemas.Statistics, parameters),
             post(

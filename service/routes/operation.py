@@ -129,9 +129,26 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def faults(by_status: Mapping[int, str], model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+#: Descriptions of a dialect's errors that has no words of its own for them.
+_FAULTS = {
+    400: "The request does not fit.",
+    401: "A key is needed.",
+    403: "An admin key is needed.",
+    404: "There is no such model or version.",
+    405: "The path does not have this method.",
+    406: "The encoding is not one that is served.",
+    413: "The body or the reply is too large.",
+    415: "The body is encoded.",
+    422: "The request does not fit.",
+    500: "The model could not be evaluated.",
+    503: "The service is overloaded or not ready.",
+    504: "The answer was not there in time.",
+}
+
+
+def faults(model: type[BaseModel], *statuses: int, texts: Mapping[int, str] = _FAULTS) -> dict[int | str, Any]:
     """Return the ``responses`` of a dialect's errors: descriptions by status, and the pydantic model of the body."""
-    return {status: {"model": model, "description": text} for status, text in by_status.items()}
+    return {status: {"model": model, "description": texts[status]} for status in statuses}
 
 
 def refusals(*faults: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

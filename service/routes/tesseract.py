@@ -13,12 +13,12 @@ import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ServiceError
 from hessquik_client.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, row_shapes
@@ -84,14 +84,14 @@ class Body:
 
     Args:
         call: The request, whose model is found and whose JSON object is read.
-        members: Those that the object has.
+        endpoint: What is asked, which says what members the object has.
 
     Attributes:
         inputs: The points, and what is asked of them.
         is_base64: Whether arrays are wanted in base64; if the head does not say so, as the first one came.
     """
 
-    def __init__(self, call: Call, members: tuple[str, ...]) -> None:
+    def __init__(self, call: Call, endpoint: Endpoint) -> None:
         """Check the members.
 
         Raises:
@@ -100,10 +100,10 @@ class Body:
         self.call, self.served = call, call.served
         self.is_base64: bool | None = call.target.encoding
         self.inputs = _members("inputs", call.document.get("inputs"), ("x",), ("weights", "outputs", "outside"))
-        self._members = _members("body", call.document, members)
-        for name in members:
-            only = "x" if name.endswith("_inputs") else "value" if name.endswith("_outputs") else None
-            if only is not None and self._members[name] != [only]:
+        vector = endpoint.vector[:1] if endpoint.vector else ()
+        self._members = _members("body", call.document, ("inputs", *endpoint.named, *vector))
+        for name, only in endpoint.named.items():
+            if self._members[name] != [only]:
                 raise InvalidInput.of(name, f'["{only}"]', "something else")
 
     def outputs(self) -> list[str]:
@@ -338,21 +338,41 @@ class Endpoint(NamedTuple):
 
     Attributes:
         answer: Answers a body.
-        body: Its model, whose fields are the members that it has.
         reply: The reply's model.
+        prefix: Of the members that name the differentiable input and output, if there are any.
+        vector: The member with a vector, and the name that it goes by in there.
     """
 
     answer: Callable[[Body], Reply | Cancel]
-    body: type[BaseModel]
     reply: Any
+    prefix: str = ""
+    vector: tuple[str, str] | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Return the members that list names, and the only name in each."""
+        return {f"{self.prefix}_inputs": "x", f"{self.prefix}_outputs": "value"} if self.prefix else {}
+
+    def body(self, name: str) -> type[BaseModel]:
+        """Return the model of the body."""
+        members: dict[str, Any] = {member: (list[Literal[only]], ...) for member, only in self.named.items()}  # type: ignore[valid-type]
+        if self.vector is not None:
+            member, key = self.vector
+            members[member] = (dict[Literal[key], schemas.TesseractArray], ...)  # type: ignore[valid-type]
+        doc = self.answer.__doc__
+        return create_model(f"Tesseract_{name}", __base__=schemas.TesseractApply, __doc__=doc, **members)
 
 
 ENDPOINTS = {
-    "apply": Endpoint(_apply, schemas.TesseractApply, schemas.TesseractOutputs),
-    "jacobian": Endpoint(_jacobian, schemas.TesseractJacobian, schemas.TesseractJacobians),
-    "jacobian_vector_product": Endpoint(_jacobian_vector_product, schemas.TesseractJvp, schemas.TesseractOutputs),
-    "vector_jacobian_product": Endpoint(_vector_jacobian_product, schemas.TesseractVjp, schemas.TesseractOutputs),
-    "abstract_eval": Endpoint(_abstract_eval, schemas.TesseractAbstract, schemas.TesseractShapes),
+    "apply": Endpoint(_apply, schemas.TesseractOutputs),
+    "jacobian": Endpoint(_jacobian, schemas.TesseractJacobians, "jac"),
+    "jacobian_vector_product": Endpoint(
+        _jacobian_vector_product, schemas.TesseractOutputs, "jvp", ("tangent_vector", "x")
+    ),
+    "vector_jacobian_product": Endpoint(
+        _vector_jacobian_product, schemas.TesseractOutputs, "vjp", ("cotangent_vector", "value")
+    ),
+    "abstract_eval": Endpoint(_abstract_eval, schemas.TesseractShapes),
 }
 
 
@@ -379,14 +399,14 @@ def describe(call: Call) -> Reply:
         "outside": {"enum": ["allow", "refuse"]},
     }
     given = {"inputs": {"$ref": "#/components/schemas/Apply_InputSchema"}}
-    members = {
-        "inputs": given["inputs"],
-        **{name: _named("x") for name in ("jac_inputs", "jvp_inputs", "vjp_inputs")},
-        **{name: _named("value") for name in ("jac_outputs", "jvp_outputs", "vjp_outputs")},
-        "tangent_vector": _object({"x": _ENCODED}),
-        "cotangent_vector": _object({"value": _ENCODED}),
+    bodies = {
+        name: {
+            **given,
+            **{member: _named(only) for member, only in endpoint.named.items()},
+            **({endpoint.vector[0]: _object({endpoint.vector[1]: _ENCODED})} if endpoint.vector else {}),
+        }
+        for name, endpoint in ENDPOINTS.items()
     }
-    bodies = {name: {member: members[member] for member in one.body.model_fields} for name, one in ENDPOINTS.items()}
     bodies["abstract_eval"] = {"inputs": {"type": "object"}}
     replies = {"apply": {"$ref": "#/components/schemas/ApplyOutputSchema"}}
     components = {
@@ -457,17 +477,16 @@ def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozense
 
 def _endpoint(name: str, endpoint: Endpoint) -> Direct:
     """Return an endpoint's route, which reads the body, JSON whatever the header says."""
-    members = tuple(endpoint.body.model_fields)
 
     def answer(call: Call) -> Reply | Cancel:
         call.find(call.target.model, call.target.version)
-        return call.read(lambda call: endpoint.answer(Body(call, members)), may_have_text=True)
+        return call.read(lambda call: endpoint.answer(Body(call, endpoint)), may_have_text=True)
 
     return Direct(
         f"/tesseract/{{model}}/{name}",
         answer,
         _read_head,
-        endpoint.body,
+        schemas.TesseractAbstract if name == "abstract_eval" else endpoint.body(name),
         {"model": ModelName, "run_id": RunId, "x_deadline_ms": Deadline},
         methods=["POST"],
         name=f"tesseract_{name}",
@@ -480,21 +499,11 @@ def _endpoint(name: str, endpoint: Endpoint) -> Direct:
 
 
 RunId = Annotated[str | None, Query(description="Names logs, and has no effect here.")]
-_FAULTS = {
-    401: "A key is missing.",
-    404: "There is no such model.",
-    405: "The method is another one.",
-    406: "The encoding is not one that is served.",
-    413: "Request or reply are too large.",
-    500: "The network could not be evaluated.",
-    503: "The service is busy or not ready.",
-    504: "There was no answer in time.",
-}
 _OPTIONS: dict[str, Any] = {
     "tags": ["Tesseract"],
     "responses": {
-        **faults({422: "Something does not fit."}, schemas.TesseractFaults),
-        **faults(_FAULTS, schemas.TesseractError),
+        **faults(schemas.TesseractFaults, 422),
+        **faults(schemas.TesseractError, 401, 404, 405, 406, 413, 500, 503, 504),
     },
 }
 

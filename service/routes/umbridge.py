@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
 from hessquik_client.errors import InvalidInput, InvalidOutput, ServiceError
 from hessquik_client.question import make_question, numbers
@@ -35,24 +35,21 @@ class Feature(NamedTuple):
         text: Its formula.
         quantity: What it is called here.
         indices: Of input and output vectors, which it names.
-        vectors: Besides the point: ``sens``, the weights of the outputs, and ``vec``, a direction.
-        body: The model of its body.
+        vectors: Those that it takes besides the point, out of :data:`VECTORS`.
     """
 
     text: str
     quantity: str
     indices: tuple[str, ...]
     vectors: tuple[str, ...]
-    body: type[BaseModel]
 
 
+VECTORS = {"sens": "The weights of the outputs: m numbers.", "vec": "A direction: d numbers."}
 FEATURES = {
-    "Evaluate": Feature("F(x).", "value", (), (), schemas.UMBridgePoint),
-    "Gradient": Feature("Jᵀ·sens.", "gradient", ("outWrt", "inWrt"), ("sens",), schemas.UMBridgeGradient),
-    "ApplyJacobian": Feature("J·vec.", "jvp", ("outWrt", "inWrt"), ("vec",), schemas.UMBridgeJacobian),
-    "ApplyHessian": Feature(
-        "(Σ_k sens_k H_k)·vec.", "hvp", ("outWrt", "inWrt1", "inWrt2"), ("sens", "vec"), schemas.UMBridgeHessian
-    ),
+    "Evaluate": Feature("F(x).", "value", (), ()),
+    "Gradient": Feature("Jᵀ·sens.", "gradient", ("outWrt", "inWrt"), ("sens",)),
+    "ApplyJacobian": Feature("J·vec.", "jvp", ("outWrt", "inWrt"), ("vec",)),
+    "ApplyHessian": Feature("(Σ_k sens_k H_k)·vec.", "hvp", ("outWrt", "inWrt1", "inWrt2"), ("sens", "vec")),
 }
 PATHS = frozenset({"/Info", "/ModelInfo", "/InputSizes", "/OutputSizes", *(f"/{feature}" for feature in FEATURES)})
 #: Errors that are not the caller's input, and keep their own status.
@@ -158,6 +155,13 @@ def info(call: Call) -> Reply:
     return Reply.of({"protocolVersion": 1.0, "models": names})
 
 
+def _body(name: str, feature: Feature) -> type[BaseModel]:
+    """Return the model of an operation's body."""
+    members: dict[str, Any] = {index: (schemas.UMBridgeIndex, ...) for index in feature.indices}
+    members |= {vector: (schemas.UMBridgeVector, Field(description=VECTORS[vector])) for vector in feature.vectors}
+    return create_model(f"UMBridge{name}", __base__=schemas.UMBridgePoint, __doc__=feature.text, **members)
+
+
 def _operation(name: str, text: str, go_on: Callable[[Call], Reply | Cancel], body: Any, reply: Any) -> Direct:
     """Return an operation that reads the body, which is JSON whatever the header says."""
     return Direct(
@@ -199,7 +203,10 @@ _FAULTS = {
     503: "`Overloaded`, `NotReady` or `WorkerLost`.",
     504: "`DeadlineExceeded`.",
 }
-_OPTIONS: dict[str, Any] = {"tags": ["UM-Bridge"], "responses": faults(_FAULTS, schemas.UMBridgeError)}
+_OPTIONS: dict[str, Any] = {
+    "tags": ["UM-Bridge"],
+    "responses": faults(schemas.UMBridgeError, *_FAULTS, texts=_FAULTS),
+}
 
 router = APIRouter()
 router.routes += [
@@ -213,7 +220,7 @@ router.routes += [
             name,
             feature.text,
             partial(_ask, feature),
-            feature.body,
+            _body(name, feature),
             schemas.UMBridgeOutputs if name == "Evaluate" else schemas.UMBridgeOutput,
         )
         for name, feature in FEATURES.items()
