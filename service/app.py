@@ -1,4 +1,4 @@
-"""The application: the only place that wires parts together, and FastAPI's side of it."""
+"""The application: it connects the parts of the service with FastAPI."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ COLLECT = (20_000, 20, 20)
 
 
 class Application(Front, FastAPI):
-    """FastAPI's application, whose requests come as :class:`~service.http.messages.Request`.
+    """The FastAPI application, which receives requests as :class:`~service.http.messages.Request`.
 
-    Routes that take the whole request (:class:`~service.routes.operation.Direct`) are called as they are; FastAPI's
-    own routes are called over ASGI, in a task.
+    Routes that take the whole request (:class:`~service.routes.operation.Direct`) are called directly; FastAPI's own
+    routes are called over ASGI, in a task.
 
     Args:
         core: The service.
         routers: The routes.
-        options: As FastAPI takes them.
+        options: Options of :class:`fastapi.FastAPI`.
     """
 
     def __init__(self, core: Core, routers: tuple[APIRouter, ...], **options: Any) -> None:
@@ -56,7 +56,7 @@ class Application(Front, FastAPI):
         Front.__init__(self, core, [self._operation(route) for route in routes], DIALECTS)
 
     def _operation(self, route: Route) -> Operation:
-        """Return what the front needs to know of a route."""
+        """Return the operation of a route."""
         if isinstance(route, Direct):
             return route.operation
         pattern = route.path_regex if "{" in route.path else None
@@ -66,17 +66,17 @@ class Application(Front, FastAPI):
         return call.run(asgi.call(super().__call__, call.request))
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Answer an ASGI server."""
+        """Answer a request of an ASGI server."""
         if scope["type"] == "http":
             await asgi.answer(self, self.core.settings.max_body_bytes, scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
     async def start(self) -> None:
-        """Start the workers and load the models; requests are answered from then on.
+        """Start the workers and load the models; requests are answered when this returns.
 
         Raises:
-            StartUpError: there is no folder, or no worker becomes ready.
+            StartUpError: the folder does not exist, or no worker becomes ready.
         """
         await self.core.start()
         # Objects that are alive now stay: the collector need not look at them again and again.
@@ -86,17 +86,17 @@ class Application(Front, FastAPI):
         self.is_starting = False
 
     async def stop(self) -> None:
-        """End the workers, and write what is left of the access log."""
+        """Stop the workers, and flush the access log."""
         await self.core.stop()
         self.close()
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the framework's errors into our words, and let all errors through to :meth:`fail`."""
+        """Return the middleware, which translates the framework's errors and lets all errors reach :meth:`fail`."""
         handlers = {HTTPException: _translate, RequestValidationError: _translate_invalid}
         return ExceptionMiddleware(AsyncExitStackMiddleware(self.router), handlers=handlers)
 
     def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI document: FastAPI's, with the errors' schema, the keys, and limits that can be set."""
+        """Return FastAPI's OpenAPI document with the schema of errors, the keys, and the configured limits added."""
         if self.openapi_schema is not None:
             return self.openapi_schema
         document = super().openapi()
@@ -124,14 +124,14 @@ class Application(Front, FastAPI):
 
 
 def create_app(settings: Settings | None = None, node: NodeLike | None = None) -> Application:
-    """Make the service; its workers start with the application's lifespan and end with it.
+    """Create the application; its workers start and stop with the application's lifespan.
 
     Args:
-        settings: From the environment if not given.
-        node: The workers and models; of this process's own if not given.
+        settings: The settings; read from the environment if not given.
+        node: The workers and models; by default new ones of this process.
 
     Raises:
-        StartUpError: a device is asked for that is not there.
+        StartUpError: the machine does not have a device that the settings name.
     """
     settings = settings or Settings()
     core = Core(settings, node or Node(settings, resolve_devices(settings.device, settings.workers)))
@@ -167,7 +167,7 @@ _DESCRIPTION = (
 
 
 def _translate(_: Any, error: Exception) -> NoReturn:
-    """Raise an error of ours for one of the framework's."""
+    """Raise the service's error for an HTTP error of the framework."""
     status = getattr(error, "status_code", 500)
     if status == 404:
         raise NotFound("expected a path of this service, GET /openapi.json lists them")
@@ -175,7 +175,7 @@ def _translate(_: Any, error: Exception) -> NoReturn:
 
 
 def _translate_invalid(_: Any, error: Exception) -> NoReturn:
-    """Raise an error of ours for a parameter that FastAPI refuses, without what was given."""
+    """Raise the service's error for a parameter that FastAPI refuses, without repeating the value."""
     assert isinstance(error, RequestValidationError)
     fault = error.errors()[0]
     raise InvalidInput.of(str(fault["loc"][-1])[:32], fault["msg"], "something else")

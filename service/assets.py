@@ -1,6 +1,6 @@
-"""The pages' files: which path gives which file of which installed package. Nothing else is ever read.
+"""The static files of the pages: a fixed table of paths and files of installed packages. No other file is read.
 
-The pages hold no data, so these paths are open; what the pages show they ask for with the user's key.
+The files hold no data, so their paths need no key; the pages request data with the user's key.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Asset:
     """A file, ready to be sent.
 
     Attributes:
-        media_type: Of the file.
-        etag: Changes when the file does.
-        plain: The file.
-        packed: The file, gzipped.
+        media_type: Media type of the file.
+        etag: Entity tag, which changes when the file does.
+        plain: Bytes of the file.
+        packed: Bytes of the file, compressed with gzip.
     """
 
     media_type: bytes
@@ -56,7 +56,7 @@ class Asset:
 
 @cache
 def load(path: str) -> Asset:
-    """Read and pack what a path of :data:`ASSETS` gives, once.
+    """Read and compress the file of a path of :data:`ASSETS`; the result is cached.
 
     Raises:
         FileNotFoundError: the installed package lacks the file.

@@ -1,7 +1,7 @@
-"""``hessquik evaluate``: a saved network at the points of a file, tile by tile, into another file; any size.
+"""``hessquik evaluate``: evaluates a saved network at the points of a file of any size, and writes another file.
 
-Points are rows of ``.npy``, ``.csv`` or ``.parquet``; so are results. A tile is read and written at a time, so that
-memory does not grow with the file. The result appears under its name when it is complete.
+Points and results are rows of ``.npy``, ``.csv`` or ``.parquet``. One tile is read and written at a time, so that
+memory does not grow with the file. The result file appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Job:
     """The quantities asked of every point.
 
     Attributes:
-        quantities: Their names.
-        dtype: ``float32`` or ``float64``; ``None`` is the network's own.
-        weights: (m,) or ``None``.
-        directions: (k, d) or ``None``.
+        quantities: Names of the quantities.
+        dtype: ``float32`` or ``float64``; ``None`` means the network's own.
+        weights: Weights of the outputs (m,), or ``None``.
+        directions: Directions (k, d), or ``None``.
         outside: ``allow`` or ``refuse`` points outside the bounds.
     """
 
@@ -56,7 +56,7 @@ class _Writer(Protocol):
         """Write a tile's results."""
 
     def close(self) -> None:
-        """End the file."""
+        """Complete and close the file."""
 
 
 def evaluate_file(
@@ -66,20 +66,20 @@ def evaluate_file(
 
     Args:
         evaluators: The network.
-        source: Points: ``.npy`` (n, d), or ``.csv`` or ``.parquet`` with a column per input, found by the inputs'
-            names where the file has them all, else in order.
-        target: Results: ``.npy`` for one quantity; ``.csv`` or ``.parquet`` with a column per number, such as
-            ``gradient[x,f]``; or a folder for a ``.npy`` per quantity.
-        job: What is asked.
-        advance: Called after each tile with the points in it and in the whole file, 0 if that is not known.
+        source: The points: ``.npy`` (n, d), or ``.csv`` or ``.parquet`` with one column per input. Columns are found
+            by the names of the inputs if the file has all of them, else by their order.
+        target: The results: ``.npy`` for one quantity; ``.csv`` or ``.parquet`` with one column per number, such as
+            ``gradient[x,f]``; or a folder with one ``.npy`` per quantity.
+        job: The quantities and options.
+        advance: Called after each tile with the number of points in it and in the whole file, 0 if unknown.
 
     Returns:
         The number of points.
 
     Raises:
-        ValueError: a file is not of a known kind, or has other columns than the network.
-        InvalidInput: a point, or what is asked, does not fit; ``row`` counts from the file's first point.
-        OutsideDomain: a point is outside the bounds, and that is refused.
+        ValueError: a file has an unknown format, or its columns do not fit the network.
+        InvalidInput: a point or an option does not fit; ``row`` counts from the file's first point.
+        OutsideDomain: a point is outside the bounds, and ``job.outside`` is ``refuse``.
     """
     evaluate = evaluators.evaluator(None)
     dtype = job.dtype or str(evaluators.dtype).removeprefix("torch.")
@@ -123,7 +123,7 @@ def evaluate_file(
 
 
 def _counted_from_the_start(error: InvalidInput | OutsideDomain, done: int) -> InvalidInput | OutsideDomain:
-    """Return an error about a tile's row as one about the file's."""
+    """Return an error whose row, counted within a tile, is counted from the start of the file."""
     row = error.extra.get("row")
     if row is None:
         return error
@@ -135,7 +135,7 @@ def _counted_from_the_start(error: InvalidInput | OutsideDomain, done: int) -> I
 
 
 def _read(source: Path, rows: int, d: int, names: Sequence[str]) -> tuple[Any, int]:
-    """Return an iterator over a file's points, so many at a time, and their number, 0 if that is not known."""
+    """Return an iterator over a file's points, ``rows`` at a time, and their number, 0 if unknown."""
     match source.suffix:
         case ".npy":
             array = np.load(source, mmap_mode="r", allow_pickle=False)
@@ -188,7 +188,7 @@ def _numbers(source: Path, line: int, row: Sequence[str], columns: Sequence[int]
 
 
 def _columns(source: Path, found: Sequence[str], d: int, names: Sequence[str]) -> list[int]:
-    """Return where the inputs are: by their names if all are there, else in order."""
+    """Return the positions of the inputs' columns: by name if the file has all names, else by order."""
     if set(names) <= set(found):
         return [list(found).index(name) for name in names]
     if len(found) != d:
@@ -244,7 +244,7 @@ def _writer(
 
 
 def _labels(shapes: dict[str, tuple[int, ...]], letters: dict[str, Sequence[str]]) -> list[str]:
-    """Return the names of a row's numbers, such as ``gradient[x,f]``; indices where there are no names."""
+    """Return the column names of a row's numbers, such as ``gradient[x,f]``, with indices for unnamed axes."""
     labels = []
     for name, shape in shapes.items():
         axes = [
@@ -256,12 +256,12 @@ def _labels(shapes: dict[str, tuple[int, ...]], letters: dict[str, Sequence[str]
 
 
 def _flat(results: dict[str, Array]) -> Array:
-    """Return a tile's results side by side, (rows, numbers)."""
+    """Return a tile's results concatenated to shape (rows, numbers)."""
     return np.concatenate([array.reshape(len(array), -1) for array in results.values()], axis=1)
 
 
 class _Npy:
-    """Arrays that grow, one file each: the header has room for any number of rows."""
+    """Writer of one ``.npy`` file per quantity; the header leaves room for any number of rows."""
 
     def __init__(self, paths: dict[str, Path], shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
         self._shapes, self._dtype, self._rows = shapes, dtype, 0
@@ -289,7 +289,7 @@ class _Npy:
 
 
 class _Csv:
-    """Text with a line of names; every number has the shortest form that reads back as the same."""
+    """Writer of a CSV file; every number has the shortest form that reads back as the same number."""
 
     def __init__(self, path: Path, labels: Sequence[str]) -> None:
         self._file = path.open("w", newline="")
@@ -304,7 +304,7 @@ class _Csv:
 
 
 class _Parquet:
-    """A column per number, a row group per tile."""
+    """Writer of a Parquet file with one column per number and one row group per tile."""
 
     def __init__(self, path: Path, labels: Sequence[str], dtype: str) -> None:
         parquet, self._arrow = _pyarrow()
@@ -321,7 +321,7 @@ class _Parquet:
 
 
 def _remove(path: Path) -> None:
-    """Remove what was written in part, if it is there."""
+    """Remove an incomplete file or folder, if it exists."""
     if path.is_dir():
         for file in path.iterdir():
             file.unlink()

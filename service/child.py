@@ -1,4 +1,4 @@
-"""Processes that run a module of this package, and the socket to each."""
+"""Child processes that run a module of this package, each connected by a socket pair."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Child", "environment"]
 
 
 class Child:
-    """A process and the socket to it.
+    """A child process and the socket to it.
 
     Args:
-        module: The module that it runs; the number of its end of the socket is its first argument.
-        arguments: The others.
-        on_frame: Called with head and fields of what it sends.
-        on_lost: Called once when it closes its end, or sends what is no frame; not after :meth:`close`.
-        blocked: Signals that it never sees.
-        has_own_group: Start a process group, which signals to ours do not reach.
+        module: The module that it runs; its first argument is the descriptor of its end of the socket.
+        arguments: The other arguments.
+        on_frame: Called with the head and the fields of each frame that it sends.
+        on_lost: Called once when it closes its end or sends a malformed frame; not after :meth:`close`.
+        blocked: Signals that are blocked in it.
+        has_own_group: Whether it gets its own process group, so that signals to the parent's group do not reach it.
 
     Raises:
-        OSError: the system does not allow it.
+        OSError: the process or its socket cannot be created.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Child:
         blocked: Iterable[signal.Signals],
         has_own_group: bool = False,
     ) -> None:
-        """Start it."""
+        """Start the process."""
         ours, theirs = socket.socketpair()
         # A signal mask is inherited: the process never sees these signals, from its first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -68,7 +68,7 @@ class Child:
         """Send a frame with one end of a new socket pair, and return the other end.
 
         Raises:
-            OSError: the system does not allow it.
+            OSError: the socket pair cannot be created.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -80,7 +80,7 @@ class Child:
         return ours
 
     def close(self) -> None:
-        """Close our end of the socket, upon which the process ends."""
+        """Close this end of the socket, which makes the process exit."""
         self._channel.close()
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -88,20 +88,20 @@ class Child:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the process at once, unless it has ended."""
+        """Kill the process (SIGKILL), unless it has ended."""
         self.process.kill()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Wait for the process to end, and return its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it has not ended in time.
+            subprocess.TimeoutExpired: the process has not ended in time.
         """
         return self.process.wait(timeout_s)
 
 
 def environment() -> dict[str, str]:
-    """Return a process's environment: ours without the settings, keys among them; our package is found first."""
+    """Return the environment of a child process: without settings and keys, and with this package found first."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}

@@ -73,7 +73,7 @@ Changes = Annotated[
 
 
 def _takes_every_setting(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting but the folder; what one may be, the settings say."""
+    """Give a command a flag for each setting except the folder; :class:`Settings` validates the values."""
     parameters = [
         inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Folder)
     ]
@@ -194,7 +194,7 @@ def import_(
     dtype: Annotated[str | None, typer.Option(help="float32 or float64; the source's own if not given.")] = None,
     allow_kinks: Annotated[bool, typer.Option(help="Let ReLU and the like through, and say so in the file.")] = False,
 ) -> None:
-    """Turn a network of torch, ONNX, Keras, JAX or scikit-learn into a file that can be served, and prove it."""
+    """Convert a network of torch, ONNX, Keras, JAX or scikit-learn to a file that can be served, and check it."""
     import torch
 
     from hessquik import HessQuikError, proof, storage
@@ -237,7 +237,7 @@ def import_(
 
 
 def _bounds(text: str) -> tuple[list[float], list[float]]:
-    """Return the lower and upper bounds out of lower:upper,lower:upper,… ."""
+    """Parse ``lower:upper,lower:upper,…`` and return the lower and the upper bounds."""
     try:
         pairs = [[float(part) for part in pair.split(":")] for pair in text.split(",")]
         return [lower for lower, _ in pairs], [upper for _, upper in pairs]
@@ -246,7 +246,7 @@ def _bounds(text: str) -> tuple[list[float], list[float]]:
 
 
 def _destination(source: Path, out: Path, name: str | None) -> Path:
-    """Return the file to write, whose name must be one that the service takes."""
+    """Return the path of the file to write; its name must be a valid name of a model."""
     from service.repository import NAME, SUFFIX
 
     if out.is_dir():
@@ -265,7 +265,7 @@ def describe(
     model: Annotated[Path, typer.Argument(help="A saved network.")],
     changes: Changes = None,
 ) -> None:
-    """Show what a file says of its network, and change it with --set."""
+    """Show the metadata of a saved network, and change it with --set."""
     import json
 
     from hessquik import HessQuikError, save, storage
@@ -342,7 +342,7 @@ def load(
     url: Annotated[str, typer.Argument(help="A running service, such as http://127.0.0.1:8000.")],
     model: Annotated[str, typer.Argument(help="The model's name.")],
 ) -> None:
-    """Have a running service read a model's files again; the admin key is HESSQUIK_API_KEY."""
+    """Make a running service load a model's files again; the admin key is HESSQUIK_API_KEY."""
     _administer(url, lambda client: client.load(model))
 
 
@@ -360,7 +360,7 @@ def unload(
 
 
 def _administer(url: str, action: Callable[[Client], dict[str, Any]]) -> None:
-    """Have something done by a running service, and print its reply."""
+    """Send an administrative request to a running service, and print its reply."""
     import json
     import os
 
@@ -378,7 +378,7 @@ def check(
     model: Annotated[Path, typer.Argument(help="A saved network.")],
     samples: Annotated[int, typer.Option(min=1, max=1000, help="Points to compare at.")] = 5,
 ) -> None:
-    """Prove a model's derivatives; exit with 1 if they fail."""
+    """Check a model's derivatives against automatic differentiation; exit with 1 if any check fails."""
     from hessquik import FormatError, storage
     from hessquik.proof import backends, prove
 
@@ -402,14 +402,14 @@ def check(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Put load on a running service and show how it bears it; see hessquik bench --help."""
+    """Run a load test against a running service; see hessquik bench --help."""
     from service.loadtest import main as run_bench
 
     raise typer.Exit(run_bench(context.args))
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    """End with one line and an exit status."""
+    """Print a one-line error and exit with a status."""
     sys.stderr.write(f"hessquik: {message}\n")
     raise typer.Exit(status)
 

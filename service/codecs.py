@@ -1,4 +1,4 @@
-"""Media types, safetensors ↔ questions and answers, and the text of numbers."""
+"""Media types, the safetensors format of requests and replies, and numbers as JSON text."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = [
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 _MAX_SAFETENSORS_HEADER_BYTES = 4096
 
-#: A stretch of a reply's body.
+#: A piece of a reply's body.
 Piece = bytes | memoryview
 
 
 @lru_cache(maxsize=32)
 def content_type(header: bytes) -> str:
-    """The media type of a body; JSON if none is named.
+    """Return the media type of a body; JSON if the header is empty.
 
     Raises:
-        UnsupportedMediaType: it is neither JSON nor safetensors.
+        UnsupportedMediaType: the header names neither JSON nor safetensors.
     """
     media_type = header.decode("latin-1").partition(";")[0].strip().lower() or JSON
     if media_type not in (JSON, SAFETENSORS):
@@ -51,10 +51,10 @@ def content_type(header: bytes) -> str:
 
 
 def accepted_type(header: bytes) -> str:
-    """Return the media type to reply in: the one that the header prefers, JSON if there is no preference.
+    """Return the media type of the reply: the one that the header prefers, JSON if there is no preference.
 
     Raises:
-        NotAcceptable: it accepts neither JSON nor safetensors.
+        NotAcceptable: the header accepts neither JSON nor safetensors.
     """
     if not header:
         return JSON
@@ -65,11 +65,11 @@ def accepted_type(header: bytes) -> str:
 
 
 def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping[str, str], shape: Shape) -> Question:
-    """Read a safetensors body, its quantities and dtype from the query.
+    """Parse a request whose arrays are a safetensors body and whose quantities and dtype are in the query.
 
     Raises:
-        MalformedBody: it is not a safetensors file of the documented tensors.
-        InvalidInput: it does not fit.
+        MalformedBody: the body is not a safetensors file.
+        InvalidInput: a tensor or a parameter is unknown or does not fit the model.
     """
     if len(body) < 8 or struct.unpack("<Q", body[:8])[0] > min(_MAX_SAFETENSORS_HEADER_BYTES, len(body) - 8):
         raise MalformedBody(
@@ -90,9 +90,9 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
 
 
 def json_rows(array: Array) -> bytes:
-    """The text of the rows of a contiguous float64 array, to be joined by commas with that of others.
+    """Return the rows of a contiguous float64 array as JSON without the outer brackets.
 
-    Every number has the shortest form that reads back as the same double; non-finite ones are null.
+    Every number has the shortest form that reads back as the same double; NaN and infinity become null.
 
     Example:
         >>> json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]]))
@@ -104,7 +104,7 @@ def json_rows(array: Array) -> bytes:
 def encode_safetensors(
     model: str, version: int, answers: Mapping[str, Sequence[Array]], is_single: bool
 ) -> list[Piece]:
-    """Return the reply as safetensors, a tensor per quantity: a header and the arrays' own memory."""
+    """Return a reply as safetensors with one tensor per quantity; the arrays are not copied."""
     tensors = {
         name: (rows[0].dtype, rows[0].shape[1:] if is_single else (sum(map(len, rows)), *rows[0].shape[1:]))
         for name, rows in answers.items()
@@ -115,7 +115,7 @@ def encode_safetensors(
 def safetensors_header(
     model: str, version: int, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 ) -> bytes:
-    """Return what comes before the numbers in a reply as safetensors."""
+    """Return the header of a reply as safetensors."""
     header: dict[str, Any] = {"__metadata__": {"model": model, "version": str(version)}}
     start = 0
     for name, (dtype, shape) in tensors.items():
@@ -128,7 +128,7 @@ def safetensors_header(
 
 
 def raw(array: Array) -> memoryview:
-    """Return an array's bytes."""
+    """Return the bytes of an array, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

@@ -15,15 +15,15 @@ _COUNT = "import torch; print(torch.cuda.device_count())"
 
 
 def resolve_devices(device: str, workers: int, count_gpus: int | None = None) -> list[str]:
-    """One device per worker: ``auto`` takes all GPUs, or the CPU if there is none.
+    """Return the device of each worker; ``auto`` means all GPUs, or the CPU if there is none.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or a list such as ``cuda:0,cuda:1``.
         workers: Workers per device.
-        count_gpus: How many GPUs there are; found out if not given and needed.
+        count_gpus: Number of GPUs; determined if needed and not given.
 
     Raises:
-        StartUpError: a device is asked for that is not there.
+        StartUpError: the machine does not have a device that is named.
 
     Example:
         >>> resolve_devices("cpu", 2)
@@ -52,7 +52,7 @@ def resolve_devices(device: str, workers: int, count_gpus: int | None = None) ->
 
 
 def _count_gpus() -> int:
-    """Ask torch in a process of its own, if there is a driver at all."""
+    """Return the number of GPUs that torch finds, in a separate process; 0 without a driver."""
     if not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidiactl").exists():
         return 0
     answer = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False, timeout=120)

@@ -1,7 +1,7 @@
-"""What every request passes: its target, keys, limits; the call of what answers it; errors in each dialect; counting.
+"""Handling of every request: routing, keys, limits, the call of its operation, errors in each dialect, and metrics.
 
-A connection and ASGI hand requests to :class:`Front`. It knows nothing of FastAPI: :class:`Operation` says what
-answers on a path.
+Connections and ASGI pass requests to :class:`Front`, which does not depend on FastAPI: its routes are
+:class:`Operation`.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ MAX_PARAMETERS = 16
 
 
 class Dialect(NamedTuple):
-    """A dialect: how errors are written on its paths.
+    """A protocol that the service speaks, and the format of its errors.
 
     Attributes:
-        media_type: Of the bodies.
-        owns: Tells whether a path is one of the dialect's.
-        write: Makes the status and body of an error, for a request id.
+        media_type: Media type of the error bodies.
+        owns: Returns whether a path belongs to the dialect.
+        write: Returns status and body of an error, given the error and the request id.
     """
 
     media_type: bytes
@@ -88,17 +88,18 @@ NATIVE = Dialect(
 
 
 class Operation(NamedTuple):
-    """What answers on a path.
+    """A route: a path and the handler that answers on it.
 
     Attributes:
-        path: With its placeholders.
-        pattern: What matches; ``None`` if there are no placeholders.
-        methods: Those that the path has.
-        answer: Answers a call.
-        label: The path as requests are counted.
-        parameters: Of the query; ``None`` if they are read elsewhere.
-        computes: Whether a request has a time within which its answer has to be there.
-        read_head: Makes of a head what else the operation needs to know, and chooses among the parameters.
+        path: The path, with placeholders.
+        pattern: Pattern of matching paths; ``None`` if there are no placeholders.
+        methods: The methods that are allowed.
+        answer: The handler, which answers a call.
+        label: Label of the route in metrics.
+        parameters: Names of the query parameters; ``None`` if the handler parses the query.
+        computes: Whether requests have a deadline.
+        read_head: Called with the head and ``parameters``; returns :attr:`Target.encoding` and the parameters that
+            are allowed with this head.
     """
 
     path: str
@@ -112,17 +113,17 @@ class Operation(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a head was resolved to.
+    """The result of routing a head.
 
     Attributes:
-        label: The path as the request is counted.
-        dialect: Of its errors.
-        operation: What answers; ``None`` if nothing does.
-        model: What the path names, if it names a model.
-        version: What the path or the query names.
-        query: Parameters.
-        time_s: For the whole request.
-        encoding: What the operation's ``read_head`` made of the head.
+        label: Label of the route in metrics.
+        dialect: The dialect, in which errors are written.
+        operation: The operation; ``None`` if no path matches.
+        model: Name of the model in the path, or empty.
+        version: Version in the path or the query, if any.
+        query: The query parameters.
+        time_s: Time limit of the whole request.
+        encoding: Result of the operation's ``read_head``.
     """
 
     label: str
@@ -136,20 +137,20 @@ class Target(NamedTuple):
 
 
 class Call:
-    """A request on its way from its body to its reply: what an operation of any dialect works with.
+    """A complete request, as the operations of all dialects handle it.
 
     Args:
-        front: What the request came to.
+        front: The front that received it.
         request: The request.
 
     Attributes:
         core: The service.
-        target: What the request's head asks for.
-        served: The model, once it is found.
-        shape: What questions about it have to fit.
-        document: The body's JSON object, once it is read; long lists of numbers are arrays already.
-        may_be_booleans: Whether it may hold any, which numpy would take for numbers.
-        question: What the workers are asked.
+        target: The result of routing.
+        served: The version of the model, after :meth:`find`.
+        shape: The sizes and limits of the model.
+        document: The JSON object of the body, after :meth:`read`; long lists of numbers are arrays.
+        may_be_booleans: Whether ``document`` may hold booleans, which numpy would convert to numbers.
+        question: The checked request for the workers, after :meth:`ask`.
     """
 
     __slots__ = (
@@ -167,10 +168,10 @@ class Call:
         self.target: Target = request.head.target
 
     def find(self, name: str, version: str | None) -> Served:
-        """Find the model that is asked.
+        """Find the model, and check that the queue has room.
 
         Raises:
-            Overloaded: as many requests wait as may.
+            Overloaded: the queue is full.
             ServiceError: there is no such model, or it is not ready.
         """
         core = self.core
@@ -183,12 +184,12 @@ class Call:
     def read(
         self, go_on: Callable[[Call], Reply | Cancel], text: bytes | None = None, may_have_text: bool = False
     ) -> Reply | Cancel:
-        """Read the body's JSON object, and go on; a long body is read slice by slice, in a task.
+        """Parse the JSON object of the body, and call the next step; a long body is parsed in slices, in a task.
 
         Args:
-            go_on: Called when ``document`` is there.
-            text: The JSON, if it is not all of the body.
-            may_have_text: As for :func:`service.json_reader.read_long_json`.
+            go_on: The next step, called when ``document`` is set.
+            text: The JSON, if it is not the whole body.
+            may_have_text: See :func:`service.json_reader.read_long_json`.
         """
         body = self.request.body if text is None else text
         if len(body) > SHORT_BYTES:
@@ -211,18 +212,18 @@ class Call:
             return go_on(self)
 
     def why_not_ready(self) -> list[str]:
-        """Return the reasons why the service is not ready; none if it is."""
+        """Return the reasons why the service is not ready; an empty list if it is."""
         return self._front.why_not_ready()
 
     def run(self, work: Coroutine[Any, Any, Reply | Cancel]) -> Cancel:
-        """Answer with what a coroutine returns, which runs as a task."""
+        """Run a coroutine as a task, and answer with its result."""
         return self._front.run(self.request, work)
 
     def hold_bytes(self, size: int) -> None:
-        """Count the bytes of a large reply before it is made; they are given back when it is sent.
+        """Count the bytes of a large reply against the budget before it is created, until it is sent.
 
         Raises:
-            Overloaded: too much is held for clients.
+            Overloaded: the budget is exhausted.
         """
         if size > LARGE_BYTES:
             self._front.budget.take(size)
@@ -236,25 +237,25 @@ class Call:
         on_rows: OnRows | None = None,
         time_s: float = 0.0,
     ) -> Cancel:
-        """Have the workers answer a question, and the request with what ``write`` makes of their answers.
+        """Queue a checked request for the workers; ``write`` turns their answers into the reply.
 
-        The model is held until then.
+        The version of the model is held until then.
 
         Args:
-            question: What is asked of the model that was found.
-            form: Of the answers, see :class:`~service.scheduler.BatchKey`.
-            write: Makes the reply.
-            on_rows: Sends the rows of a large reply as they come; then ``write`` is given none of them.
-            time_s: Time for the whole request, if the body says so.
+            question: The checked request for the model that was found.
+            form: Form of the answers, see :class:`~service.scheduler.BatchKey`.
+            write: Writes the reply.
+            on_rows: Sends the rows of a large reply as they arrive; ``write`` then gets no rows.
+            time_s: Time limit of the whole request, if the body sets one.
 
         Returns:
-            What stops it.
+            A function that cancels the work.
 
         Raises:
-            ReplyTooLarge: the reply would be over its limit.
-            Overloaded: too much is waiting, or held for clients.
+            ReplyTooLarge: the reply would exceed its limit.
+            Overloaded: the queue or the budget is full.
             NotReady: workers cannot be kept alive.
-            TooExpensive: a row takes longer than a batch may.
+            TooExpensive: one row takes longer than the time limit of a batch.
         """
         core, served, request = self.core, self.served, self.request
         inputs, _, quantities, dtype, weights, directions = question
@@ -289,7 +290,7 @@ class Call:
         return partial(core.scheduler.abandon, job)
 
     def _end(self, job: Job) -> None:
-        """Answer, now that the job has ended."""
+        """Answer the request when its job has ended."""
         served, now = self.served, monotonic()
         self.core.repository.release(served)
         if job.failure is not None:
@@ -306,12 +307,12 @@ class Call:
 
 
 class Front:
-    """Answers requests, whatever they came by.
+    """Routes and answers requests from connections and from ASGI.
 
     Args:
         core: The service.
-        operations: What answers them.
-        dialects: In the order in which they are asked whether they own a path; the last owns all.
+        operations: The routes.
+        dialects: The dialects; the first that owns a path is used, and the last owns all paths.
     """
 
     def __init__(self, core: Core, operations: Collection[Operation], dialects: tuple[Dialect, ...]) -> None:
@@ -327,18 +328,18 @@ class Front:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def why_not_ready(self) -> list[str]:
-        """Return the reasons why the service is not ready; none if it is."""
+        """Return the reasons why the service is not ready; an empty list if it is."""
         reasons = self.core.why_not_ready()
         return reasons if not self.is_starting else ["the service is still loading its models", *reasons]
 
     def table(self) -> dict[str, frozenset[str]]:
-        """Return the methods of every path with placeholders."""
+        """Return the methods of every route, by path with placeholders."""
         return {one.path: one.methods for one in (*self._fixed.values(), *self._patterns)}
 
     # Steps that every request takes.
 
     def admit(self, head: Head) -> None:
-        """Resolve a head's target, and decide whether the body is read.
+        """Route a head and check its key; refuse the request if its body need not be read.
 
         Raises:
             ServiceError: the request is refused.
@@ -372,7 +373,7 @@ class Front:
                 self.core.repository.ready(target.model, target.version)
 
     def handle(self, request: Request) -> None:
-        """Answer a request whose body has arrived: now or later, by its ``respond``."""
+        """Answer a complete request by calling its ``respond``, now or later."""
         try:
             reply = request.head.target.operation.answer(Call(self, request))
         except Exception as error:
@@ -384,7 +385,7 @@ class Front:
             request.cancel = reply
 
     def finish(self, request: Request, reply: Reply) -> None:
-        """Send the reply, and count how the request ended."""
+        """Send the reply, and count the request in metrics and logs."""
         target: Target | None = request.head.target
         is_sent = request.respond(request, reply)
         request.cancel = None
@@ -396,7 +397,7 @@ class Front:
             log_administration(request, label, target.model, status, _key(request.head))
 
     def fail(self, request: Request, error: Exception) -> None:
-        """Answer with an error in the path's dialect; what is nobody's fault but ours goes to the log."""
+        """Answer with an error in the dialect of the path; log errors that the client did not cause."""
         id_ = request.id.decode()
         context = {"request_id": id_, "traceparent": request.head.headers.get(b"traceparent", b"").decode("latin-1")}
         if not isinstance(error, ServiceError):
@@ -420,17 +421,17 @@ class Front:
             asyncio.get_running_loop().call_soon(_return_memory)
 
     def abandon(self, request: Request, error: ServiceError) -> None:
-        """Stop working on a request, and answer with an error unless it has been answered."""
+        """Cancel the work on a request, and answer it with an error unless it has been answered."""
         if request.cancel is None:
             self.fail(request, error)
         else:
             request.cancel(error)
 
     def run(self, request: Request, work: Coroutine[Any, Any, Reply | Cancel]) -> Cancel:
-        """Answer a request with what a coroutine returns, which runs as a task.
+        """Run a coroutine as a task, and answer a request with its result.
 
         Returns:
-            What stops it.
+            A function that cancels the task.
         """
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)  # or it might be collected while it waits
@@ -457,12 +458,12 @@ class Front:
         return stop
 
     def close(self) -> None:
-        """Write what is left of the access log, and send what is left of the spans."""
+        """Flush the access log and the spans."""
         for watcher in self._watchers:
             watcher.close()
 
     def _match(self, path: str) -> tuple[Operation | None, dict[str, str]]:
-        """Return what answers on a path, and its placeholders' values."""
+        """Return the operation of a path, if any, and the values of its placeholders."""
         operation = self._fixed.get(path)
         if operation is not None:
             return operation, {}
@@ -473,7 +474,7 @@ class Front:
         return None, {}
 
     def _check_key(self, head: Head) -> None:
-        """Decide on the path that is routed: every path needs a key, but for a short list.
+        """Check the API key of a request; all paths but :data:`OPEN_PATHS` need one.
 
         Raises:
             Unauthorized: a key is needed.
@@ -491,10 +492,10 @@ class Front:
 
 
 def read_query(query: bytes, known: Collection[str] = ()) -> dict[str, str]:
-    """Read a query's parameters, each of them known and given once at most.
+    """Parse a query string.
 
     Raises:
-        InvalidInput: one is not, or there are too many.
+        InvalidInput: a parameter is not in ``known`` or is repeated, or there are more than :data:`MAX_PARAMETERS`.
     """
     if not query:
         return {}
@@ -507,10 +508,10 @@ def read_query(query: bytes, known: Collection[str] = ()) -> dict[str, str]:
 
 
 def expect_known(given: Collection[str], known: Collection[str]) -> None:
-    """Refuse names of query parameters that are not known, or are given twice.
+    """Check the names of query parameters.
 
     Raises:
-        InvalidInput: there are some.
+        InvalidInput: a name is not known, or is given twice.
     """
     if not set(known).issuperset(given):
         expected = f"no parameter but {', '.join(sorted(known))}" if known else "no parameters"
@@ -520,19 +521,19 @@ def expect_known(given: Collection[str], known: Collection[str]) -> None:
 
 
 def too_large(size: int, most: int) -> ReplyTooLarge:
-    """Return the error for a reply over its limit."""
+    """Return the error for a reply that exceeds the limit."""
     detail = f"expected a reply of at most {most} bytes, got {size}"
     return ReplyTooLarge(detail, limit_bytes=most, reply_bytes=size)
 
 
 def _key(head: Head) -> bytes:
-    """Return the key that a head carries, or nothing."""
+    """Return the API key in a head, or empty bytes."""
     scheme, _, key = head.headers.get(b"authorization", b"").partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _return_memory() -> None:
-    """Have the allocator return free memory to the system, which it would keep for long, where it can be told."""
+    """Return free memory of the allocator to the system, where the C library can (``malloc_trim``)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

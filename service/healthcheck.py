@@ -1,4 +1,4 @@
-"""Asks the server of this machine whether it is ready: exit status 0 if so, 1 if not. A container's HEALTHCHECK."""
+"""Health check of a container: exits with 0 if the server on this machine is ready, with 1 if not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMEOUT_S = 2.0
 
 
 def is_ready(host: str, port: int) -> bool:
-    """Return whether ``GET /readyz`` is answered with 200 in time."""
+    """Return whether ``GET /readyz`` is answered with 200 within the time limit."""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")

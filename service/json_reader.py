@@ -1,7 +1,7 @@
-"""The reader of JSON bodies of all dialects: it neither stalls the event loop nor takes memory out of proportion.
+"""Parsing of JSON bodies of all dialects, with bounded memory and without blocking the event loop.
 
-A short body is parsed at once. Of a long one, the long lists of numbers are cut out and become arrays slice by slice,
-with a turn of the event loop in between; what is left is short::
+A short body is parsed at once. In a long one, long lists of numbers are cut out and converted to arrays slice by
+slice, and the event loop runs in between; the remaining JSON is short::
 
     {"inputs": [[0.5, 1.5], [2.0, …], …], "dtype": "float64"}   ─▶   {"inputs": "#0", "dtype": "float64"},  #0 = array
 """
@@ -50,15 +50,15 @@ _invalid = InvalidInput.of
 
 
 def has_booleans(text: bytes) -> bool:
-    """Return whether JSON may hold booleans, which numpy would take for numbers."""
+    """Return whether JSON may hold booleans, which numpy would convert to numbers."""
     return b"true" in text or b"false" in text
 
 
 def expect_object(document: Any) -> dict[str, Any]:
-    """Return a JSON object, or refuse another value.
+    """Check that a JSON value is an object, and return it.
 
     Raises:
-        MalformedBody: it is one.
+        MalformedBody: the value is not an object.
     """
     if not isinstance(document, dict):
         raise MalformedBody(f"expected a JSON object, got {kind(document)}")
@@ -66,10 +66,10 @@ def expect_object(document: Any) -> dict[str, Any]:
 
 
 def read_json(body: bytes) -> Any:
-    """Parse JSON. NaN and 1e999, which are not JSON, are read too, so that they can be refused with their row.
+    """Parse JSON. NaN and 1e999, which are not JSON, are accepted here, so that an error can name their row.
 
     Raises:
-        MalformedBody: it is not JSON.
+        MalformedBody: the body is not JSON.
     """
     try:
         return orjson.loads(body)
@@ -82,19 +82,19 @@ def read_json(body: bytes) -> Any:
 
 
 async def read_long_json(body: bytes, max_rows: int, may_have_text: bool = False) -> tuple[Any, bool]:
-    """Parse JSON whose long lists of numbers become arrays, a slice at a time.
+    """Parse JSON whose long lists of numbers become arrays, one slice at a time.
 
     Args:
-        body: The bytes.
-        max_rows: The most rows of a list of lists.
-        may_have_text: Whether there may be long strings, such as base64; they come as bytes, without escapes.
+        body: The JSON text.
+        max_rows: Most rows of a list of lists.
+        may_have_text: Whether long strings, such as base64, are accepted; they must have no escapes and become bytes.
 
     Returns:
-        The document, and whether what is not an array in it may hold booleans.
+        The document, and whether its parts that are not arrays may hold booleans.
 
     Raises:
-        MalformedBody: it is not JSON.
-        InvalidInput: it has long parts that are not lists of numbers, or a list that is no array.
+        MalformedBody: the body is not JSON.
+        InvalidInput: a long part is not a list of numbers, or its lists have different lengths.
     """
     body = body.strip()
     short: list[bytes] = []

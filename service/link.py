@@ -1,7 +1,7 @@
-"""The front's side of a worker: batches become frames, and frames become results.
+"""The front end's side of a worker: batches become frames, and frames become results.
 
-A link carries what one front asks of one worker; several fronts may have links to the same worker. It never starts,
-watches or kills a process: it is alive until its socket ends.
+A link connects one front end with one worker; several front ends may have links to the same worker. A link does not
+start, watch or kill processes: it lives until its socket is closed.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ LATE_SHARE = 0.8
 
 
 class Links:
-    """The workers that a front may use; what the scheduler calls its workers.
+    """The links of a front end to its workers; the scheduler's :class:`~service.scheduler.Workers`.
 
     Args:
         batch_s: Time limit of a batch.
     """
 
     def __init__(self, batch_s: float) -> None:
-        """Start with none."""
+        """Start without links."""
         self.batch_s = batch_s
         self._links: list[Link] = []
         self.scheduler: Scheduler | None = None
 
     def add(self, sock: socket.socket, on_lost: Callable[[], None] | None = None) -> None:
-        """Use another worker, from now until its socket ends."""
+        """Add a worker, which is used until its socket is closed."""
         assert self.scheduler is not None
         self._links.append(Link(sock, self.scheduler, self, on_lost))
         self.scheduler.dispatch()
 
     def remove(self, link: Link) -> None:
-        """Use a worker no more."""
+        """Stop using a worker."""
         self._links.remove(link)
 
     def idle(self) -> Link | None:
-        """Return the worker that computes nothing for the longest time."""
+        """Return the worker that has been idle for the longest time, or ``None``."""
         found = None
         for link in self._links:
             if not link.running and (found is None or link.since_s < found.since_s):
@@ -61,49 +61,49 @@ class Links:
         return found
 
     def preemptible(self) -> Link | None:
-        """Return a worker that has preemptible batches and nothing else."""
+        """Return a worker whose batches are all preemptible, or ``None``."""
         return next((link for link in self._links if 0 < link.preemptible == len(link.running)), None)
 
     def unsupplied(self) -> Link | None:
-        """Return a worker that computes a preemptible batch and has no other to go on with."""
+        """Return a worker that computes a preemptible batch and has no next batch, or ``None``."""
         return next((link for link in self._links if 1 == link.preemptible == len(link.running)), None)
 
     def alive(self) -> Link | None:
-        """Return any worker."""
+        """Return any worker, or ``None`` if there is none."""
         return next(iter(self._links), None)
 
     def drop_idle_buffers(self) -> None:
-        """Give up shared memory that nobody has used for a while."""
+        """Free shared memory that has been idle for a while."""
         for link in self._links:
             link.buffers.drop_idle()
 
     def close(self) -> None:
-        """End all links; jobs under way stay open."""
+        """Close all links; jobs in progress are not ended."""
         for link in self._links:
             link.close()
         self._links.clear()
 
 
 class Link:
-    """A worker that is alive, as the scheduler sees it.
+    """The connection to one worker, as the scheduler uses it.
 
     Args:
-        sock: Our end of a socket pair.
-        scheduler: Whose batches it runs.
-        links: Where it is kept while it is alive.
-        on_lost: Called when the worker is gone.
+        sock: The front end's end of a socket pair.
+        scheduler: The scheduler whose batches it runs.
+        links: The collection that it belongs to while it is alive.
+        on_lost: Called when the worker closes the connection.
 
     Attributes:
-        running: What it computes, by number: a batch, perhaps a small one between the tiles of a large one, and the
-            large one that is next.
-        preemptible: How many of these are preemptible.
-        since_s: When it began or stopped computing.
+        running: Batches that were sent and not answered, by number: one that is computed, perhaps a small one that
+            preempts it between tiles, and the next large one.
+        preemptible: Number of these that are preemptible.
+        since_s: Time when the worker last became busy or idle, on the monotonic clock.
     """
 
     def __init__(
         self, sock: socket.socket, scheduler: Scheduler, links: Links, on_lost: Callable[[], None] | None
     ) -> None:
-        """Begin with an idle worker."""
+        """Start with an idle worker."""
         self.running: dict[int, Batch] = {}
         self.preemptible = 0
         self.since_s = time.monotonic()
@@ -115,7 +115,7 @@ class Link:
         self._channel = Channel(sock, self._on_frame, self._on_lost, self._on_head)
 
     def run(self, batch: Batch) -> None:
-        """Send a batch."""
+        """Send a batch to the worker."""
         key, number = batch.key, next(self._numbers)
         head: dict[str, Any] = {
             "op": "evaluate",
@@ -137,7 +137,7 @@ class Link:
         self._channel.write(head, _arrays(batch), fds)
 
     def _lend(self, batch: Batch, head: dict[str, Any]) -> tuple[int, ...]:
-        """Lend a batch a buffer for its results; return its descriptor if the worker has not got it."""
+        """Lend a batch a buffer for its results; return the descriptor if the worker does not have it yet."""
         places, size = offsets(_shapes(batch), np.dtype(batch.key.dtype).itemsize)
         buffer = batch.buffer = self.buffers.lend(size)
         if buffer is None:
@@ -148,14 +148,14 @@ class Link:
         return fds
 
     def plan(self, key: BatchKey) -> None:
-        """Ask for the cost of a row."""
+        """Ask the worker for the cost of a row."""
         number = next(self._numbers)
         self._plans[number] = key
         head = {"op": "plan", "number": number, "model": key.model, "dtype": key.dtype}
         self._channel.write({**head, "quantities": key.quantities, "is_weighted": key.is_weighted, "k": key.k}, {})
 
     def close(self) -> None:
-        """Let the worker go."""
+        """Close the connection."""
         self._channel.close()
         self.buffers.close()
 
@@ -174,14 +174,14 @@ class Link:
             raise WireError("expected an answer to what was asked")
 
     def _on_head(self, head: dict[str, Any]) -> None:
-        """Let the worker compute the next batch while the results of this one arrive."""
+        """Mark a batch as computed when the head of its results arrives, so that the worker gets the next one."""
         number = head.get("number")
         if head.get("op") == "done" and type(number) is int and (batch := self._computed(number)) is not None:
             self._arriving[number] = batch
             self._scheduler.dispatch()
 
     def _computed(self, number: int) -> Batch | None:
-        """Take a batch that is computed, if there is one of this number."""
+        """Remove and return the batch with this number, or ``None``."""
         batch = self.running.pop(number, None)
         if batch is not None:
             self.preemptible -= batch.is_preemptible
@@ -230,12 +230,12 @@ def _reason(head: Mapping[str, Any]) -> Reason:
 
 
 def _shapes(batch: Batch) -> list[tuple[int, ...]]:
-    """The shapes of a batch's results."""
+    """Return the shapes of a batch's results, one per quantity."""
     return [(batch.rows, *shape) for shape in batch.key.shapes]
 
 
 def _texts(batch: Batch, head: Mapping[str, Any], fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the text of each slice's rows by quantity, or ``None`` if some is missing."""
+    """Return the text of each slice's rows by quantity, or ``None`` if the frame does not fit the batch."""
     lengths, text = head.get("lengths"), fields.get("text", b"")
     if not isinstance(lengths, list) or len(lengths) != len(batch.slices) * len(batch.key.quantities):
         return None
@@ -254,7 +254,7 @@ def _texts(batch: Batch, head: Mapping[str, Any], fields: Mapping[str, Any]) -> 
 def _results(
     batch: Batch, buffer: Buffer | None, head: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]] | None:
-    """Each slice's arrays by quantity, from the buffer or the frame, or ``None`` if they are not what was asked."""
+    """Return each slice's arrays by quantity, from the buffer or the frame; ``None`` if they do not fit the batch."""
     names, shapes, dtype = batch.key.quantities, _shapes(batch), batch.key.dtype
     if buffer is not None and not fields:
         if head.get("shapes") != [list(shape) for shape in shapes]:
@@ -286,7 +286,7 @@ def _arrays(batch: Batch) -> dict[str, Array]:
 
 
 def _rows(array: Array, start: int, stop: int) -> Any:
-    """Return rows of an array that has one row per point, or one for all of them."""
+    """Return rows of an array; an array with a single row, shared by all points, is returned whole."""
     if len(array) == 1 < stop - start:
         return np.broadcast_to(array, (stop - start, *array.shape[1:]))
     return array if len(array) == 1 else array[start:stop]

@@ -1,7 +1,7 @@
-"""``hessquik bench``: load on a running service by lean clients in a closed loop.
+"""``hessquik bench``: a closed-loop load test of a running service with fast clients.
 
-Each client sends its next request when it has its answer. This needs the client's packages alone; httptools and
-uvloop are used where they are installed, and make the clients faster.
+Each client sends its next request when it has received the reply. Only the client's packages are needed; httptools
+and uvloop, if they are installed, make the clients faster.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ except ImportError:
 
 __all__ = ["Load", "Tally", "arguments", "build_load", "main", "run"]
 
-#: Different bodies that the clients take in turns, so that no answer can be remembered: many, but no more bytes.
+#: Most different requests, sent in turn so that replies cannot be cached, and most bytes of them.
 MAX_BODIES, MAX_BODIES_BYTES = 256, 32 << 20
 #: Time after the end for answers that are still to come, and for a connection to be made.
 LINGER_S = 10.0
-#: Seconds that a client waits after a failure, so that failures do not become a flood.
+#: Seconds that a client waits after a failure before it reconnects.
 PAUSE_S = 0.1
 #: Time between looks at the tally.
 TICK_S = 0.25
@@ -52,10 +52,10 @@ class Load:
 
     Attributes:
         url: Scheme, host and port.
-        requests: Whole requests as they go over the wire, taken in turns.
-        rows: Points in each.
-        clients: Connections.
-        seconds: How long requests are begun.
+        requests: The bytes of whole requests, sent in turn.
+        rows: Points in each request.
+        clients: Number of connections.
+        seconds: Time during which requests are started.
     """
 
     url: str
@@ -70,11 +70,11 @@ class Tally:
     """The results of a load test.
 
     Attributes:
-        latencies_s: From the first byte sent to the last received, of every right answer.
-        errors: How often each: a code of the service, ``status_…``, ``connection_lost`` or ``no_answer``.
-        received_bytes: Of bodies.
-        began_s: When the first request was sent, on :func:`time.perf_counter`'s clock.
-        ended_s: When the last answer came.
+        latencies_s: Time from the first byte sent to the last received, of every successful request.
+        errors: Number of each error: a code of the service, ``status_…``, ``connection_lost`` or ``no_answer``.
+        received_bytes: Bytes of the bodies received.
+        began_s: Time of the first request, on the clock of :func:`time.perf_counter`.
+        ended_s: Time of the last reply.
     """
 
     latencies_s: array[float] = field(default_factory=lambda: array("d"))
@@ -85,16 +85,16 @@ class Tally:
 
     @property
     def elapsed_s(self) -> float:
-        """From the first request to the last answer."""
+        """Return the time from the first request to the last reply."""
         return max(self.ended_s - self.began_s, 1e-9)
 
     @property
     def answers(self) -> int:
-        """Right answers."""
+        """Return the number of successful requests."""
         return len(self.latencies_s)
 
     def percentile_ms(self, percent: float) -> float:
-        """The latency that ``percent`` of the answers did not exceed; NaN if there are none."""
+        """Return a percentile of the latencies in milliseconds; NaN if there are none."""
         return float(np.percentile(self.latencies_s, percent)) * 1e3 if self.latencies_s else float("nan")
 
 
@@ -109,17 +109,17 @@ def build_load(
     is_binary: bool,
     api_key: str | None = None,
 ) -> Load:
-    """Requests at random points within the model's bounds, or within ±1 if it has none.
+    """Return a load of requests at random points within the model's bounds, or within ±1 if it has none.
 
     Args:
-        url: Where the service is.
-        facts: What ``GET /v1/models/{model}`` says of it.
-        quantities: What is asked.
-        clients: Connections.
-        rows: Points in a request.
-        seconds: How long requests are begun.
-        is_binary: Whether bodies are safetensors, both ways.
-        api_key: Sent with each request.
+        url: Address of the service.
+        facts: The reply of ``GET /v1/models/{model}``.
+        quantities: The quantities to request.
+        clients: Number of connections.
+        rows: Points in each request.
+        seconds: Time during which requests are started.
+        is_binary: Whether request and reply bodies are safetensors.
+        api_key: API key that is sent with each request.
     """
     d = facts["d"]
     metadata = facts.get("metadata") or {}
@@ -139,11 +139,11 @@ def build_load(
 
 
 async def run(load: Load, on_tick: Callable[[Tally], None] | None = None) -> Tally:
-    """Send the load and count what comes back.
+    """Run a load test and return its results.
 
     Args:
-        load: What is sent.
-        on_tick: Called now and then with the tally so far.
+        load: The requests.
+        on_tick: Called periodically with the results so far.
     """
     tally = Tally(began_s=time.perf_counter())
     tally.ended_s = tally.began_s
@@ -168,7 +168,7 @@ def _request(
     is_binary: bool,
     api_key: str | None,
 ) -> bytes:
-    """One request, head and body."""
+    """Return the bytes of one request, head and body."""
     path = f"{urlsplit(url).path.rstrip('/')}/v1/models/{quote(model, safe='')}/evaluate"
     if is_binary:
         path += f"?quantities={','.join(quantities)}"
@@ -186,7 +186,7 @@ def _request(
 
 
 class _Client(asyncio.Protocol):
-    """One connection, made again when it is lost; also what its parser of replies tells."""
+    """One client: a connection, renewed when it is lost, and the callbacks of its parser of replies."""
 
     def __init__(self, load: Load, tally: Tally, numbers: count[int], stop_s: float) -> None:
         self._load = load
@@ -198,7 +198,7 @@ class _Client(asyncio.Protocol):
         self._problem = b""
 
     async def run(self) -> None:
-        """Send until it is time to stop, and wait for the last answer."""
+        """Send requests until the time is over, and wait for the last reply."""
         self._loop = asyncio.get_running_loop()
         while time.perf_counter() < self._stop_s:
             try:
@@ -214,7 +214,7 @@ class _Client(asyncio.Protocol):
                 await asyncio.sleep(PAUSE_S)
 
     async def _converse(self) -> None:
-        """Connect and take turns; returns at the end, or after a failure."""
+        """Connect and send requests, until the time is over or the connection fails."""
         parts = urlsplit(self._load.url)
         context = ssl.create_default_context() if parts.scheme == "https" else None
         port = parts.port or (443 if context else 80)
@@ -235,7 +235,7 @@ class _Client(asyncio.Protocol):
         self._transport.write(requests[next(self._numbers) % len(requests)])
 
     def _finish(self, error: Exception | None = None) -> None:
-        """End the conversation."""
+        """End the current connection, with an error if it failed."""
         if self._answer is not None and not self._answer.done():
             if error is None:
                 self._answer.set_result(None)
@@ -281,10 +281,10 @@ class _Client(asyncio.Protocol):
 
 
 class _SlowParser:
-    """h11 in the place of httptools' parser of replies.
+    """A parser of replies by h11, with the interface of httptools' parser.
 
     Args:
-        client: The connection, which is told of bodies and of the end of a reply.
+        client: The client, whose callbacks are called with bodies and at the end of a reply.
     """
 
     def __init__(self, client: _Client) -> None:
@@ -292,14 +292,14 @@ class _SlowParser:
         self._begin()
 
     def _begin(self) -> None:
-        """Expect the reply to a request."""
+        """Prepare for the reply to a new request."""
         self._connection = h11.Connection(h11.CLIENT)
         self._connection.send(h11.Request(method="POST", target="/", headers=[("host", "any")]))
         self._connection.send(h11.EndOfMessage())
         self._status = 0
 
     def feed_data(self, data: bytes) -> None:
-        """Take bytes of a reply."""
+        """Parse bytes of a reply."""
         self._connection.receive_data(data)
         while True:
             match event := self._connection.next_event():
@@ -328,7 +328,7 @@ _PARSE_ERRORS = (h11.RemoteProtocolError, *(() if httptools is None else (httpto
 
 
 def _code(status: int, problem: bytes) -> str:
-    """Return the code in a reply's problem details, or its status."""
+    """Return the error code in a reply's problem details, or its status."""
     try:
         return str(json.loads(problem)["code"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -401,7 +401,7 @@ def main(given: Sequence[str]) -> int:
 
 
 def _show(tally: Tally) -> None:
-    """Write one line on a load that is under way over the last one."""
+    """Print the progress of a load test on one line, which overwrites the last."""
     elapsed_s = time.perf_counter() - tally.began_s
     rate, p50_ms, failed = tally.answers / tally.elapsed_s, tally.percentile_ms(50), tally.errors.total()
     sys.stderr.write(f"\r\033[K{elapsed_s:.0f} s   {rate:.0f} requests/s   p50 {p50_ms:.2f} ms   {failed} failed")
@@ -415,7 +415,7 @@ def _quantities(listed: str) -> list[str]:
 
 
 def _from(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Return a parser of numbers greater than or equal to one."""
+    """Return a parser of command-line numbers that are at least ``least``."""
 
     def number(text: str) -> float:
         value = kind(text)

@@ -1,4 +1,4 @@
-"""Metadata of a model file, changed by ``KEY=VALUE`` on a command line."""
+"""Changes of a model file's metadata by ``KEY=VALUE`` on the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["changed"]
 
-#: The keys of a file's metadata, with what turns an entry of a list into its value; ``None`` for what is no list.
+#: The keys of a file's metadata, with the type of the entries of a list; ``None`` for keys that are not lists.
 _ENTRIES: dict[str, type | None] = {
     "description": None,
     "input_names": str,
@@ -20,16 +20,16 @@ _ENTRIES: dict[str, type | None] = {
 
 
 def changed(metadata: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return metadata with some of their entries set, or removed where the value is empty.
+    """Return metadata with some entries set, or removed where the value is empty.
 
-    Lists are entries separated by commas, or JSON; ``training.KEY`` is a member of ``training``.
+    A list is written as entries separated by commas, or as JSON; ``training.KEY`` sets a member of ``training``.
 
     Args:
-        metadata: As :class:`hessquik.storage.SavedNetwork` has them.
-        settings: ``KEY=VALUE`` each.
+        metadata: The metadata, as in :class:`hessquik.storage.SavedNetwork`.
+        settings: Changes of the form ``KEY=VALUE``.
 
     Raises:
-        ValueError: a key is unknown, or a value is not of its kind.
+        ValueError: a key is unknown, or a value has the wrong type.
 
     Example:
         >>> changed({"description": "old"}, ["description=", "input_names=x,y", "training.value_relative_error=1e-3"])
@@ -55,7 +55,7 @@ def changed(metadata: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
 
 
 def _value(name: str, text: str) -> Any:
-    """Return the value of an entry."""
+    """Parse the value of an entry."""
     kind = _ENTRIES[name]
     if name == "description":
         return text

@@ -1,4 +1,4 @@
-"""Metrics, as Prometheus reads them. Label values come from fixed sets only."""
+"""Prometheus metrics of the service. Label values come from fixed sets only."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from service.versions import versions
 __all__ = ["REFUSED", "Distribution", "Gauge", "Metrics", "ModelStatistics", "Tally", "Total"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-#: Route label of what was refused before it was a request.
+#: Route label of input that was refused before it was a complete request.
 REFUSED = "refused"
 _POWERS = tuple(float(1 << power) for power in range(13))
 
 
 class Gauge(NamedTuple):
-    """A number that is read off when Prometheus asks, or several, told apart by labels.
+    """A metric whose values are computed when Prometheus scrapes.
 
     Attributes:
-        name: As Prometheus shows it; one that ends in ``_total`` is a counter.
-        text: What it is.
-        samples: By the labels' values.
-        labels: Their names.
+        name: Name of the metric; one that ends in ``_total`` is a counter.
+        text: Help text.
+        samples: The values by the values of the labels.
+        labels: Names of the labels.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Gauge(NamedTuple):
 
 
 class _ReadOff(Collector):
-    """Gauges that have their value elsewhere."""
+    """Collector of gauges whose values are computed at each scrape."""
 
     def __init__(self, read: Callable[[], Iterable[Gauge]]) -> None:
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        """The gauges now."""
+        """Return the current gauges."""
         for gauge in self._read():
             kind = CounterMetricFamily if gauge.name.endswith("_total") else GaugeMetricFamily
             family = kind(gauge.name.removesuffix("_total"), gauge.text, labels=gauge.labels)
@@ -58,11 +58,11 @@ class _ReadOff(Collector):
 
 
 class Tally(Collector):
-    """A counter of what takes place thousands of times a second.
+    """A counter that is fast enough for thousands of events a second.
 
     Args:
-        name: As Prometheus shows it.
-        text: What it is.
+        name: Name of the metric, without ``_total``.
+        text: Help text.
         labels: Names of the labels.
 
     Example:
@@ -82,7 +82,7 @@ class Tally(Collector):
         self._counts[labels] = self._counts.get(labels, 0) + times
 
     def collect(self) -> Iterable[Metric]:
-        """The counter now."""
+        """Return the current counter."""
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
         for labels, total in self._counts.items():
             family.add_metric(list(map(str, labels)), total)
@@ -90,13 +90,13 @@ class Tally(Collector):
 
 
 class Distribution(Collector):
-    """A histogram for what is observed thousands of times a second: one search and two additions each time.
+    """A histogram that is fast enough for thousands of observations a second.
 
     Args:
-        name: As Prometheus shows it.
-        text: What it is.
-        bounds: Upper ends of the buckets.
-        label: Name of the label.
+        name: Name of the metric.
+        text: Help text.
+        bounds: Upper bounds of the buckets.
+        label: Name of the label; empty for a histogram without labels.
 
     Example:
         >>> rows = Distribution("rows", "Points.", (1.0, 2.0), "kind")
@@ -106,7 +106,7 @@ class Distribution(Collector):
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], label: str = "") -> None:
-        """Start with no series, or with the only one."""
+        """Start without series; a histogram without labels has its only one from the start."""
         self._name, self._text, self._bounds, self._label = name, text, bounds, label
         self._counts: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
@@ -122,13 +122,13 @@ class Distribution(Collector):
         self._sums[label] += value
 
     def add(self, label: str, counts: Sequence[int], total: float) -> None:
-        """Add values that were counted elsewhere, by bucket, and their sum."""
+        """Add the counts of the buckets, and the sum, of values that were observed elsewhere."""
         mine = self._counts.get(label) or self._begin(label)
         mine[:] = map(operator.add, mine, counts)
         self._sums[label] += total
 
     def merged(self, name: str, text: str) -> Distribution:
-        """Return the same values without their label."""
+        """Return the sum of all series as a histogram without labels."""
         whole = Distribution(name, text, self._bounds)
         for label, counts in self._counts.items():
             whole.add("", counts, self._sums[label])
@@ -139,7 +139,7 @@ class Distribution(Collector):
         return self._counts.setdefault(label, [0] * (len(self._bounds) + 1))
 
     def collect(self) -> Iterable[Metric]:
-        """The histogram now."""
+        """Return the current histogram."""
         family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
         ends = [*map(floatToGoString, self._bounds), "+Inf"]
         for label, counts in self._counts.items():
@@ -149,7 +149,7 @@ class Distribution(Collector):
 
 
 class _Answers(Collector):
-    """Requests by route and by model, counted in one step: each family adds up what it does not tell apart."""
+    """Requests by route and by model, counted once and summed into one family for each at a scrape."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str, int], int] = {}
@@ -183,7 +183,7 @@ class _Answers(Collector):
 
 
 class _Queueing(Distribution):
-    """Times in the queue by model, and those of all models together."""
+    """Histograms of the times in the queue, by model and of all models together."""
 
     def collect(self) -> Iterable[Metric]:
         """Return both families."""
@@ -193,29 +193,29 @@ class _Queueing(Distribution):
 
 @dataclass(slots=True)
 class Total:
-    """A number of events, and their total duration."""
+    """Number of events and their total duration in seconds."""
 
     count: int = 0
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """It took place again."""
+        """Count one event."""
         self.count += 1
         self.seconds += seconds
 
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Counts since the version was loaded.
+    """Statistics of one version of a model since it was loaded.
 
     Attributes:
         rows: Points answered.
         batches: Batches computed.
         last_answer_ms: When the last request was answered, in milliseconds since 1970; 0 if none was.
-        success: Requests that got numbers.
-        fail: Requests that did not.
-        queue: Their time in the queue.
-        compute: Their time after it.
+        success: Requests that were answered with results.
+        fail: Requests that failed.
+        queue: Times in the queue of successful requests.
+        compute: Times after the queue of successful requests.
     """
 
     rows: int = 0
@@ -227,7 +227,7 @@ class ModelStatistics:
     compute: Total = field(default_factory=Total)
 
     def answered(self, rows: int, queue_s: float, compute_s: float) -> None:
-        """A request got its numbers."""
+        """Count a request that was answered with results."""
         self.rows += rows
         self.last_answer_ms = time_ns() // 1_000_000
         for total, seconds in ((self.success, queue_s + compute_s), (self.queue, queue_s), (self.compute, compute_s)):
@@ -256,17 +256,17 @@ class Metrics:
         Info("hessquik_build", "What runs here.", registry=self._registry).info(versions())
 
     def read_off(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
-        """Add gauges that are read off when asked for."""
+        """Add gauges that are computed at each scrape."""
         self._registry.register(_ReadOff(gauges))
 
     def answered(self, route: str, model: str, status: int, began_s: float) -> None:
         """Count a request that was answered.
 
         Args:
-            route: Its path with placeholders.
-            model: The served model that was asked, empty if none was.
-            status: Of the reply.
-            began_s: When its head was complete, on the monotonic clock.
+            route: Path of the route, with placeholders.
+            model: Name of the served model, or empty.
+            status: Status of the reply.
+            began_s: Time when the head was complete, on the monotonic clock.
         """
         self._answers.add(route, model, status, monotonic() - began_s)
 
@@ -275,12 +275,12 @@ class Metrics:
         self._queue_seconds.observe(model, seconds)
 
     def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
-        """Count a batch; of the many sets of quantities that may be asked together, all have one label."""
+        """Count a batch; all sets of several quantities share one label, so that labels stay few."""
         label = quantities[0] if len(quantities) == 1 else "several"
         self._batch_rows.observe(label, rows)
         self._batch_requests.observe(label, requests)
         self._rows.add(times=rows)
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The part of the service that a machine has once: its workers, and the folder of models."""
+"""The workers and the folder of models of a machine, which all front ends share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Health(NamedTuple):
     """The state of the workers.
 
     Attributes:
-        is_loaded: Whether the first load of the folder is over.
-        is_fresh: Whether a worker was well lately.
-        states: How many workers are in each state.
-        devices: Of the workers.
-        memory_bytes: Of the workers.
-        restarts: How many workers were replaced.
-        checked_rows: How many rows self-checks computed again.
-        mismatches: How many self-checks failed.
+        is_loaded: Whether the first load of the folder is complete.
+        is_fresh: Whether a worker has answered recently.
+        states: Number of workers in each state.
+        devices: Device of each worker.
+        memory_bytes: Memory of each worker.
+        restarts: Number of workers that were replaced.
+        checked_rows: Number of rows that self-checks computed again.
+        mismatches: Number of self-checks that failed.
     """
 
     is_loaded: bool = False
@@ -47,18 +47,18 @@ class User(Protocol):
         """Use a worker that has become ready."""
 
     def give_up(self) -> None:
-        """End everything, since workers cannot be kept alive."""
+        """Fail all jobs, because workers cannot be kept alive."""
 
 
 class NodeLike(Protocol):
-    """The interface of a node that :class:`~service.core.Core` uses: this process's own, or the supervisor's."""
+    """The interface of a node, of this process or of the supervisor, that :class:`~service.core.Core` uses."""
 
     @property
     def repository(self) -> Table:
-        """The repository of models."""
+        """Return the table of served models."""
 
     async def start(self, user: Any) -> None:
-        """Start the workers and load the models, unless that is done."""
+        """Start the workers and load the models; do nothing if they are started."""
 
     async def stop(self) -> None:
         """End the workers."""
@@ -67,25 +67,25 @@ class NodeLike(Protocol):
         """Return how the workers are."""
 
     async def load(self, name: str) -> list[Served]:
-        """Load a model from the folder, for everybody."""
+        """Load a model from the folder, for all front ends."""
 
     async def unload(self, name: str, version: int | None = None) -> None:
-        """Stop serving a model, for everybody."""
+        """Stop serving a model or a version, in all front ends."""
 
     async def metrics_text(self, own: bytes) -> bytes:
-        """Return everybody's metrics, of which ours are given."""
+        """Return the metrics of all front ends together; ``own`` are those of this one."""
 
 
 class Node:
     """The workers and the models of this machine.
 
     Args:
-        settings: Limits and places.
-        devices: One per worker.
+        settings: Settings of the service.
+        devices: The device of each worker.
     """
 
     def __init__(self, settings: Settings, devices: list[str]) -> None:
-        """Wire the parts together; nothing runs yet."""
+        """Connect the parts; :meth:`start` starts them."""
         self.settings = settings
         self.workers = Workers(self, devices, settings)
         self.repository = Repository(settings.models, self.workers)
@@ -94,10 +94,10 @@ class Node:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self, user: User) -> None:
-        """Start the workers and load the models, unless that is done.
+        """Start the workers and load the models; do nothing if they are started.
 
         Raises:
-            StartUpError: there is no folder, or no worker comes up.
+            StartUpError: the folder does not exist, or no worker starts.
         """
         if self._user is not None:
             return
@@ -136,25 +136,25 @@ class Node:
         self.repository.unload(name, version)
 
     async def metrics_text(self, own: bytes) -> bytes:
-        """Return the metrics: there are no others than ours."""
+        """Return ``own``, since there is only one front end."""
         return own
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Hand on a worker that has become ready."""
+        """Pass a worker that has become ready to the user."""
         if self._user is not None:
             self._user.attach(worker)
 
     def refuse(self, model: int, why: str) -> None:
-        """Serve a model no more that a worker refused."""
+        """Stop serving a model that a worker refused."""
         self.repository.refuse(model, why)
 
     def give_up(self) -> None:
-        """Hand on that workers cannot be kept alive."""
+        """Tell the user that workers cannot be kept alive."""
         if self._user is not None:
             self._user.give_up()
 
     async def _watch(self) -> None:
-        """Follow the folder for ever."""
+        """Follow the folder periodically until cancelled."""
         while True:
             await asyncio.sleep(self.settings.watch_s)
             try:

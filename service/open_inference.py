@@ -1,7 +1,7 @@
-"""Bodies of the Open Inference Protocol v2 ↔ questions and answers, with the binary tensor extension on both sides.
+"""Parsing and writing of bodies of the Open Inference Protocol v2, with the binary tensor extension.
 
     body = JSON, or JSON + raw tensors in the order of the JSON (little-endian, row-major, without padding);
-    Inference-Header-Content-Length says how long the JSON is; 0 says that all of it is the one input tensor.
+    Inference-Header-Content-Length is the length of the JSON; 0 means that the body is the single input tensor.
 
 Specification: https://github.com/kserve/open-inference-protocol and Triton's ``extension_binary_data``.
 """
@@ -47,7 +47,7 @@ DATATYPES = {
 }
 _MODEL_DATATYPE = {"float32": "FP32", "float64": "FP64"}
 _MAX_RANK = 3
-#: Longer times to wait are as good as this one.
+#: Longer time limits are cut to this one.
 MAX_TIMEOUT_US = 10**12
 
 
@@ -56,10 +56,10 @@ class Inference:
     """A parsed request.
 
     Attributes:
-        question: What to compute.
-        outputs: The quantities in the order of the reply, each with whether it is wanted as binary.
-        id: The client's name for the request, to be echoed.
-        timeout_us: How long the client wants to wait, in microseconds; 0 if it does not say.
+        question: The checked request.
+        outputs: The quantities in the order of the reply, each with whether it is sent as binary.
+        id: The client's id of the request, which the reply repeats.
+        timeout_us: The client's time limit in microseconds; 0 if it set none.
     """
 
     question: Question
@@ -69,13 +69,13 @@ class Inference:
 
 
 def describe_inputs(d: int, m: int, dtype: str) -> list[dict[str, Any]]:
-    """The input tensors of a model: name, datatype, and shape with −1 where it varies."""
+    """Return the input tensors of a model: name, datatype, and shape with −1 for a variable length."""
     shapes = {"inputs": [-1, d], "weights": [-1, m], "directions": [-1, -1, d]}
     return [{"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": shape} for name, shape in shapes.items()]
 
 
 def describe_outputs(d: int, m: int, dtype: str, members: int) -> list[dict[str, Any]]:
-    """The output tensors of a model, as :func:`describe_inputs`; with weights, m is 1."""
+    """Return the output tensors of a model, as :func:`describe_inputs` does; with weights, m is 1."""
     names = quantities_of(members)
     return [
         {"name": name, "datatype": _MODEL_DATATYPE[dtype], "shape": [-1, *shape]}
@@ -84,14 +84,14 @@ def describe_outputs(d: int, m: int, dtype: str, members: int) -> list[dict[str,
 
 
 def split(body: bytes, json_bytes: bytes) -> tuple[bytes, memoryview]:
-    """Return a body's JSON, and what follows it.
+    """Split a body into its JSON and the bytes behind it.
 
     Args:
         body: The whole body.
         json_bytes: The header Inference-Header-Content-Length, empty if there is none.
 
     Raises:
-        MalformedBody: it is not what the header says.
+        MalformedBody: the header is not a length within the body.
     """
     length = len(body)
     if json_bytes:
@@ -102,16 +102,16 @@ def split(body: bytes, json_bytes: bytes) -> tuple[bytes, memoryview]:
 
 
 def parse(document: Mapping[str, Any], rest: memoryview, may_be_booleans: bool, shape: Shape) -> Inference:
-    """Check a request.
+    """Parse a request and check it against a model.
 
     Args:
-        document: Its JSON; long lists may be arrays already.
-        rest: What follows the JSON.
-        may_be_booleans: Whether the JSON may hold any, which numpy would take for numbers.
-        shape: What the question has to fit.
+        document: The JSON object; long lists may be arrays already.
+        rest: The bytes behind the JSON.
+        may_be_booleans: Whether the JSON may hold booleans, which numpy would convert to numbers.
+        shape: The sizes and limits of the model.
 
     Raises:
-        InvalidInput: it does not fit the model.
+        InvalidInput: the request is malformed or does not fit the model.
     """
     arrays = _read_inputs(document.get("inputs"), rest, may_be_booleans)
     parameters = _object(document, "parameters")
@@ -134,8 +134,8 @@ def encode(model: str, version: str, m: int, inference: Inference, answers: Mapp
         model: The model's name.
         version: Its version.
         m: Its outputs.
-        inference: What was asked.
-        answers: Per quantity, stretches of rows: arrays, or flat text where no output is wanted as binary.
+        inference: The request.
+        answers: Per quantity, consecutive pieces of rows: arrays, or flat text if no output is sent as binary.
     """
     question = inference.question
     head: list[Piece] = [b'{"model_name":%b,"model_version":%b,"outputs":[' % (_text(model), _text(version))]
@@ -186,7 +186,7 @@ def _is_text(value: str | None) -> bool:
 
 
 def parse_raw(body: bytes, shape: Shape) -> Inference:
-    """A body that is nothing but points in the model's own type; its answer is the value, as binary."""
+    """Parse a body that holds only points in the model's own dtype; the answer is the value, as binary."""
     item_type = np.dtype(shape.dtype).newbyteorder("<")
     row_bytes = shape.d * item_type.itemsize
     if not body or len(body) % row_bytes:
@@ -200,7 +200,7 @@ def parse_raw(body: bytes, shape: Shape) -> Inference:
 
 
 def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[str, Array]:
-    """The tensors of a request, from its JSON and from what follows."""
+    """Return the tensors of a request by name, from its JSON and from the bytes behind it."""
     if not isinstance(listed, list) or not all(isinstance(tensor, dict) for tensor in listed):
         raise InvalidInput.of("inputs", "a list of tensors", "something else")
     arrays: dict[str, Array] = {}
@@ -234,7 +234,7 @@ def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[s
 
 
 def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
-    """The wanted quantities, each with whether it is wanted as binary; the value if none is named."""
+    """Return the requested quantities, each with whether it is sent as binary; ``value`` if none is named."""
     if listed is None or listed == []:
         return {"value": is_binary}
     if not isinstance(listed, list) or not all(isinstance(output, dict) for output in listed):
@@ -258,7 +258,7 @@ def _read_shape(name: str, listed: Any) -> tuple[int, ...]:
 
 
 def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A member that is an object, or empty if it is not given."""
+    """Return a member that must be an object; an empty object if it is missing."""
     member = document.get(name)
     if member is None:
         return {}

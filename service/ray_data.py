@@ -1,9 +1,9 @@
-"""A saved network at the rows of a Ray Dataset, on as many machines as the cluster has.
+"""Evaluation of a saved network at the rows of a Ray Dataset, on the machines of a cluster.
 
     points = ray.data.read_parquet("points/")                        # a column "x" of d numbers, or one per input
     evaluate_dataset(points, "models/peaks.safetensors", ["value", "gradient"]).write_parquet("results/")
 
-The file is read once, here, and sent to the actors as bytes; each proves the derivatives before it evaluates.
+The file is read once, here, and sent to the actors as bytes; each checks the derivatives before it evaluates.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ BATCH_ROWS = 4096
 
 
 class _Actor:
-    """A network in a process of Ray's, which evaluates batches.
+    """A Ray actor that evaluates a network at batches of rows.
 
     Args:
-        data: The file.
-        quantities: Their names.
-        columns: The column of points, or one per input.
-        options: ``weights`` (m), ``directions`` (k, d), ``dtype`` and ``outside``, as a request has them.
-        device: Where to compute.
+        data: Bytes of the model's file.
+        quantities: Names of the quantities.
+        columns: The column of points, or one column per input.
+        options: ``weights`` (m), ``directions`` (k, d), ``dtype`` and ``outside``, as in a request.
+        device: Device to compute on.
     """
 
     def __init__(
         self, data: bytes, quantities: Sequence[str], columns: Sequence[str], options: Mapping[str, Any], device: str
     ) -> None:
-        """Read and prove the network."""
+        """Load the network and check its derivatives."""
         import torch
 
         from hessquik import storage
@@ -54,7 +54,7 @@ class _Actor:
         self._quantities, self._columns, self._options = list(quantities), list(columns), options
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """Return a batch with a column for each quantity more."""
+        """Return a batch with one more column for each quantity."""
         from hessquik_client.evaluators import TORCH_DTYPES
         from hessquik_client.question import make_question
 
@@ -89,13 +89,13 @@ def evaluate_dataset(
         dataset: Rows with the points.
         model: A saved network or ensemble on this machine.
         quantities: Names out of :data:`hessquik_client.quantities.QUANTITIES`.
-        columns: One column of d numbers a row, or the inputs' columns in order.
-        actors: Processes that evaluate, or their least and most number.
-        device: Where each computes, ``cpu`` or ``cuda``; an actor on ``cuda`` reserves a GPU.
+        columns: One column with d numbers per row, or one column per input, in order.
+        actors: Number of actors, or the smallest and largest number.
+        device: Device of each actor, ``cpu`` or ``cuda``; an actor on ``cuda`` reserves a GPU.
         options: ``weights`` (m), ``directions`` (k, d), ``dtype`` and ``outside``.
 
     Raises:
-        InvalidInput: when a point does not fit, as an error of Ray's task.
+        InvalidInput: a point does not fit the model; raised as an error of Ray's task when the dataset is read.
         OSError: the file cannot be read.
     """
     given = (Path(model).read_bytes(), tuple(quantities), tuple(columns), options, device)

@@ -1,9 +1,9 @@
-"""Ray Serve places, scales and supervises our own servers: one on each node that it chooses, on that node's port.
+"""Deployment on Ray Serve, which places, scales and supervises one ``hessquik serve`` per node, on that node's port.
 
     serve deploy deploy/ray/serve.yaml          (on a Ray cluster; docs/deployment.md)
 
-Requests do not pass through Ray: clients, or a load balancer, ask the nodes' own port. Ray's proxy would take many
-times as long for a small request as the answer itself.
+Requests do not pass through Ray: clients, or a load balancer, connect to the ports of the nodes. For a small request,
+Ray's proxy would take many times as long as the evaluation.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ _RUN = "import ctypes; ctypes.CDLL(None).prctl(1, 15); from service.cli import m
 
 @serve.deployment(name="hessquik")
 class Node:
-    """``hessquik serve`` on this node, for as long as Ray keeps the replica.
+    """A Ray Serve replica that runs ``hessquik serve`` on its node as a child process.
 
     Args:
-        settings: By the names of :class:`~service.settings.Settings`; the node's environment fills the rest.
+        settings: Settings by the names of :class:`~service.settings.Settings`; others come from the node's
+            environment.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """Start the server and wait until it is ready.
 
         Raises:
-            RuntimeError: it ended instead; the replica's log has its reason.
+            RuntimeError: the server exited; the reason is in the replica's log.
         """
         given = {"host": ray.util.get_node_ip_address(), **settings}  # type: ignore[no-untyped-call]
         environment = os.environ | {f"{PREFIX}{name.upper()}": str(value) for name, value in given.items()}
@@ -62,23 +63,23 @@ class Node:
             time.sleep(LOOK_S)
 
     async def check_health(self) -> None:
-        """Tell Ray whether to keep this replica: one that is only busy or loading is kept.
+        """Check that the server is alive; one that is busy or loads models passes.
 
         Raises:
-            RuntimeError: the server ended, or its event loop does not answer.
+            RuntimeError: the server exited, or its event loop does not answer.
         """
         self._expect_running()
         if await self._ask("/livez") is None:
             raise RuntimeError("expected an answer to GET /livez, got none")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the requests in progress here, for :func:`desired_nodes`."""
+        """Return the number of requests in progress on this node, for :func:`desired_nodes`."""
         text = await self._ask("/metrics")
         found = re.search(r"^hessquik_queue_requests (\S+)$", text or "", re.MULTILINE)
         return {"requests": 0.0 if found is None else float(found[1])}
 
     async def __del__(self) -> None:
-        """Have the server drain."""
+        """Make the server drain and exit."""
         self._server.send_signal(signal.SIGTERM)
         await asyncio.to_thread(self._server.wait, self._drain_s + ANSWER_S)
 
@@ -88,7 +89,7 @@ class Node:
             raise RuntimeError(f"hessquik serve ended with status {status}; this replica's log says why")
 
     async def _ask(self, path: str) -> str | None:
-        """Return what a path of the server answers with 200, else nothing."""
+        """Return the body that the server answers on a path with status 200, or ``None``."""
         return await asyncio.to_thread(_get, self._address, path, self._headers)
 
 
@@ -106,10 +107,10 @@ def _get(address: tuple[str, int], path: str, headers: dict[str, str]) -> str | 
 
 
 def desired_nodes(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Return how many nodes the requests in progress need; Ray keeps it between the bounds of the configuration.
+    """Return the number of nodes for the requests in progress; Ray clips it to the limits of the configuration.
 
     Args:
-        context: What Ray knows, with what :meth:`Node.record_autoscaling_stats` returned.
+        context: Ray's autoscaling state, with the results of :meth:`Node.record_autoscaling_stats`.
     """
     requests = sum((context.aggregated_metrics or {}).get("requests", {}).values())
     return max(1, math.ceil(requests / TARGET_REQUESTS)), {}
@@ -119,6 +120,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     """Build the application that the configuration file imports.
 
     Args:
-        args: ``args`` of the configuration file: settings by their names.
+        args: Settings by their names, from ``args`` in the configuration file.
     """
     return Node.bind(args)  # type: ignore[attr-defined,no-any-return]

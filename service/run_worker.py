@@ -1,4 +1,4 @@
-"""Runs a worker process; its modules are imported with the garbage collector off, which is faster."""
+"""Entry point of a worker process; imports run with the garbage collector off, which is faster."""
 
 import gc
 import sys

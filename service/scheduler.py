@@ -1,16 +1,16 @@
 """Scheduling of jobs into batches: queue, batches, retries, deadlines.
 
-Batch while busy: an idle worker takes what waits at once; while all are busy, rows gather. Jobs with the same
-:class:`BatchKey` share a batch; a batch is cut at a cost and a number of bytes, so that a bulk request holds a worker
-for one batch at a time. What has received least goes first (start-time fair queueing; P. Goyal, H. M. Vin and
-H. Cheng, doi:10.1109/90.649569): a job's virtual start moves on by the cost that it receives, and the virtual clock
-by that cost divided by the number of jobs that wait.
+Continuous batching: an idle worker takes the waiting jobs immediately; while all workers are busy, jobs accumulate.
+Jobs with the same :class:`BatchKey` share a batch; the cost and the bytes of a batch are limited, so that a bulk
+request occupies a worker for one batch at a time. The job that has received least goes first (start-time fair
+queueing; P. Goyal, H. M. Vin and H. Cheng, doi:10.1109/90.649569): the virtual start of a job advances by the cost
+that it receives, and the virtual clock by that cost divided by the number of waiting jobs.
 
-A failed batch is cut into halves, and a small one into rows. They are computed alone and take their turn like
-everything else; a row fails when it has failed alone twice. Repeating is harmless: evaluation is a pure function.
+A failed batch is cut into halves, and a small one into rows. These are computed alone and queued like other jobs; a
+row fails when it has failed alone twice. Repeating is safe, since evaluation is a pure function.
 
-A row's cost comes from the worker's plan, which is asked for before the first batch of a key. The scheduler sees rows
-and costs, never numbers; its clock and its workers are arguments, so that tests simulate both.
+The cost of a row comes from the worker's plan, which is requested before the first batch of a key. The scheduler
+handles rows and costs, not numbers; its clock and workers are arguments, so that tests can simulate both.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 #: Failures of a row that was computed alone, after which its job fails; and of a plan.
 MAX_FAILURES = 2
-#: Rows up to which a failed batch is cut into rows at once: fewer workers die of a row that kills them.
+#: A failed batch of at most so many rows is cut into single rows: a row that kills workers then kills fewer.
 SINGLE_ROWS = 32
 #: Jobs submitted in one turn of the event loop after which idle workers get work at once, not at the turn's end.
 EAGER_JOBS = 8
@@ -86,10 +86,10 @@ class Clock(Protocol):
         """Return the time in seconds, on any monotonic scale."""
 
     def call_at(self, when_s: float, callback: Callable[[], None]) -> Any:
-        """Call back at a time; the result has a method ``cancel``."""
+        """Call a function at a time; the result has a method ``cancel``."""
 
     def call_soon(self, callback: Callable[[], None]) -> Any:
-        """Call back after what happens now."""
+        """Call a function after the current callback."""
 
 
 class LoopClock:
@@ -98,17 +98,17 @@ class LoopClock:
     time = staticmethod(time.monotonic)
 
     def call_at(self, when_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        """Call back at a time of the monotonic clock."""
+        """Call a function at a time of the monotonic clock."""
         return asyncio.get_running_loop().call_later(max(0.0, when_s - time.monotonic()), callback)
 
     def call_soon(self, callback: Callable[[], None]) -> asyncio.Handle:
-        """Call back in the loop's next turn."""
+        """Call a function in the next iteration of the event loop."""
         return asyncio.get_running_loop().call_soon(callback)
 
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """Waiting jobs of one key: those that received nothing, in order of arrival, and those served in part."""
+    """Waiting jobs of one key: those not started, in order of arrival, and those answered in part."""
 
     fresh: dict[Job, None] = field(default_factory=dict)
     begun: dict[Job, None] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class _Line:
         return begun if fresh is None or begun.place < fresh.place else fresh
 
     def remove(self, job: Job) -> None:
-        """Forget a job, waiting or not."""
+        """Remove a job, if it waits here."""
         self.fresh.pop(job, None)
         self.begun.pop(job, None)
 
@@ -132,21 +132,21 @@ class BatchKey:
     """The common properties of jobs that may share a batch; one object per combination, compared by identity.
 
     Attributes:
-        model: The workers' number of the network.
-        name: The model's name.
+        model: Number of the version in the workers.
+        name: Name of the model.
         dtype: ``float32`` or ``float64``.
-        quantities: Names, in the order of replies.
-        form: Of the results: ``arrays``, or how the text of their rows is written: ``json``; ``flat``, without
-            brackets; ``vectors``, a list of numbers for each row; ``transposed``, with the last two axes swapped.
-        shapes: Of one row of each quantity.
+        quantities: Names of the quantities, in the order of replies.
+        form: Form of the results: ``arrays``, or the format of their text: ``json``; ``flat``, without brackets;
+            ``vectors``, a list of numbers for each row; ``transposed``, with the last two axes swapped.
+        shapes: Shape of one row of each quantity.
         row_bytes: Bytes of a row's results as arrays.
-        is_weighted: Whether there are weights.
+        is_weighted: Whether jobs have weights.
         k: Number of directions, 0 without.
-        statistics: The model's.
-        row_cost: Operations per row, from the worker's plan; ``None`` until that is known.
-        row_s: Time per row at the speed that the worker measured; 0 until it is known.
-        refusal: Why its jobs cannot be computed, once that is known.
-        line: Its jobs that wait.
+        statistics: Statistics of the version.
+        row_cost: Operations per row, from the worker's plan; ``None`` until it is known.
+        row_s: Time per row at the measured speed of the worker; 0 until it is known.
+        refusal: Reason why its jobs cannot be computed, once it is known.
+        line: Its waiting jobs.
     """
 
     model: int
@@ -168,21 +168,21 @@ class BatchKey:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A question that waits or runs. When it has ended it holds no arrays.
+    """A request that waits or runs. After its end it holds no arrays.
 
     Attributes:
-        key: What it may be batched by.
+        key: The key; jobs with the same key may share a batch.
         rows: Number of points.
-        inputs: (n, d).
-        weights: (1 or n, m) or ``None``.
-        directions: (1 or n, k, d) or ``None``.
+        inputs: The points (n, d).
+        weights: Weights (1, m) or (n, m), or ``None``.
+        directions: Directions (1, k, d) or (n, k, d), or ``None``.
         payload_bytes: Bytes of these arrays.
-        deadline_s: On the scheduler's clock.
-        end: Called once when it has ended; ``answers`` and ``error`` may be read until it returns.
-        on_rows: If set, called with results as soon as they are there, in the order of the rows, before ``end``;
-            ``answers`` stays empty.
-        answers: Results, if it has ended well.
-        failure: Why it has ended otherwise.
+        deadline_s: Deadline on the scheduler's clock.
+        end: Called once when the job has ended; ``answers`` and ``error`` are valid until it returns.
+        on_rows: If set, called with results as soon as they arrive, in the order of the rows, before ``end``;
+            ``answers`` then stays empty.
+        answers: The results, if the job succeeded.
+        failure: The error, if it failed.
     """
 
     key: BatchKey
@@ -208,7 +208,7 @@ class Job:
 
     @property
     def error(self) -> ServiceError | None:
-        """A new exception, if it has failed."""
+        """Return a new exception if the job has failed, else ``None``."""
         return None if self.failure is None else self.failure.error()
 
     @property
@@ -217,7 +217,7 @@ class Job:
         return self.start, self.taken, self.order
 
     def receive(self, start: int, rows: int, part: Mapping[str, Any]) -> bool:
-        """Take the results of some rows; return whether all are there."""
+        """Store the results of some rows; return whether all rows have results."""
         parts = self.parts
         parts.append((start, rows, part))
         self.missing_rows -= rows
@@ -241,22 +241,22 @@ Slice = tuple[Job, int, int]
 
 
 class Batch:
-    """The jobs that a worker computes at once.
+    """Rows of jobs that a worker computes in one call.
 
     Args:
-        key: What its jobs have in common.
+        key: The key that its jobs share.
         slices: Rows of jobs with this key.
-        is_retry: Whether these rows failed before, with others or alone.
-        failures: How often just these rows failed.
+        is_retry: Whether these rows failed before, in this or a larger batch.
+        failures: Number of times that exactly these rows failed.
 
     Attributes:
-        sizes: Rows of each slice.
-        rows: All rows.
-        cost: Operations.
-        is_preemptible: Whether small batches may run between its tiles. One that failed before may fail again, and no
-            other is to fail with it.
-        buffer: Where the worker puts the results, if not on the wire.
-        sent_s: When the worker was sent it, on the monotonic clock.
+        sizes: Number of rows of each slice.
+        rows: Number of rows in total.
+        cost: Floating-point operations.
+        is_preemptible: Whether small batches may run between its tiles; ``False`` for a batch that failed before, so
+            that another failure does not affect other batches.
+        buffer: Shared memory for the results, if they are not sent over the socket.
+        sent_s: Time when it was sent to a worker, on the monotonic clock.
     """
 
     __slots__ = (
@@ -290,7 +290,7 @@ class Batch:
         return max(job.place for job, _, _ in self.slices)
 
     def without_closed(self) -> Batch | None:
-        """Return the batch without jobs that have ended, or ``None`` if none is left."""
+        """Return the batch without the jobs that have ended, or ``None`` if no job is left."""
         slices = [part for part in self.slices if not part[0].is_closed]
         return Batch(self.key, slices, self.is_retry, self.failures) if slices else None
 
@@ -315,33 +315,33 @@ Reason = str
 
 
 class Worker(Protocol):
-    """The workers, which compute batches. They answer with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
+    """A worker, which computes batches. It answers with :meth:`Scheduler.finish` or :meth:`Scheduler.fail`."""
 
     def run(self, batch: Batch) -> None:
-        """Begin with a batch, or do so after the preemptible one that it has."""
+        """Compute a batch, now or after the preemptible one in progress."""
 
     def plan(self, key: BatchKey) -> None:
-        """Find the cost of a row; answered with :meth:`Scheduler.learn_cost` or :meth:`Scheduler.fail_plan`."""
+        """Compute the cost of a row; answered with :meth:`Scheduler.learn_cost` or :meth:`Scheduler.fail_plan`."""
 
 
 class Workers(Protocol):
     """The pool that the scheduler takes workers from."""
 
     def idle(self) -> Worker | None:
-        """Return a worker that computes nothing."""
+        """Return an idle worker, or ``None``."""
 
     def preemptible(self) -> Worker | None:
-        """Return a worker that has preemptible batches and nothing else."""
+        """Return a worker whose batches are all preemptible, or ``None``."""
 
     def unsupplied(self) -> Worker | None:
-        """Return a worker that computes a preemptible batch and has no other to go on with."""
+        """Return a worker that computes a preemptible batch and has no next batch, or ``None``."""
 
     def alive(self) -> Worker | None:
-        """Return any worker."""
+        """Return any worker, or ``None`` if there is none."""
 
 
 class Observer(Protocol):
-    """The counters of queueing and computing."""
+    """The metrics that the scheduler counts."""
 
     def queued(self, model: str, seconds: float) -> None:
         """Count a job that left the queue."""
@@ -357,8 +357,8 @@ class Limits(NamedTuple):
         requests: Most jobs that have not ended.
         rows: Most rows that no worker has taken.
         payload_bytes: Most bytes of the arrays of jobs that have not ended.
-        batch_cost: Operations at which a batch is cut; it has one row at least.
-        batch_bytes: Bytes of results at which a batch is cut.
+        batch_cost: Most operations of a batch of several rows.
+        batch_bytes: Most bytes of results of a batch of several rows.
         batch_s: Time limit of a batch.
     """
 
@@ -371,10 +371,10 @@ class Limits(NamedTuple):
 
 
 class Queue:
-    """Jobs that wait, and batches that have failed, in fair order; what has ended is forgotten at once."""
+    """Waiting jobs and failed batches in fair order; jobs that have ended are removed immediately."""
 
     def __init__(self, limits: Limits) -> None:
-        """Start empty."""
+        """Start with an empty queue."""
         self.limits = limits
         self.requests = 0
         self.rows = 0
@@ -385,23 +385,23 @@ class Queue:
         self._retries: list[Batch] = []
 
     def expect_room(self) -> None:
-        """Refuse a request before it is read, if not even the smallest would find a place.
+        """Check that there is room for one more request; called before its body is read.
 
         Raises:
-            Overloaded: as many requests wait as may.
+            Overloaded: the queue is full.
         """
         if self.requests >= self.limits.requests:
             raise _overloaded("requests", self.requests + 1, self.limits.requests)
 
     def oldest(self) -> float | None:
-        """Return when the job that has waited longest came, by its clock; ``None`` if none waits."""
+        """Return the time when the oldest waiting job was queued, on its clock; ``None`` if none waits."""
         return min((next(iter(line.fresh)).queued_at for line in self._lines.values() if line.fresh), default=None)
 
     def put(self, job: Job) -> None:
-        """Let a job wait.
+        """Add a job.
 
         Raises:
-            Overloaded: a limit would be passed.
+            Overloaded: a limit would be exceeded.
         """
         limits = self.limits
         requests, rows, held = self.requests + 1, self.rows + job.rows, self.payload_bytes + job.payload_bytes
@@ -417,11 +417,11 @@ class Queue:
         line.fresh[job] = None
 
     def put_again(self, batches: Iterable[Batch]) -> None:
-        """Let failed batches wait their turn."""
+        """Queue failed batches again."""
         self._retries += batches
 
     def close(self, job: Job) -> None:
-        """Forget a job that has ended, and drop its arrays."""
+        """Remove a job that has ended, and release its arrays."""
         self.requests -= 1
         self.rows -= job.rows - job.taken
         self.payload_bytes -= job.payload_bytes
@@ -437,7 +437,7 @@ class Queue:
             self._retries = [rest for batch in self._retries if (rest := batch.without_closed())]
 
     def take(self) -> Batch | None:
-        """Cut the next batch; ``None`` if nothing waits whose cost is known."""
+        """Remove and return the next batch; ``None`` if no job of known cost waits."""
         first = self._first()
         if self._retries:
             retry = min(self._retries, key=lambda batch: batch.place)
@@ -449,14 +449,14 @@ class Queue:
         return None if first is None else self._cut(first.key, self.limits.batch_cost)
 
     def take_small(self, most_cost: float) -> Batch | None:
-        """Cut a batch of at most this cost that never failed; ``None`` if the job that is next costs more."""
+        """Remove and return a batch of at most ``most_cost`` that never failed; ``None`` if the next costs more."""
         first = self._first()
         if first is None or first.rows * (first.key.row_cost or 1.0) > most_cost:
             return None
         return self._cut(first.key, most_cost)
 
     def take_large(self, least_cost: float) -> Batch | None:
-        """Cut a batch of several rows and of more than this cost; ``None`` if the next is none such."""
+        """Remove and return the next batch if it has several rows and costs more than ``least_cost``."""
         first, most_cost = self._first(), self.limits.batch_cost
         if first is None or self._retries:
             return None
@@ -467,7 +467,7 @@ class Queue:
 
     @property
     def has_work(self) -> bool:
-        """Return whether rows or failed batches wait."""
+        """Return whether jobs or failed batches wait."""
         return self.rows > 0 or bool(self._retries)
 
     def waiting(self, key: BatchKey) -> list[Job]:
@@ -476,7 +476,7 @@ class Queue:
         return [] if line is None else [*line.fresh, *line.begun]
 
     def _first(self) -> Job | None:
-        """Return the job that is next among those whose cost is known."""
+        """Return the next job among those whose cost is known, or ``None``."""
         best: Job | None = None
         for key, line in self._lines.items():
             if key.row_cost is not None:
@@ -513,7 +513,7 @@ class Queue:
         return Batch(key, slices)
 
     def _charge(self, job: Job, cost: float) -> None:
-        """Move the job's start and the clock on by what the job receives."""
+        """Advance the virtual start of a job and the virtual clock by a cost that the job receives."""
         job.start += cost
         self._clock += cost / max(1, self.requests)
 
@@ -522,10 +522,10 @@ class Scheduler:
     """Runs jobs on workers. Every job ends exactly once: answered, failed, abandoned or late.
 
     Args:
-        limits: What may wait, and where batches are cut.
-        workers: What computes.
+        limits: Limits of the queue and of batches.
+        workers: The pool of workers.
         clock: Time and timers.
-        observer: Where it is counted.
+        observer: The metrics.
     """
 
     def __init__(self, limits: Limits, workers: Workers, clock: Clock, observer: Observer) -> None:
@@ -540,12 +540,12 @@ class Scheduler:
         self._alarm_s = math.inf
 
     def submit(self, job: Job) -> None:
-        """Run a job; its ``end`` is called exactly once, never before this returns.
+        """Queue a job; its ``end`` is called exactly once, never before this method returns.
 
         Raises:
-            Overloaded: too much is waiting.
+            Overloaded: a limit of the queue would be exceeded.
             NotReady: workers cannot be kept alive.
-            TooExpensive: one of its rows takes longer than a batch may.
+            TooExpensive: one row takes longer than the time limit of a batch.
         """
         key = job.key
         if self.is_given_up:
@@ -574,9 +574,9 @@ class Scheduler:
             self._close(job)
 
     def dispatch(self) -> None:
-        """Give idle workers what waits, preemptible ones what is small, and those the next large batch in time.
+        """Give batches to idle workers, small batches to preemptible workers, and those also their next large batch.
 
-        A worker that has its next batch does not wait while the front sends the results of the last one.
+        A worker that already has its next batch does not idle while the results of the last one are sent.
         """
         while self._unplanned and (worker := self._workers.alive()) is not None:
             key = next(iter(self._unplanned))
@@ -597,7 +597,7 @@ class Scheduler:
             worker.run(batch)
 
     def finish(self, batch: Batch, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Hand a batch's results, one part per slice, to its jobs."""
+        """Pass the results of a batch, one part per slice, to its jobs."""
         key = batch.key
         self._observer.computed(key.quantities, batch.rows, len(batch.slices))
         key.statistics.batches += 1
@@ -619,7 +619,7 @@ class Scheduler:
         self._clock.call_soon(self.dispatch)
 
     def learn_cost(self, key: BatchKey, row_cost: float, row_s: float) -> None:
-        """Take a row's cost from a worker's plan; refuse the key's jobs if a row takes longer than a batch may."""
+        """Set the cost of a key's rows; refuse its jobs if a row takes longer than the time limit of a batch."""
         key.row_cost, key.row_s = max(1.0, row_cost), row_s
         limit_s = self.queue.limits.batch_s
         if row_s > limit_s:
@@ -639,7 +639,7 @@ class Scheduler:
         self._clock.call_soon(self.dispatch)
 
     def give_up(self) -> None:
-        """End all jobs, since workers cannot be kept alive, and take no more."""
+        """Fail all jobs, because workers cannot be kept alive, and refuse new ones."""
         self.is_given_up = True
         for job in list(self._open):
             self.abandon(job, WorkerLost("expected a worker to take over, none can be kept alive"))
@@ -675,7 +675,7 @@ class Scheduler:
         self.dispatch()
 
     def _set_alarm(self, deadline_s: float) -> None:
-        """Have one timer for all jobs, at the earliest deadline."""
+        """Set the only timer of the scheduler to the earliest deadline."""
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm_s = deadline_s

@@ -1,7 +1,7 @@
-"""Bodies of requests and replies as pydantic models: what FastAPI validates, or documents.
+"""Bodies of requests and replies as pydantic models, with which FastAPI validates or documents them.
 
-Numbers do not pass through these models, which would cost more than computing a small network: :mod:`service.codecs`
-reads and writes them. A test holds that the models and the codecs agree.
+Numbers do not pass through these models, since that would take longer than evaluating a small network:
+:mod:`service.codecs` reads and writes them. A test checks that the models and the codecs agree.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ State = Literal["ready", "loading", "failed"]
 
 
 class QuantityRequest(BaseModel):
-    """Points, and how to look at them."""
+    """Points, and options of their evaluation."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"inputs": [[0.5, -1.0]]}})
 
@@ -97,7 +97,7 @@ class QuantityRequest(BaseModel):
 
 
 class EvaluateRequest(QuantityRequest):
-    """Points, and what is asked of them."""
+    """Points, and the quantities to compute at them."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"inputs": [[0.5, -1.0]], "quantities": ["value", "gradient"]}}
@@ -149,13 +149,13 @@ class Facts(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Every model, in the order of names."""
+    """All models, ordered by name."""
 
     models: list[Facts]
 
 
 class Limits(BaseModel):
-    """The most that one request may have."""
+    """Limits of one request."""
 
     rows: int
     directions: int = Field(description="Per point; directions times points are at most the rows.")
@@ -183,13 +183,13 @@ class Attempt(BaseModel):
 
 
 class Loaded(Facts):
-    """The model after loading, and how that went."""
+    """The model after loading, and the result of reading each file."""
 
     loaded: list[Attempt]
 
 
 class Unloaded(BaseModel):
-    """The model, or one version of it, is no longer served."""
+    """The model, or the version of it, that is no longer served."""
 
     name: str
     state: Literal["unloaded"]
@@ -197,7 +197,7 @@ class Unloaded(BaseModel):
 
 
 class Liveness(BaseModel):
-    """The process answers."""
+    """Liveness of the process."""
 
     live: Literal[True]
 
@@ -210,7 +210,7 @@ class Readiness(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
+    """An error in the problem details format (RFC 9457)."""
 
     type: str
     title: str
@@ -296,7 +296,7 @@ class UMBridgeFault(BaseModel):
 
 
 class UMBridgeError(BaseModel):
-    """An error as the protocol has it."""
+    """An error in UM-Bridge's format."""
 
     error: UMBridgeFault
 
@@ -313,7 +313,7 @@ class TesseractData(BaseModel):
 
 
 class TesseractArray(BaseModel):
-    """An array as the protocol encodes it."""
+    """An array in Tesseract's encoding."""
 
     object_type: Literal["array"] = "array"
     shape: list[int]
@@ -322,7 +322,7 @@ class TesseractArray(BaseModel):
 
 
 class TesseractInputs(BaseModel):
-    """Points, and what is asked at them."""
+    """Points, and the outputs to compute at them."""
 
     x: TesseractArray | Row | Rows = Field(description="(n, d) or (d).")
     weights: TesseractArray | Row | Rows | None = Field(
@@ -333,7 +333,7 @@ class TesseractInputs(BaseModel):
 
 
 class TesseractApply(BaseModel):
-    """A question about values or other quantities."""
+    """A request for values or other quantities."""
 
     inputs: TesseractInputs
 
@@ -346,7 +346,7 @@ class TesseractShape(BaseModel):
 
 
 class TesseractAbstract(BaseModel):
-    """A question about shapes."""
+    """A request for the shapes of outputs."""
 
     inputs: dict[str, Any] = Field(description="As for apply, x with shape and dtype only.")
 
@@ -363,7 +363,7 @@ class TesseractError(BaseModel):
 
 
 class TesseractFault(BaseModel):
-    """The place of a fault, and what was expected there."""
+    """The location of an error in the input, and the expected value."""
 
     type: str
     loc: list[str | int]
@@ -372,7 +372,7 @@ class TesseractFault(BaseModel):
 
 
 class TesseractFaults(BaseModel):
-    """An input that does not fit, and the reason."""
+    """The errors of an input that does not fit."""
 
     detail: list[TesseractFault]
 
@@ -393,14 +393,14 @@ class InferenceTensor(BaseModel):
 
 
 class InferenceOutput(BaseModel):
-    """A wanted output."""
+    """A requested output."""
 
     name: Quantity
     parameters: Parameters | None = Field(None, description="binary_data: whether it is wanted as binary.")
 
 
 class InferenceRequest(BaseModel):
-    """Tensors, and the outputs that are wanted of them; the value if none is named."""
+    """Input tensors, and the requested outputs; the value if none is named."""
 
     id: str | None = None
     inputs: list[InferenceTensor]
@@ -430,7 +430,7 @@ class InferenceReply(BaseModel):
 
 
 class InferenceError(BaseModel):
-    """An error as the protocol has it."""
+    """An error in the format of the Open Inference Protocol."""
 
     error: str
 
@@ -490,7 +490,7 @@ class IndexEntry(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """Counts of a version, as Triton's extension has them."""
+    """Statistics of a version in the form of Triton's extension."""
 
     name: str
     version: Version
@@ -501,12 +501,12 @@ class ModelStatistics(BaseModel):
 
 
 class Statistics(BaseModel):
-    """Counts of several versions."""
+    """Statistics of several versions."""
 
     model_stats: list[ModelStatistics]
 
 
 class RepositoryRequest(BaseModel):
-    """Nothing: models come from the service's own folder. The body may be empty."""
+    """An empty object, since models come from the service's own folder. The body may also be empty."""
 
     parameters: Parameters | None = None

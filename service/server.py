@@ -1,4 +1,4 @@
-"""The server's life, which is uvicorn's, with a drain and exit codes; its connections are ours."""
+"""The server: uvicorn with the connections of :mod:`service.http`, draining and exit codes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SHOWN_MODELS = 20
 
 
 class Server(uvicorn.Server):
-    """A server that listens while the service starts, whose first signal drains and whose second ends at once.
+    """A server that listens while the service starts, drains at the first signal, and exits at the second.
 
     Attributes:
-        start_error: Why the service could not start.
+        start_error: The error with which the service could not start, if any.
     """
 
     def __init__(self, config: uvicorn.Config, app: Application) -> None:
-        """Keep the application, to start and stop it."""
+        """Set up a server for the application, which it starts and stops."""
         super().__init__(config)
         self._app = app
         self._starting: asyncio.Task[None] | None = None
@@ -51,9 +51,9 @@ class Server(uvicorn.Server):
         self.start_error: StartUpError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and start the service: until it has started, its routes answer 503.
+        """Listen, and start the service; until it has started, its routes answer 503.
 
-        One of several front ends listens when it has started, so that the others get the connections until then.
+        One of several front ends listens only when it has started, so that the others get the connections until then.
         """
         if sockets is not None:
             await self._app.start()
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM, and do not raise them again at the end; read the keys again at SIGHUP."""
+        """Handle SIGINT and SIGTERM without raising them again at the end; read the keys again at SIGHUP."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         original = {number: signal.signal(number, self.handle_exit) for number in numbers}
         original[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; or, if that was asked for before, end."""
+        """Drain at the first signal; exit at the second."""
         if self.should_exit:
             self.force_exit = True
         self._app.core.is_draining = True
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         self._is_hung_up = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain; answer with an error what is not answered when the time for it is over."""
+        """Drain; answer requests that are not finished within the time limit with an error."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._give_up)
         await super().shutdown(sockets)
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
             cast(Connection, connection).give_up(NotReady("expected to have time, the service is stopping"))
 
     async def on_tick(self, counter: int) -> bool:
-        """Also stop when no worker can be kept alive, and look at the files of keys once a second."""
+        """Stop if workers cannot be kept alive, and check the files of keys once a second; return whether to stop."""
         core = self._app.core
         if core.is_given_up:
             self.should_exit = True
@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
 
 
 def describe(app: Application, port: int) -> Iterator[str]:
-    """Yield lines that tell a person what is served, on what, and where to look at it."""
+    """Yield lines for the log: the served models, the devices and the address of the explorer."""
     core, settings = app.core, app.core.settings
     names = core.repository.names()
     if not names:
@@ -150,7 +150,7 @@ def describe(app: Application, port: int) -> Iterator[str]:
 
 
 def _allow_connections(count: int) -> None:
-    """Raise the limit of open descriptors as far as that many connections need, if it may be."""
+    """Raise the limit of open descriptors to the number that ``count`` connections need, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -165,8 +165,8 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
 
     Args:
         app: The application.
-        settings: Limits and places.
-        sockets: Bound already, in place of the settings' host and port.
+        settings: Settings of the service.
+        sockets: Bound sockets to use in place of the settings' host and port.
 
     Returns:
         The process's exit status.

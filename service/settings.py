@@ -1,4 +1,4 @@
-"""Everything an operator can set: flags, or environment variables named ``HESSQUIK_…``."""
+"""Settings of the service, from flags, environment variables named ``HESSQUIK_…`` and files of secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["PREFIX", "Settings", "unknown_variables"]
 
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 PREFIX = "HESSQUIK_"
-#: Variables that are no settings of the server: the client's key, and how the kernel is built.
+#: Variables of other parts: the client's key and the build of the kernel.
 OTHER_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_KEY", "HESSQUIK_KERNEL"})
 
 
@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        """A list in one string."""
+        """Split a string of keys, separated by commas, into a list."""
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value
@@ -121,14 +121,14 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read arguments, then variables, then the files of the folder that one of these names."""
+        """Return the sources in order: arguments, environment variables, files in the folder ``secrets``."""
         folder = {**env_settings(), **init_settings()}.get("secrets")
         files = (SecretsSettingsSource(settings_cls, secrets_dir=folder),) if folder and Path(folder).is_dir() else ()
         return (init_settings, env_settings, *files)
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> Settings:
-        """Return the settings that flags make, which :meth:`again` reads anew."""
+        """Return settings from flags, which :meth:`again` can read again."""
         settings = cls(**flags)
         settings._flags = dict(flags)
         return settings
@@ -138,13 +138,13 @@ class Settings(BaseSettings):
         return self.of(self._flags)
 
     def shown(self) -> dict[str, Any]:
-        """Return every setting as it may be logged: of keys, their count."""
+        """Return all settings in a form that may be logged; of keys, only their number."""
         shown = self.model_dump(mode="json")
         return {name: f"{len(value)} keys" if name.endswith("_keys") else value for name, value in shown.items()}
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:
-    """Return a sentence for every variable named like a setting that is none.
+    """Return an error message for every variable ``HESSQUIK_…`` that is not a setting.
 
     Example:
         >>> unknown_variables(["HESSQUIK_MAX_ROW", "HESSQUIK_PORT", "HOME"])

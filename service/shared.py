@@ -1,7 +1,8 @@
-"""Memory that a worker writes results into and the front reads them from, without a copy through a socket.
+"""Shared memory for results: a worker writes them and the front end reads them, without a copy through a socket.
 
-The front makes each buffer (a sealed memfd, so that nobody can shorten it), sends its descriptor with the first batch
-whose results go there, and lends it for one batch at a time: it is free again when the last array made of it is gone.
+The front end creates each buffer (a sealed memfd, which cannot be shortened), sends its descriptor with the first
+batch that uses it, and lends it to one batch at a time: it is free again when the last array in it is
+garbage-collected.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import numpy as np
 
 __all__ = ["Buffer", "Buffers", "offsets"]
 
-#: Size of a buffer: a batch is cut at so many bytes.
+#: Size of a buffer in bytes, which is also the limit of a batch's results.
 BUFFER_BYTES = 8 << 20
 #: Bytes of results from which shared memory is faster than a socket.
 SHARED_BYTES = 256 << 10
 #: Most bytes of all buffers that one worker writes to.
 MOST_BYTES = 256 << 20
-#: Time after which a buffer that nobody uses is given up.
+#: Time after which an idle buffer is closed.
 IDLE_S = 1.0
 #: Alignment of each array in a buffer.
 ALIGNMENT = 64
@@ -38,13 +39,13 @@ class Buffer:
     """Shared memory of a fixed size.
 
     Attributes:
-        number: What both sides know it by.
+        number: Number of the buffer in frames.
         is_sent: Whether the worker has its descriptor.
-        since_s: When it was used last, on the monotonic clock.
+        since_s: Time when it was last used, on the monotonic clock.
     """
 
     def __init__(self, number: int, size: int) -> None:
-        """Take the memory; its pages come when they are written to."""
+        """Create the memory; pages are allocated when they are first written."""
         self.number, self.size = number, size
         self.is_sent = False
         self.is_lent = False
@@ -60,7 +61,7 @@ class Buffer:
         self._whole: weakref.ref[Any] | None = None
 
     def arrays(self, shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Any]:
-        """Return what was written, as read-only arrays that lie at :func:`offsets`; they keep the buffer lent."""
+        """Return read-only arrays at :func:`offsets` in the buffer, which stays lent as long as they live."""
         # All arrays are views of this one, which nothing else holds: its end is that of the last of them.
         whole = np.frombuffer(self._mapping, np.uint8)
         self._whole = weakref.ref(whole, lambda _: self.give_back())
@@ -68,7 +69,7 @@ class Buffer:
         return [np.ndarray(shape, dtype, whole, place) for shape, place in zip(shapes, places, strict=True)]
 
     def give_back(self) -> None:
-        """Let the buffer be used again."""
+        """Mark the buffer as free."""
         self.is_lent, self.since_s = False, time.monotonic()
 
 
@@ -76,17 +77,17 @@ class Buffers:
     """The buffers of one worker.
 
     Args:
-        drop: Called with a buffer that is given up, to tell the worker.
+        drop: Called with each buffer that is closed, to notify the worker.
     """
 
     def __init__(self, drop: Callable[[Buffer], None]) -> None:
-        """Start without memory."""
+        """Start without buffers."""
         self._drop = drop
         self._buffers: dict[int, Buffer] = {}
         self._numbers = count(1)
 
     def lend(self, size: int) -> Buffer | None:
-        """Return a free buffer of at least this size, or ``None`` if they would take more memory than they may."""
+        """Return a free buffer of at least ``size`` bytes, or ``None`` if the memory limit would be exceeded."""
         buffer = next((one for one in self._buffers.values() if not one.is_lent and one.size >= size), None)
         if buffer is None:
             size = -(-max(size, BUFFER_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -101,7 +102,7 @@ class Buffers:
         return buffer
 
     def drop_idle(self) -> None:
-        """Give up what nobody has used for a while."""
+        """Close buffers that have been idle for a while."""
         now = time.monotonic()
         for buffer in list(self._buffers.values()):
             if not buffer.is_lent and now - buffer.since_s > IDLE_S:
@@ -124,7 +125,7 @@ def _ignore(buffer: Buffer) -> None:
 
 
 def offsets(shapes: Sequence[tuple[int, ...]], itemsize: int) -> tuple[list[int], int]:
-    """Return where arrays of these shapes begin in a buffer, and how many bytes they take.
+    """Return the offsets of arrays of these shapes in a buffer, and their total size in bytes.
 
     Example:
         >>> offsets([(3, 1), (3, 2)], 8)

@@ -1,9 +1,9 @@
 """Several front ends of one service: ``hessquik serve --processes N``.
 
-The supervisor has the workers, the folder of models and the port; each front end is a process that listens on the
-same port (SO_REUSEPORT: the system shares connections out) and has a connection of its own to each worker. What one
-front end is asked to load, unload or report concerns all of them; a front end that dies is replaced. See
-:mod:`service.frontend` for what they say to each other.
+The supervisor owns the workers, the folder of models and the port; each front end is a process that listens on the
+same port (SO_REUSEPORT: the system distributes the connections) and has a connection to each worker. A load, unload
+or metrics request to one front end applies to all; a front end that dies is replaced. :mod:`service.frontend`
+documents the frames between them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FRONT_MODULE = "service.frontend"
 EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
-#: Time for a front end to take note of a change, or to report.
+#: Time limit for a front end to apply a change, or to report its metrics.
 ANSWER_S = 5.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
@@ -51,11 +51,11 @@ SHARED_METRICS = (
 
 
 class FrontEnd:
-    """A front end's process, and what it has been told.
+    """The process of a front end, and the state that was sent to it.
 
     Args:
-        supervisor: Whose it is.
-        port: Where it listens.
+        supervisor: The supervisor that it belongs to.
+        port: The port that it listens on.
 
     Raises:
         OSError: the system does not allow it.
@@ -82,7 +82,7 @@ class FrontEnd:
                 raise
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Give it a connection to a worker, or have it replaced if the system does not allow it."""
+        """Send it a connection to a worker; kill it, so that it is replaced, if the system refuses."""
         try:
             with worker.connect() as sock:
                 self.child.write({"op": "worker"}, {}, (sock.fileno(),))
@@ -91,7 +91,7 @@ class FrontEnd:
             self.child.kill()
 
     async def tell(self) -> None:
-        """Tell it what has changed in the table, and wait until it has taken note."""
+        """Send it the changes of the table, and wait until it has applied them."""
         repository = self._supervisor.node.repository
         now: dict[tuple[str, int], tuple[Any, ...]] = {}
         for name in repository.names():
@@ -123,7 +123,7 @@ class FrontEnd:
         await self.ask("table", served=members, gone=[{"name": name, "version": version} for name, version in gone])
 
     async def ask(self, op: str, **members: Any) -> dict[str, Any] | None:
-        """Send a frame and return the fields of the answer; ``None`` if there is none in time."""
+        """Send a frame and return the fields of the answer; ``None`` if no answer comes within the time limit."""
         number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._awaited[number] = answer
@@ -167,12 +167,12 @@ class Supervisor:
     """Runs one service in several processes.
 
     Args:
-        settings: The service's.
-        devices: One per worker.
+        settings: Settings of the service.
+        devices: The device of each worker.
     """
 
     def __init__(self, settings: Settings, devices: list[str]) -> None:
-        """Start nothing yet."""
+        """Set up the parts; :meth:`run` starts them."""
         self.settings = settings
         self.node = Node(settings, devices)
         self.keys = Keys(settings)
@@ -225,20 +225,20 @@ class Supervisor:
         return EXIT_DRAINED if is_drained else EXIT_FORCED
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Give every front end a worker that has become ready."""
+        """Connect every front end to a worker that has become ready."""
         for front in self._fronts:
             if front.is_up:
                 front.attach(worker)
 
     def give_up(self) -> None:
-        """Have every job ended, since workers or front ends cannot be kept alive, and stop."""
+        """Fail all jobs and stop, because workers or front ends cannot be kept alive."""
         self._is_given_up = True
         for front in self._fronts:
             front.child.write({"op": "give_up"}, {})
         self._stop.set()
 
     def on_up(self, front: FrontEnd) -> None:
-        """Give a front end all that there is."""
+        """Send a new front end the table of models, connections to the workers, and their state."""
         self._deaths = 0
         self._spawn(front.tell())
         for worker in self.node.workers.workers:
@@ -247,12 +247,12 @@ class Supervisor:
         self._say_health(front)
 
     def on_lost(self, front: FrontEnd) -> None:
-        """Replace a front end that is gone."""
+        """Replace a front end that has died."""
         self._fronts.remove(front)
         self._spawn(self._replace(front))
 
     def answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
-        """Do what a front end was asked for, on behalf of all of them."""
+        """Execute a front end's frame to load, unload or report metrics, on behalf of all front ends."""
         self._spawn(self._answer(front, head))
 
     async def _answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ class Supervisor:
             self._start_front()
 
     async def _tick(self) -> None:
-        """Keep every front end up to date, for ever."""
+        """Send the state of the workers and changes of the table to all front ends, periodically until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             self.keys.follow()
@@ -322,14 +322,14 @@ class Supervisor:
                     self._say_health(front)
 
     def _on_signal(self) -> None:
-        """Drain; at the second signal, end at once."""
+        """Drain at the first signal; exit immediately at the second."""
         if self._is_stopping:
             for front in self._fronts:
                 front.child.kill()
         self._stop.set()
 
     async def _drain(self) -> bool:
-        """Have all front ends end; return whether they drained."""
+        """Stop all front ends; return whether all of them drained in time."""
         self._is_stopping = True
         loop, fronts = asyncio.get_running_loop(), list(self._fronts)
         for front in fronts:
@@ -353,10 +353,10 @@ class Supervisor:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at an address that several processes share.
+    """Return a bound socket whose address several processes can share (SO_REUSEPORT).
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is invalid or in use.
     """
     info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     sock = socket.socket(info[0], socket.SOCK_STREAM)

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of requests, made when a request has ended, of what is known of it then.
+"""OpenTelemetry spans of requests, created when a request has ended.
 
-A span of a question has two children: the time in the queue, and the time of computing. OpenTelemetry's variables say
-where spans are sent and which are sampled.
+The span of an evaluation has two children: the time in the queue and the time of computing. OpenTelemetry's
+environment variables set where spans are sent and which are sampled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NAME = "hessquik-service"
 
 
 class Tracer:
-    """Makes a span of every request.
+    """Creates a span for every request.
 
     Args:
-        provider: Makes tracers; if not given the program's own, or one that sends spans with OTLP over HTTP.
+        provider: The tracer provider; by default the process's own, or one that sends spans with OTLP over HTTP.
 
     Raises:
         StartUpError: OpenTelemetry is not installed.
@@ -43,7 +43,7 @@ class Tracer:
         self._tracer = self._provider.get_tracer(_NAME)
 
     def ended(self, request: Request, route: str, status: int) -> None:
-        """Make the spans of a request that has ended."""
+        """Create the spans of a request that has ended."""
         head, now_s, now_ns = request.head, monotonic(), time_ns()
 
         def at(moment_s: float) -> int:
@@ -77,14 +77,14 @@ class Tracer:
         span.end(now_ns)
 
     def close(self) -> None:
-        """Send what is left, as far as there is time."""
+        """Send the remaining spans, within a time limit."""
         flush = getattr(self._provider, "force_flush", None)
         if flush is not None:
             flush(FLUSH_MS)
 
 
 def _provider() -> Any:
-    """Return the program's own provider if it has one, or else make the usual one."""
+    """Return the process's tracer provider if it has set one, or else create one that sends OTLP over HTTP."""
     try:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

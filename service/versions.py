@@ -1,4 +1,4 @@
-"""Versions of what runs here, read off the installed packages' metadata without loading them."""
+"""Versions of the installed packages, from their metadata, without importing them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Frames between processes: lengths, a JSON head, raw arrays and texts. Nothing is pickled.
+"""Frames between processes: lengths, a JSON head, raw arrays and byte strings. Nothing is pickled.
 
 4 bytes   length of the head         little-endian
 8 bytes   length of the body
 head      JSON object, padded with blanks; "fields" has [name, dtype, shape] of each field in the body
 body      the fields one after the other: arrays in C order and native byte order, or, with dtype uint8, plain bytes
 
-A frame may bring file descriptors (SCM_RIGHTS); then its head says how many in "fds".
+A frame may carry file descriptors (SCM_RIGHTS); "fds" in its head is their number.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ MAX_HEAD_BYTES = 4 << 20
 MAX_BODY_BYTES = 4 << 30
 #: Bytes of a frame up to which its pieces are joined, and of a receiver's scratch buffer.
 SMALL_BYTES = 64 << 10
-#: Heads are filled up to multiples of this many bytes, so that the numbers behind them lie as processors like them.
+#: Heads are padded to multiples of this many bytes, so that the arrays behind them are aligned.
 ALIGNMENT = 64
-#: Pieces that one system call sends.
+#: Most pieces that one system call sends.
 MOST_PIECES = 64
-#: Descriptors that may have arrived before the frames that they belong to.
+#: Most descriptors that may arrive before the frames that they belong to.
 MOST_UNCLAIMED_FDS = 64
 _FD_BYTES = array("i").itemsize
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "uint8": np.dtype("u1")}
@@ -59,11 +59,11 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WireError(Exception):
-    """The other side sent something that is no frame."""
+    """The other side sent a malformed frame."""
 
 
 def encode(head: Mapping[str, Any], fields: Mapping[str, Field]) -> list[bytes | memoryview]:
-    """The pieces of a frame, to be sent one after the other; large fields are not copied if they are contiguous."""
+    """Return the pieces of a frame, to be sent in order; large contiguous fields are not copied."""
     table: list[tuple[str, str, Sequence[int]]] = []
     data: list[bytes | memoryview] = []
     for name, field in fields.items():
@@ -96,7 +96,7 @@ def _decode_head(text: memoryview) -> dict[str, Any]:
 
 
 def _decode(frame: Array, head_bytes: int) -> Frame:
-    """Return head and fields, which are views into the frame."""
+    """Return the head and the fields of a frame; the fields are views into it."""
     text = frame.data
     head = _decode_head(text[:head_bytes])
     fields: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def _decode(frame: Array, head_bytes: int) -> Frame:
 
 
 def cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
-    """Consecutive stretches of something, of the given sizes.
+    """Cut a sequence into consecutive slices of the given sizes.
 
     Example:
         >>> cut("abcdef", [1, 3, 2])
@@ -133,8 +133,8 @@ def cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
 class FrameReader:
     """Cuts a stream of bytes into frames.
 
-    What comes is received into a scratch buffer, many small frames at once; the rest of a frame that does not fit
-    there is received straight into the memory that its arrays will be views of.
+    Data is received into a scratch buffer, many small frames at once; the rest of a frame that does not fit is
+    received directly into the memory of its arrays.
     """
 
     def __init__(self) -> None:
@@ -145,16 +145,16 @@ class FrameReader:
         self._head_bytes = self._filled = 0
 
     def space(self) -> memoryview:
-        """Return where the next bytes go; never empty."""
+        """Return the buffer for the next bytes; it is never empty."""
         if self._frame is not None:
             return self._frame.data[self._filled :]
         return self._scratch[self._end :]
 
     def received(self, count: int) -> list[Frame]:
-        """Take note of bytes that were put there, and return the frames that are whole.
+        """Process ``count`` bytes that were written to :meth:`space`, and return the complete frames.
 
         Raises:
-            WireError: what came is no frame.
+            WireError: the bytes are not a valid frame.
         """
         if self._frame is not None:
             self._filled += count
@@ -184,7 +184,7 @@ class FrameReader:
         return frames
 
     def head(self) -> dict[str, Any] | None:
-        """The head of the frame that is arriving, once all of it is there."""
+        """Return the head of the incomplete frame, or ``None`` if the head is incomplete."""
         if self._frame is None or self._filled < self._head_bytes:
             return None
         return _decode_head(self._frame[: self._head_bytes].data)
@@ -201,7 +201,7 @@ class Receiver:
 
     Args:
         sock: The socket; it may be blocking.
-        most_fds: Most descriptors that may come with one frame; those of others are closed by the system.
+        most_fds: Most descriptors that may come with one frame; the system closes further ones.
     """
 
     def __init__(self, sock: socket.socket, most_fds: int = 0) -> None:
@@ -215,8 +215,8 @@ class Receiver:
         """Return the frames that are complete after one reception; ``None`` at the end of the stream.
 
         Raises:
-            BlockingIOError: nothing is there now, and the socket or the flags say not to wait.
-            WireError: what came is no frame.
+            BlockingIOError: no data is available, and the socket or the flags are non-blocking.
+            WireError: the bytes are not a valid frame.
         """
         space = self._reader.space()
         count = self._receive_with_fds(space, flags) if self._most_fds else self._sock.recv_into(space, 0, flags)
@@ -229,11 +229,11 @@ class Receiver:
         return frames
 
     def head(self) -> dict[str, Any] | None:
-        """Return the head of the frame that is arriving, once all of it is there."""
+        """Return the head of the incomplete frame, or ``None`` if the head is incomplete."""
         return self._reader.head()
 
     def close(self) -> None:
-        """Close the socket and the descriptors that nobody took."""
+        """Close the socket, and the received descriptors that no frame has claimed."""
         self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())
@@ -249,7 +249,7 @@ class Receiver:
         return count
 
     def _claim(self, count: object) -> list[int]:
-        """Return the descriptors that a frame says it brings."""
+        """Return the descriptors that belong to a frame, whose head gives their number."""
         if type(count) is not int or not 0 <= count <= len(self._fds):
             raise WireError(f"expected as many descriptors as the head says, got {len(self._fds)}")
         return [self._fds.popleft() for _ in range(count)]
@@ -259,11 +259,11 @@ class Channel:
     """Sends and receives frames on an event loop, over a socket pair.
 
     Args:
-        sock: Our end.
-        on_frame: Called with head and fields.
-        on_lost: Called once when the other side is gone or what it sends is no frame; not after :meth:`close`.
-        on_head: Called once with the head of a frame whose fields take several receptions, before ``on_frame``.
-        most_fds: Most descriptors that a frame may bring.
+        sock: The socket.
+        on_frame: Called with the head and the fields of each frame.
+        on_lost: Called once when the other side closes or sends a malformed frame; not after :meth:`close`.
+        on_head: Called with the head of a frame whose fields arrive later, before ``on_frame``.
+        most_fds: Most descriptors that a frame may carry.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class Channel:
         on_head: Callable[[dict[str, Any]], None] | None = None,
         most_fds: int = 0,
     ) -> None:
-        """Watch the socket."""
+        """Register the socket with the running event loop."""
         sock.setblocking(False)
         self._sock = sock
         self._on_frame, self._on_lost, self._on_head = on_frame, on_lost, on_head
@@ -286,7 +286,7 @@ class Channel:
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     def write(self, head: Mapping[str, Any], fields: Mapping[str, Field], fds: Sequence[int] = ()) -> None:
-        """Send a frame, with duplicates of some descriptors; what the socket does not take now waits its turn."""
+        """Send a frame, with duplicates of descriptors; bytes that the socket does not accept now are buffered."""
         if self.is_closed:
             return
         pieces: list[Any] = encode({**head, "fds": len(fds)} if fds else head, fields)
@@ -320,7 +320,7 @@ class Channel:
         self._receiver.close()
 
     def _send(self) -> bool:
-        """Send as much as the socket takes; return whether that is everything."""
+        """Send as much as the socket accepts; return whether everything is sent."""
         while self._waiting:
             pieces, fds = self._waiting[0]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []

@@ -1,27 +1,27 @@
 """A worker process: it owns one device, holds the networks, and answers frames.
 
-Three threads: one computes; one loads models, so that answering goes on meanwhile; one listens to the supervisor.
+Three threads: one computes; one loads models, so that computing goes on meanwhile; one serves the control socket.
 
 From the supervisor, on the control socket:
 
-    attach    {"op", "fds": 1}                     a socket of a front, which sends what follows below
+    attach    {"op", "fds": 1}                     a socket of a front end, which sends the frames below
     load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
     unload    {"op", "model"}                      → nothing
     ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s",
-                                                      "checked_rows"}, of these those since the last
+                                                      "checked_rows"}; the last counts since the last pong
 
-A worker whose self-check fails says {"op": "disagreed", "model"} and ends.
+A worker whose self-check fails sends {"op": "disagreed", "model"} and exits.
 
-From a front; replies carry the "number" of what they answer:
+From a front end; replies carry the "number" of the frame that they answer:
 
     plan      {"op", "number", "model", "dtype", "quantities", "is_weighted", "k"}
                                                    → {"op": "planned", "row_cost", "row_s"} or {…, "error"}
     evaluate  {"op", "number", "model", "dtype", "quantities", "form", "sizes", "is_alone", "is_small", "buffer"?}
               + "inputs", "weights"?, "directions"?
                                                    → {"op": "done"} and one array per quantity, in the buffer if
-                                                     there is one; if the form is another than "arrays", "lengths"
-                                                     and "text": for each quantity that of each request's rows, as
-                                                     the form says; or {…, "error"}
+                                                     there is one; for a form other than "arrays", "lengths" and
+                                                     "text" instead: the text of each request's rows of each
+                                                     quantity; or {…, "error"}
     drop      {"op", "buffer"}                     → nothing
 
 Run as ``python -P -m service.run_worker FD DEVICE THREADS SPIN_US LIMIT_S CHECKED_SHARE``; FD is our end of the
@@ -64,9 +64,9 @@ __all__ = ["main"]
 
 #: Words of torch's error when memory runs out on a CPU; it has no class of its own.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
-#: Largest result that is computed only to warm up.
+#: Most bytes of a result that is computed for warm-up.
 MAX_WARM_UP_BYTES = 64 << 20
-#: Room for a result on its way to a front.
+#: Size of the socket buffer for results.
 SEND_BUFFER_BYTES = 2 << 20
 #: Numbers that are written as JSON in half a millisecond or so.
 NUMBERS_BETWEEN = 8192
@@ -80,7 +80,7 @@ CHECKED_ROWS = 256
 SPOILED = 71
 _PR_SET_PDEATHSIG = 1
 
-#: What of a request's rows is written, by the form of the answer.
+#: How a request's rows are written as text, by the form of the answer.
 _VIEWS: dict[str, Callable[[wire.Array], wire.Array]] = {
     "json": lambda rows: rows,
     "flat": lambda rows: rows.reshape(-1),
@@ -90,33 +90,33 @@ _VIEWS: dict[str, Callable[[wire.Array], wire.Array]] = {
 
 
 class Late(Exception):
-    """A batch took longer than it may."""
+    """A batch exceeded its time limit."""
 
 
 class Disagreement(Exception):
-    """Results differ from those of the same rows in other company."""
+    """Results differ from those of the same rows computed in another batch."""
 
 
 class Model(Evaluators):
     """A network on the worker's device.
 
     Attributes:
-        parameters: Their number.
-        operation_s: Shortest time per operation that was measured.
+        parameters: Number of parameters.
+        operation_s: Shortest measured time per operation, in seconds.
     """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
-        """Make and prove the evaluator in the network's own dtype."""
+        """Create the evaluator in the network's own dtype, and check its derivatives."""
         super().__init__(saved, device, threads)
         self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
         self.operation_s = 0.0
 
     def is_quick(self, dtype: torch.dtype) -> bool:
-        """Return whether the evaluator is there or soon made."""
+        """Return whether the evaluator of a dtype exists or is fast to create."""
         return dtype in self._evaluators or self.parameters <= QUICK_PARAMETERS
 
     def warm_up(self) -> None:
-        """Run every tile once, so that no request pays for a first call, and measure the speed."""
+        """Run a tile of every size once, so that no request is slowed by a first call, and measure the speed."""
         evaluate = self.evaluator(self.dtype)
         for rows in evaluate.ladder:
             x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
@@ -129,7 +129,7 @@ class Model(Evaluators):
                 self.operation_s = min(self.operation_s or took_s, took_s)
 
     def plan(self, head: dict[str, Any]) -> dict[str, Any]:
-        """Return what a row costs, in operations and in seconds."""
+        """Return the cost of a row, in operations and in seconds."""
         evaluate, k = self.evaluator(TORCH_DTYPES[head["dtype"]]), head["k"]
         weights = (1, evaluate.m) if head["is_weighted"] else None
         directions = (1, k, evaluate.d) if k else None
@@ -138,7 +138,7 @@ class Model(Evaluators):
         return {"row_cost": cost, "row_s": cost * self.operation_s}
 
     def facts(self) -> dict[str, Any]:
-        """Return what the front needs to know of the model."""
+        """Return the description of the model that front ends need: sizes, dtype, metadata and so on."""
         evaluate = self.evaluator(self.dtype)
         return {
             "d": evaluate.d,
@@ -154,15 +154,15 @@ class Model(Evaluators):
 
 
 class Connection:
-    """A front's socket, and the shared memory that it lends.
+    """The socket of a front end, and the shared memory that the front end lends.
 
     Args:
-        sock: Our end.
-        limit_s: Time after which a front that takes no results is given up.
+        sock: The worker's end.
+        limit_s: Time after which a front end that reads no results is disconnected.
     """
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
-        """Expect frames."""
+        """Set up the receiver of frames."""
         # Room for results, as far as the system allows it, so that the next batch need not wait until they are read.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", max(1, int(limit_s)), 0))
@@ -175,8 +175,8 @@ class Connection:
         """Return the frames that are complete.
 
         Raises:
-            ConnectionError: the front is gone.
-            WireError: what came is no frame.
+            ConnectionError: the front end closed the connection.
+            WireError: the bytes received are not a frame.
         """
         try:
             frames = self._receiver.receive(socket.MSG_DONTWAIT)
@@ -187,7 +187,7 @@ class Connection:
         return frames
 
     def send(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
-        """Send a frame; a front that takes nothing or is gone is noticed when the next frame is received."""
+        """Send a frame; if the front end is gone or reads nothing, the next :meth:`receive` raises."""
         try:
             with self._lock:
                 wire.send(self.sock, head, fields)
@@ -195,15 +195,15 @@ class Connection:
             self.end()
 
     def end(self) -> None:
-        """Have the end of the stream received next."""
+        """Shut the connection down, so that the next :meth:`receive` raises."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def buffer(self, number: int, size: int, fds: list[int]) -> mmap.mmap:
-        """Return the shared memory with this number, which the front sends with its first use.
+        """Return the shared memory with this number; the front end sends its descriptor with the first use.
 
         Raises:
-            WireError: it has not sent it.
+            WireError: the front end has not sent it.
         """
         for fd in fds:
             self._buffers[number] = mmap.mmap(fd, size)
@@ -213,11 +213,11 @@ class Connection:
         return self._buffers[number]
 
     def drop(self, number: int) -> None:
-        """Give up shared memory."""
+        """Close the shared memory with this number."""
         self._buffers.pop(number, None)
 
     def close(self) -> None:
-        """Give up everything."""
+        """Close the socket and all shared memory."""
         self._buffers.clear()
         self._receiver.close()
 
@@ -228,7 +228,7 @@ class Worker:
     Args:
         device: The device.
         threads: Threads to compute with, on a CPU.
-        spin_s: Time to look for the next frame before sleeping, while requests come one by one.
+        spin_s: Time to poll for the next frame before sleeping, while requests come one by one.
         limit_s: Time limit of a batch.
         checked_share: Share of batches that are computed again and compared.
     """
@@ -236,7 +236,7 @@ class Worker:
     def __init__(
         self, device: torch.device, threads: int, spin_s: float, limit_s: float = 10.0, checked_share: float = 0.0
     ) -> None:
-        """Hold no model yet."""
+        """Start without models and connections."""
         self.device, self.threads, self.spin_s, self.limit_s = device, threads, spin_s, limit_s
         self.models: dict[int, Model] = {}
         self.checked_share, self.checked_rows = checked_share, 0
@@ -258,14 +258,14 @@ class Worker:
     # The computing thread.
 
     def serve(self) -> None:
-        """Compute for ever."""
+        """Compute batches until the process ends."""
         while True:
             while self._waiting:
                 self._answer(*self._waiting.popleft())
             self._wait()
 
     def _answer(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
-        """Do what a front asks; end the connection if it asks for what there is not."""
+        """Execute a frame of a front end; end the connection if the frame is malformed."""
         try:
             self._do(connection, head, fields)
         except wire.WireError:
@@ -274,8 +274,8 @@ class Worker:
     def _wait(self) -> None:
         """Wait for frames.
 
-        Being woken takes longer than many a batch. So after a short wait, and while requests come one by one, the
-        sockets are looked at for ``spin_s`` before sleeping.
+        Waking up from sleep takes longer than computing a small batch. So while requests come one by one after short
+        waits, the sockets are polled for ``spin_s`` before sleeping.
         """
         began = time.perf_counter()
         if self._is_single and self._waited_s < self.spin_s:
@@ -289,7 +289,7 @@ class Worker:
         self._waited_s = time.perf_counter() - began
 
     def _look(self) -> None:
-        """Receive what is there, from every front."""
+        """Receive the frames that have arrived, from every front end, without blocking."""
         while self._attached:
             connection = self._attached.popleft()
             self._connections.append(connection)
@@ -306,10 +306,10 @@ class Worker:
             connection.close()
 
     def _between(self) -> None:
-        """In the middle of a large batch, answer what is small; stop a batch that takes too long.
+        """Between two tiles of a large batch, answer small batches.
 
         Raises:
-            Late: it took longer than it may.
+            Late: the batch exceeds its time limit.
         """
         self._looked_s = now = time.monotonic()
         if self._is_between:
@@ -331,7 +331,7 @@ class Worker:
             self._is_between = False
 
     def _do(self, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
-        """Do what a front asks. Errors that the request may cause are replied; any other ends the process."""
+        """Execute a frame of a front end. Errors that a request can cause are sent back; others end the process."""
         match head["op"]:
             case "evaluate":
                 if self._is_between:
@@ -377,7 +377,7 @@ class Worker:
         fields: dict[str, Any],
         places: Callable[[Model, dict[str, Any], dict[str, Any]], dict[str, wire.Array]] | None = None,
     ) -> wire.Frame:
-        """Compute, into ``places`` if there are; errors that a request may cause become a reply."""
+        """Compute a batch, into ``places`` if given; return an error that a request can cause as the reply."""
         if head["model"] not in self.models:
             return {"op": "done", "error": "no such model"}, {}
         model, dtype = self.models[head["model"]], TORCH_DTYPES[head["dtype"]]
@@ -392,10 +392,10 @@ class Worker:
             return {"op": "done", "error": _reason(error)}, {}
 
     def _check(self, head: dict[str, Any], fields: dict[str, Any], results: dict[str, wire.Array]) -> None:
-        """Compute the first rows again, without the others and in reversed order, and compare bits.
+        """Compute the first rows again, without the others and in reverse order, and compare the bits.
 
         Raises:
-            Disagreement: they differ.
+            Disagreement: the results differ.
         """
         order = np.arange(min(len(fields["inputs"]), CHECKED_ROWS))[::-1]
         given = {name: np.ascontiguousarray(array[order]) for name, array in fields.items()}
@@ -421,7 +421,7 @@ class Worker:
         return {"op": "done", "lengths": list(map(len, texts))}, {"text": b"".join(texts)}
 
     def _text(self, rows: wire.Array) -> bytes:
-        """Return the text of some rows, which takes longer than computing them."""
+        """Return the JSON text of some rows, in parts, since writing takes longer than computing."""
         step = max(1, NUMBERS_BETWEEN * len(rows) // rows.size)
         if len(rows) <= step:
             return json_rows(rows)
@@ -441,7 +441,7 @@ class Worker:
     # The loading thread.
 
     def load(self, model: int, data: bytes) -> dict[str, Any]:
-        """Load a model and return what is known of it, or why it is refused: whatever its file may raise."""
+        """Load a model; return its description, or the reason why it is refused, whatever its file raises."""
         try:
             loaded = Model(storage.parse(data), self.device, self.threads)
             loaded.warm_up()
@@ -458,14 +458,14 @@ class Worker:
         return facts
 
     def load_for_ever(self) -> None:
-        """Do in turn what takes long."""
+        """Run queued loads, one after the other, until the process ends."""
         while True:
             self._loads.get()()
 
     # The control thread.
 
     def control(self, sock: socket.socket) -> None:
-        """Do what the supervisor says, until it is gone."""
+        """Execute the frames of the supervisor until it closes the connection."""
         receiver, lock = wire.Receiver(sock, most_fds=1), threading.Lock()
 
         def send(head: dict[str, Any]) -> None:
@@ -494,12 +494,12 @@ class Worker:
                         raise wire.WireError(f"expected attach, load, unload or ping, got {other!r}")
 
     def attach(self, sock: socket.socket) -> None:
-        """Answer another front."""
+        """Accept the connection of another front end."""
         self._attached.append(Connection(sock, self.limit_s))
         os.write(self._wake, b".")
 
     def pong(self) -> dict[str, Any]:
-        """Return how the computing thread is; while it is idle, compute one point here to prove the device well."""
+        """Return the state of the computing thread; if it is idle, evaluate one point here to test the device."""
         now, busy_since_s = time.monotonic(), self._busy_since_s
         busy_s, stalled_s = (now - busy_since_s, now - self._looked_s) if busy_since_s else (0.0, 0.0)
         model = next(iter(list(self.models.values())), None)
@@ -511,7 +511,7 @@ class Worker:
         return {"op": "pong", "busy_s": busy_s, "stalled_s": stalled_s, **facts}
 
     def _memory_bytes(self) -> int:
-        """Return what the networks and their work take: memory of the device, or of the process on a CPU."""
+        """Return the memory in use, in bytes: of the device, or on a CPU of the process."""
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -520,7 +520,7 @@ class Worker:
 def _places(
     buffer: mmap.mmap, offsets: list[int], model: Model, head: dict[str, Any], fields: dict[str, Any]
 ) -> dict[str, wire.Array]:
-    """Return where in shared memory each quantity's results go."""
+    """Return arrays in shared memory for the results of each quantity."""
     evaluate, inputs, directions = (
         model.evaluator(TORCH_DTYPES[head["dtype"]]),
         fields["inputs"],
@@ -535,10 +535,10 @@ def _places(
 
 
 def _reason(error: Exception) -> str:
-    """Return what a front is told of an error that a request may cause.
+    """Return the reason that is sent to the front end for an error that a request can cause.
 
     Raises:
-        Exception: the error, if it may have spoiled the device or is none of a request's.
+        Exception: the error itself, if a request cannot cause it or it may have corrupted the device's context.
     """
     if isinstance(error, Late):
         return "late"
@@ -550,7 +550,7 @@ def _reason(error: Exception) -> str:
 
 
 def _run(device: str, work: Callable[[], None]) -> None:
-    """Run a thread's work; when it ends, so does the process."""
+    """Run the work of a thread, and end the process when it returns or raises."""
     status = 0
     try:
         work()
@@ -570,7 +570,7 @@ def _run(device: str, work: Callable[[], None]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run a worker until its supervisor is gone."""
+    """Run a worker until its supervisor closes the connection."""
     gc.freeze()  # what modules define stays: the collector need not look at it again and again
     gc.enable()
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides

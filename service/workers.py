@@ -1,12 +1,12 @@
-"""Starts, watches and replaces worker processes: one per device slot.
+"""Worker processes: starting, watching and replacing them, one per device slot.
 
     STARTING ──says hello──▶ LOADING ──has all models──▶ READY ◀──▶ BUSY
         └───────────────────────┴──────────┬──────────────┴───────────┘
                                           DEAD, and after a pause a new process
 
-Each state has a time limit; a worker that passes it is killed and replaced. A worker that is ready loads further
-models in a thread of its own and answers meanwhile; one worker after another does, so that the others keep their
-speed. What is wrong with a file is an error for whoever wants it loaded, and never a worker's death.
+Each state has a time limit; a worker that exceeds it is killed and replaced. A worker that is ready loads further
+models in a separate thread and goes on answering; the workers load one after the other, so that the rest keep their
+speed. A fault in a file is an error for the caller of the load, and does not end a worker.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 WORKER_MODULE = "service.run_worker"
 #: Intervals at which workers are checked and pinged.
 TICK_S = 0.25
-#: A worker that was well within this time is well.
+#: A sign of life counts as recent for this time.
 FRESH_S = 2.0
 #: Pause before the first restart; it doubles with each death in a row.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
@@ -71,38 +71,38 @@ TRANSITIONS = {
 
 
 class LoadError(Exception):
-    """A model is refused; the message says why."""
+    """A model is refused; the message is the reason."""
 
 
 class Owner(Protocol):
     """The user of the workers."""
 
     def attach(self, worker: WorkerProcess) -> None:
-        """Take a worker that has become ready, by :meth:`WorkerProcess.connect`; an OSError has it replaced."""
+        """Connect to a worker that has become ready; if this raises OSError, the worker is replaced."""
 
     def refuse(self, model: int, why: str) -> None:
-        """Serve a model no more that a worker refuses, although others have it."""
+        """Stop serving a model that a worker refuses although other workers have loaded it."""
 
     def give_up(self) -> None:
-        """Note that workers cannot be kept alive."""
+        """Stop the service, because workers cannot be kept alive."""
 
 
 class WorkerProcess:
     """One worker process and the control socket to it.
 
     Args:
-        workers: Whose it is.
-        device: What it computes on.
+        workers: The pool that it belongs to.
+        device: The device that it computes on.
 
     Attributes:
-        loading: Models that it was sent and has not answered for, in their order.
-        loaded: Models that it has.
-        well_s: When it was known to be well.
-        memory_bytes: What it has taken for networks and work.
+        loading: Models that were sent to it and are not answered yet, in order.
+        loaded: Models that it has loaded.
+        well_s: Time of its last sign of life, on the clock of the pool.
+        memory_bytes: Memory that it uses, as it last reported.
     """
 
     def __init__(self, workers: Workers, device: str) -> None:
-        """Describe a process that is not started yet."""
+        """Set up the state of a process that is not started yet."""
         self.device = device
         self.state = State.STARTING
         self.loading: list[int] = []
@@ -127,12 +127,12 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The process's number."""
+        """Return the process id, or ``None`` before the start."""
         return None if self._child is None else self._child.pid
 
     @property
     def is_up(self) -> bool:
-        """Return whether it can be sent models."""
+        """Return whether models can be sent to it."""
         return self.state in (State.LOADING, State.READY, State.BUSY)
 
     @property
@@ -146,7 +146,7 @@ class WorkerProcess:
         self.state, self._since_s = state, self._workers.now()
 
     def connect(self) -> socket.socket:
-        """Return the front's end of a new socket pair to the computing thread.
+        """Return the front end's end of a new socket pair to the worker's computing thread.
 
         Raises:
             OSError: the system does not allow it.
@@ -155,7 +155,7 @@ class WorkerProcess:
         return self._child.connect({"op": "attach"})
 
     def load(self, model: int, data: bytes) -> None:
-        """Send a model's file, unless it was sent."""
+        """Send a model's file, unless it was sent before."""
         if model not in self.loading and model not in self.loaded:
             if not self.loading:
                 self._load_since_s = self._workers.now()
@@ -163,12 +163,12 @@ class WorkerProcess:
             self._write({"op": "load", "model": model}, {"file": data})
 
     def unload(self, model: int) -> None:
-        """Have a model forgotten; batches that were sent before are answered."""
+        """Make the worker drop a model; batches that were sent before are still answered."""
         self.loaded.discard(model)
         self._write({"op": "unload", "model": model})
 
     def check(self) -> None:
-        """Kill it if it has passed a limit; ask how it is, if it has answered before."""
+        """Kill the worker if it has exceeded a time limit; send the next ping if the last one is answered."""
         now, settings = self._workers.now(), self._workers.settings
         if self.state is State.STARTING and now - self._since_s > settings.start_timeout_s:
             self.kill(f"it did not start within {settings.start_timeout_s:g} s")
@@ -185,7 +185,12 @@ class WorkerProcess:
             self._write({"op": "ping"})
 
     def kill(self, why: str, is_counted: bool = True) -> None:
-        """End the process at once; ``is_counted`` says whether that is a sign that workers cannot be kept alive."""
+        """Kill the process.
+
+        Args:
+            why: The reason, for the log.
+            is_counted: Whether this death counts towards giving up.
+        """
         if self.state is not State.DEAD and not self._workers.is_closing:  # closed connections end it in its own time
             logger.warning("worker %s on %s is killed: %s", self.pid, self.device, why)
             if self._child is not None:
@@ -193,14 +198,14 @@ class WorkerProcess:
             self.lose(is_counted)
 
     def lose(self, is_counted: bool = True) -> None:
-        """Take note that it is gone."""
+        """Mark the worker as dead, and have it replaced."""
         if self.state is not State.DEAD:
             self.become(State.DEAD)
             self.close()
             self._workers.on_lost(self, is_counted)
 
     def close(self) -> None:
-        """Let the process end by closing our end of the socket."""
+        """Close the control socket, which makes the process exit."""
         if self._child is not None:
             self._child.close()
 
@@ -264,7 +269,7 @@ class WorkerProcess:
 
 @dataclass(slots=True, eq=False)
 class _Model:
-    """A model that workers are to have."""
+    """A model that all workers must load."""
 
     data: bytes
     facts: dict[str, Any] | None = None
@@ -274,7 +279,7 @@ class _Model:
     waiters: list[tuple[WorkerProcess | None, asyncio.Future[None]]] = field(default_factory=list)
 
     def settle(self, worker: WorkerProcess | None = None) -> None:
-        """Wake those who wait for this worker or for any; without a worker everybody."""
+        """Wake the callers that wait for this worker or for any worker; without a worker, wake all."""
         for awaited, future in self.waiters:
             if (worker is None or awaited in (None, worker)) and not future.done():
                 future.set_result(None)
@@ -284,10 +289,10 @@ class Workers:
     """The workers of one service.
 
     Args:
-        owner: Who uses them.
-        devices: One per worker.
-        settings: Threads and times.
-        now: The clock.
+        owner: The user of the workers.
+        devices: The device of each worker.
+        settings: Settings of the service.
+        now: The monotonic clock.
         spawn: Starts a process.
     """
 
@@ -299,7 +304,7 @@ class Workers:
         now: Callable[[], float] = time.monotonic,
         spawn: Callable[..., Child] = Child,
     ) -> None:
-        """Describe workers that are not started yet."""
+        """Set up workers that are not started yet."""
         self.settings, self.now, self.spawn = settings, now, spawn
         self.restarts = self.checked_rows = self.mismatches = 0
         self.workers = [WorkerProcess(self, device) for device in devices]
@@ -312,10 +317,10 @@ class Workers:
         self._started: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        """Start a worker per device and wait until the first is up.
+        """Start one worker per device, and wait until the first is up.
 
         Raises:
-            StartUpError: none comes up.
+            StartUpError: no worker is up within the time limit.
         """
         self._started = asyncio.get_running_loop().create_future()
         for slot, worker in enumerate(self.workers):
@@ -327,7 +332,7 @@ class Workers:
             raise StartUpError(f"no worker was up within {self.settings.start_timeout_s:g} s") from None
 
     async def close(self) -> None:
-        """End all workers, and what waits for them."""
+        """Stop all workers, and fail the loads that wait for them."""
         self.is_closing = True
         for task in self._tasks:
             task.cancel()
@@ -339,7 +344,7 @@ class Workers:
         await asyncio.gather(*(loop.run_in_executor(None, worker.reap) for worker in self.workers))
 
     def is_fresh(self) -> bool:
-        """Return whether a worker answered lately."""
+        """Return whether a worker has answered within the last :data:`FRESH_S` seconds."""
         well_s = max((worker.well_s for worker in self.workers if worker.is_ready), default=float("-inf"))
         return self.now() - well_s <= FRESH_S
 
@@ -351,12 +356,12 @@ class Workers:
         return counted
 
     async def load(self, model: int, data: bytes) -> dict[str, Any]:
-        """Have one worker after another load a model's file; return what is known of it.
+        """Load a model's file into one worker after the other; return the model's description.
 
         Workers that are not up load it before they become ready.
 
         Raises:
-            LoadError: it was refused.
+            LoadError: the model was refused.
         """
         if self.is_closing:
             raise LoadError(STOPPING)
@@ -372,28 +377,28 @@ class Workers:
         return entry.facts
 
     def unload(self, model: int) -> None:
-        """Have every worker forget a model, after the batches that it was already sent."""
+        """Make every worker drop a model, after the batches that were sent to it."""
         self._forget(model, "expected a model that stays, this one was unloaded while it was loaded")
 
     def refuse(self, model: int, why: str) -> None:
-        """Let no worker have a model."""
+        """Drop a model from all workers, and fail its load or, if it is served, tell the owner."""
         if self._forget(model, why):
             self._owner.refuse(model, why)
 
     def is_known(self, model: int) -> bool:
-        """Return whether a worker has loaded a model: if another cannot, the fault is not the file's."""
+        """Return whether any worker has loaded a model, which shows that the file is good."""
         entry = self._models.get(model)
         return entry is not None and entry.facts is not None
 
     def on_started(self, worker: WorkerProcess) -> None:
-        """Send a worker that is up everything that it has to load."""
+        """Send all models to a worker that is up."""
         for model, entry in self._models.items():
             worker.load(model, entry.data)
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 
     def on_ready(self, worker: WorkerProcess) -> None:
-        """Use a worker that has loaded everything."""
+        """Hand a worker that has loaded all models to the owner."""
         logger.info("worker %s on %s is ready", worker.pid, worker.device)
         self._was_ready = True
         try:
@@ -402,11 +407,11 @@ class Workers:
             worker.kill(f"it cannot be connected: {error.strerror}")
 
     def on_well(self) -> None:
-        """Forget earlier deaths: a worker is alive."""
+        """Reset the count of deaths in a row, since a worker is alive."""
         self._deaths = 0
 
     def on_loaded(self, worker: WorkerProcess, model: int, facts: dict[str, Any]) -> None:
-        """Take note that a worker has loaded or refused a model."""
+        """Handle a worker's answer that it has loaded or refused a model."""
         entry = self._models.get(model)
         if entry is None:
             return
@@ -419,7 +424,7 @@ class Workers:
             entry.settle(worker)
 
     def on_lost(self, worker: WorkerProcess, is_counted: bool) -> None:
-        """Replace a worker that is gone."""
+        """Replace a worker that is dead, after a pause; give up after too many deaths in a row."""
         if self.is_closing:
             return
         self.restarts += 1
@@ -443,7 +448,7 @@ class Workers:
             self._owner.give_up()
 
     def _forget(self, model: int, why: str) -> bool:
-        """Take a model from the workers and from those who wait for it; return whether it was served."""
+        """Remove a model, and fail the callers that wait for it; return whether it was served."""
         entry = self._models.pop(model, None)
         if entry is None:
             return False
@@ -454,7 +459,7 @@ class Workers:
         return entry.is_served
 
     async def _wait(self, entry: _Model, worker: WorkerProcess | None) -> None:
-        """Wait until a worker, or any, has loaded a model, or is gone.
+        """Wait until a worker (``None`` means any) has loaded a model or is dead.
 
         Raises:
             LoadError: the model was refused.
@@ -474,7 +479,7 @@ class Workers:
         task.add_done_callback(self._tasks.discard)
 
     def _start_worker(self, slot: int, worker: WorkerProcess) -> None:
-        """Start a process in a slot; if the system does not allow it, try again later."""
+        """Start a process in a slot; if the system refuses, try again later."""
         self.workers[slot] = worker
         try:
             worker.start()
@@ -494,7 +499,7 @@ class Workers:
         self._start_worker(slot, WorkerProcess(self, worker.device))
 
     async def _watch(self) -> None:
-        """Look after the workers for ever."""
+        """Check all workers periodically until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             for worker in list(self.workers):

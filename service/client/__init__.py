@@ -1,4 +1,4 @@
-"""The client by another name: ``service.client`` is :mod:`hessquik_client`, and so for each of its modules."""
+"""An alias: ``service.client`` is :mod:`hessquik_client`, and each of its modules has an alias here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIAS = f"{__name__}."
 
 
 class _Known(Loader):
-    """Loads nothing: the module is there under its own name."""
+    """A loader that returns the module already imported under its own name."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.spec = module, module.__spec__
@@ -29,7 +29,7 @@ class _Known(Loader):
 
 
 class _Aliases(MetaPathFinder):
-    """Finds ``service.client.NAME`` in :mod:`hessquik_client`."""
+    """A finder that resolves ``service.client.NAME`` to ``hessquik_client.NAME``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
 """Requests and replies over ASGI, in both directions.
 
-``answer`` lets an ASGI server ask the application; ``call`` lets the application ask an ASGI
-application, such as FastAPI with its own routes.
+``answer`` passes the request of an ASGI server to the application; ``call`` passes a request to an ASGI application,
+such as FastAPI with its own routes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ async def answer(application: Application, max_body_bytes: int, scope: Scope, re
 
 
 async def call(app: ASGI, request: Request, state: object = None) -> Reply:
-    """Have an ASGI application answer a request."""
+    """Pass a request to an ASGI application, and return its reply."""
     head, body = request.head, [request.body]
     scope: Scope = {
         "type": "http",
@@ -136,7 +136,7 @@ async def _wait_until_gone(receive: Receive) -> None:
 
 
 async def _send_reply(send: Send, request: Request, reply: Reply) -> None:
-    """Send a reply; a large body's pieces are not joined."""
+    """Send a reply; the pieces of a large body are not joined."""
     status, media_type, body, headers = reply
     size = sum(map(len, body))
     fields = [*headers, (b"x-request-id", request.id)]

@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection: parse requests within limits, answer them in order, and let go of everything at the end.
+"""One HTTP/1.1 connection: requests are parsed within limits and answered in order.
 
-A request's body is collected whole; the application gets a :class:`Request` and answers with a :class:`Reply`, at
-once or later. One request of a connection is answered at a time; pipelined ones wait, already parsed.
+The body of a request is collected whole; the application gets a :class:`Request` and answers with a :class:`Reply`,
+at once or later. A connection answers one request at a time; pipelined requests are parsed and wait.
 
 ::
 
@@ -27,11 +27,11 @@ from service.http.messages import LARGE_BYTES, Application, Head, Reply, Request
 
 __all__ = ["Connection", "Limits", "Listener"]
 
-#: Most chunks of a chunked body: a body in more of them costs more to take apart than to compute.
+#: Most chunks of a chunked body: parsing more chunks takes longer than computing.
 MAX_CHUNKS = 1 << 16
-#: Requests, and bytes of them, that wait parsed on a connection before it is no longer read.
+#: Most parsed requests, and bytes of them, that wait on a connection; beyond these, reading is paused.
 MAX_PIPELINED, MAX_PIPELINED_BYTES = 32, 1 << 20
-#: Heads that are remembered, and the longest of them.
+#: Most heads in the cache, and most bytes of one.
 MAX_HEADS, MAX_HEAD_BYTES = 1024, 1024
 #: Fields that differ from request to request, or that need the parser.
 NOT_REMEMBERED = frozenset({b"x-request-id", b"traceparent", b"expect", b"transfer-encoding"})
@@ -52,7 +52,7 @@ _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.en
 
 
 class Limits(NamedTuple):
-    """The bounds of every connection; the settings of the same names document them."""
+    """The limits of every connection; the settings of the same names document them."""
 
     max_body_bytes: int
     max_header_bytes: int
@@ -67,11 +67,11 @@ class Listener:
     """The state that the connections of a server share.
 
     Args:
-        application: What answers.
-        limits: The bounds.
+        application: The application that answers requests.
+        limits: The limits.
 
     Attributes:
-        heads: Remembered heads by their bytes.
+        heads: Cache of parsed heads by their bytes.
     """
 
     def __init__(self, application: Application, limits: Limits) -> None:
@@ -81,26 +81,26 @@ class Listener:
         self._defaults: tuple[object, bytes] = None, b""
 
     def connect(self, server_state: Any, **_: Any) -> Connection:
-        """Make the protocol of a new connection, as :class:`uvicorn.Server` asks for it."""
+        """Create the protocol of a new connection; :class:`uvicorn.Server` calls this."""
         return Connection(self, server_state)
 
     def default_fields(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """Return the fields of every reply, such as the date; uvicorn makes a new list of them once a second."""
+        """Return the encoded header fields of every reply, such as the date, which uvicorn renews every second."""
         if self._defaults[0] is not headers:
             self._defaults = headers, b"".join(b"%b: %b\r\n" % header for header in headers)
         return self._defaults[1]
 
 
 class _Refused(Exception):
-    """The parser stops: what follows is not read."""
+    """Stops the parser; the rest of the input is not read."""
 
 
 class Connection(asyncio.Protocol):
     """One connection.
 
     Args:
-        listener: What it shares with the others.
-        server_state: uvicorn's: the set of connections, and the fields of every reply.
+        listener: The state shared by all connections.
+        server_state: uvicorn's state: the set of connections, and the header fields of every reply.
     """
 
     def __init__(self, listener: Listener, server_state: Any) -> None:
@@ -141,7 +141,7 @@ class Connection(asyncio.Protocol):
     # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request."""
+        """Start waiting for a request."""
         self._transport = cast(asyncio.Transport, transport)
         connections = self._server_state.connections
         connections.add(self)
@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
             self._stop_parsing(Overloaded(f"expected at most {most} connections; try again later"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop what is under way for the client, and let go of everything."""
+        """Cancel the requests of the client, and release all buffers."""
         self._server_state.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
             self._application.abandon(request, ClientGone("the client closed its connection"))
 
     def data_received(self, data: bytes) -> None:
-        """Take a request, or a part of one, or several."""
+        """Process bytes of the client: a part of a request, or one or several requests."""
         if self._ignores_input:
             self._discard(len(data))
             return
@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
             self._look_within(self._receive_by_s - self._loop.time())
 
     def eof_received(self) -> bool:
-        """Answer what was asked before the client closed its sending side, or else close."""
+        """Handle the end of the client's input: answer the requests received before, then close."""
         self._is_half_closed = True
         if self._linger_until_s < math.inf or self._is_idle():
             return False
@@ -200,12 +200,12 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """Watch that the client takes its reply."""
+        """Start the timeout for a client that does not read its reply."""
         self._is_writing_paused = True
         self._watch_sending()
 
     def resume_writing(self) -> None:
-        """Answer the next request, now that the client has taken the last reply."""
+        """Go on with the next request, now that the client has read enough of the last reply."""
         self._is_writing_paused = False
         if self._outgoing:
             self._pump_on()
@@ -217,14 +217,14 @@ class Connection(asyncio.Protocol):
     # Called by the server.
 
     def shutdown(self) -> None:
-        """Close once what was asked is answered."""
+        """Close the connection once the requests in progress are answered."""
         self._is_last = True
         is_free = self._is_idle() and self._incoming is None
         if is_free and self._transport is not None and not self._transport.is_closing():
             self._close()
 
     def give_up(self, error: ServiceError) -> None:
-        """Answer what is under way with an error, as the time for it is over."""
+        """Answer the requests in progress with an error, because the time to drain is over."""
         for request in self._queue:
             request.refusal = error
         if self._incoming is not None:
@@ -236,7 +236,7 @@ class Connection(asyncio.Protocol):
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Start a new request."""
         self._has_event = True
         self._is_between, self._is_in_head, self._is_upgrade = False, True, False
         self._url, self._fields = b"", []
@@ -245,13 +245,13 @@ class Connection(asyncio.Protocol):
             self._receive_by_s = self._loop.time() + self._limits.receive_timeout_s
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
+        """Append a part of the request target."""
         self._has_event = True
         self._url += url
         self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a field of the head; fields of the trailer are counted and dropped."""
+        """Add a header field; fields of a trailer are counted and dropped."""
         self._has_event = True
         self._count_head(len(name) + len(value) + 4)
         self._fields_seen += 1
@@ -261,7 +261,7 @@ class Connection(asyncio.Protocol):
             self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Ask the application whether it admits the request, before the body is read."""
+        """Let the application admit or refuse the request before its body is read."""
         self._has_event = True
         parser = self._parser
         if parser.should_upgrade():
@@ -285,14 +285,14 @@ class Connection(asyncio.Protocol):
             self._advance()
 
     def on_chunk_header(self) -> None:
-        """Count the chunks."""
+        """Count the chunks of the body, whose number is limited."""
         self._has_event = True
         self._chunks += 1
         if self._chunks > MAX_CHUNKS:
             raise _Refused
 
     def on_body(self, data: bytes) -> None:
-        """Collect the body."""
+        """Append a part of the body."""
         self._has_event = True
         request = self._incoming
         if request is None or request.refusal is not None:
@@ -306,7 +306,7 @@ class Connection(asyncio.Protocol):
                 self._refuse_early(request, error)
 
     def on_message_complete(self) -> None:
-        """Answer the request, or let it wait until those before it are answered."""
+        """Queue the complete request; answer it now if none is before it."""
         self._has_event = True
         if self._is_upgrade:
             return
@@ -326,7 +326,7 @@ class Connection(asyncio.Protocol):
     # Parsing.
 
     def _feed(self, data: bytes) -> None:
-        """Parse some data; answer what is not HTTP, or too much of it."""
+        """Parse data; answer malformed or too large input with an error."""
         if self._parser is None:
             self._parser = httptools.HttpRequestParser(self)
         self._has_event = False
@@ -355,7 +355,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _parse_without_upgrade(self, rest: bytes) -> None:
-        """Parse a head once more without its offer of another protocol, which a server may ignore (RFC 9110, 7.8)."""
+        """Parse a head again without its Upgrade field, which a server may ignore (RFC 9110, 7.8)."""
         method = self._parser.get_method()
         if method == b"CONNECT":
             self._stop_parsing()
@@ -377,10 +377,10 @@ class Connection(asyncio.Protocol):
             raise _Refused
 
     def _read_head(self, method: str, version: str) -> Head:
-        """Make a head of what was parsed.
+        """Create a head from the parsed fields.
 
         Raises:
-            _Refused: it is not one of HTTP/1.0 or 1.1, or its body is coded in a way that is not read.
+            _Refused: the version is not HTTP/1.0 or 1.1, or the body has an unsupported transfer coding.
         """
         headers: dict[bytes, bytes] = {}
         for name, value in self._fields:
@@ -401,7 +401,7 @@ class Connection(asyncio.Protocol):
         return Head(method, text, query, headers, length, self._parser.should_keep_alive(), version)
 
     def _remember(self, head: Head) -> None:
-        """Remember a head under exactly the bytes that it was read from, if they are written as most are."""
+        """Cache a head under the exact bytes that it was parsed from, if they have the common form."""
         if not NOT_REMEMBERED.isdisjoint(head.headers):
             return
         lines = b"".join([b"%b: %b\r\n" % field for field in self._fields])
@@ -413,11 +413,11 @@ class Connection(asyncio.Protocol):
             heads[text] = head
 
     def _expect_body(self, request: Request, size: int) -> None:
-        """Refuse a body over the limit, and count a large one against the budget.
+        """Check the size of a body, and count a large one against the budget.
 
         Raises:
-            BodyTooLarge: it is over the limit.
-            Overloaded: too much is held already.
+            BodyTooLarge: the body exceeds the limit.
+            Overloaded: the budget is exhausted.
         """
         most = self._limits.max_body_bytes
         if size > most:
@@ -429,7 +429,7 @@ class Connection(asyncio.Protocol):
     # Answering.
 
     def _advance(self) -> None:
-        """Answer the next request, and those after it that are answered at once."""
+        """Answer the next requests, as long as each is answered immediately."""
         if self._is_advancing:
             return
         self._is_advancing = True
@@ -453,7 +453,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _next(self) -> Request | None:
-        """Take the request that is answered next, if there is one; after the last reply there is none."""
+        """Remove and return the next request, or ``None`` if there is none or the connection is closing."""
         if self._transport is None or self._transport.is_closing() or self._linger_until_s < math.inf:
             return None
         if self._queue:
@@ -471,7 +471,7 @@ class Connection(asyncio.Protocol):
         return None
 
     def _refuse_early(self, request: Request, error: Exception) -> None:
-        """Refuse a request whose body has not arrived: at once if it is next, else in its turn."""
+        """Refuse a request before its body arrives: immediately if it is next, else in its turn."""
         request.refusal = error.with_traceback(None)
         self._pieces = []
         head = request.head
@@ -480,7 +480,7 @@ class Connection(asyncio.Protocol):
         self._advance()
 
     def _stop_parsing(self, error: ServiceError | None = None) -> None:
-        """Answer what cannot be read, after what came before it, and discard what follows."""
+        """Stop parsing: answer the requests received so far, then the malformed one; discard the rest."""
         if self._ignores_input:
             return
         self._ignores_input = True
@@ -504,7 +504,7 @@ class Connection(asyncio.Protocol):
         self._advance()
 
     def respond(self, request: Request, reply: Reply) -> bool:
-        """Send the reply to the request that is answered now; return whether the client is still there to get it."""
+        """Send the reply to the current request; return whether the client is still connected."""
         transport = self._transport
         if request.held_bytes:
             self._give_back(request)
@@ -519,7 +519,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def begin(self, request: Request, reply: Reply, rest_bytes: int) -> None:
-        """Send a reply's head and the first of its body; ``send`` and ``respond`` send the rest."""
+        """Send the head and the first part of the body of a reply; ``send`` and ``respond`` send the rest."""
         transport = self._transport
         if transport is not None and request is self._current and not transport.is_closing():
             self._give_back(request)
@@ -527,7 +527,7 @@ class Connection(asyncio.Protocol):
             self._is_closing_after = self._write(transport, request, reply, rest_bytes)
 
     def send(self, request: Request, pieces: Sequence[bytes | memoryview]) -> None:
-        """Send more of the body of a reply that was begun."""
+        """Send the next part of the body of a reply."""
         if request is self._current and self._is_begun:
             self._send(pieces)
 
@@ -537,7 +537,7 @@ class Connection(asyncio.Protocol):
         self._pump()
 
     def _write(self, transport: asyncio.Transport, request: Request, reply: Reply, rest_bytes: int) -> bool:
-        """Write a reply, of whose body so many bytes follow; return whether the connection ends with it."""
+        """Write a reply, of whose body ``rest_bytes`` bytes follow; return whether the connection closes after it."""
         status, media_type, body, headers = reply
         head = request.head
         size = sum(map(len, body)) + rest_bytes
@@ -571,7 +571,7 @@ class Connection(asyncio.Protocol):
         return is_last
 
     def _end_stream(self, request: Request, reply: Reply) -> bool:
-        """Send the last of a reply that was begun, or break it off if that is not what was announced."""
+        """Send the last part of a reply; abort the connection if it is not as long as announced."""
         assert self._transport is not None
         self._current, self._is_begun = None, False
         if reply.status != HTTPStatus.OK or sum(map(len, reply.body)) != self._owed_bytes:
@@ -584,7 +584,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def _end_reply(self, is_last: bool, lingers: bool) -> None:
-        """Go on after a reply once all of it is written: close, or answer the next request."""
+        """Finish a reply that is written: close the connection, or answer the next request."""
         if self._outgoing:
             self._is_closing_after, self._is_lingering_after = is_last, lingers
             return
@@ -597,11 +597,11 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def _is_idle(self) -> bool:
-        """Return whether no request that has arrived waits for its reply, or for the rest of it."""
+        """Return whether no request waits for its reply and no reply is being written."""
         return self._current is None and not self._queue and not self._outgoing
 
     def _pump(self) -> None:
-        """Write some of a large reply now, and more in later turns of the event loop, so that others have theirs."""
+        """Write a large reply in slices, one per turn of the event loop, so that it does not block the loop."""
         transport = self._transport
         if not self._outgoing or self._is_writing_paused or self._is_pumping or transport is None:
             return
@@ -623,19 +623,19 @@ class Connection(asyncio.Protocol):
             self._release()
 
     def _pump_on(self) -> None:
-        """Write more of a large reply; when all of it is written, go on after it."""
+        """Write the next slice of a large reply, and finish the reply after the last."""
         self._is_pumping = False
         self._pump()
         if not self._outgoing and self._current is None and self._transport is not None:
             self._end_reply(self._is_closing_after, self._is_lingering_after)
 
     def _give_back(self, request: Request) -> None:
-        """Count what a request holds of the budget as held no longer; its reply counts from now on."""
+        """Release the request's bytes of the budget; those of its reply are counted from now on."""
         self._application.budget.give(request.held_bytes)
         request.held_bytes = 0
 
     def _release(self) -> None:
-        """Count the last reply's bytes as held no longer."""
+        """Release the bytes of the last reply from the budget."""
         if self._sending_bytes:
             self._application.budget.give(self._sending_bytes)
             self._sending_bytes = 0
@@ -643,7 +643,7 @@ class Connection(asyncio.Protocol):
     # Time, and the end.
 
     def _close(self, lingers: bool = False) -> None:
-        """Close once the replies are sent; with ``lingers``, once the client has closed too, or after a while."""
+        """Close once the replies are sent; with ``lingers``, wait a limited time for the client to close too."""
         transport = self._transport
         assert transport is not None
         self._ignores_input = True
@@ -662,12 +662,12 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _watch_sending(self) -> None:
-        """Look soon, and again and again, whether the client takes what is sent to it."""
+        """Start checking periodically that the client reads its reply."""
         self._progress_s = self._loop.time()
         self._look_within(self._limits.send_timeout_s / 4)
 
     def _look_within(self, seconds: float) -> None:
-        """Have the connection looked at within some time; an earlier look that is due does as well."""
+        """Schedule a check of the timeouts within ``seconds``, unless an earlier one is scheduled."""
         due_s = self._loop.time() + seconds
         if due_s < self._timer_s - CLOCK_S:
             if self._timer is not None:
@@ -675,7 +675,7 @@ class Connection(asyncio.Protocol):
             self._timer_s, self._timer = due_s, self._loop.call_later(max(seconds, 0.0), self._look)
 
     def _look(self) -> None:
-        """End the connection if what is awaited has taken too long, or look again later."""
+        """Close the connection if a timeout has passed, or schedule the next check."""
         self._timer_s, self._timer = math.inf, None
         transport, limits = self._transport, self._limits
         if transport is None:
@@ -701,10 +701,10 @@ class Connection(asyncio.Protocol):
         self._look_within(min(next_s, due_s - now_s))
 
     def _has_left(self, transport: asyncio.Transport) -> bool:
-        """Return whether a client that closed its sending side has closed the receiving one too.
+        """Return whether a client that closed its sending side has closed its receiving side too.
 
-        The two look alike until something is sent. So it is sent an interim reply, which clients have to ignore
-        (RFC 9110, 15.2), and which the system of one that has left answers with a reset.
+        The two cases look alike until something is sent. So an interim reply is sent, which clients must ignore
+        (RFC 9110, 15.2); the system of a client that is gone answers it with a reset.
         """
         current = self._current
         if current is None or self._is_begun or current.head.version == "1.0":

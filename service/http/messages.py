@@ -1,4 +1,4 @@
-"""Requests and replies, as values: what a connection hands to the application, and what it gets back."""
+"""Requests and replies, which connections exchange with the application."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Head:
-    """A parsed request head. It may serve many requests: clients send the same head again and again.
+    """A parsed request head. Many requests may share one, since clients often repeat the same head.
 
     Args:
-        method: In upper case.
-        path: Percent-decoded, without the query.
-        query: As sent.
+        method: The method in upper case.
+        path: The path, percent-decoded, without the query.
+        query: The query as sent.
         headers: The first value of each field, by its name in lower case.
-        length: Of the body; ``None`` if it is chunked.
+        length: Length of the body in bytes; ``None`` if it is chunked.
         keep_alive: Whether the connection is kept after the reply.
         version: ``1.1`` or ``1.0``.
 
     Attributes:
-        target: What the application resolved the head to.
+        target: The route that the application found for the head; set by :meth:`Application.admit`.
     """
 
     __slots__ = ("headers", "keep_alive", "length", "method", "path", "query", "target", "version")
@@ -66,18 +66,18 @@ class Request:
     Args:
         head: The parsed head.
         respond: Called once with the request and its reply; returns whether the reply could be sent.
-        stream: Sends parts of a large reply before the rest is known, where that can be done.
+        stream: Sends parts of a large reply before the rest is computed; ``None`` where that is not possible.
 
     Attributes:
-        body: All of it, once it has arrived.
+        body: The whole body, once it has arrived.
         id: The client's ``X-Request-Id``, or a new one.
-        began_s: When the head was complete, on the monotonic clock.
-        model: The served model that is asked, for the metrics.
-        rows: Points that it is asked for.
-        refusal: Why the request is refused before its body is read.
+        began_s: Time when the head was complete, on the monotonic clock.
+        model: Name of the served model, for the metrics.
+        rows: Number of points in the request.
+        refusal: The error with which the request is refused before its body is read, if any.
         cancel: Stops the work that the reply waits for, with an error.
-        held_bytes: What the request holds of the budget.
-        job: What was asked of the workers for it.
+        held_bytes: Bytes that the request holds of the budget.
+        job: The job of the request in the scheduler, if any.
     """
 
     __slots__ = (
@@ -103,13 +103,13 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """A reply, whose body may come in pieces.
+    """A reply.
 
     Attributes:
-        status: HTTP's.
-        media_type: Of the body.
-        body: Its pieces.
-        headers: Those besides type, length and request id.
+        status: HTTP status code.
+        media_type: Media type of the body.
+        body: The pieces of the body.
+        headers: Header fields besides type, length and request id.
     """
 
     status: int
@@ -126,15 +126,15 @@ class Reply(NamedTuple):
 class Stream(Protocol):
     """A connection that may send a reply in parts.
 
-    ``respond`` sends the last one, if it has the status of the first and as many bytes as are missing; else the reply
-    is broken off.
+    ``respond`` sends the last part. If its status is not 200, or its length is not that announced, the connection is
+    aborted.
     """
 
     def begin(self, request: Request, reply: Reply, rest_bytes: int) -> None:
-        """Send a reply's head and the first of its body, of which so many bytes follow."""
+        """Send the head and the first part of the body of a reply, of which ``rest_bytes`` bytes follow."""
 
     def send(self, request: Request, pieces: Sequence[bytes | memoryview]) -> None:
-        """Send more of its body."""
+        """Send the next part of the body."""
 
 
 #: Stops pending work with an error, which becomes the reply; does nothing if the work has ended.
@@ -142,10 +142,10 @@ Cancel = Callable[[ServiceError], None]
 
 
 class Budget:
-    """A bound on the bytes of large requests and replies that are held at once.
+    """A limit on the bytes of large requests and replies that are held in memory at once.
 
     Args:
-        limit_bytes: The bound; a single request may pass it while nothing else is held.
+        limit_bytes: The limit; a single request may exceed it while nothing else is held.
 
     Example:
         >>> budget = Budget(100)
@@ -164,10 +164,10 @@ class Budget:
         self.job: Any = None
 
     def take(self, size: int) -> None:
-        """Count some bytes as held.
+        """Count bytes as held.
 
         Raises:
-            Overloaded: they would be over the bound.
+            Overloaded: the limit would be exceeded.
         """
         held_bytes = self.held_bytes + size
         if self.held_bytes and held_bytes > self.limit_bytes:
@@ -177,7 +177,7 @@ class Budget:
         self.held_bytes = held_bytes
 
     def give(self, size: int) -> None:
-        """Count some bytes as held no longer."""
+        """Count bytes as released."""
         self.held_bytes -= size
 
 
@@ -187,17 +187,17 @@ class Application(Protocol):
     budget: Budget
 
     def admit(self, head: Head) -> None:
-        """Set a head's target, and decide whether the body is read.
+        """Set the target of a head, and refuse the request if its body need not be read.
 
         Raises:
             ServiceError: the request is refused.
         """
 
     def handle(self, request: Request) -> None:
-        """Answer a request whose body has arrived: now, or later, by its ``respond``; never by an exception."""
+        """Answer a complete request by calling its ``respond``, now or later; never raise."""
 
     def fail(self, request: Request, error: Exception) -> None:
         """Answer a request with an error."""
 
     def abandon(self, request: Request, error: ServiceError) -> None:
-        """Stop working on a request, if that has begun, and answer with an error, if that has not been done."""
+        """Cancel the work on a request, and answer it with an error unless it has been answered."""

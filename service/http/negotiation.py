@@ -1,4 +1,4 @@
-"""Accept and Accept-Encoding (RFC 9110, 12.5): how much a client wants each of the forms that can be sent."""
+"""Content negotiation: the header fields Accept and Accept-Encoding (RFC 9110, 12.5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["best"]
 
 @lru_cache(maxsize=64)
 def best(header: bytes, offers: tuple[str, ...]) -> str | None:
-    """Return the offer that a header prefers: by quality, then by how exactly and how early it is named.
+    """Return the offer that a header prefers: by quality value, then by specificity, then by position.
 
     Args:
         header: The field's value, not empty.

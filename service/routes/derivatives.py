@@ -37,12 +37,12 @@ _FIELDS = dict.fromkeys(("inputs", "quantities", "weights", "directions", "dtype
 
 
 class Encoding(NamedTuple):
-    """The encodings of a request, and what its path says.
+    """The encodings of a request and its reply, and the quantity in the path.
 
     Attributes:
         fixed: The quantity that the path names, ``None`` if the body may name several.
-        is_json: Whether the body is JSON, and not safetensors.
-        wants_json: Whether the reply is to be.
+        is_json: Whether the body is JSON; otherwise it is safetensors.
+        wants_json: Whether the reply is JSON; otherwise it is safetensors.
     """
 
     fixed: str | None
@@ -51,10 +51,12 @@ class Encoding(NamedTuple):
 
 
 def read_head(head: Head, known: frozenset[str], fixed: str | None) -> tuple[Encoding, frozenset[str]]:
-    """Read the media types; the fields of a JSON body are not parameters, and would be ignored there.
+    """Return the encodings of a request, and the query parameters that are allowed with them.
+
+    Options of a JSON body are fields of the body, so they are refused as query parameters.
 
     Raises:
-        ServiceError: they are not those that are served.
+        ServiceError: a media type is not supported.
     """
     given = head.headers.get
     is_json = codecs.content_type(given(b"content-type", b"")) == JSON
@@ -63,7 +65,7 @@ def read_head(head: Head, known: frozenset[str], fixed: str | None) -> tuple[Enc
 
 
 def answer(call: Call) -> Reply | Cancel:
-    """Read, check, and ask the workers."""
+    """Parse and check the request, and queue it for the workers."""
     target = call.target
     call.find(target.model, target.version)
     if target.encoding.is_json:
@@ -103,7 +105,7 @@ def _write_json(call: Call, answers: Answers) -> Reply:
 def encode_json(
     model: str, version: int, answers: Mapping[str, Sequence[codecs.Piece]], is_single: bool
 ) -> list[codecs.Piece]:
-    """Return the reply as JSON, from the texts of each quantity's rows in their order."""
+    """Return the reply as JSON, from the text of each quantity's rows."""
     pieces: list[codecs.Piece] = [b'{"model":"%b","version":"%d"' % (model.encode(), version)]
     opening, closing = (b'":', b"") if is_single else (b'":[', b"]")
     for name, rows in answers.items():
@@ -116,7 +118,7 @@ def encode_json(
 
 
 class _Rows:
-    """A reply as safetensors. A large one is sent as its rows come: those of the first tensor, then the others."""
+    """Writer of a reply as safetensors. A large one is sent while rows arrive: the first tensor, then the others."""
 
     __slots__ = ("_file", "_is_begun", "_is_single", "_n", "_others", "_request")
 
@@ -126,7 +128,7 @@ class _Rows:
         self._others: list[list[Any]] = []
 
     def send(self, part: Mapping[str, Any]) -> None:
-        """Send what can be sent when the next rows are there."""
+        """Send the bytes that can be sent after the next rows have arrived."""
         stream = self._request.stream
         assert stream is not None
         if not self._is_begun:
@@ -144,7 +146,7 @@ class _Rows:
         stream.send(self._request, [codecs.raw(first)])
 
     def write(self, _: Call, answers: Answers) -> Reply:
-        """Return the reply, or what of it was not sent."""
+        """Return the reply, or the part of it that was not sent yet."""
         if self._is_begun:
             pieces: list[codecs.Piece] = [
                 codecs.raw(array) for rows in zip(*self._others, strict=True) for array in rows

@@ -15,7 +15,7 @@ _OPEN: dict[str, object] = {"security": []}
 
 @router.get("/livez", openapi_extra=_OPEN, responses=refusals(*ANY[1:]))
 async def live() -> Liveness:
-    """Liveness: the event loop answers."""
+    """Return 200 while the event loop answers."""
     return Liveness(live=True)
 
 
@@ -25,7 +25,7 @@ async def live() -> Liveness:
     responses={503: {"model": Readiness, "description": "Not ready, and why."}, **refusals(*ANY[1:])},
 )
 async def ready(request: Request, response: Response) -> Readiness:
-    """Readiness: a worker answered a real evaluation lately, and a model is ready."""
+    """Return 200 if a worker has answered an evaluation recently and a model is ready, else 503."""
     reasons = request.app.why_not_ready()
     if reasons:
         response.status_code = 503
@@ -34,12 +34,12 @@ async def ready(request: Request, response: Response) -> Readiness:
 
 
 class MetricsText(Response):
-    """Prometheus' text format."""
+    """A response in Prometheus' text format."""
 
     media_type = "text/plain"
 
 
 @router.get("/metrics", response_class=MetricsText, responses=refusals(*ANY))
 async def metrics(core: CoreOf) -> Response:
-    """Metrics in Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     return MetricsText(await core.metrics_text(), media_type="text/plain; version=0.0.4")

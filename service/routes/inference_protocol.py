@@ -1,7 +1,7 @@
-"""The Open Inference Protocol v2: what Triton's and KServe's clients speak, with Triton's extensions.
+"""Routes of the Open Inference Protocol v2, which clients of Triton and KServe speak, with Triton's extensions.
 
-Specification: https://github.com/kserve/open-inference-protocol; extensions: Triton's ``docs/protocol``. Bodies of
-inference are :mod:`service.open_inference`'s.
+Specification: https://github.com/kserve/open-inference-protocol; extensions: Triton's ``docs/protocol``.
+:mod:`service.open_inference` parses and writes the bodies of inference requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STATES = {"ready": "READY", "loading": "LOADING", "failed": "UNAVAILABLE"}
 
 
 def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
-    """Write an error as one string; what does not fit the model is 400 here."""
+    """Write an error as an object with one string; status 422 becomes 400, as the protocol has it."""
     return 400 if error.status == 422 else error.status, orjson.dumps({"error": error.detail})
 
 
@@ -45,7 +45,7 @@ def _named(call: Call) -> Served:
 
 
 def _ready(call: Call) -> Served:
-    """Return the version of the model that the path names."""
+    """Return the version of the model that the path names; it must be ready."""
     return call.core.repository.ready(call.target.model, call.target.version)
 
 
@@ -61,13 +61,13 @@ def server_ready(call: Call) -> Reply:
 
 
 def server_metadata(call: Call) -> Reply:
-    """Name, version, and those extensions that are served."""
+    """Return name, version, and the supported extensions of the server."""
     name = "hessquik-service"
     return Reply.of({"name": name, "version": installed_version(name), "extensions": EXTENSIONS})
 
 
 def model_metadata(call: Call) -> Reply:
-    """Tensors of a model and their shapes."""
+    """Return the tensors of a model and their shapes."""
     served = _ready(call)
     name, shape = served.file.name, (served.d, served.m, served.facts["dtype"])
     return Reply.of(
@@ -89,7 +89,7 @@ def model_ready(call: Call) -> Reply:
 
 
 def model_configuration(call: Call) -> Reply:
-    """A model as Triton's configuration has it, for its load generator: shapes there are without the rows."""
+    """Return a model's configuration in Triton's format, which its load generator reads; shapes omit the row axis."""
     served = _ready(call)
     dtype = served.facts["dtype"]
     shape = (served.d, served.m, dtype)
@@ -116,7 +116,7 @@ def model_configuration(call: Call) -> Reply:
 
 
 def model_statistics(call: Call) -> Reply:
-    """Counts of one version, or of all of a model."""
+    """Return the statistics of one version, or of all versions of a model."""
     served = _named(call)
     is_one = call.target.version is not None
     all_of_them = call.core.repository.versions(served.file.name).values()
@@ -124,14 +124,14 @@ def model_statistics(call: Call) -> Reply:
 
 
 def statistics(call: Call) -> Reply:
-    """Counts of every version of every model."""
+    """Return the statistics of all versions of all models."""
     repository = call.core.repository
     every = [served for name in repository.names() for served in repository.versions(name).values()]
     return Reply.of({"model_stats": [_statistics(served) for served in every]})
 
 
 def repository_index(call: Call) -> Reply | Cancel:
-    """Every version in the folder and in service; only ready ones if the body says so."""
+    """List all versions in the folder and in service; with ``ready`` in the body, only ready ones."""
     return _read_optional(call, _index)
 
 
@@ -151,7 +151,7 @@ def _index(call: Call) -> Reply:
 
 
 def load(call: Call) -> Reply | Cancel:
-    """Read the model's files again."""
+    """Load the model's files again."""
 
     def begin(call: Call) -> Cancel:
         if call.document.get("parameters"):
@@ -169,7 +169,7 @@ async def _load(call: Call) -> Reply:
 
 
 def unload(call: Call) -> Reply | Cancel:
-    """Stop serving the model; nothing depends on another, so that parameters have no meaning."""
+    """Stop serving the model; parameters about dependent models are ignored, since there are none."""
     return _read_optional(call, lambda call: call.run(_unload(call)))
 
 
@@ -179,12 +179,12 @@ async def _unload(call: Call) -> Reply:
 
 
 def _read_optional(call: Call, go_on: Callable[[Call], Reply | Cancel]) -> Reply | Cancel:
-    """Read a body that may be empty, and go on."""
+    """Parse a JSON body that may be empty, and call the next step."""
     return call.read(go_on, call.request.body or b"{}")
 
 
 def infer(call: Call) -> Reply | Cancel:
-    """Evaluate, in JSON or with binary tensors."""
+    """Evaluate a model, with tensors as JSON or binary."""
     call.find(call.target.model, call.target.version)
     body, json_bytes = call.request.body, call.request.head.headers.get(b"inference-header-content-length", b"")
     if json_bytes == b"0":
@@ -211,7 +211,7 @@ def _write(inference: open_inference.Inference, call: Call, answers: Answers) ->
 
 
 def _statistics(served: Served) -> dict[str, Any]:
-    """Return a version's counts in the extension's words."""
+    """Return the statistics of a version in the format of Triton's extension."""
     counts, unused = served.statistics, Total()
     totals = {
         "success": counts.success,
@@ -243,7 +243,7 @@ def _faults(*statuses: int) -> dict[int | str, Any]:
 
 
 def _routes() -> list[Direct]:
-    """Return the protocol's paths."""
+    """Return the routes of the protocol."""
     tagged: dict[str, Any] = {"tags": ["Open Inference Protocol"]}
     model: dict[str, Any] = {"model": ModelName}
     version: dict[str, Any] = {**model, "version": Annotated[str, Path()]}

@@ -1,4 +1,4 @@
-"""GET / and GET /docs: the pages, and the files that they are made of."""
+"""GET / and GET /docs: the pages and their static files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.routes.operation import Direct
 
 __all__ = ["router"]
 
-#: The pages run their own files only and talk to this service only. Plotly and Swagger UI set inline styles.
+#: Content security policy: scripts and requests of this origin only. Plotly and Swagger UI set inline styles.
 _HEADERS = (
     (
         b"content-security-policy",
@@ -35,7 +35,7 @@ def page(call: Call) -> Cancel:
 
 
 async def _answer(request: Request) -> Reply:
-    """Send a file, compressed where that is accepted, or say that the client's copy is still good."""
+    """Send a file, compressed if the client accepts it, or 304 if the client's copy is current."""
     asset = await asyncio.to_thread(load, request.head.path)
     given = request.head.headers.get
     # A tag belongs to one form of the file (RFC 9110, 8.8.3).
@@ -53,7 +53,7 @@ async def _answer(request: Request) -> Reply:
 
 
 def _route(path: str) -> Direct:
-    """Return the route of a file; all of them are counted together, and any query is let in."""
+    """Return the route of a file; all files share a label in metrics, and any query is accepted."""
     route = Direct(path, page, methods=["GET"], include_in_schema=False)
     route.operation = route.operation._replace(label="pages", parameters=None)
     return route

@@ -1,9 +1,9 @@
-"""Tesseract: every served model speaks the HTTP interface of tesseract-core, at ``/tesseract/{model}``.
+"""Tesseract: every served model has the HTTP interface of tesseract-core at ``/tesseract/{model}``.
 
 Protocol: https://docs.pasteurlabs.ai/projects/tesseract-core. The differentiable input is ``x``, (n, d) or (d), the
 differentiable output ``value``. Beyond the protocol ``apply`` takes ``outputs``, the quantities that it returns, and
-``weights``, (m) or (n, m), with which everything is that of Σ_j weights_j f_j. Arrays come and go as lists of numbers
-or in base64; files and GPU handles, by which others name what lies elsewhere, are refused.
+``weights``, (m) or (n, m), with which all results are those of Σ_j weights_j f_j. Arrays are sent as lists of numbers
+or in base64; references to files and GPU memory are refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _ARRAY = {"object_type", "shape", "dtype", "data"}
 
 
 def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
-    """Write an error as FastAPI does: of what does not fit, a list with the place of each fault; else one string."""
+    """Write an error in FastAPI's format: for invalid input a list with the place of each fault, else one string."""
     status = 422 if error.status == 400 else error.status
     if status != 422:
         return status, orjson.dumps({"detail": error.detail})
@@ -67,10 +67,10 @@ class Output(NamedTuple):
     """An array of a reply.
 
     Attributes:
-        name: As the reply has it.
-        quantity: Its numbers.
-        shape: As the protocol has it, which has no axes of length 1 for a single weight or direction.
-        within: The member of an object in which it is, if it is a Jacobian.
+        name: Name in the reply.
+        quantity: Name of the quantity.
+        shape: Shape in the reply, without axes of length 1 for a single weight or direction.
+        within: For a Jacobian, the member of the reply's object that contains it.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Body:
         """Check the members.
 
         Raises:
-            InvalidInput: they are others, or name another input or output than the differentiable ones.
+            InvalidInput: a member is missing or unknown, or names an input or output that is not differentiable.
         """
         self.call, self.served = call, call.served
         self.is_base64: bool | None = call.target.encoding
@@ -107,10 +107,10 @@ class Body:
                 raise InvalidInput.of(name, f'["{only}"]', "something else")
 
     def outputs(self) -> list[str]:
-        """Return the quantities that are asked for.
+        """Return the requested quantities.
 
         Raises:
-            InvalidInput: they are not names of quantities without directions.
+            InvalidInput: ``outputs`` is not a list of names of quantities without directions.
         """
         listed = self.inputs.get("outputs", ["value"])
         known = _outputs(self.served)
@@ -119,10 +119,10 @@ class Body:
         return listed
 
     def array(self, name: str, given: Any) -> Array:
-        """Return an array that came as lists, or encoded.
+        """Return an array from nested lists or an encoded array.
 
         Raises:
-            InvalidInput: it is none, or in a form that is not served.
+            InvalidInput: ``given`` is not an array, or its encoding is not supported.
         """
         may_be_booleans = self.call.may_be_booleans
         if not isinstance(given, dict):
@@ -145,14 +145,14 @@ class Body:
         return array.reshape(shape)
 
     def points(self) -> Array:
-        """Return x."""
+        """Return the points ``x``."""
         return self.array("inputs.x", self.inputs["x"])
 
     def weights(self, x: Array) -> Array | None:
         """Return the weights of the outputs, if there are any.
 
         Raises:
-            InvalidInput: they do not fit the model and the points.
+            InvalidInput: their shape does not fit the model and the points.
         """
         given, m = self.inputs.get("weights"), self.served.m
         if given is None:
@@ -167,7 +167,7 @@ class Body:
         """Return a tangent or cotangent vector.
 
         Raises:
-            InvalidInput: it is not one array of this name and shape.
+            InvalidInput: the member is not an object with one array of this name and shape.
         """
         array = self.array(f"{member}.{name}", _members(member, self._members[member], (name,))[name])
         if array.shape != shape:
@@ -175,18 +175,18 @@ class Body:
         return array
 
     def values(self, names: Sequence[str], x: tuple[int, ...], is_weighted: bool) -> list[Output]:
-        """Return quantities at points of a shape as outputs of their names."""
+        """Return the outputs of a reply for quantities at points of shape ``x``."""
         rows = row_shapes(tuple(names), self.served.d, self.served.m, 0, is_weighted)
         return [Output(name, name, (*x[:-1], *row)) for name, row in zip(names, rows, strict=True)]
 
     def ask(self, form: str, outputs: list[Output], x: Array, **given: Array | None) -> Cancel:
-        """Ask for outputs.
+        """Queue the computation of outputs.
 
         Args:
-            form: Of their numbers in lists, as :class:`~service.scheduler.BatchKey` has it.
-            outputs: Those of the reply.
+            form: Form of the text of their numbers, see :class:`~service.scheduler.BatchKey`.
+            outputs: The outputs of the reply.
             x: The points.
-            given: Weights and directions.
+            given: ``weights`` and ``directions``, if any.
         """
         arrays = {"inputs": x} | {name: array for name, array in given.items() if array is not None}
         quantities, outside = [output.quantity for output in outputs], self.inputs.get("outside")
@@ -202,7 +202,7 @@ class Body:
 
 
 def _write(is_base64: bool, outputs: list[Output], call: Call, answers: Answers) -> Reply:
-    """Write the reply, each output as the protocol has arrays; lists have null where there is no number."""
+    """Write the reply, each output as an array of the protocol; in lists, NaN and infinity become null."""
     is_single, separator, pieces = call.question.is_single, b"{", list[Piece]()
     for output in outputs:
         array = orjson.dumps({"object_type": "array", "shape": output.shape, "dtype": call.question.dtype})[:-1]
@@ -223,12 +223,12 @@ def _write(is_base64: bool, outputs: list[Output], call: Call, answers: Answers)
 
 
 def _transposed(gradients: Array) -> Array:
-    """Return Jacobians, (n, m, d), of gradients, (n, d, m)."""
+    """Return Jacobians (n, m, d) from gradients (n, d, m)."""
     return np.ascontiguousarray(np.swapaxes(gradients, -1, -2))
 
 
 def _block_diagonal(gradients: Array) -> Array:
-    """Return the Jacobian of a batch, (n, m, n, d), of the rows' gradients, (n, d, m)."""
+    """Return the Jacobian of a batch (n, m, n, d) from the gradients of its rows (n, d, m)."""
     rows = _transposed(gradients)
     n, m, d = rows.shape
     whole = np.zeros((n, m, n, d), rows.dtype)
@@ -237,7 +237,7 @@ def _block_diagonal(gradients: Array) -> Array:
 
 
 def _block_diagonal_lists(shape: tuple[int, ...], rows: bytes) -> list[Piece]:
-    """Return the Jacobian of a batch as lists, of the text of the rows' own, (m, d) each."""
+    """Return the Jacobian of a batch as nested lists of text, from the text of the rows' Jacobians (m, d)."""
     n, m, _, d = shape
     vectors = rows[2:-2].replace(b"]],[[", b"],[").split(b"],[")
     zeros = b"[" + b",".join([b"0.0"] * d) + b"],"
@@ -251,10 +251,10 @@ def _block_diagonal_lists(shape: tuple[int, ...], rows: bytes) -> list[Piece]:
 
 
 def _members(place: str, given: Any, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return an object with the members that it needs and none that are unknown.
+    """Check that ``given`` is an object with all needed members and no unknown ones, and return it.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: ``given`` is not such an object.
     """
     if not isinstance(given, dict):
         raise InvalidInput.of(place, "an object", "something else")
@@ -281,19 +281,19 @@ def _decoded(name: str, buffer: Any, dtype: np.dtype[Any]) -> Array:
 
 
 def _outputs(served: Served) -> list[str]:
-    """Return the quantities that ``apply`` has."""
+    """Return the quantities that ``apply`` can return for a model."""
     return [name for name in quantities_of(served.facts["members"]) if name not in DIRECTIONAL]
 
 
 def _apply(body: Body) -> Cancel:
-    """The value, or what ``outputs`` names, such as gradient, Hessian, Laplacian; ``weights`` as everywhere."""
+    """Evaluate the value, or the quantities in ``outputs``, such as gradient, Hessian, Laplacian."""
     x = body.points()
     weights = body.weights(x)
     return body.ask("json", body.values(body.outputs(), x.shape, weights is not None), x, weights=weights)
 
 
 def _jacobian(body: Body) -> Cancel:
-    """∂value/∂x, of the value's shape followed by that of x; rows of a batch do not depend on each other."""
+    """Evaluate ∂value/∂x, of the value's shape followed by that of x; blocks of different rows are 0."""
     x = body.points()
     weights = body.weights(x)
     (value,) = body.values(["value"], x.shape, weights is not None)
@@ -305,7 +305,7 @@ def _jacobian(body: Body) -> Cancel:
 
 
 def _jacobian_vector_product(body: Body) -> Cancel:
-    """∂value/∂x times a vector of the shape of x."""
+    """Evaluate ∂value/∂x times a vector of the shape of x."""
     x = body.points()
     weights = body.weights(x)
     (value,) = body.values(["value"], x.shape, weights is not None)
@@ -314,7 +314,7 @@ def _jacobian_vector_product(body: Body) -> Cancel:
 
 
 def _vector_jacobian_product(body: Body) -> Cancel:
-    """A vector of the shape of the value times ∂value/∂x."""
+    """Evaluate a vector of the shape of the value times ∂value/∂x."""
     x = body.points()
     weights = body.weights(x)
     (value,) = body.values(["value"], x.shape, weights is not None)
@@ -324,7 +324,7 @@ def _vector_jacobian_product(body: Body) -> Cancel:
 
 
 def _abstract_eval(body: Body) -> Reply:
-    """The shapes and types that ``apply`` would return."""
+    """Return the shapes and dtypes that ``apply`` would return."""
     d, dtype = body.served.d, body.served.facts["dtype"]
     x = _shape("inputs.x", _members("inputs.x", body.inputs["x"], ("shape", "dtype"))["shape"])
     if len(x) not in (1, 2) or x[-1] != d:
@@ -377,13 +377,13 @@ ENDPOINTS = {
 
 
 def health(call: Call) -> Reply:
-    """Say that the model can be asked."""
+    """Return 200 if the model can be evaluated."""
     call.core.repository.ready(call.target.model, None)
     return Reply.of({"status": "ok"})
 
 
 def describe(call: Call) -> Reply:
-    """The OpenAPI document of one model: its arrays' shapes, what can be differentiated, and the encodings."""
+    """Return the OpenAPI document of one model: shapes of arrays, differentiable arrays, and encodings."""
     served = call.core.repository.ready(call.target.model, None)
     d, m, dtype, known = served.d, served.m, served.facts["dtype"], _outputs(served)
 
@@ -458,15 +458,15 @@ def _operation(body: dict[str, Any] | None, reply: dict[str, Any]) -> dict[str, 
 
 
 def _named(only: str) -> dict[str, Any]:
-    """Return the schema of a list of the only name that there is."""
+    """Return the schema of a list that holds one fixed name."""
     return {"type": "array", "minItems": 1, "maxItems": 1, "items": {"const": only}}
 
 
 def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozenset[str]]:
-    """Return whether arrays are wanted in base64; ``None`` for as they come.
+    """Return whether the client asks for arrays in base64; ``None`` if it does not say.
 
     Raises:
-        NotAcceptable: they are wanted in another encoding.
+        NotAcceptable: the client asks for another encoding.
     """
     accept = head.headers.get(b"accept", b"")
     chosen = best(accept, _TYPES) if accept else _TYPES[0]
@@ -476,7 +476,7 @@ def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozense
 
 
 def _endpoint(name: str, endpoint: Endpoint) -> Direct:
-    """Return an endpoint's route, which reads the body, JSON whatever the header says."""
+    """Return the route of an endpoint, which parses the body as JSON, whatever its Content-Type."""
 
     def answer(call: Call) -> Reply | Cancel:
         call.find(call.target.model, call.target.version)

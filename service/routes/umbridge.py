@@ -1,4 +1,4 @@
-"""UM-Bridge 1.0: every served model is a function of one input vector to one output vector, with all derivatives.
+"""UM-Bridge 1.0: every served model is a function from one input vector to one output vector, with derivatives.
 
 Protocol: https://um-bridge-benchmarks.readthedocs.io/en/docs/umbridge/lib.html. It has one point per request; those
 that come at the same time are computed together, like all others. ``config`` may name ``version``, ``dtype``
@@ -59,7 +59,7 @@ _MAX_VERSION = 10**9
 
 
 def _write_error(error: ServiceError, request_id: str) -> tuple[int, bytes]:
-    """Write an error in the protocol's words: two keys, 400 and three types, and 500, 503 and 504 as they are."""
+    """Write an error in the protocol's format: statuses below 500 become 400, except 401, 403, 405 and 499."""
     kind = type(error).__name__
     if error.status >= 500 or error.status in _OWN_STATUS:
         status = error.status
@@ -72,11 +72,11 @@ DIALECT = Dialect(JSON, PATHS.__contains__, _write_error)
 
 
 def _find(call: Call) -> dict[str, Any]:
-    """Find the model that the body names; return its configuration.
+    """Find the model that the body names; return the configuration in the body.
 
     Raises:
-        ModelNotFound: there is none of this name.
-        InvalidInput: the name is no string, or the configuration has something else.
+        ModelNotFound: there is no such model.
+        InvalidInput: the name is not a string, or the configuration has unknown keys.
     """
     name, config = call.document.get("name"), call.document.get("config")
     if not isinstance(name, str):
@@ -97,7 +97,7 @@ def _find(call: Call) -> dict[str, Any]:
 
 
 def _ask(feature: Feature, call: Call) -> Cancel:
-    """Ask for one quantity at one point."""
+    """Queue the computation of one quantity at one point."""
     config, document, served = _find(call), call.document, call.served
     given = document.get("input")
     if not isinstance(given, list | np.ndarray) or len(given) != 1:
@@ -116,10 +116,10 @@ def _ask(feature: Feature, call: Call) -> Cancel:
 
 
 def _vector(call: Call, name: str, given: Any, length: int) -> Array:
-    """Return a vector of so many numbers; a number alone is one of length 1.
+    """Return a vector of ``length`` numbers; a single number is a vector of length 1.
 
     Raises:
-        InvalidInput: it is something else.
+        InvalidInput: ``given`` is not a list of ``length`` finite numbers.
     """
     array = numbers(name, [given] if isinstance(given, int | float) else given, call.may_be_booleans)
     if array.shape != (length,):
@@ -130,10 +130,10 @@ def _vector(call: Call, name: str, given: Any, length: int) -> Array:
 
 
 def _write(feature: Feature, _: Call, answers: Answers) -> Reply:
-    """Write the output as a flat list of numbers: of a value, in a list of one vector.
+    """Write the output as a flat list of numbers; a value is a list of one vector.
 
     Raises:
-        InvalidOutput: it is not finite.
+        InvalidOutput: a number is not finite.
     """
     text = b",".join(answers[feature.quantity])
     if b"null" in text:
@@ -143,13 +143,13 @@ def _write(feature: Feature, _: Call, answers: Answers) -> Reply:
 
 
 def _describe(document: Callable[[Call], Mapping[str, Any]], call: Call) -> Reply:
-    """Answer what is known of a model."""
+    """Answer a request for the description of a model."""
     _find(call)
     return Reply.of(document(call))
 
 
 def info(call: Call) -> Reply:
-    """The names of the models that are ready."""
+    """List the names of the models that are ready."""
     repository = call.core.repository
     names = [name for name in repository.names() if repository.default(name).state == "ready"]
     return Reply.of({"protocolVersion": 1.0, "models": names})
@@ -163,7 +163,7 @@ def _body(name: str, feature: Feature) -> type[BaseModel]:
 
 
 def _operation(name: str, text: str, go_on: Callable[[Call], Reply | Cancel], body: Any, reply: Any) -> Direct:
-    """Return an operation that reads the body, which is JSON whatever the header says."""
+    """Return a route that parses the body as JSON, whatever its Content-Type."""
     return Direct(
         f"/{name}",
         lambda call: call.read(go_on),
