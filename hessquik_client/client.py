@@ -1,4 +1,4 @@
-"""``Client`` and ``AsyncClient``: the steps of :mod:`hessquik_client.steps`, carried out with httpx."""
+"""``Client`` and ``AsyncClient``, which run the steps of :mod:`hessquik_client.steps` with httpx."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ class _Service(Generic[DocumentT, DocumentsT]):
         return self._run(list_models(self._persistence))  # type: ignore[no-any-return]
 
     def load(self, name: str) -> DocumentT:
-        """Have a model read from the service's disk again; needs an admin key."""
+        """Make the service load a model's files again; needs an admin key."""
         return self._run(post(name, "load", self._persistence))  # type: ignore[no-any-return]
 
     def unload(self, name: str, version: int | str | None = None) -> DocumentT:
-        """Have a model dropped, or one version of it, until it is loaded again; needs an admin key."""
+        """Make the service drop a model, or one version of it, until it is loaded again; needs an admin key."""
         action = "unload" if version is None else f"unload?version={version}"
         return self._run(post(name, action, self._persistence))  # type: ignore[no-any-return]
 
     def _run(self, steps: Steps[Any]) -> Any:
-        """Carry out steps."""
+        """Run steps and return their result, or for the asynchronous client an awaitable of it."""
         raise NotImplementedError
 
 
@@ -74,17 +74,18 @@ class Client(_Service[dict[str, Any], list[dict[str, Any]]]):
     """A connection pool to one service. Threads may share it.
 
     Args:
-        url: Where the service is, such as ``http://127.0.0.1:8000``.
-        api_key: The key to send, where the service wants one.
-        deadline_s: Time for a call with all its retries, or for each part of a batch that is split; the service has a
-            limit for it, two minutes unless configured.
+        url: Address of the service, such as ``http://127.0.0.1:8000``.
+        api_key: The API key to send, if the service needs one.
+        deadline_s: Time limit in seconds of a call with all its retries, or of each part of a batch that is split.
+            The service has an upper limit for it, two minutes unless configured.
         retries: Most retries of a request.
         concurrency: Most parts of a batch that are sent at once.
-        transport: What carries requests. The client's own pool, if not given, keeps the deadline whatever the server
-            does; with another one, httpx's timeouts for each wait are what there is.
+        transport: An httpx transport. By default the client uses its own, which enforces the deadline whatever the
+            server does; with another one, only httpx's timeouts of each read and write apply.
 
     Raises:
-        ValueError: the URL is not one of HTTP, or a number is not one that makes sense.
+        ValueError: the URL is not ``http://…`` or ``https://…``, the key is not printable ASCII, or a number is out
+            of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The domain of a model: distances of points from its bounds, for service and client."""
+"""The domain of a model: its bounds, and the distances of points from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Domain:
     Attributes:
         lower: Lower bounds (d,), float64.
         upper: Upper bounds (d,), float64.
-        names: Of the inputs.
+        names: Names of the inputs.
 
     Example:
         >>> domain = Domain.of({"lower_bounds": [0.0, -1.0], "upper_bounds": [2.0, 1.0]})
@@ -42,10 +42,10 @@ class Domain:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any] | None) -> Domain | None:
-        """Return the domain that a model's metadata state, or ``None``: everywhere.
+        """Return the domain in a model's metadata, or ``None`` if it has no bounds.
 
         Args:
-            metadata: With ``lower_bounds``, ``upper_bounds`` and perhaps ``input_names``.
+            metadata: Metadata with ``lower_bounds``, ``upper_bounds`` and optionally ``input_names``.
         """
         lower, upper = ((metadata or {}).get(name) for name in ("lower_bounds", "upper_bounds"))
         if lower is None or upper is None:
@@ -54,10 +54,10 @@ class Domain:
         return cls(np.array(lower, np.float64), np.array(upper, np.float64), tuple(names))
 
     def distance(self, x: Array) -> Array:
-        """Return 0 for points within the bounds, else the largest excess over an input's range, (n,).
+        """Return the largest excess over a bound in units of the input's range, (n,); 0 for points within the bounds.
 
-        A bound counts as it is in the dtype of the points, and an excess of a few roundings as none: a point that was
-        computed to lie on a bound is inside.
+        Bounds are rounded to the dtype of the points, and an excess of a few rounding errors counts as 0, so that a
+        point computed to lie on a bound is inside.
 
         Args:
             x: Points (n, d).
@@ -68,7 +68,7 @@ class Domain:
         return distance
 
     def first_outside(self, x: Array) -> tuple[int, int] | None:
-        """Return the row and the input of the first number outside, if there is one.
+        """Return the row and the input of the first number outside the bounds, or ``None``.
 
         Args:
             x: Points (n, d).
@@ -80,7 +80,7 @@ class Domain:
         return int(row), int(a)
 
     def _excess(self, x: Array) -> Array:
-        """Return by how much each number is over a bound, (n, d)."""
+        """Return the excess of each number over its bounds, (n, d); 0 within them."""
         lower, upper = self.lower.astype(x.dtype), self.upper.astype(x.dtype)
         rounding = ROUNDINGS * np.finfo(x.dtype).eps * np.maximum(np.abs(lower), np.abs(upper))
         with np.errstate(over="ignore"):

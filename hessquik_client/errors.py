@@ -1,13 +1,13 @@
 """Every error of the service, once: code, status, title and meaning, for the server and for the Python client.
 
-Each class is one code of the HTTP interface. Its message says what was expected and what came; it never holds a
-traceback, a path, an address or the input itself. The server answers with these, in each dialect's own form; the
-client raises the same classes. Only the standard library is imported here.
+Each class is one code of the HTTP interface. Its message gives what was expected and what was received; it never
+contains a traceback, a path, an address or the input itself. The server sends these errors in the format of each
+dialect; the client raises the same classes. Only the standard library is imported here.
 
-    ClientError                base of everything that a call of the client raises
-    ├── ConnectionLost         no whole reply came
+    ClientError                base of all errors of the client
+    ├── ConnectionLost         no complete reply was received
     └── ServiceError           an error with a code, one class each; has status, code, detail and request_id
-        └── UnexpectedReply    a reply that the service does not send, say a proxy's
+        └── UnexpectedReply    a reply that the service does not send, for instance one of a proxy
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ __all__ = [
 
 
 class StartUpError(Exception):
-    """The service cannot start; the message is the one line that says why."""
+    """The service cannot start; the message is the reason, in one line."""
 
 
 class ClientError(Exception):
-    """Base of everything that a call of the client raises."""
+    """Base of all errors of the client."""
 
 
 class ConnectionLost(ClientError):
-    """The service could not be reached, or the connection broke before the reply was whole."""
+    """The service could not be reached, or the connection broke before the reply was complete."""
 
 
 class ServiceError(ClientError):
     """Base of the errors that have a code.
 
     Args:
-        detail: One sentence: what was expected and what came.
-        status: The HTTP status that came, where it is not the code's own; 0 if no reply came.
-        request_id: The id under which the service's log has it, as far as it is known.
-        retry_after_s: Seconds after which the service asks to be tried again, where that is not the code's own.
+        detail: One sentence: what was expected and what was received.
+        status: The HTTP status received, if it differs from that of the class; 0 if no reply was received.
+        request_id: The id of the request in the service's log, if known.
+        retry_after_s: Seconds to wait before a retry, if it differs from that of the class.
         extra: Further members of the body, such as ``field``, ``row``, ``expected``, ``got``.
     """
 
@@ -98,11 +98,11 @@ class ServiceError(ClientError):
 
     @property
     def failure(self) -> Failure:
-        """This error as a value, to be stored where the exception would keep its traceback alive."""
+        """Return this error as a value, which can be stored without keeping a traceback alive."""
         return Failure(type(self), self.detail, self.extra)
 
     def problem(self, request_id: str) -> bytes:
-        """Return the body, as RFC 9457 has it."""
+        """Return the body in the problem details format (RFC 9457)."""
         members = {
             "type": f"urn:hessquik:error:{self.code}",
             "title": self.title,
@@ -120,11 +120,11 @@ class ServiceError(ClientError):
 
 
 class Failure(NamedTuple):
-    """An error as a value: no exception, so no traceback and no frame that it would keep alive.
+    """An error as a value, which keeps no traceback and no frames alive.
 
     Attributes:
-        kind: The class.
-        detail: Its sentence.
+        kind: Class of the error.
+        detail: Message of the error.
         extra: Further members of its body.
 
     Example:

@@ -1,4 +1,4 @@
-"""A saved network with an Evaluator per dtype: what a worker holds, and a client's local model."""
+"""A saved network with an Evaluator per dtype, for workers and for local models of the client."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Evaluators:
 
     Args:
         saved: The network or ensemble, and its metadata.
-        device: Where to compute.
+        device: Device to compute on.
         threads: Threads that share a large call, on a CPU.
 
     Attributes:
-        members: Networks in it; 1 if it is not an ensemble.
+        members: Number of networks; 1 if it is not an ensemble.
     """
 
     def __init__(self, saved: storage.SavedNetwork, device: torch.device, threads: int) -> None:
-        """Make and prove the evaluator in the network's own dtype."""
+        """Create the evaluator in the network's own dtype, and check its derivatives."""
         self.saved = saved
         self.device = device
         self.threads = threads
@@ -51,7 +51,7 @@ class Evaluators:
         self.dtype = self.evaluator(None).dtype
 
     def evaluator(self, dtype: torch.dtype | None) -> Evaluator | EnsembleEvaluator:
-        """Return the evaluator in a dtype, or the network's own; it is made and proven when it is first asked for."""
+        """Return the evaluator in a dtype (``None``: the network's own); it is created and checked on first use."""
         if dtype is None or dtype not in self._evaluators:
             compiled = COMMON if dtype is None else ()  # when the model is loaded, and never in a request
             chosen = dtype or self._own_dtype
@@ -73,11 +73,11 @@ class Evaluators:
         """Return the quantities at points.
 
         Args:
-            given: ``inputs`` (n, d) and, if wanted, ``weights`` (n, m) and ``directions`` (n, k, d).
-            dtype: What to compute in.
-            quantities: Their names.
-            between: As for :class:`hessquik.Evaluator`.
-            out: Where to write the results; new arrays if not given.
+            given: ``inputs`` (n, d) and optionally ``weights`` (n, m) and ``directions`` (n, k, d).
+            dtype: Dtype to compute in.
+            quantities: Names of the quantities.
+            between: Called between tiles, see :class:`hessquik.Evaluator`.
+            out: Arrays to write the results to; new ones if not given.
         """
         arrays = {name: torch.from_numpy(array) for name, array in given.items()}
         computed = [name for name in quantities if name != DOMAIN_DISTANCE]

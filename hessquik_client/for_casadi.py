@@ -1,4 +1,4 @@
-"""Models of the service as CasADi functions, with exact Jacobians and exact weighted Hessians, as Ipopt wants them.
+"""Models of the service as CasADi functions, with exact Jacobians and exact weighted Hessians for Ipopt.
 
     f = RemoteFunction("borehole", client.model("borehole"))
     x = casadi.MX.sym("x", 8)
@@ -26,10 +26,10 @@ __all__ = ["RemoteFunction"]
 
 
 class _Callback(casadi.Callback):
-    """A function of matrices by a table of their sparsities.
+    """A CasADi callback with named inputs and outputs of given sparsities.
 
     Args:
-        name: What CasADi calls it.
+        name: Name of the function in CasADi.
         inputs: Sparsities by names.
         outputs: Sparsities by names.
     """
@@ -43,47 +43,47 @@ class _Callback(casadi.Callback):
         self.construct(name, {})
 
     def get_n_in(self) -> int:
-        """Number of inputs."""
+        """Return the number of inputs."""
         return len(self._inputs)
 
     def get_n_out(self) -> int:
-        """Number of outputs."""
+        """Return the number of outputs."""
         return len(self._outputs)
 
     def get_name_in(self, i: int) -> str:
-        """Name of an input."""
+        """Return the name of an input."""
         return self._inputs[i][0]
 
     def get_name_out(self, i: int) -> str:
-        """Name of an output."""
+        """Return the name of an output."""
         return self._outputs[i][0]
 
     def get_sparsity_in(self, i: int) -> Any:
-        """Shape of an input."""
+        """Return the sparsity of an input."""
         return self._inputs[i][1]
 
     def get_sparsity_out(self, i: int) -> Any:
-        """Shape of an output, and which of its entries may differ from zero."""
+        """Return the sparsity of an output."""
         return self._outputs[i][1]
 
     def keep(self, part: casadi.Callback) -> casadi.Callback:
-        """Hold a derivative function as long as this one lives."""
+        """Keep a reference to a derivative function, since CasADi keeps none, and return it."""
         self._parts.append(part)
         return part
 
 
 class RemoteFunction(_Callback):
-    """f: (d, n) → (m, n), a point per column, computed by the service in float64; all points in one request.
+    """The function f: (d, n) → (m, n) of points in columns, evaluated by the service in float64, in one request.
 
     Args:
-        name: What CasADi calls it.
-        model: The model, which is asked for its sizes at once.
+        name: Name of the function in CasADi.
+        model: The model; its sizes are requested immediately.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
         points: Number n of points.
     """
 
     def __init__(self, name: str, model: Model, outside: Outside | None = None, points: int = 1) -> None:
-        """Ask for the sizes and construct the function."""
+        """Request the sizes and construct the function."""
         model = model.with_options(outside=outside)
         facts = model.describe()
         self.model = model
@@ -101,15 +101,15 @@ class RemoteFunction(_Callback):
         return [casadi.DM(self.at(_points(arguments[0]))["value"].T)]
 
     def has_jacobian(self) -> bool:
-        """Always."""
+        """Return ``True``."""
         return True
 
     def get_jacobian(self, name: str, inputs: Sequence[str], outputs: Sequence[str], options: Any) -> casadi.Function:
-        """J, (m n, d n), of x and the value there."""
+        """Return the function that evaluates J, (m n, d n), given x and f(x)."""
         return self.keep(_Jacobian(name, inputs, outputs, self))
 
     def has_jac_sparsity(self, output: int, argument: int) -> bool:
-        """Known: no point depends on another."""
+        """Return ``True``: the Jacobian is block-diagonal."""
         return True
 
     def get_jac_sparsity(self, output: int, argument: int, symmetric: bool) -> casadi.Sparsity:
@@ -117,19 +117,19 @@ class RemoteFunction(_Callback):
         return self.blocks(self.m, self.d)
 
     def second(self, argument: int) -> casadi.Sparsity:
-        """Return the sparsity of x̄'s derivative with respect to x, y or ȳ."""
+        """Return the sparsity of the derivative of x̄ = Jᵀȳ with respect to x, y or ȳ (0, 1, 2)."""
         if argument == 1:
             return casadi.Sparsity(self.d * self.n, self.m * self.n)
         return self.blocks(self.d, self.d if argument == 0 else self.m)
 
     def has_reverse(self, count: int) -> bool:
-        """One adjoint at a time."""
+        """Return whether reverse mode supports ``count`` adjoints at once; only one is supported."""
         return count == 1
 
     def get_reverse(
         self, count: int, name: str, inputs: Sequence[str], outputs: Sequence[str], options: Any
     ) -> casadi.Function:
-        """Jᵀȳ, of x, the value there and ȳ."""
+        """Return the function that evaluates Jᵀȳ, given x, f(x) and ȳ."""
         return self.keep(_Reverse(name, inputs, outputs, self))
 
 
@@ -137,7 +137,7 @@ class RemoteFunction(_Callback):
 
 
 class _Jacobian(_Callback):
-    """J = ∂f/∂x."""
+    """The function J = ∂f/∂x."""
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function
@@ -152,7 +152,7 @@ class _Jacobian(_Callback):
 
 
 class _Reverse(_Callback):
-    """x̄ = Jᵀȳ."""
+    """The function x̄ = Jᵀȳ."""
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function
@@ -177,7 +177,7 @@ class _Reverse(_Callback):
 
 
 class _ReverseJacobian(_Callback):
-    """∂x̄/∂x = Σ_j ȳ_j H_j, ∂x̄/∂y = 0 and ∂x̄/∂ȳ = Jᵀ."""
+    """The derivatives of x̄ = Jᵀȳ: ∂x̄/∂x = Σ_j ȳ_j H_j, ∂x̄/∂y = 0 and ∂x̄/∂ȳ = Jᵀ."""
 
     def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], function: RemoteFunction) -> None:
         self._function = function

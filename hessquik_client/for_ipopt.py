@@ -2,7 +2,7 @@
 
     x, info = minimize(client.model("peaks"), [0.3, -1.0])
 
-``cyipopt`` is what ``pip install cyipopt-wheels`` brings; the package named cyipopt has no wheels.
+``pip install cyipopt-wheels`` installs the module ``cyipopt``; the package named cyipopt has no wheels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["RemoteProblem", "minimize"]
 
 
 class RemoteProblem:
-    """min Σ_j objective_j f_j(x), with some outputs as constraints: the ``problem_obj`` of ``cyipopt.Problem``.
+    """The problem min Σ_j objective_j f_j(x) with outputs as constraints: ``problem_obj`` of ``cyipopt.Problem``.
 
-    Values, gradients and the packed Hessians of all outputs come in one request for each point; Ipopt's multipliers
-    are applied here, so that a new set of them costs no request.
+    One request per point returns values, gradients and packed Hessians of all outputs; Ipopt's multipliers are
+    applied here, so that new multipliers need no request.
 
     Args:
-        model: The model, which is asked for its sizes at once.
+        model: The model; its sizes are requested immediately.
         objective: Weights of the outputs, (m,); the first output if not given.
-        constraints: Outputs that are constraints, in their order.
+        constraints: Indices of the outputs that are constraints, in the order of Ipopt's constraints.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
 
     Attributes:
@@ -44,10 +44,10 @@ class RemoteProblem:
         constraints: Sequence[int] = (),
         outside: Outside | None = None,
     ) -> None:
-        """Ask for the sizes.
+        """Request the sizes.
 
         Raises:
-            ValueError: the objective is no m numbers, or a constraint is no output.
+            ValueError: the objective does not have m numbers, or a constraint is not the index of an output.
         """
         facts = model.describe()
         self.d, m = int(facts["d"]), int(facts["m"])
@@ -97,19 +97,19 @@ def minimize(
     outside: Outside | None = None,
     **options: Any,
 ) -> tuple[Array, dict[str, Any]]:
-    """Minimise by Ipopt.
+    """Minimise a weighted sum of a model's outputs with Ipopt.
 
     Args:
         model: The model.
-        x0: Where to start, (d,).
+        x0: The initial point (d,).
         objective: Weights of the outputs, (m,); the first output if not given.
-        constraints: For an output, the lowest and highest value that it may have.
-        bounds: Of the variables, (d, 2); the model's own if not given, none if it has none.
-        outside: As for :class:`RemoteProblem`.
-        options: Of Ipopt, such as ``tol`` and ``max_iter``; ``print_level`` is 0 if not given.
+        constraints: Lower and upper limit of each output that is constrained, by its index.
+        bounds: Bounds of the variables, (d, 2); those of the model if not given, none if it has none.
+        outside: See :class:`RemoteProblem`.
+        options: Options of Ipopt, such as ``tol`` and ``max_iter``; ``print_level`` is 0 if not given.
 
     Returns:
-        The solution (d,), and what Ipopt says of it: ``status``, ``obj_val``, ``mult_g``, ….
+        The solution (d,), and Ipopt's ``info``: ``status``, ``obj_val``, ``mult_g``, ….
     """
     within = constraints or {}
     problem = RemoteProblem(model, objective, list(within), outside)

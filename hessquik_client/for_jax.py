@@ -19,13 +19,13 @@ __all__ = ["remote_function"]
 
 
 def remote_function(model: Model, outside: Outside | None = None) -> Callable[[jax.Array], jax.Array]:
-    """Return f: (d,) → (m,), computed by the service in the dtype of the point; differentiable twice.
+    """Return f: (d,) → (m,), evaluated by the service in the dtype of the point; it can be differentiated twice.
 
-    Each order is a host callback with a derivative rule of its own: value → Jacobian → Hessian. Under ``vmap`` a
-    batch is one request per order. For float64, JAX itself has to be told (``jax_enable_x64``).
+    Each order (value, Jacobian, Hessian) is a host callback, and the next order is its derivative rule. Under
+    ``vmap`` a batch is one request per order. For float64, set JAX's ``jax_enable_x64``.
 
     Args:
-        model: The model, which is asked for its sizes at once.
+        model: The model; its sizes are requested immediately.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
     model = model.with_options(outside=outside)
@@ -64,10 +64,10 @@ def remote_function(model: Model, outside: Outside | None = None) -> Callable[[j
         return value(x), jacobian(x) @ dx
 
     def function(x: jax.Array) -> jax.Array:
-        """Return f(x); whole numbers are taken for what they are.
+        """Return f(x); integers are converted to JAX's default floating-point type.
 
         Raises:
-            TypeError: x is neither float32 nor float64, nor whole numbers.
+            TypeError: the dtype of x is neither float32, float64 nor an integer type.
             ValueError: x is not one point of d numbers.
         """
         # Known when traced: an error inside the callback would be an internal one of JAX, far from its cause.

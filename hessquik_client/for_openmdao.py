@@ -25,8 +25,8 @@ class RemoteComponent(om.ExplicitComponent):  # type: ignore[misc]
     declared sparse: row i of y depends on row i of x.
 
     Options:
-        model: The model, which is asked for its sizes at setup.
-        points: How many points are evaluated at once; ``None`` for one without an axis of its own.
+        model: The model; its sizes are requested at setup.
+        points: Number n of points that are evaluated at once; ``None`` for one point without an axis n.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
@@ -39,7 +39,7 @@ class RemoteComponent(om.ExplicitComponent):  # type: ignore[misc]
         )
 
     def setup(self) -> None:
-        """Ask for the sizes."""
+        """Request the sizes, and declare input, output and partial derivatives."""
         model = self.options["model"].with_options(outside=self.options["outside"])
         facts = model.describe()
         n, d, m = self.options["points"], int(facts["d"]), int(facts["m"])
@@ -51,9 +51,9 @@ class RemoteComponent(om.ExplicitComponent):  # type: ignore[misc]
         self.declare_partials("y", "x", rows=point * m + row, cols=point * d + column)
 
     def compute(self, inputs: Mapping[str, Any], outputs: Any) -> None:
-        """Y = f(x)."""
+        """Evaluate f(x)."""
         outputs["y"] = self._at(inputs["x"])["value"]
 
     def compute_partials(self, inputs: Mapping[str, Any], partials: Any) -> None:
-        """∂y_j/∂x_a of each point."""
+        """Evaluate ∂y_j/∂x_a at each point."""
         partials["y", "x"] = np.swapaxes(self._at(inputs["x"])["gradient"], -1, -2).ravel()

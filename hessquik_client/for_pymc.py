@@ -1,4 +1,4 @@
-"""Models of the service in PyTensor's graphs, and so in PyMC: with exact gradients and Hessian-vector products.
+"""Models of the service as PyTensor operations, for PyMC: with exact gradients and Hessian-vector products.
 
     flow = remote_function(client.model("borehole"))
     with pymc.Model():
@@ -6,7 +6,8 @@
         pymc.Normal("observed", mu=flow(x)[0], sigma=2.0, observed=80.0)
         pymc.sample(cores=1)                      # a client belongs to one process
 
-Value and gradient at a point are one request. Chains that move together may ask for all their points at once: (n, d).
+Value and gradient at a point are one request. Chains that are advanced together can evaluate all their points in one
+request: (n, d).
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ __all__ = ["remote_function"]
 def remote_function(model: Model, outside: Outside | None = None) -> Callable[[Any], Any]:
     """Return f as a function of PyTensor variables: (d,) → (m,), (n, d) → (n, m).
 
-    It can be differentiated twice: its gradients are exact, and so are products of its Hessians with vectors
-    (``pytensor.gradient.hessian_vector_product``).
+    It can be differentiated twice: gradients and Hessian-vector products
+    (``pytensor.gradient.hessian_vector_product``) are exact.
 
     Args:
-        model: The model, which is asked for its sizes at once.
+        model: The model; its sizes are requested immediately.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
 
     Raises:
-        ValueError: when called with a variable that is no vector or matrix of d columns.
+        ValueError: raised by the function for a variable that is not a vector or matrix with d columns.
     """
     model = model.with_options(outside=outside)
     facts = model.describe()
@@ -54,17 +55,17 @@ def remote_function(model: Model, outside: Outside | None = None) -> Callable[[A
 
 
 class _Remote(Op):  # type: ignore[misc]
-    """An operation on float64 variables whose first is x, (…, d); all of them ask one model.
+    """Base of the operations on float64 variables, the first of which is x, (…, d).
 
     Args:
         model: The model.
-        d: Its inputs.
-        m: Its outputs.
-        at: The last point's value and gradient.
+        d: Number of its inputs.
+        m: Number of its outputs.
+        at: Cache of value and gradient at the last point.
     """
 
     def __init__(self, model: Model, d: int, m: int, at: LastPoint | None = None) -> None:
-        """Ask nothing yet."""
+        """Create the operation; nothing is requested yet."""
         self.model, self.d, self.m = model, d, m
         self.at = LastPoint(model, ("value", "gradient")) if at is None else at
 
@@ -95,7 +96,7 @@ class _Remote(Op):  # type: ignore[misc]
 
 
 class _Value(_Remote):
-    """f(x), (…, m)."""
+    """The operation f(x), (…, m)."""
 
     def width(self) -> int:
         return self.m
@@ -113,7 +114,7 @@ class _Value(_Remote):
 
 
 class _Gradient(_Remote):
-    """Σ_j w_j ∂f_j/∂x, (…, d), for x and w, (…, m)."""
+    """The operation Σ_j w_j ∂f_j/∂x, (…, d), of x and w, (…, m)."""
 
     def compute(self, x: Any, weights: Any) -> Any:
         return np.einsum("...am,...m->...a", self.at(x)["gradient"], weights)
@@ -125,7 +126,7 @@ class _Gradient(_Remote):
 
 
 class _Along(_Remote):
-    """J v, (…, m), for x and v, (…, d)."""
+    """The operation J v, (…, m), of x and v, (…, d)."""
 
     def width(self) -> int:
         return self.m
@@ -140,14 +141,14 @@ class _Along(_Remote):
 
 
 class _HessianProduct(_Remote):
-    """Σ_j w_j ∂²f_j/∂x² v, (…, d), for x, w, (…, m), and v, (…, d)."""
+    """The operation Σ_j w_j ∂²f_j/∂x² v, (…, d), of x, w, (…, m), and v, (…, d)."""
 
     def compute(self, x: Any, weights: Any, v: Any) -> Any:
         found = self.model.hvp(x, v[..., None, :], weights=weights, dtype=np.float64)
         return found[..., 0, :, 0]
 
     def L_op(self, inputs: Sequence[Any], outputs: Any, given: Sequence[Any]) -> list[Any]:  # noqa: N802
-        """Say that there are no third derivatives."""
+        """Return PyTensor's marker of undefined gradients, since third derivatives are not available."""
         return [
             grad_not_implemented(self, i, one, "networks are served with two derivatives")
             for i, one in enumerate(inputs)

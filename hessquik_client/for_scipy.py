@@ -28,13 +28,13 @@ WITHOUT_GRADIENT = {"nelder-mead", "powell", "cobyla", "cobyqa"}
 class Objective:
     """A scalar function f(x) = Σ_j weights_j f_j(x) with its derivatives, for ``scipy.optimize.minimize``.
 
-    All that a point needs comes in one request, so that an iterate costs one round trip.
+    One request per point returns all of them, so that an iterate costs one round trip.
 
     Args:
         model: The model.
-        weights: (m,); may be left out for a model of one output.
-        has_hessian: Whether the Hessian comes along; without it, :meth:`hessp` asks for each product, which is the
-            better choice for many inputs and methods such as ``trust-ncg``.
+        weights: Weights of the outputs, (m,); optional for a model with one output.
+        has_hessian: Whether the Hessian is requested with the value. If not, :meth:`hessp` requests each product,
+            which is better for many inputs and methods such as ``trust-ncg``.
         outside: ``allow`` or ``refuse`` points outside the model's bounds; the service's setting if not given.
     """
 
@@ -45,7 +45,7 @@ class Objective:
         has_hessian: bool = True,
         outside: Outside | None = None,
     ) -> None:
-        """Nothing is asked yet."""
+        """Create the objective; nothing is requested yet."""
         model = model.with_options(outside=outside)
         self._model = model
         self._weights = weights
@@ -53,7 +53,7 @@ class Objective:
         self._at = LastPoint(model, ("value", "gradient", "hessian")[: 3 if has_hessian else 2], weights)
 
     def __call__(self, x: ArrayLike) -> float:
-        """f(x).
+        """Return f(x).
 
         Raises:
             ValueError: the model has several outputs and no weights were given.
@@ -64,21 +64,21 @@ class Objective:
         return float(value[0])
 
     def jac(self, x: ArrayLike) -> Array:
-        """∇f(x), (d,)."""
+        """Return ∇f(x), (d,)."""
         return self._at(x)["gradient"][:, 0].copy()
 
     def hess(self, x: ArrayLike) -> Array:
-        """∇²f(x), (d, d).
+        """Return ∇²f(x), (d, d).
 
         Raises:
-            ValueError: the Hessian does not come along.
+            ValueError: the objective was created with ``has_hessian=False``.
         """
         if not self._has_hessian:
             raise ValueError("hess: expected an objective with has_hessian, use hessp")
         return self._at(x)["hessian"][..., 0].copy()
 
     def hessp(self, x: ArrayLike, p: ArrayLike) -> Array:
-        """∇²f(x)·p, (d,)."""
+        """Return ∇²f(x)·p, (d,)."""
         if self._has_hessian:
             product: Array = self.hess(x) @ np.asarray(p, dtype=np.float64)
             return product
@@ -92,14 +92,14 @@ def constraint(
     keep_feasible: bool = False,
     outside: Outside | None = None,
 ) -> optimize.NonlinearConstraint:
-    """The constraint lower ≤ f(x) ≤ upper, its Hessian weighted by the multipliers on the server.
+    """Return the constraint lower ≤ f(x) ≤ upper; the server weights its Hessian with the multipliers.
 
     Args:
         model: The model.
-        lower: (m,) or a number.
-        upper: (m,) or a number.
-        keep_feasible: As SciPy has it.
-        outside: As for :class:`Objective`.
+        lower: Lower limits, (m,) or a number.
+        upper: Upper limits, (m,) or a number.
+        keep_feasible: See :class:`scipy.optimize.NonlinearConstraint`.
+        outside: See :class:`Objective`.
     """
     model = model.with_options(outside=outside)
     at = LastPoint(model, ("value", "gradient"))
@@ -118,10 +118,10 @@ def constraint(
 
 
 def bounds(model: Model) -> optimize.Bounds:
-    """The bounds within which the model was fitted.
+    """Return the bounds within which the model was fitted.
 
     Raises:
-        ValueError: its file names none.
+        ValueError: the model has no bounds.
     """
     metadata = model.describe()["metadata"]
     if not {"lower_bounds", "upper_bounds"} <= metadata.keys():
@@ -140,18 +140,17 @@ def minimize_from(
 ) -> Sequence[optimize.OptimizeResult]:
     """Minimise from the best of many starts.
 
-    One batch ranks all starts; the best are minimised at the same time, and the service computes together what they
-    ask for at the same time.
+    One batch ranks all starts. The minimisations run concurrently, so that the service can batch their requests.
 
     Args:
-        starts: (n, d).
+        starts: The initial points (n, d).
         model: The model.
-        weights: (m,); may be left out for a model of one output.
-        best: From how many starts to minimise.
-        threads: How many at once.
-        outside: As for :class:`Objective`.
-        options: What ``scipy.optimize.minimize`` takes, such as ``method`` and ``bounds``. Derivatives come along
-            as far as the method uses them; a method of one's own gets all of them.
+        weights: Weights of the outputs, (m,); optional for a model with one output.
+        best: Number of starts that are minimised.
+        threads: Number of concurrent minimisations.
+        outside: See :class:`Objective`.
+        options: Options of ``scipy.optimize.minimize``, such as ``method`` and ``bounds``. Only derivatives that the
+            method uses are requested; a custom method gets all of them.
 
     Returns:
         The results, lowest first.

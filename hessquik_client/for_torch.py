@@ -20,11 +20,11 @@ __all__ = ["RemoteNetwork"]
 
 
 class RemoteNetwork(torch.nn.Module):
-    """f: (…, d) → (…, m), computed by the service in the dtype of the points.
+    """The function f: (…, d) → (…, m), evaluated by the service in the dtype of the points.
 
-    The value and, where it will be needed, the gradient come in one request; a first derivative costs none then, a
-    second one asks for a Hessian times a vector. Both modes, reverse and forward, may be nested, and a batch under
-    ``vmap`` is one request.
+    One request returns the value and, if it will be needed, the gradient, so that first derivatives need no further
+    request; a second derivative requests a Hessian-vector product. Reverse and forward mode may be nested, and a
+    batch under ``vmap`` is one request.
 
     Args:
         model: The model.
@@ -32,7 +32,7 @@ class RemoteNetwork(torch.nn.Module):
     """
 
     def __init__(self, model: Model, outside: Outside | None = None) -> None:
-        """Ask for nothing yet."""
+        """Create the module; nothing is requested yet."""
         super().__init__()
         self._model = model.with_options(outside=outside)
 
@@ -53,7 +53,7 @@ class RemoteNetwork(torch.nn.Module):
 
 
 class _Value(torch.autograd.Function):
-    """y = f(x), and G, or no columns of it."""
+    """The functions y = f(x) and G = ∂f/∂x, (n, d, m); G has no columns if it is not needed."""
 
     @staticmethod
     def forward(x: Tensor, model: Model, has_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class _Value(torch.autograd.Function):
 
 
 class _Pulled(torch.autograd.Function):
-    """G y, (n, d): the gradient's product with an adjoint, as a function of x and y."""
+    """The function G y, (n, d), of x and an adjoint y."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, gradient: Tensor, model: Model) -> Tensor:
@@ -107,7 +107,7 @@ class _Pulled(torch.autograd.Function):
 
 
 class _Pushed(torch.autograd.Function):
-    """Gᵀ v, (n, m): the derivatives along v, as a function of x and v."""
+    """The function Gᵀ v, (n, m), of x and a direction v."""
 
     @staticmethod
     def forward(x: Tensor, v: Tensor, gradient: Tensor, model: Model) -> Tensor:
@@ -134,7 +134,7 @@ class _Pushed(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """Σ_j y_j H_j v, (n, d); without y, H_j v for every output, (n, d, m). The last order there is."""
+    """The function Σ_j y_j H_j v, (n, d), or without y H_j v of every output, (n, d, m). It has no derivatives."""
 
     @staticmethod
     def forward(x: Tensor, v: Tensor, y: Tensor | None, model: Model) -> Tensor:
@@ -155,7 +155,7 @@ class _Product(torch.autograd.Function):
 
 
 def _over_a_batch(function: type[torch.autograd.Function]) -> Any:
-    """Return the rule of a function under ``vmap``: the batch's points are points like all others."""
+    """Return the ``vmap`` rule of a function, which evaluates the points of all batches in one request."""
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size

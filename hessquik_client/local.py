@@ -1,6 +1,6 @@
-"""A served model in the caller's own process: the same methods, the same numbers, and no trip.
+"""A served model in the caller's own process: the same methods and numbers, without requests.
 
-Needs torch, ``pip install 'hessquik-service[local]'``; the rest of the client does not.
+This module needs torch, ``pip install 'hessquik-service[local]'``; the rest of the client does not.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ T = TypeVar("T")
 class LocalModel(Model):
     """A model whose file was fetched from a service, evaluated by the engine in this process.
 
-    Methods, arguments, errors and warnings are those of :class:`~hessquik_client.Model`. Questions are checked and
-    cut as for the service, and computed as a worker computes them, so that answers are equal to the last bit on a
-    machine of the same kind. Threads may share it.
+    Methods, arguments, errors and warnings are those of :class:`~hessquik_client.Model`. Calls are checked and split
+    as for the service, and computed as in a worker, so that the results are bitwise equal on a machine of the same
+    kind. Threads may share it.
 
     Args:
-        name: The model's name.
-        url: Where it came from.
-        document: The service's description.
-        data: The file.
-        device: Where to compute.
+        name: Name of the model.
+        url: Address of the service that it came from.
+        document: The service's description of the model.
+        data: Bytes of the model's file.
+        device: Device to compute on.
         threads: Threads that share a large call, on a CPU.
     """
 
     def __init__(
         self, name: str, url: str, document: dict[str, Any], data: bytes, facts: Facts, device: str, threads: int
     ) -> None:
-        """Read the file, and prove its derivatives."""
+        """Load the file, and check its derivatives."""
         evaluators = Evaluators(storage.parse(data), torch.device(device), threads)
         super().__init__(_run, url, name, facts.version, Persistence())
         self._conversation = _LocalConversation(name, document, facts, evaluators)
 
 
 class _LocalConversation(Conversation):
-    """A conversation whose answers are computed here."""
+    """A conversation whose answers are computed in this process."""
 
     def __init__(self, name: str, document: dict[str, Any], facts: Facts, evaluators: Evaluators) -> None:
         super().__init__(name, facts.version, Persistence())
@@ -62,12 +62,12 @@ class _LocalConversation(Conversation):
         self._shape = Shape(*sizes, facts.domain, members=evaluators.members)
 
     def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
-        """Return what the service said of the model when its file was fetched."""
+        """Return the service's description of the model at the time when its file was fetched."""
         yield from ()
         return self._document
 
     def _ask(self, version: str | None, question: Question, facts: Facts | None, end_s: float) -> Steps[Answer]:
-        """Check a question as the service does, and compute the answer."""
+        """Check a call as the service does, and compute the answer."""
         yield from ()
         tensors = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
         given = {name: array for name, array in tensors.items() if array is not None}
@@ -84,7 +84,7 @@ class _LocalConversation(Conversation):
 
 
 def _run(steps: Steps[T]) -> T:
-    """Carry out steps that send nothing; parts of a batch one after the other."""
+    """Run steps that send nothing; the parts of a batch run one after the other."""
     while True:
         try:
             step = next(steps)

@@ -1,4 +1,4 @@
-"""The last point's answer, kept: optimizers ask for value, gradient and Hessian at the same point in turn."""
+"""A cache of the last point: optimizers request value, gradient and Hessian at the same point in turn."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["LastPoint"]
 
 
 class LastPoint:
-    """A model's answers at one point, or one batch, at a time, in float64; asking for the same again costs nothing.
+    """A model with a cache of its answer at the last point or batch, in float64.
 
     Args:
         model: The model.
-        quantities: What is asked for at each new point.
-        weights: (m,): ask for Σ_j weights_j f_j.
+        quantities: Quantities that are requested at each new point.
+        weights: Weights of the outputs, (m,), to evaluate Σ_j weights_j f_j.
     """
 
     def __init__(self, model: Model, quantities: Sequence[str], weights: ArrayLike | None = None) -> None:
-        """Nothing is asked yet."""
+        """Start with an empty cache."""
         self.model = model
         self.weights = weights
         self._quantities = tuple(quantities)
@@ -30,7 +30,7 @@ class LastPoint:
         self._last: tuple[Array, Answer] | None = None
 
     def __call__(self, x: ArrayLike) -> Answer:
-        """The answer at a point, (d,), or at a batch, (n, d)."""
+        """Return the answer at a point, (d,), or a batch, (n, d); send a request only if it is new."""
         point = np.array(x, dtype=np.float64)
         last = self._last
         if last is None or not np.array_equal(last[0], point):

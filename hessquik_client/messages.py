@@ -1,7 +1,7 @@
-"""Questions → requests, replies → answers: all that the client knows of the wire.
+"""Building of requests and parsing of replies: the client's side of the HTTP interface.
 
-Nothing in a reply is believed: sizes, types, names and shapes are compared with what was asked, and what does not fit
-is an :class:`~hessquik_client.errors.UnexpectedReply`.
+Replies are not trusted: sizes, types, names and shapes are compared with the request, and a reply that does not fit
+raises :class:`~hessquik_client.errors.UnexpectedReply`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Request:
         method: ``GET`` or ``POST``.
         target: Path and query.
         body: The bytes.
-        headers: Headers of this request; keys and deadlines are added where it is sent.
-        most_bytes: The largest body that a reply with status 200 may have.
+        headers: Headers of this request; the key and the deadline are added when it is sent.
+        most_bytes: Most bytes of the body of a reply with status 200.
     """
 
     method: str
@@ -96,18 +96,18 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The part of a model's description that its answers are held against.
+    """The part of a model's description with which replies are checked.
 
     Attributes:
         version: The version described.
-        d: Inputs; ``None`` while the model is not ready.
-        m: Outputs; the same.
-        dtype: The model's own; the same.
+        d: Number of inputs; ``None`` while the model is not ready.
+        m: Number of outputs, or ``None``.
+        dtype: The model's own dtype, or ``None``.
         rows: Most points n in a request; with k directions, n·k is at most this.
         directions: Most directions per point in a request.
         body_bytes: Largest request body.
         reply_bytes: Largest reply.
-        domain: Where the model was fitted, if its file says so.
+        domain: The bounds within which the model was fitted, if it has any.
     """
 
     version: str
@@ -123,16 +123,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The arguments of a call, checked as far as that needs no server.
+    """The arguments of a call, after the checks that need no server.
 
     Attributes:
-        inputs: (n, d).
-        quantities: Their names.
-        weights: (m,) or (n, m) or ``None``.
-        directions: (k, d) or (n, k, d) or ``None``.
-        dtype: ``float32`` or ``float64``; ``None`` is the model's own.
-        outside: ``allow`` or ``refuse`` points outside the model's bounds; ``None`` is the service's own choice.
-        is_single: One point was given without an n axis, and its answer has none.
+        inputs: The points (n, d).
+        quantities: Names of the quantities.
+        weights: Weights (m,) or (n, m), or ``None``.
+        directions: Directions (k, d) or (n, k, d), or ``None``.
+        dtype: ``float32`` or ``float64``; ``None`` means the model's own.
+        outside: ``allow`` or ``refuse`` points outside the model's bounds; ``None`` means the service's setting.
+        is_single: Whether one point was given without an n axis, so that its answer has none.
     """
 
     inputs: Array
@@ -145,16 +145,16 @@ class Question:
 
     @property
     def rows(self) -> int:
-        """The number of points n."""
+        """Return the number n of points."""
         return len(self.inputs)
 
     @property
     def k(self) -> int:
-        """The number of directions per point."""
+        """Return the number k of directions per point."""
         return 0 if self.directions is None else self.directions.shape[-2]
 
     def floats(self, m: int, k: int | None = None) -> int:
-        """Return how many numbers an answer has per point, for a model of m outputs."""
+        """Return the number of floats per point in an answer of a model with m outputs."""
         d = self.inputs.shape[-1]
         return floats_per_row(self.quantities, d, m, self.k if k is None else k, self.weights is not None)
 
@@ -165,15 +165,15 @@ class Question:
 
 
 class Answer:
-    """The service's answer: an attribute per quantity that was asked for, also by name, ``answer["hessian"]``.
+    """The requested quantities, as attributes and by name, ``answer["hessian"]``.
 
     The shapes are those of :func:`hessquik_client.quantities.describe_shape`, such as (n, d, m) for the gradient of a
-    batch; a single point's have no n axis. With weights, m is 1.
+    batch; for a single point there is no n axis. With weights, m is 1.
 
     Args:
-        model: The model's name.
-        version: The version that answered.
-        arrays: The quantities.
+        model: Name of the model.
+        version: The version that was evaluated.
+        arrays: The quantities by name.
 
     Example:
         >>> answer = Answer("peaks", "1", {"value": np.zeros((5, 1))})
@@ -185,7 +185,7 @@ class Answer:
     """
 
     def __init__(self, model: str, version: str, arrays: Mapping[str, Array]) -> None:
-        """Hold the arrays, which belong to the caller."""
+        """Store the arrays without copying them."""
         self.model = model
         self.version = version
         self.arrays = dict(arrays)
@@ -203,7 +203,7 @@ class Answer:
         """Return a quantity by name.
 
         Raises:
-            KeyError: it was not asked for.
+            KeyError: the quantity was not requested.
         """
         if quantity not in self.arrays:
             raise KeyError(f"{quantity}: expected a quantity that was asked for: {', '.join(self.arrays)}")
@@ -222,11 +222,11 @@ def ask(
     dtype: npt.DTypeLike | None = None,
     outside: str | None = None,
 ) -> Question:
-    """Return a question about numbers of any kind.
+    """Check and convert the arguments of a call.
 
     Raises:
-        TypeError: something is no array of numbers, or quantities is a string.
-        ValueError: a quantity has another name, or an array another number of axes or rows.
+        TypeError: an argument is not an array of numbers, or ``quantities`` is a string.
+        ValueError: a quantity is unknown, or an array has a wrong number of axes or rows.
     """
     if isinstance(quantities, str):
         raise TypeError("quantities: expected a list of names, got a string")
@@ -257,7 +257,7 @@ def ask(
 
 
 def build_request(model: str, version: str | None, question: Question, facts: Facts | None) -> Request:
-    """Return the request that asks a question."""
+    """Return the HTTP request of a call."""
     tensors = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
     body = safetensors.numpy.save(
         {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
@@ -273,17 +273,17 @@ def build_request(model: str, version: str | None, question: Question, facts: Fa
 
 
 def parse_answer(reply: Reply, model: str, version: str | None, question: Question, facts: Facts | None) -> Answer:
-    """Return the numbers in a reply, with their n axis. Numbers that are not finite come as they were computed.
+    """Return the answer in a reply; its arrays have the n axis. NaN and infinity are kept.
 
     Args:
         reply: A reply with status 200.
-        model: The model that was asked.
-        version: The version that was asked, if one was.
-        question: The question.
-        facts: The model's sizes and dtype, if they are known.
+        model: Name of the requested model.
+        version: The requested version, if any.
+        question: The arguments of the call.
+        facts: The model's sizes and dtype, if known.
 
     Raises:
-        UnexpectedReply: it does not answer the question.
+        UnexpectedReply: the reply does not fit the request.
     """
     try:
         arrays = safetensors.numpy.load(reply.body)
@@ -312,10 +312,10 @@ def file_request(model: str, version: str | None) -> Request:
 
 
 def parse_file(reply: Reply) -> bytes:
-    """Return a file whose digest is the one that the reply states.
+    """Return the file in a reply, after a check of its digest.
 
     Raises:
-        UnexpectedReply: it is not.
+        UnexpectedReply: the digest is missing or differs.
     """
     digest = b64encode(hashlib.sha256(reply.body).digest()).decode()
     if reply.headers.get("repr-digest") != f"sha-256=:{digest}:":
@@ -327,7 +327,7 @@ def parse_document(reply: Reply) -> dict[str, Any]:
     """Return the JSON object in a reply.
 
     Raises:
-        UnexpectedReply: there is none.
+        UnexpectedReply: the body is not a JSON object.
     """
     document = _load_json(reply.body)
     if not isinstance(document, dict):
@@ -336,10 +336,10 @@ def parse_document(reply: Reply) -> dict[str, Any]:
 
 
 def parse_facts(reply: Reply, model: str, version: str | None) -> tuple[dict[str, Any], Facts]:
-    """Return a model's description, and the facts in it.
+    """Return the description of a model in a reply, as it is and as :class:`Facts`.
 
     Raises:
-        UnexpectedReply: it is none, or one of another model.
+        UnexpectedReply: the reply is not a description of this model.
     """
     document = parse_document(reply)
     limits = document.get("limits")
@@ -370,7 +370,7 @@ def parse_facts(reply: Reply, model: str, version: str | None) -> tuple[dict[str
 
 
 def _has_bounds(metadata: Any, d: Any) -> bool:
-    """Return whether the bounds in a model's metadata are numbers for its inputs, or there are none."""
+    """Return whether the bounds in a model's metadata are valid or absent."""
     given = metadata if isinstance(metadata, dict) else {}
     bounds = [given[name] for name in ("lower_bounds", "upper_bounds") if given.get(name) is not None]
     return len(bounds) != 1 and all(
@@ -386,7 +386,7 @@ def _domain(metadata: Mapping[str, Any] | None, d: int | None) -> Domain | None:
 
 
 def error_in(reply: Reply) -> ServiceError | None:
-    """Return the error that a reply is, if it is one."""
+    """Return the error that a reply describes, or ``None`` for status 200."""
     if reply.status == 200:
         return None
     problem = _load_json(reply.body)
@@ -406,7 +406,7 @@ def error_in(reply: Reply) -> ServiceError | None:
 
 
 def unexpected(reply: Reply, wanted: str) -> UnexpectedReply:
-    """Return the error for a reply that is not what was wanted."""
+    """Return the error for a reply that does not fit the request."""
     kind = reply.headers.get("content-type", "no type")[:100]
     request_id = reply.headers.get("x-request-id", "")
     detail = f"expected {wanted}; this is status {reply.status} with {len(reply.body)} bytes of {kind}"
@@ -414,7 +414,7 @@ def unexpected(reply: Reply, wanted: str) -> UnexpectedReply:
 
 
 def _array(field: str, given: ArrayLike) -> Array:
-    """Return numbers of any kind as float32, if they are, or float64, with as many axes as the field may have."""
+    """Convert numbers to an array: float32 stays float32, other dtypes become float64; check the number of axes."""
     detach = getattr(given, "detach", None)
     array = np.asarray(given if detach is None else detach().cpu().numpy())
     if array.dtype.kind not in "iuf":
@@ -430,7 +430,7 @@ def _encode(query: Mapping[str, str | None]) -> str:
 
 
 def _load_json(body: bytes) -> Any:
-    """Return a JSON value, or ``None`` for what is none: neither NaN nor lists nested without end."""
+    """Parse JSON strictly; return ``None`` for invalid JSON, such as NaN or too deep nesting."""
     try:
         return json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError):

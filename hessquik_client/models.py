@@ -27,11 +27,11 @@ class Options(TypedDict, total=False):
     """The options that all methods share.
 
     Attributes:
-        weights: (m,) or (n, m): derivatives of Σ_j weights_j f_j, and m becomes 1.
-        dtype: ``float32`` or ``float64`` to compute in; the model's own if not given.
+        weights: Weights of the outputs, (m,) or (n, m), to differentiate Σ_j weights_j f_j; m becomes 1.
+        dtype: Dtype to compute in, ``float32`` or ``float64``; the model's own if not given.
         outside: ``allow`` points outside the model's bounds, or ``refuse`` them with
             :class:`~hessquik_client.errors.OutsideDomain`; the service's setting if not given.
-        progress: Draw a bar over the parts of a split batch; needs ``rich``.
+        progress: Whether to show a progress bar for the parts of a split batch; needs ``rich``.
     """
 
     weights: ArrayLike | None
@@ -43,13 +43,14 @@ class Options(TypedDict, total=False):
 class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
     """One model of a service: exact derivatives as functions of points.
 
-    Points may be one, shape (d,), or a batch, shape (n, d); lists, numpy arrays and torch tensors are taken, numpy
-    arrays come back, without the n axis for one point. A batch over the service's limits is split, by points and by
+    Points are one point, shape (d,), or a batch, shape (n, d), as a list, numpy array or torch tensor. Results are
+    numpy arrays, without the n axis for one point. A batch over the service's limits is split by points and by
     directions, and its parts are sent concurrently.
 
-    Methods take the keywords of :class:`Options`. They raise :class:`~hessquik_client.errors.ClientError` when there
-    is no answer, one class per code; ``TypeError`` for what is no array of numbers, ``ValueError`` for another number
-    of axes or rows, and ``ImportError`` for a bar without ``rich``.
+    Methods take the keywords of :class:`Options`. They raise :class:`~hessquik_client.errors.ClientError` if the
+    service does not answer, with one subclass per error code; ``TypeError`` for an argument that is not an array of
+    numbers, ``ValueError`` for a wrong number of axes or rows, and ``ImportError`` for a progress bar without
+    ``rich``.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         version: str | int | None,
         persistence: Persistence,
     ) -> None:
-        """Ask for nothing yet."""
+        """Create the model; nothing is requested yet."""
         self._options: Options = {}
         self._run = run
         self._url = url
@@ -72,7 +73,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         return f"{type(self).__name__}({name!r}, version={version!r}{known}, url={self._url!r})"
 
     def with_options(self, **options: Unpack[Options]) -> Self:
-        """Return the same model with other options for all calls that do not say otherwise.
+        """Return the same model with other defaults for the options of its calls.
 
         Example:
             ``careful = model.with_options(outside="refuse")``
@@ -111,7 +112,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         return self._quantity("hessian_packed", x, None, options)
 
     def domain_distance(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
-        """Return 0 within the model's bounds, else the largest excess over an input's range, shape (n,)."""
+        """Return the largest excess over a bound in units of the input's range, 0 within the bounds; shape (n,)."""
         return self._quantity("domain_distance", x, None, options)
 
     def value_std(self, x: ArrayLike, **options: Unpack[Options]) -> ArrayT:
@@ -151,7 +152,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         Args:
             x: Points, (d,) or (n, d).
             quantities: Names out of :data:`hessquik_client.quantities.QUANTITIES`.
-            directions: (k, d) or (n, k, d), for jvp, hvp and curvature.
+            directions: Directions (k, d) or (n, k, d), for jvp, hvp and curvature.
             options: See :class:`Options`.
         """
         question, shows_progress = _question(x, quantities, directions, {**self._options, **options})
@@ -165,7 +166,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
 def _question(
     x: ArrayLike, quantities: Sequence[str], directions: ArrayLike | None, options: Options
 ) -> tuple[Question, bool]:
-    """Return the question that the arguments of a call ask, and if a bar is to be drawn."""
+    """Return the checked arguments of a call, and whether to show a progress bar."""
     _check_options(options)
     shows_progress = options.get("progress", False)
     bars.check(shows_progress)
@@ -182,10 +183,10 @@ class Model(RemoteModel[Array, Answer, dict[str, Any]]):
     """A model whose methods block until there is an answer; see :class:`RemoteModel`."""
 
     def local(self, device: str = "cpu", threads: int = 1) -> LocalModel:
-        """Fetch the served file and return a model with the same methods that computes in this process.
+        """Fetch the served file, and return a model with the same methods that computes in this process.
 
         Args:
-            device: Where to compute, as torch names it.
+            device: Device to compute on, as in torch.
             threads: Threads that share a large call, on a CPU.
 
         Raises:
@@ -203,7 +204,7 @@ class AsyncModel(RemoteModel[Awaitable[Array], Awaitable[Answer], Awaitable[dict
     """A model whose methods are awaited; see :class:`RemoteModel`."""
 
     async def local(self, device: str = "cpu", threads: int = 1) -> LocalModel:
-        """Return what :meth:`Model.local` returns: its methods compute at once and are not awaited."""
+        """Return a local model, see :meth:`Model.local`; its methods block and are not awaited."""
         kind = _local_model()
         document, data = await self._run(self._conversation.fetch())
         facts = self._conversation.facts

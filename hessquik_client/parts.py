@@ -1,4 +1,4 @@
-"""Batches over the service's limits: cut by points and by directions, and put together again."""
+"""Splitting of batches over the service's limits, by points and by directions, and joining of the results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PART_BYTES = 8 << 20
 
 
 class Part(NamedTuple):
-    """A part of a question.
+    """A part of a call.
 
     Attributes:
-        question: What is asked.
-        rows: The place of its points in the whole.
-        directions: The place of its directions in the whole.
+        question: The arguments of the part.
+        rows: Slice of its points in the whole call.
+        directions: Slice of its directions in the whole call.
     """
 
     question: Question
@@ -33,11 +33,11 @@ class Part(NamedTuple):
 
 
 def cut(question: Question, facts: Facts) -> list[Part]:
-    """Return the parts that fit the service's limits and :data:`PART_BYTES`, as even as they get.
+    """Split a call into parts of nearly equal size that fit the service's limits and :data:`PART_BYTES`.
 
-    As many directions go together as fit beside one point, then as many points as fit beside those. Quantities that
-    need no directions are asked with the first of them alone. A part of one point and one direction can still be over
-    a limit; the service says so.
+    A part has as many directions as fit with one point, then as many points as fit with these directions. Quantities
+    without directions are requested only with the first directions. A part of one point and one direction can still
+    exceed a limit; the service then refuses it.
 
     Example:
         >>> facts = Facts("1", 3, 1, "float64", rows=65536, directions=1024, body_bytes=1 << 24, reply_bytes=1 << 28)
@@ -75,22 +75,22 @@ def cut(question: Question, facts: Facts) -> list[Part]:
 
 
 class Result:
-    """Room for the answer to a whole question, which the answers to its parts are written into.
+    """The arrays of a whole call, which the answers of its parts are written to.
 
     Args:
-        question: The whole question.
+        question: The arguments of the whole call.
         facts: The model's sizes and dtype.
     """
 
     def __init__(self, question: Question, facts: Facts) -> None:
-        """Reserve the memory; it is used as it is written to."""
+        """Allocate the arrays; the system provides their pages when they are written."""
         dtype = question.dtype or facts.dtype
         self.arrays: dict[str, Array] = {
             name: np.empty(question.shape(name, facts.m or 1), dtype) for name in question.quantities
         }
 
     def put(self, part: Part, answer: Answer) -> None:
-        """Write a part's answer to its place."""
+        """Write the answer of a part to its slice."""
         for name, array in answer.arrays.items():
             place = (part.rows, part.directions) if name in DIRECTIONAL else part.rows
             self.arrays[name][place] = array
@@ -113,7 +113,7 @@ def _largest(most_bytes: int, size: Callable[[int], int]) -> int:
 
 
 def _evenly(count: int, most: int) -> list[slice]:
-    """Return slices of at most so many, at least one, of a count; one empty slice of none.
+    """Return slices of nearly equal length, at most ``most``, that cover ``count``; one empty slice if it is 0.
 
     Example:
         >>> _evenly(7, 3)
@@ -124,7 +124,7 @@ def _evenly(count: int, most: int) -> list[slice]:
 
 
 def _slice(question: Question, rows: slice, along: slice) -> Question:
-    """Return the question about some points and some directions."""
+    """Return the arguments for some points and some directions."""
     weights, directions, quantities = question.weights, question.directions, question.quantities
     if weights is not None and weights.ndim == 2:
         weights = weights[rows]

@@ -1,4 +1,4 @@
-"""The progress bar over the parts of a split batch, drawn with rich where that is installed."""
+"""The progress bar for the parts of a split batch, drawn with rich."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["bar", "check"]
 
 
 def check(shows_progress: bool) -> None:
-    """Refuse a bar that cannot be drawn.
+    """Check that a progress bar can be shown, if it is requested.
 
     Raises:
         ImportError: rich is not installed.
@@ -27,7 +27,7 @@ def check(shows_progress: bool) -> None:
 
 @contextmanager
 def bar(step: Together) -> Iterator[Callable[[int], None]]:
-    """Draw a bar, or nothing, and yield what advances it."""
+    """Show a progress bar if the step asks for one; yield the function that advances it."""
     if not step.shows_progress:
         yield lambda size: None
         return

@@ -1,7 +1,7 @@
-"""The quantities that can be asked for, and their sizes, as service and client need them.
+"""The quantities of the service, and their sizes, for server and client.
 
-They are those of :mod:`hessquik.quantities`, which is imported without torch; the standard deviations over an
-ensemble's members; and ``domain_distance``, which follows from a model's bounds without its network.
+These are the quantities of :mod:`hessquik.quantities`, which is imported without torch; the standard deviations over
+an ensemble's members; and ``domain_distance``, which depends on a model's bounds only.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ else:
 
 
 def quantities_of(members: int) -> tuple[str, ...]:
-    """Return what can be asked of a model.
+    """Return the names of the quantities of a model.
 
     Args:
-        members: Networks in it; 1 if it is not an ensemble.
+        members: Number of its networks; 1 if it is not an ensemble.
 
     Example:
         >>> "value_std" in quantities_of(5), "value_std" in quantities_of(1)
@@ -66,7 +66,7 @@ def quantities_of(members: int) -> tuple[str, ...]:
 
 
 def describe_shape(quantity: str) -> str:
-    """Return the shape of a quantity of a batch, in letters.
+    """Return the shape of a quantity of a batch as text with the letters n, d, k and m.
 
     Example:
         >>> describe_shape("hessian_packed")
@@ -87,7 +87,7 @@ def row_shapes(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted:
 
 
 def floats_per_row(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted: bool) -> int:
-    """Return how many numbers a reply has per point.
+    """Return the number of floats per point in a reply.
 
     Example:
         >>> floats_per_row(("value", "hvp"), d=3, m=2, k=5, is_weighted=False)

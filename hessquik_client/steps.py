@@ -1,8 +1,8 @@
-"""The steps that a client takes to get an answer, without any input or output.
+"""The logic of the client without input or output ("sans I/O").
 
-Everything that takes a decision is written here once, as generators: they yield a step, receive its outcome and
-return the result. :class:`~hessquik_client.Client` carries the steps out with blocking calls,
-:class:`~hessquik_client.AsyncClient` with awaited ones.
+Every decision is made here, in generators that yield a step, receive its outcome and return the result.
+:class:`~hessquik_client.Client` runs the steps with blocking calls, :class:`~hessquik_client.AsyncClient` with
+awaited ones.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ LIST_BYTES = 64 << 20
 
 
 class OutsideDomainWarning(UserWarning):
-    """Points are outside the bounds within which a model was fitted; what it says there is extrapolated."""
+    """Points are outside the bounds within which a model was fitted, so that it extrapolates."""
 
 
 class Send(NamedTuple):
-    """Send a request; the outcome is the reply, or the error that kept it from coming within the time."""
+    """Send a request; the outcome is the reply, or the error if none is received within the time limit."""
 
     request: Request
     within_s: float
@@ -71,13 +71,13 @@ class Pause(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Carry out several conversations at once; there is no outcome.
+    """Run several generators of steps concurrently; there is no outcome.
 
     Attributes:
-        conversations: Steps each.
-        sizes: Points in each, or points times directions where those are split.
-        unit: The word for them.
-        shows_progress: Draw a bar.
+        conversations: The generators of steps.
+        sizes: Points of each, or points times directions if directions are split.
+        unit: The unit of ``sizes``, for the progress bar.
+        shows_progress: Whether to show a progress bar.
     """
 
     conversations: Sequence[Steps[None]]
@@ -94,14 +94,14 @@ Steps = Generator[Send | Pause | Together, Any, T]
 class Persistence:
     """The limits of a call: time and number of tries.
 
-    What is tried again: a lost connection, 503 and 504, and a proxy's own 5xx, since evaluating twice does no harm.
-    Before retry k = 0, 1, … the client waits a random time up to ``0.05 · 2^k`` seconds, two at most ("full jitter",
-    so that clients do not come back in step; M. Brooker, "Exponential Backoff And Jitter", 2015), on top of what
-    Retry-After asks for. All retries of a client together are at most ten, plus a tenth of its calls: an outage is
-    not made worse.
+    Lost connections, 503, 504 and a proxy's 5xx are retried, since evaluating twice is safe. Before retry
+    k = 0, 1, … the client waits for the time in Retry-After plus a random time up to ``0.05 · 2^k`` seconds, at most
+    two ("full jitter", so that clients do not retry in step; M. Brooker, "Exponential Backoff And Jitter", 2015). A
+    retry budget limits all retries of a client to ten plus a tenth of its calls, so that retries do not worsen an
+    outage.
 
     Args:
-        deadline_s: Time for a call, or for each part of a batch that is split.
+        deadline_s: Time limit of a call, or of each part of a batch that is split.
         retries: Most retries of a request.
     """
 
@@ -109,7 +109,7 @@ class Persistence:
     retries: int = 3
 
     def __post_init__(self) -> None:
-        """Start with a full budget."""
+        """Start with a full retry budget."""
         if not (0 < self.deadline_s < float("inf") and self.retries >= 0):
             given = f"{self.deadline_s} and {self.retries}"
             raise ValueError(f"deadline_s, retries: expected seconds over 0 and a number from 0 on, got {given}")
@@ -117,16 +117,16 @@ class Persistence:
         self._lock = Lock()
 
     def end_s(self) -> float:
-        """Return the end of a call that begins now, on the monotonic clock."""
+        """Return the deadline of a call that starts now, on the monotonic clock."""
         return time.monotonic() + self.deadline_s
 
     def earn(self) -> None:
-        """Add a tenth of a retry to the budget, for a call."""
+        """Add a tenth of a retry to the retry budget, once per call."""
         with self._lock:
             self._budget = min(10.0, self._budget + 0.1)
 
     def pause_s(self, attempt: int, error: ClientError) -> float | None:
-        """Return how long to wait before the next attempt; ``None`` to give up."""
+        """Return the time to wait before the next attempt, or ``None`` if the error is final."""
         can_help = (
             isinstance(error, ConnectionLost)
             or (isinstance(error, ServiceError) and error.status in {503, 504})
@@ -142,15 +142,15 @@ class Persistence:
 
 
 def exchange(request: Request, persistence: Persistence, end_s: float | None = None) -> Steps[Reply]:
-    """Get the reply to a request.
+    """Send a request, with retries, and return the reply.
 
     Args:
         request: The request.
-        persistence: How often to try.
-        end_s: Until when, on the monotonic clock; the persistence's deadline from now on if not given.
+        persistence: Time limit and number of retries.
+        end_s: Deadline on the monotonic clock; by default that of a call that starts now.
 
     Raises:
-        ClientError: there is none, or it is an error.
+        ClientError: no reply is received, or the reply is an error.
     """
     end_s = persistence.end_s() if end_s is None else end_s
     persistence.earn()
@@ -178,7 +178,7 @@ def list_models(persistence: Persistence) -> Steps[list[dict[str, Any]]]:
 
 
 def post(model: str, action: str, persistence: Persistence) -> Steps[dict[str, Any]]:
-    """Have a model loaded or unloaded."""
+    """Make the service load or unload a model; ``action`` is the last part of the path, with its query."""
     request = Request("POST", f"/v1/models/{quote(model, safe='')}/{action}")
     reply = yield from exchange(request, persistence)
     document = parse_document(reply)
@@ -188,19 +188,19 @@ def post(model: str, action: str, persistence: Persistence) -> Steps[dict[str, A
 
 
 class Conversation:
-    """All that is said about one model.
+    """The calls to one model, with what is known about it.
 
     Args:
-        model: Its name.
+        model: Name of the model.
         version: A version, or ``None`` for the service's default.
-        persistence: How long and how often to try.
+        persistence: Time limit and number of retries.
 
     Attributes:
-        facts: What the service said of the model last, if it did.
+        facts: The last description of the model, if one was received.
     """
 
     def __init__(self, model: str, version: str | None, persistence: Persistence) -> None:
-        """Nothing is known of the model yet."""
+        """Start without a description of the model."""
         self.model = model
         self.version = version
         self.facts: Facts | None = None
@@ -208,7 +208,7 @@ class Conversation:
         self._has_warned = False
 
     def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
-        """Get what the service says of the model now."""
+        """Request the service's description of the model."""
         query = "" if self.version is None else f"?version={quote(self.version)}"
         request = Request("GET", f"/v1/models/{quote(self.model, safe='')}{query}")
         reply = yield from exchange(request, self._persistence, end_s)
@@ -216,19 +216,19 @@ class Conversation:
         return document
 
     def fetch(self) -> Steps[tuple[dict[str, Any], bytes]]:
-        """Get what the service says of the model now, and the file of that version."""
+        """Request the service's description of the model, and the file of that version."""
         end_s = self._persistence.end_s()
         document = yield from self.describe(end_s)
         request = file_request(self.model, str(document["version"]))
         return document, parse_file((yield from exchange(request, self._persistence, end_s)))
 
     def quantity(self, question: Question, shows_progress: bool) -> Steps[Array]:
-        """Answer a question about one quantity."""
+        """Evaluate one quantity."""
         answer = yield from self.evaluate(question, shows_progress)
         return answer[question.quantities[0]]
 
     def evaluate(self, question: Question, shows_progress: bool) -> Steps[Answer]:
-        """Answer a question; a batch that is too large for one request in parts, all by the same version."""
+        """Evaluate quantities; a batch that is too large for one request is split, with one version for all parts."""
         end_s = self._persistence.end_s()
         if self.facts is None:
             yield from self.describe(end_s)
@@ -249,7 +249,7 @@ class Conversation:
         return answer
 
     def _warn_outside(self, question: Question) -> None:
-        """Warn, once, of points outside the model's bounds, unless the service refuses them."""
+        """Warn once of points outside the model's bounds, unless the service refuses them."""
         domain = None if self.facts is None else self.facts.domain
         d = question.inputs.shape[-1]
         if domain is None or self._has_warned or question.outside == "refuse" or len(domain.lower) != d:
@@ -266,7 +266,7 @@ class Conversation:
             )
 
     def _evaluate(self, question: Question, facts: Facts | None, shows_progress: bool, end_s: float) -> Steps[Answer]:
-        """Answer a question about a model of these sizes, in as many parts as it takes."""
+        """Evaluate quantities of a model of known sizes, in one or several parts."""
         if facts is None or facts.m is None or len(cut(question, facts)) == 1:
             return (yield from self._ask(self.version, question, facts, end_s))
         yield from self.describe(end_s)
@@ -279,19 +279,19 @@ class Conversation:
         return Answer(self.model, pinned.version, result.arrays)
 
     def _put(self, part: Part, facts: Facts, result: Result) -> Steps[None]:
-        """Have a part answered by the version that was described, and write the answer to its place."""
+        """Request a part from the version in ``facts``, and write the answer to the result."""
         end_s = self._persistence.end_s()
         result.put(part, (yield from self._ask(facts.version, part.question, facts, end_s)))
 
     def _ask(self, version: str | None, question: Question, facts: Facts | None, end_s: float) -> Steps[Answer]:
-        """Have a question answered by one request."""
+        """Evaluate quantities in one request."""
         request = build_request(self.model, version, question, facts)
         reply = yield from exchange(request, self._persistence, end_s)
         return parse_answer(reply, self.model, version, question, facts)
 
 
 def _frames_to_caller() -> int:
-    """Return the level of a warning that is shown where the client was called."""
+    """Return the ``stacklevel`` at which a warning points to the caller of the client."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hessquik_client"):
         level, frame = level + 1, frame.f_back

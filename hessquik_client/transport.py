@@ -1,7 +1,7 @@
-"""The client's additions to httpx: a time limit for a whole exchange, and a limit of bytes for what is read.
+"""The client's additions to httpx: a time limit for a whole exchange, and a limit on the bytes of a reply.
 
-httpx bounds each wait by itself, so that a server that sends a byte now and then could hold a blocking caller for
-ever, and it reads and decompresses whatever comes.
+httpx limits each read separately, so that a server that sends a byte now and then could block a caller for ever; and
+it reads and decompresses replies of any size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONNECT_S = 5.0
 
 
 def options(step: Send) -> dict[str, Any]:
-    """Return what ``stream`` of httpx's clients is called with."""
+    """Return the arguments of ``stream`` of httpx's clients for a step."""
     request, within_s = step.request, step.within_s
     return {
         "method": request.method,
@@ -44,14 +44,14 @@ def options(step: Send) -> dict[str, Any]:
 
 
 class Body:
-    """Collects the body of a reply, as long as it may be one.
+    """Collects the body of a reply, within a limit.
 
     Args:
-        step: The request, with the largest body that may answer it.
+        step: The step, whose request limits the size of the body.
         response: The head of the reply.
 
     Raises:
-        UnexpectedReply: the reply is compressed, which was not asked for, or too large.
+        UnexpectedReply: the reply is compressed, which was not requested, or too large.
     """
 
     def __init__(self, step: Send, response: httpx.Response) -> None:
@@ -70,7 +70,7 @@ class Body:
             self._refuse()
 
     def add(self, chunk: bytes) -> None:
-        """Take a chunk.
+        """Append a chunk.
 
         Raises:
             UnexpectedReply: the reply is too large.
@@ -81,7 +81,7 @@ class Body:
             self._refuse()
 
     def reply(self) -> Reply:
-        """Return the whole reply."""
+        """Return the complete reply."""
         return Reply(self._reply.status, self._reply.headers, b"".join(self._chunks))
 
     def _refuse(self) -> None:
@@ -89,22 +89,22 @@ class Body:
 
 
 def translate(error: httpx.RequestError, step: Send) -> ClientError:
-    """Return the client's error for one of httpx; what broke may be tried again, what took all the time may not."""
+    """Return the client's error for one of httpx: retryable for a lost connection, final for a timeout."""
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return too_late(step)
     return ConnectionLost(f"expected a whole reply, the connection broke: {type(error).__name__}: {error}")
 
 
 def too_late(step: Send) -> DeadlineExceeded:
-    """Return the error for a reply that did not come within the time."""
+    """Return the error for a reply that was not received within the time limit."""
     return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none", status=0)
 
 
 class DeadlineTransport(httpx.BaseTransport):
-    """A pool of connections whose timeouts bound a whole exchange instead of each wait of it.
+    """A connection pool whose timeouts limit a whole exchange instead of each read and write.
 
     Args:
-        url: The service's; a proxy that the environment names for it is used, as by httpx itself.
+        url: Address of the service; a proxy that the environment sets for it is used, as httpx does.
     """
 
     def __init__(self, url: httpx.URL) -> None:
@@ -119,7 +119,7 @@ class DeadlineTransport(httpx.BaseTransport):
         )
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request and return the head of its reply, with the body to be read."""
+        """Send a request and return its response, whose body is not read yet."""
         now, url = time.monotonic(), request.url
         # Points in time, for our streams; the pool itself still waits for seconds.
         ends = {name: now + seconds for name, seconds in request.extensions["timeout"].items() if name != "pool"}
@@ -143,7 +143,7 @@ class DeadlineTransport(httpx.BaseTransport):
 
 
 class _Chunks(httpx.SyncByteStream):
-    """The body of a reply as it comes."""
+    """The body of a reply as a stream."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
@@ -157,7 +157,7 @@ class _Chunks(httpx.SyncByteStream):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Opens connections; timeouts are points in time on the monotonic clock, also those of the streams."""
+    """Opens connections; timeouts are deadlines on the monotonic clock, also those of the streams."""
 
     def connect_tcp(
         self,
@@ -167,7 +167,7 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """Connect to the first address that answers; none may take all the time that is left."""
+        """Connect to the first address that answers; each address gets a share of the remaining time."""
         try:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
@@ -214,7 +214,7 @@ class _Stream(httpcore.NetworkStream):
             return _Stream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
 
     def get_extra_info(self, info: str) -> Any:
-        """Say whether there is something to read, which on an idle connection is its end."""
+        """Return ``is_readable``: data on an idle connection means that it was closed."""
         if info != "is_readable":
             return None
         with selectors.DefaultSelector() as selector:
@@ -226,7 +226,7 @@ class _Stream(httpcore.NetworkStream):
 def _time_for(
     connection: socket.socket, end_s: float | None, late: type[Exception], broken: type[Exception], share: int = 1
 ) -> Iterator[None]:
-    """Give a socket operation the time until ``end_s``, or a share of it, and raise the errors of httpcore."""
+    """Limit a socket operation to the time until ``end_s``, or a share of it, and raise httpcore's errors."""
     seconds = None if end_s is None else (end_s - time.monotonic()) / share
     if seconds is not None and seconds <= 0:
         raise late("the time is over")
@@ -250,7 +250,7 @@ def _errors_of_httpx() -> Iterator[None]:
 
 
 def _proxy(url: httpx.URL) -> httpcore.Proxy | None:
-    """Return the proxy that the environment names for a URL."""
+    """Return the proxy that the environment sets for a URL, or ``None``."""
     address = urllib.request.getproxies().get(url.scheme)
     if address is None or urllib.request.proxy_bypass(url.host):
         return None
