@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -114,6 +116,53 @@ def test_each_node_answers_every_quantity(address: str, cluster: TwoNodes, model
         }
         for quantity, tensor in expected.items():
             assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, (path.stem, quantity)
+
+
+DATASET = """
+import json, sys
+import numpy as np, ray, ray.data
+from ray.util.state import list_actors
+from service.ray_data import evaluate_dataset
+
+address, node, path, points, results = sys.argv[1:]
+ray.init(address=address, _node_ip_address=node, logging_level="ERROR", log_to_driver=False)
+context = ray.data.DataContext.get_current()
+context.enable_progress_bars, context.wait_for_min_actors_s = False, 120  # or the first takes all
+rows = ray.data.from_numpy(np.load(points)).rename_columns({"data": "x"}).repartition(16)
+found = evaluate_dataset(rows, path, ["value", "hessian"], actors=3)
+nodes = set()
+with open(results, "wb") as file:
+    taken = []
+    for batch in found.iter_batches(batch_size=None):
+        actors = [one for one in list_actors(address=address) if "MapBatches" in one.class_name]
+        nodes |= {one.node_id for one in actors if one.node_id}
+        taken.append(batch)
+    np.savez(file, **{name: np.concatenate([batch[name] for batch in taken]) for name in taken[0]})
+print(len(nodes))
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_dataset_is_evaluated_on_both_nodes(cluster: TwoNodes, models: Path, tmp_path: Path) -> None:
+    """Each node has two free CPUs, and three processes evaluate."""
+    path = models / "peaks.safetensors"
+    x = np.random.default_rng(3).uniform(-3, 3, (80_000, 2))
+    np.save(tmp_path / "points.npy", x)
+    arguments = [cluster.address, FIRST, path, tmp_path / "points.npy", tmp_path / "results.npz"]
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DATASET, *map(str, arguments)],
+        env=cluster.environment, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[-1] == "2", "both nodes had actors"
+    found = np.load(tmp_path / "results.npz")
+    order, wanted = np.lexsort(found["x"].T), np.lexsort(x.T)
+    assert np.array_equal(found["x"][order], x[wanted])
+    some = slice(None, None, 100)
+    value, _, second = oracle.derivatives(hessquik.load(path).double(), torch.from_numpy(x[wanted][some]))
+    assert oracle.difference(torch.from_numpy(found["value"][order][some]), value) <= TOLERANCE
+    assert oracle.difference(torch.from_numpy(found["hessian"][order][some]), second) <= TOLERANCE
 
 
 def rate(url: str, seconds: float) -> float:

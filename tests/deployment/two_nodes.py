@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 
 
 class TwoNodes:
-    """Two nodes, on which ``serve deploy`` has put the shipped application.
+    """Two nodes, on which ``serve deploy`` has put the shipped application; it takes two of the four CPUs of each.
 
     Args:
         models: What they serve.
@@ -34,7 +34,7 @@ class TwoNodes:
         # Ports from 10,002 to 19,999 are for Ray's workers; those of the system come from above.
         self._log_path = folder / "log"
         self._log = self._log_path.open("w")
-        self._environment = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # or a token of the user's is wanted from everybody who asks the dashboard
@@ -42,6 +42,8 @@ class TwoNodes:
             "HESSQUIK_MODELS": str(models),
             "HESSQUIK_PORT": str(self.port),
         }
+        #: Where programs join the cluster.
+        self.address = f"{FIRST}:{gcs}"
         self._nodes: list[psutil.Process] = []
         try:
             self._begin(folder, gcs, dashboard, client, agents)
@@ -60,7 +62,7 @@ class TwoNodes:
         self.second = self._start(SECOND, agents[1], "--address", f"{FIRST}:{gcs}")
         done = subprocess.run(
             [BIN / "serve", "deploy", ROOT / "deploy" / "ray" / "serve.yaml", "--address", self._dashboard],
-            env=self._environment, stdout=self._log, stderr=self._log, check=False,
+            env=self.environment, stdout=self._log, stderr=self._log, check=False,
         )  # fmt: skip
         assert done.returncode == 0, self.log()
         for address in (FIRST, SECOND):
@@ -80,9 +82,9 @@ class TwoNodes:
         return next(one for one in node.children(recursive=True) if "serve" in _arguments(one))
 
     def _start(self, address: str, agent: int, *arguments: object) -> psutil.Process:
-        resources = ["--num-cpus", 2, "--num-gpus", 1, "--dashboard-agent-listen-port", agent]
+        resources = ["--num-cpus", 4, "--num-gpus", 1, "--dashboard-agent-listen-port", agent]
         command = [BIN / "ray", "start", "--block", "--node-ip-address", address, *resources, *arguments]
-        node = psutil.Popen(list(map(str, command)), env=self._environment, stdout=self._log, stderr=self._log)
+        node = psutil.Popen(list(map(str, command)), env=self.environment, stdout=self._log, stderr=self._log)
         self._nodes.append(node)
         return node
 
