@@ -15,7 +15,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick bench chaos gpu sanitize check format docs wheels lock image image-test clean
+.PHONY: serve test quick bench chaos gpu sanitize fuzz check format docs wheels lock image image-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -48,6 +48,10 @@ chaos: $(STAMP)  ## every test with every count in full, and those that take lon
 
 sanitize: $(STAMP)  ## the C kernel under AddressSanitizer, UBSan and ThreadSanitizer
 	$(BIN)/python tools/sanitize.py
+
+fuzz: $(STAMP)  ## look for input that is not handled, a minute for each reader; finds go to build/fuzz
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tools/fuzz.py
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -58,14 +58,15 @@ class Socket:
 
     def __init__(self, _: Any, on_frame: Any, on_lost: Any, on_head: Any) -> None:
         self.on_frame, self.on_lost = on_frame, on_lost
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[tuple[dict[str, Any], int, bool]] = []
         self.is_closed = False
 
     def write(self, head: dict[str, Any], fields: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         if head["op"] == "plan":
             self.on_frame({"op": "planned", "number": head["number"], "row_cost": 100.0, "row_s": 1e-6}, {})
         elif head["op"] == "evaluate":
-            self.asked.append(head)
+            k = fields["directions"].shape[1] if "directions" in fields else 0
+            self.asked.append((head, k, "weights" in fields))
 
     def close(self) -> None:
         self.is_closed = True
@@ -74,10 +75,10 @@ class Socket:
     def answer(self, error: str | None = None) -> None:
         """Answer everything that was asked."""
         asked, self.asked = self.asked, []
-        for head in asked:
+        for head, k, is_weighted in asked:
             reply: dict[str, Any] = {"op": "done", "number": head["number"]}
             fields: dict[str, Any] = {}
-            shapes = row_shapes(tuple(head["quantities"]), D, M, 0, False)
+            shapes = row_shapes(tuple(head["quantities"]), D, M, k, is_weighted)
             if error is not None:
                 reply["error"] = error
             elif head["form"] == "arrays":
