@@ -94,7 +94,8 @@ def test_a_worker_without_memory_costs_at_most_a_refusal(server: LiveServer) -> 
         httpx.post(f"{server.url}/v1/models/peaks/evaluate", json=body, timeout=60).status_code for _ in range(3)
     ]
     assert set(statuses) <= {200, 503}
-    resource.prlimit(worker.pid, resource.RLIMIT_AS, (-1, -1)) if worker.is_running() else None
+    if worker.is_running():
+        resource.prlimit(worker.pid, resource.RLIMIT_AS, (-1, -1))
     until(server)
     is_noticed = 503 in statuses or server.metric("hessquik_worker_restarts_total") > restarts
     assert is_noticed, "the control: memory was short"
