@@ -1,7 +1,7 @@
-"""Values and derivatives of a chain of layers: the formulas, each once.
+"""Formulas of the values and derivatives of a chain of layers.
 
-Linearise every layer where the one before it leaves the features, carry tangents along, pull adjoints back. With
-dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z), every quantity is a sum over hidden units:
+Every layer is linearised at the output of the one before it; tangents are propagated forward and adjoints backward.
+With dz = ∂z/∂x, gs the adjoint of σ(z) and c = gs ⊙ σ''(z), every quantity is a sum over hidden units:
 
     gradient           the adjoint of x
     Hessian            Σ dzᵀ diag(c) dz                      a sum of congruences; packed, its lower triangle
@@ -16,8 +16,8 @@ which takes fewer operations when there are many outputs and few inputs. Where x
 d columns, [K₁ K₂ …] = QR, tangents may start from the rows of Qᵀ instead of the unit vectors: f(x) = g(xQ), so
 ∇²f = Q ∇²g Qᵀ and Δf = Δg.
 
-Both run on tensors, where they are the reference, and on the traced arrays of :mod:`hessquik.trace`, where they leave
-the graph of a plan.
+Both run on tensors, as the reference, and on the traced arrays of :mod:`hessquik.trace`, which record the graph of a
+plan.
 
 Letters: n samples, d inputs, m outputs (1 if weighted), k directions, w hidden units. Shapes: (n, k, w); a leading
 axis of 1 stands for all samples.
@@ -55,18 +55,18 @@ __all__ = [
 
 
 class Unavailable(Exception):
-    """A mode that does not offer a quantity."""
+    """The mode cannot compute a quantity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question at a batch of points.
+    """The arguments of an evaluation.
 
     Attributes:
         x: Points (n, 1, d).
-        quantities: Names.
+        quantities: Names of the quantities.
         weights: λ (n or 1, 1, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ; m becomes 1.
-        directions: (n or 1, k, d).
+        directions: Directions v (n or 1, k, d).
         basis: Q (d, r), if tangents start from the rows of Qᵀ.
     """
 
@@ -78,11 +78,11 @@ class Question:
 
     @property
     def order(self) -> int:
-        """Order of the highest derivative."""
+        """Return the order of the highest derivative."""
         return highest_order(self.quantities)
 
     def start(self) -> Tensor:
-        """Return the tangents that all axes are spanned by: (1, d, d), or (1, r, d) with a basis."""
+        """Return the initial tangents: the unit vectors (1, d, d), or the rows of Qᵀ (1, r, d) with a basis."""
         return _unit(self.x, self.x.shape[-1]) if self.basis is None else self.basis.mT.unsqueeze(0)
 
     def along(self) -> Tensor:
@@ -94,11 +94,11 @@ class Question:
 
 
 class Backward:
-    """Quantities by adjoints.
+    """Computation of the quantities by adjoints.
 
     Args:
         forms: The layers.
-        question: What is asked.
+        question: The arguments of the evaluation.
     """
 
     def __init__(self, forms: Sequence[Form], question: Question) -> None:
@@ -173,16 +173,16 @@ class Backward:
 
     @cached_property
     def _units(self) -> list[Tensor]:
-        """The tangents dz of every layer's hidden units that all axes are spanned by."""
+        """Return the tangents dz of every layer's hidden units for the initial tangents."""
         return self._push(self._question.start())
 
     @cached_property
     def _along(self) -> list[Tensor]:
-        """The tangents dz v."""
+        """Return the tangents dz v of every layer's hidden units for the directions."""
         return self._push(self._question.along())
 
     def _push(self, tangents: Tensor) -> list[Tensor]:
-        """Carry tangents through the layers and return what they are at every z."""
+        """Propagate tangents through the layers and return those at every z."""
         du: Parts = (tangents,)
         dz: list[Tensor] = []
         for here in self._chain:
@@ -192,7 +192,7 @@ class Backward:
 
     @property
     def _unit(self) -> Tensor:
-        """The adjoints of y that everything is pulled back from."""
+        """Return the initial adjoints of the output: unit vectors, or the weights λ."""
         return _unit(self._y, self._y.shape[-1]) if self._question.weights is None else self._question.weights
 
     @cached_property
@@ -207,15 +207,15 @@ class Backward:
 
     @cached_property
     def _middle(self) -> Tensor:
-        """The Hessian with respect to what the tangents start from."""
+        """Return the Hessian with respect to the coordinates of the initial tangents."""
         return _total(congruence(dz, c) for dz, c in zip(self._units, self._c, strict=True))
 
     def _pull(self, gy: Tensor, extra: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
         """Pull adjoints of y back to x.
 
         Args:
-            gy: Adjoints of y.
-            extra: Those that enter at every z.
+            gy: Adjoints of the output y.
+            extra: Adjoints that are added at every z.
 
         Returns:
             c = gs ⊙ σ''(z) of every layer, and the adjoints of x.
@@ -230,19 +230,19 @@ class Backward:
 
 
 class Forward:
-    """Quantities by tangents and second derivatives that are carried along.
+    """Computation of the quantities by tangents and second derivatives, propagated forward.
 
     Args:
         forms: The layers.
-        question: What is asked.
+        question: The arguments of the evaluation.
 
     Raises:
-        Unavailable: weights come with quantities that run along all axes, or the quantities need both all axes and
-            the given directions as tangents.
+        Unavailable: there are weights and a quantity over all axes, or the quantities need as tangents both all axes
+            and the given directions.
     """
 
     def __init__(self, forms: Sequence[Form], question: Question) -> None:
-        """Carry everything through all layers."""
+        """Propagate tangents and second derivatives through all layers."""
         self._question = question
         asked = [QUANTITIES[name] for name in question.quantities if QUANTITIES[name].order]
         self._is_along = bool(asked) and all(quantity.is_directional for quantity in asked)
@@ -332,22 +332,22 @@ class Forward:
 
     @property
     def hvp(self) -> Tensor:
-        """Not in this mode."""
+        """Raise :class:`Unavailable`: this mode cannot compute Hessian-vector products."""
         raise Unavailable("hvp by tangents alone")
 
     def _expect(self, *, is_along: bool) -> None:
-        """Refuse a formula that needs the other kind of tangents."""
+        """Check that the tangents are of the kind that a formula needs: the directions, or all axes."""
         if self._is_along != is_along:
             raise Unavailable("derivatives along all axes from those along given directions, or the reverse")
 
     def _weighted(self, y: Tensor) -> Tensor:
-        """The weighted sums of what has m columns."""
+        """Return the weighted sums of an array with m columns; without weights the array itself."""
         weights = self._question.weights
         return y if weights is None else y @ weights.mT
 
 
 def linearize(forms: Sequence[Form], features: Parts, order: int) -> list[Linearization]:
-    """Linearise each layer of a chain where the one before it leaves the features."""
+    """Linearise each layer of a chain at the output of the one before it."""
     chain: list[Linearization] = []
     for form in forms:
         chain.append(form.linearize(features, order))
@@ -356,17 +356,17 @@ def linearize(forms: Sequence[Form], features: Parts, order: int) -> list[Linear
 
 
 def compute(mode: type[Backward] | type[Forward], forms: Sequence[Form], question: Question) -> dict[str, Tensor]:
-    """Compute the quantities that a question asks for; value-like ones have an axis of 1 in the samples' place.
+    """Compute the requested quantities, each with a leading axis n; values have shape (n, 1, m).
 
     Raises:
-        Unavailable: the mode does not offer one of them.
+        Unavailable: the mode cannot compute one of them.
     """
     at = mode(forms, question)
     return {name: QUANTITIES[name].formula(at) for name in question.quantities}
 
 
 class Derivatives:
-    """The quantities that were asked for, by name; a quantity that was not asked for is ``None``.
+    """The requested quantities, as attributes; a quantity that was not requested is ``None``.
 
     Shapes: value (n, m), gradient (n, d, m), hessian (n, d, d, m), laplacian (n, m), hessian_diagonal (n, d, m), jvp
     (n, k, m), hvp (n, k, d, m), curvature (n, k, m), hessian_packed (n, d(d+1)/2, m), and what else
@@ -381,17 +381,17 @@ class Derivatives:
     __slots__ = ("_found",)
 
     def __init__(self, **found: Tensor) -> None:
-        """Take the quantities."""
+        """Store the quantities."""
         self._found = found
 
     def __getattr__(self, name: str) -> Tensor | None:
-        """A quantity, or ``None``."""
+        """Return a quantity, or ``None`` if it was not requested."""
         if name not in QUANTITIES and name not in SPREADS:
             raise AttributeError(f"there is no quantity {name!r}; expected one of {', '.join(QUANTITIES)}")
         return self._found.get(name)
 
     def __repr__(self) -> str:
-        """The names and shapes."""
+        """Return the names and shapes of the quantities."""
         return f"Derivatives({', '.join(f'{name}={list(array.shape)}' for name, array in self._found.items())})"
 
 
@@ -403,7 +403,7 @@ def evaluate(
     directions: Tensor | None = None,
     mode: type[Backward] | type[Forward] = Backward,
 ) -> Derivatives:
-    """Compute the wanted quantities at ``x`` with tensors, in one pass: the reference for every backend.
+    """Compute quantities with torch in one pass, as the reference for every backend.
 
     Args:
         forms: The layers.

@@ -1,9 +1,9 @@
-"""Checkpoints that users of the original hessQuik have on disk, as networks.
+"""Conversion of checkpoints of the original hessQuik.
 
-``torch.save`` wrote them with pickle, from a whole network or from its state dict. They are read by
-``torch.load(weights_only=True)``, which runs no code of theirs: the names of the original's classes lead to
-stand-ins that only hold attributes, and a pickle that names anything else is refused. What the stand-ins hold becomes
-an architecture and weights, which pass the same checks as a file's.
+The original's users save networks, or their state dicts, with ``torch.save``, which uses pickle. They are read by
+``torch.load(weights_only=True)``, which runs no code from the file: the names of the original's classes are mapped to
+stand-ins that only hold attributes, and a pickle that names anything else is refused. The attributes become an
+architecture and weights, which pass the same checks as those of a model file.
 """
 
 from __future__ import annotations

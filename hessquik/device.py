@@ -1,4 +1,4 @@
-"""Devices as values: the numbers of a processor that planning depends on."""
+"""The figures of a device that planning depends on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["CPU", "GPU", "Device"]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The numbers of a processor, and of the backend that uses it, that planning depends on.
+    """The figures of a device, and of its backend, that planning depends on.
 
     Attributes:
-        vector_bytes: Arrays are padded to whole vectors of that many bytes.
-        tile_bytes: What the memory of a tile may take, so that it stays in a cache.
-        matrix_bytes: What the constant matrices may take, so that they stay there too.
-        operations_per_byte: Floating-point operations that take as long as moving a byte to or from that cache.
-        smallest_tile_rows: Rows of the smallest tile: a wide layer's matrix is fetched for that many at least.
-        largest_tile_rows: Rows of the largest tile.
-        pairs_per_output: Pairs of tangents per output above which second derivatives are not carried forward.
+        vector_bytes: Bytes of a vector; arrays are padded to whole vectors.
+        tile_bytes: Most bytes of a tile's memory, so that it stays in the cache.
+        matrix_bytes: Most bytes of the constant matrices for which they stay in the cache too.
+        operations_per_byte: Floating-point operations that take as long as moving one byte to or from the cache.
+        smallest_tile_rows: Fewest rows of a tile, so that the matrices of wide layers are loaded for several rows.
+        largest_tile_rows: Most rows of a tile.
+        pairs_per_output: Pairs of tangents per output above which forward mode is not considered.
     """
 
     vector_bytes: int
@@ -32,7 +32,7 @@ class Device:
     pairs_per_output: int = 8
 
     def lanes(self, dtype: torch.dtype) -> int:
-        """Return how many numbers a vector has."""
+        """Return the number of entries of a dtype in a vector."""
         return self.vector_bytes // dtype.itemsize
 
 

@@ -18,19 +18,19 @@ __all__ = ["EnsembleEvaluator", "evaluator_of"]
 
 
 class EnsembleEvaluator:
-    """An ensemble's values and derivatives on one device and in one dtype: an Evaluator for each member.
+    """An evaluator of an ensemble on one device and in one dtype, with an Evaluator for each member.
 
-    Every quantity q is the mean over the members, and for those that :data:`hessquik.quantities.SPREADS` names the
-    standard deviation is one too:
+    Every quantity q is the mean over the members; the quantities of :data:`hessquik.quantities.SPREADS` are standard
+    deviations:
 
         mean = (1/M) Σ qᵢ        std = √(Σ (qᵢ − mean)² / (M − 1))
 
-    Each member makes one pass over the points. Mean and squares are updated after each, number by number, so that a
-    row's bits do not depend on the other rows. Source: Welford 1962 (doi:10.1080/00401706.1962.10490022).
+    Each member makes one pass over the points. Mean and squares are updated after each pass, entry by entry, so that
+    the bits of a row do not depend on the other rows. Source: Welford 1962 (doi:10.1080/00401706.1962.10490022).
 
     Args:
-        network: The ensemble; the others are as for :class:`hessquik.Evaluator`.
-        device: Where to compute.
+        network: The ensemble; the other arguments are those of :class:`hessquik.Evaluator`.
+        device: Device to compute on.
         dtype: ``torch.float32`` or ``torch.float64``; the members' own if not given.
         threads: Threads that share a large call.
         backend: A name out of :func:`hessquik.backends.names`.
@@ -40,8 +40,8 @@ class EnsembleEvaluator:
         members: The members' evaluators.
 
     Raises:
-        ShapeError: as for :class:`hessquik.Evaluator`.
-        ValueError: likewise.
+        ShapeError: see :class:`hessquik.Evaluator`.
+        ValueError: see :class:`hessquik.Evaluator`.
 
     Example:
         >>> from hessquik.networks import fullyConnectedNN
@@ -61,7 +61,7 @@ class EnsembleEvaluator:
         compiled: Sequence[Sequence[str]] = (),
         owned: bool = False,
     ) -> None:
-        """Freeze the members."""
+        """Create an Evaluator for each member."""
         self.members = [
             Evaluator(member, device, dtype, threads, backend, compiled, owned) for member in network.networks()
         ]
@@ -123,7 +123,7 @@ class EnsembleEvaluator:
 
 
 def evaluator_of(network: NN | Ensemble, *args: Any, **options: Any) -> Evaluator | EnsembleEvaluator:
-    """Return what evaluates a network or an ensemble; the other arguments are theirs.
+    """Return an Evaluator or EnsembleEvaluator for a network or ensemble; the other arguments are passed on.
 
     Example:
         >>> from hessquik.networks import fullyConnectedNN
@@ -137,5 +137,5 @@ def evaluator_of(network: NN | Ensemble, *args: Any, **options: Any) -> Evaluato
 
 
 def _of_members(quantities: Sequence[str]) -> tuple[str, ...]:
-    """Return what the members are asked, each once."""
+    """Return the quantities that the members must evaluate, each once."""
     return tuple(dict.fromkeys(SPREADS.get(name, name) for name in quantities))

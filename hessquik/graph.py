@@ -1,7 +1,7 @@
-"""Graphs: the operations of one plan as a value that can be printed, compared and rewritten.
+"""Graphs: the operations of a plan as a value that can be printed, compared and rewritten.
 
-A node computes one array of a row. Shapes leave the rows out: most arrays are (k, w), k tangents or m adjoints of w
-features; Hessians are (d, d, m). A node that depends on constants and on inputs that all rows share is shared itself.
+A node computes one array per row. Shapes omit the axis of rows: most arrays are (k, w), k tangents or m adjoints of w
+features; Hessians are (d, d, m). A node that depends only on constants and on inputs shared by all rows is shared.
 
     input        an input of the call
     constant     numbers of the network, float64
@@ -41,12 +41,12 @@ class Node:
     """One operation.
 
     Attributes:
-        op: Its name.
+        op: Name of the operation.
         inputs: Indices of the nodes that it reads.
-        shape: Of a row's array.
-        is_shared: All rows have the same.
-        arguments: Of the operation: a name, axes, a range.
-        data: The numbers of a constant, float64.
+        shape: Shape of one row's array.
+        is_shared: Whether the array is the same for all rows.
+        arguments: Arguments of the operation: a name, axes, a range.
+        data: Entries of a constant, float64.
     """
 
     op: str
@@ -58,34 +58,34 @@ class Node:
 
     @property
     def is_zero(self) -> bool:
-        """Return whether it is a constant of zeros."""
+        """Return whether the node is a constant of zeros."""
         return self.data is not None and not self.data.any()
 
     @property
     def is_pointwise(self) -> bool:
-        """Return whether it is a primitive of :mod:`hessquik.pointwise`."""
+        """Return whether the operation is a primitive of :mod:`hessquik.pointwise`."""
         return self.op in PRIMITIVES
 
     @property
     def number(self) -> float | None:
-        """The number of a constant that has one entry."""
+        """Return the value of a constant with one entry, else ``None``."""
         return float(self.data) if self.data is not None and self.data.numel() == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Nodes in an order in which they can be computed, and which of them are the results.
+    """Nodes in topological order, and the names of the results.
 
     Attributes:
-        nodes: Each reads only nodes before it.
-        outputs: The index of every result by its name.
+        nodes: The nodes; each reads only nodes before it.
+        outputs: Index of every result, by name.
     """
 
     nodes: tuple[Node, ...]
     outputs: Mapping[str, int]
 
     def uses(self) -> list[list[int]]:
-        """Return for every node the nodes that read it, each as often as it does; outputs are not among them."""
+        """Return for every node the nodes that read it, repeated if they read it several times."""
         uses: list[list[int]] = [[] for _ in self.nodes]
         for i, node in enumerate(self.nodes):
             for j in node.inputs:
@@ -93,7 +93,7 @@ class Graph:
         return uses
 
     def __str__(self) -> str:
-        """One line per node, and one with the results."""
+        """Return one line per node, and one with the results."""
         lines = []
         for i, node in enumerate(self.nodes):
             arguments = [f"%{j}" for j in node.inputs] + [str(argument) for argument in node.arguments]
@@ -104,7 +104,7 @@ class Graph:
         return "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other has the same operations on equal constants."""
+        """Return whether both graphs have the same operations and equal constants."""
         if not isinstance(other, Graph):
             return NotImplemented
         return str(self) == str(other) and all(
@@ -121,7 +121,7 @@ class Builder:
 
     Attributes:
         nodes: The nodes so far.
-        is_merging: Whether a node equal to one that is there is that one.
+        is_merging: Whether a node equal to an existing one is replaced by it.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Builder:
         return self.append(Node("input", (), shape, is_shared, (name,)))
 
     def append(self, node: Node) -> int:
-        """Add a node as it is, or find it, and return its index."""
+        """Add a node, unless merging finds an equal one, and return its index."""
         if self.is_merging:
             key: Any = (node.op, node.inputs, node.arguments)
             if node.number is not None:
@@ -170,7 +170,7 @@ Rule = Callable[[Builder, Node], int | None]
 
 
 def rewrite(graph: Graph, rule: Rule, is_merging: bool = False) -> Graph:
-    """Build a graph anew, node by node, each as the rule says."""
+    """Return a graph in which every node is replaced by the result of a rule."""
     builder = Builder(is_merging=is_merging)
     place: list[int] = []
     for node in graph.nodes:
@@ -192,7 +192,7 @@ def needed(graph: Graph) -> Iterator[int]:
 
 
 def _broadcast(shapes: list[Shape]) -> Shape:
-    """Return the shape that arrays of these shapes have together."""
+    """Return the shape to which arrays of these shapes broadcast."""
     first = shapes[0]
     if all(shape == first for shape in shapes):
         return first
@@ -233,7 +233,7 @@ _SHAPES: dict[str, Callable[..., Shape]] = {
 
 
 def _side(pairs: int) -> int:
-    """Return k of k(k+1)/2 pairs."""
+    """Return k, given k(k+1)/2."""
     k = int((2 * pairs) ** 0.5)
     assert k * (k + 1) // 2 == pairs
     return k

@@ -1,13 +1,13 @@
-"""From a graph to a program: which operations make one step, and where their arrays lie.
+"""Lowering of a graph to a program: the grouping of operations into steps, and the placement of arrays in memory.
 
-Three decisions are made here, each in functions of its own:
+Three decisions are made here, each in separate functions:
 
-* **Fusion.** A sum that follows a product is added in it; a scaling α C ⊙ S + F ⊙ T that follows a product is its
-  epilogue; pointwise operations of one shape are one map; a product of arrays that is summed over its tangents is one
-  step.
-* **Placement.** A result is written where it is wanted: into the output, even transposed; side by side with others
-  that a contraction runs over. What depends on no row is computed once per call.
-* **Memory.** Arrays whose lives do not overlap share memory.
+* **Fusion.** An addition after a product becomes part of it; a scaling α C ⊙ S + F ⊙ T after a product becomes its
+  epilogue; pointwise operations of one shape become one map; a product of arrays that is summed over its tangents
+  becomes one step.
+* **Placement.** A result is written directly to its destination: to an output, also transposed, or next to the other
+  operands of a contraction. Nodes that depend on no row are computed once per call.
+* **Memory.** Arrays whose lifetimes do not overlap share memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Fusion:
 
 @dataclass(slots=True)
 class _MapDraft:
-    """A map to which operations are still being added."""
+    """A map under construction, to which operations can be added."""
 
     shape: tuple[int, ...]
     members: list[int] = field(default_factory=list)
@@ -95,7 +95,7 @@ class _Layout:
         self.padded_copies: dict[int, Strided] = {}
 
     def finish(self) -> Program:
-        """Run the decisions in order."""
+        """Run all stages in order, and return the program."""
         for i, node in enumerate(self.nodes):
             if node.op == "matmul":
                 self.fuse_product(i)
@@ -121,7 +121,7 @@ class _Layout:
     # ---- Fusion ----
 
     def fuse_product(self, i: int) -> None:
-        """Find what is computed with the product ``i``."""
+        """Find the operations that can be fused with the product ``i``."""
         fusion = _Fusion(raw=i)
         self.fusions[i] = fusion
         step = self.only_use(i)
@@ -133,7 +133,7 @@ class _Layout:
         self.fuse_scaling(i, fusion)
 
     def fuse_scaling(self, i: int, fusion: _Fusion) -> None:
-        """Find the longest chain α C ⊙ S + F ⊙ T that follows C and reads only what is there before it."""
+        """Find the longest chain α C ⊙ S + F ⊙ T after C whose other operands are computed before C."""
         current, allowed = fusion.raw, self.uses[fusion.raw]
         while True:
             for step in allowed:
@@ -161,7 +161,7 @@ class _Layout:
         return other != current and is_alone and self.extends_by_term(i, fusion, step, other)
 
     def extends_by_factor(self, i: int, fusion: _Fusion, factor: int) -> bool:
-        """Let a factor be α or S, if it can."""
+        """Use a factor as α or S, if possible; return whether it was used."""
         number = self.nodes[factor].number
         if number is not None:
             fusion.alpha *= number
@@ -172,7 +172,7 @@ class _Layout:
         return True
 
     def extends_by_term(self, i: int, fusion: _Fusion, step: int, term: int) -> bool:
-        """Let a term be F, or F ⊙ T if it is a product that nothing else reads."""
+        """Use a term as F, or as F ⊙ T if it is a product that nothing else reads; return whether it was used."""
         node = self.nodes[term]
         if node.op == "mul" and self.only_use(term) == step and term not in self.absorbed:
             left, right = sorted(node.inputs, key=lambda j: self.nodes[j].shape != node.shape)
@@ -184,7 +184,7 @@ class _Layout:
         return fusion.scale_add is not None
 
     def is_ready(self, i: int, product: int) -> bool:
-        """Return whether a node is computed before a product and has its columns side by side in memory."""
+        """Return whether a node is computed before a product and has adjacent columns in memory."""
         return self.is_before(i, product) and self.is_row_like(i, product)
 
     def fuse_sum(self, node: Node) -> None:
@@ -212,7 +212,7 @@ class _Layout:
         return a.shape == b.shape and len(a.shape) == 2 and a.is_shared == b.is_shared
 
     def absorb(self, step: int, product: int) -> None:
-        """Let a node be computed with a product."""
+        """Mark a node as computed by a product's step."""
         self.absorbed.add(step)
         self.owner[step] = product
 
@@ -257,7 +257,7 @@ class _Layout:
         return Strided(self.externals[name], shape, tuple(reversed(strides)))
 
     def place_outputs(self) -> None:
-        """Let the node behind an output be written there, through the views between them."""
+        """Place the node behind each output directly in the output, through the views between them."""
         for name, output in self.graph.outputs.items():
             i = output
             place: Strided | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
@@ -282,7 +282,7 @@ class _Layout:
         return node.op in {"contract", "congruence"}
 
     def place_terms(self, i: int) -> list[Strided | None]:
-        """Let the terms on either side of a sum of products be written side by side, where there are several."""
+        """Place the terms on each side of a sum of several products next to each other."""
         inputs = self.nodes[i].inputs
         count = len(inputs) // 2
         return [self.place_side(inputs[:count]), self.place_side(inputs[count:])] if count > 1 else [None, None]
@@ -301,7 +301,7 @@ class _Layout:
         return joint
 
     def home(self, i: int) -> Strided:
-        """Return where a computed node lies, deciding it when it is first asked for."""
+        """Return the array of a computed node, which is chosen on first use."""
         if i not in self.homes:
             self.homes[i] = self.destination.get(i) or self.chosen(i)
         return self.homes[i]
@@ -338,7 +338,7 @@ class _Layout:
         return self.homes[i]
 
     def seen(self, i: int) -> Strided:
-        """Return a view of the array that it shows, of a copy where a reshape needs one."""
+        """Return a view node as a view of its source's array, or of a copy where a reshape needs one."""
         node = self.nodes[i]
         source = self.read(node.inputs[0])
         if node.op == "permute":
@@ -630,7 +630,7 @@ def _view(array: Strided | None) -> View | None:
 
 
 def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:
-    """Place arrays, each with the first and last step of its life, so that no two living ones overlap."""
+    """Assign offsets to arrays, each with its first and last step, so that no two live arrays overlap (first fit)."""
     placed: list[tuple[int, int, Buffer]] = []
     total = 0
     for start, stop, buffer in sorted(lives, key=lambda life: life[0]):

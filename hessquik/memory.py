@@ -1,8 +1,8 @@
 """Memory for large arrays, in huge pages where the system has them.
 
-A fresh array is given to the process page by page as it is written, and with pages of 4 KiB that takes longer than
-computing what goes in; and weights that are read from many small pages wait for the processor's page tables. Results'
-memory is used again when nobody holds it any more: the system fills even huge pages with zeros before it gives them.
+The system allocates the memory of a new array page by page when it is first written; with pages of 4 KiB these faults
+take longer than computing the array, and reading weights from many small pages causes TLB misses. The memory of
+results is reused after they are freed, since the system also zeroes huge pages before it provides them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _lock = threading.RLock()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An array like that of ``torch.empty``; its memory is kept for the next one or goes back to the system.
+    """Return an array like ``torch.empty``; its memory is reused for later arrays or returned to the system.
 
     Example:
         >>> empty((1024, 1024, 2), torch.float32, torch.device("cpu")).shape
@@ -50,7 +50,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 class Arena:
-    """Huge pages for large arrays that live as long as each other.
+    """An allocator of large arrays in huge pages, which are freed together.
 
     Example:
         >>> arena = Arena()
@@ -59,11 +59,11 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        """Hold nothing yet."""
+        """Start without memory."""
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An array like that of ``torch.empty``, behind the one before it if it is large."""
+        """Return an array like ``torch.empty``; a large one is placed behind the last one."""
         size = -(-prod(shape) * dtype.itemsize // 64) * 64
         if size < SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype)
@@ -74,7 +74,7 @@ class Arena:
 
 
 def _take(size: int) -> mmap.mmap:
-    """Kept memory of about this size, or new memory; what is kept in vain goes back first."""
+    """Return reusable memory of about this size, or else new memory after freeing unused memory."""
     with _lock:
         for i, memory in enumerate(_kept):
             if size <= len(memory) <= size + size // 8:
@@ -84,14 +84,14 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _keep(memory: mmap.mmap) -> None:
-    """Keep memory that is free again, as far as there is room."""
+    """Keep free memory for reuse, up to a limit."""
     with _lock:
         if len(memory) + sum(map(len, _kept)) <= KEPT_BYTES:
             _kept.append(memory)
 
 
 def _pages(size: int) -> mmap.mmap:
-    """Fresh memory in whole huge pages."""
+    """Return new memory in whole huge pages."""
     size = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages

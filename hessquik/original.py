@@ -1,7 +1,7 @@
-"""The module names of the original hessQuik, under which the packages here can be imported too.
+"""Aliases for the module names of the original hessQuik.
 
-``from hessquik.layers.single_layer import singleLayer`` works as ``from hessQuik.layers.single_layer import …`` did.
-A name leads to the whole package: there is no file of that name here.
+``from hessquik.layers.single_layer import singleLayer`` works like ``from hessQuik.layers.single_layer import …``. An
+alias is the whole package; there is no file of that name.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 
 def register(package: str) -> None:
-    """Make a package of this library importable under its original modules' names, too.
+    """Register the original's module names as aliases of a package.
 
     Args:
-        package: ``hessquik.layers``, say.
+        package: Name of the package, such as ``hessquik.layers``.
 
     Example:
         >>> from hessquik.layers.single_layer import singleLayer

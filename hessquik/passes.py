@@ -1,7 +1,7 @@
-"""Passes over a graph: each is a rule with a name, and computes the same results with fewer operations.
+"""Rewrite rules of graphs, which compute the same results with fewer operations.
 
-A rule sees one node whose inputs were rewritten already, and returns what stands for it, or ``None``.
-:func:`optimise` applies all of them in one sweep, merges equal nodes, and leaves out what no result depends on.
+A rule gets a node whose inputs are rewritten already, and returns the index of its replacement, or ``None``.
+:func:`optimise` applies all rules in one pass, merges equal nodes, and removes dead nodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def fold_constants(builder: Builder, node: Node) -> int | None:
-    """Compute in float64 what depends on constants alone."""
+    """Evaluate nodes that depend only on constants, in float64."""
     inputs = [builder.nodes[i] for i in node.inputs]
     if not inputs or any(one.data is None for one in inputs):
         return None
@@ -134,7 +134,7 @@ def compose_views(builder: Builder, node: Node) -> int | None:
 
 
 def sink_reshapes(builder: Builder, node: Node) -> int | None:
-    """Let a reshape that leaves out axes of one entry come before a pointwise operation, not after it."""
+    """Move a reshape that removes axes of length 1 from behind a pointwise operation to its inputs."""
     if node.op != "reshape" or not builder.nodes[node.inputs[0]].is_pointwise:
         return None
     source = builder.nodes[node.inputs[0]]
@@ -192,7 +192,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def remove_dead(graph: Graph) -> Graph:
-    """Leave out the nodes that no result depends on."""
+    """Remove the nodes that no result depends on."""
     kept = sorted(needed(graph))
     place = {i: new for new, i in enumerate(kept)}
     nodes = []

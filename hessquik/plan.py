@@ -1,10 +1,10 @@
-"""From the layers of a network and what is asked of it to the cheapest program for a device.
+"""Planning: the choice of the cheapest program that evaluates quantities of a network on a device.
 
-The formulas of :mod:`hessquik.calculus` are traced in every way that answers the question, and the way with the least
-work on the device is kept:
+The formulas of :mod:`hessquik.calculus` are traced in every applicable mode, and the plan with the least work on the
+device is kept:
 
-    mode    backward: adjoints give the weights of sums over hidden units; forward: second derivatives travel along
-    start   tangents begin with the d unit vectors of x or, if x enters by fewer than d columns, with a basis of these
+    mode    backward: sums over hidden units with weights from adjoints; forward: second derivatives are propagated
+    start   initial tangents: the d unit vectors of x or, if x enters by fewer than d columns, a basis of these
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Ask:
     """A set of quantities asked of a network, and the form of its arguments.
 
     Attributes:
-        quantities: Names.
-        weights: Rows of λ: ``None``, ``"shared"`` or ``"each"``.
-        directions: Likewise for v.
+        quantities: Names of the quantities.
+        weights: Form of λ: ``None``, ``"shared"`` by all rows, or one for ``"each"`` row.
+        directions: Form of the directions v, likewise.
         k: Number of directions.
     """
 
@@ -54,15 +54,15 @@ class Plan:
     """A program and why it was chosen; ``print`` shows both.
 
     Attributes:
-        ask: What it answers.
+        ask: The quantities and the form of the arguments.
         mode: ``backward`` or ``forward``.
-        start: Where tangents begin: ``x`` or ``reduced``.
+        start: Initial tangents: ``x`` or ``reduced``.
         rows: Rows of a tile.
         operations: Floating-point operations per row.
         bytes: Bytes per row that steps read and write.
         graph: The operations.
         program: The steps.
-        shapes: Of a row's results.
+        shapes: Shapes of a row's results.
     """
 
     ask: Ask
@@ -82,7 +82,7 @@ class Plan:
         return self.operations + device.operations_per_byte * (self.bytes + fetched / device.smallest_tile_rows)
 
     def __str__(self) -> str:
-        """The choice and the steps."""
+        """Return the choice and the steps as text."""
         head = (
             f"{', '.join(sorted(self.ask.quantities))}: {self.mode}, tangents from {self.start}, "
             f"tiles of {self.rows} rows, {self.operations} operations and {self.bytes} bytes a row"
@@ -95,10 +95,10 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
 
     Args:
         forms: The layers, in float64.
-        ask: What is asked.
-        dtype: What is computed in.
+        ask: The quantities and the form of the arguments.
+        dtype: Dtype to compute in.
         outputs: Number m of outputs.
-        device: What computes.
+        device: Figures of the device.
     """
     d = sum(forms[0].widths)
     shapes = {
@@ -120,7 +120,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
 
 
 def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iterator[tuple[Mode, str, Tensor | None]]:
-    """Yield the modes and starts that may be the cheapest."""
+    """Yield the candidates: modes, starts and bases."""
     asked = [QUANTITIES[name] for name in ask.quantities]
     all_axes = any(quantity.order and not quantity.is_directional for quantity in asked)
     second = any(quantity.order == 2 and not quantity.is_directional for quantity in asked)
@@ -142,18 +142,18 @@ def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iter
 
 
 def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tensor | None = None) -> Graph:
-    """Return the graph that the calculus leaves.
+    """Trace the calculus in a mode, and return its graph.
 
     Args:
         forms: The layers.
-        ask: What is asked.
+        ask: The quantities and the form of the arguments.
         outputs: Number m of outputs.
-        mode: Whether adjoints or tangents are carried.
+        mode: ``Backward`` or ``Forward``.
         basis: Q (d, r), if tangents start from the rows of Qᵀ.
 
     Raises:
-        Unavailable: the mode does not offer one of the quantities.
-        ShapeError: a quantity's formula gives another array than its axes say.
+        Unavailable: the mode cannot compute one of the quantities.
+        ShapeError: a quantity's formula returns an array whose shape differs from the quantity's axes.
 
     Example:
         >>> import torch

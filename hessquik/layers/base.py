@@ -1,4 +1,4 @@
-"""The documented interface of all layers, written once in terms of a layer's form."""
+"""The documented interface of all layers, implemented in terms of a layer's form."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Triple = tuple[Tensor, Tensor | None, Tensor | None]
 class hessQuikLayer(nn.Module):
     """Base class of all layers.
 
-    A layer says what it is by :meth:`form`; evaluation and derivatives follow from it. Letters and shapes are
-    those of :mod:`hessquik.layers.form`; the documented interface below has the network's outputs last:
-    gradients (n, d, q), Hessians (n, d, d, q).
+    A subclass defines :meth:`form` and the widths; evaluation and derivatives follow from them. Letters and shapes
+    are those of :mod:`hessquik.layers.form`. In the interface below the layer's outputs are the last axis: gradients
+    (n, d, q), Hessians (n, d, d, q).
 
     Example:
         >>> from hessquik.activations import sinActivation
@@ -43,25 +43,25 @@ class hessQuikLayer(nn.Module):
     parameter_names: tuple[str, ...] = ()
 
     def form(self) -> Form:
-        """Return the layer as data, with its weights as they are now."""
+        """Return the layer's form, with its current weights."""
         raise NotImplementedError(
             f"{type(self).__name__} must define form(), from which its value and derivatives follow"
         )
 
     def input_widths(self) -> tuple[int, ...]:
-        """Return the widths of the parts of the features that come in."""
+        """Return the widths of the parts of the input features."""
         raise NotImplementedError(f"{type(self).__name__} must define input_widths()")
 
     def output_widths(self) -> tuple[int, ...]:
-        """Return the widths of the parts of the features that go out."""
+        """Return the widths of the parts of the output features."""
         raise NotImplementedError(f"{type(self).__name__} must define output_widths()")
 
     def dim_input(self) -> int:
-        """Return the number of features that come in."""
+        """Return the number of input features."""
         return sum(self.input_widths())
 
     def dim_output(self) -> int:
-        """Return the number of features that go out."""
+        """Return the number of output features."""
         return sum(self.output_widths())
 
     def forward(
@@ -77,7 +77,7 @@ class hessQuikLayer(nn.Module):
     ) -> Triple:
         """Evaluate the layer and, with ``forward_mode=True``, carry derivatives with respect to x through it.
 
-        With dz = ∂z/∂x and the linear way out that :meth:`Linearization.push` describes:
+        With dz = ∂z/∂x and the linearised output map of :meth:`Linearization.push`:
             ∇y  = push(∇u)
             ∇²y = push(∇²u) + (σ''(z) ⊙ dz_a ⊙ dz_b) Q          Δy = trace of ∇²y over the tangents
         Source: Newman & Ruthotto 2022 (doi:10.21105/joss.04171), "Forward Mode".
@@ -86,8 +86,8 @@ class hessQuikLayer(nn.Module):
             u: Features (n, p).
             do_gradient: Whether the gradient is wanted.
             do_Hessian: Whether the Hessian is wanted.
-            do_Laplacian: Whether the Laplacian is wanted; it comes in the Hessian's place, always in forward
-                mode, and only if the Hessian is not wanted too.
+            do_Laplacian: Whether to return the Laplacian in place of the Hessian, always in forward mode; ignored
+                with ``do_Hessian``.
             forward_mode: ``True`` carries derivatives forward; ``False`` calls :meth:`backward` at the end;
                 ``None`` only keeps what a later :meth:`backward` needs.
             dudx: Gradient of u (n, d, p); that of u itself if not given.
@@ -140,7 +140,7 @@ class hessQuikLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Carry the derivatives of g(y) back through the layer, after ``forward(u, forward_mode=None)``.
 
-        It may be called again; copies and pickles of the layer do not know that ``u``.
+        It may be called repeatedly; copies and pickles of the layer do not contain the state of that call.
 
         With D = ∂y/∂u (p, q), Z = ∂z/∂u (p, w) and gs the adjoint of σ(z):
             ∇_u g  = pull(∇_y g)
@@ -166,7 +166,7 @@ class hessQuikLayer(nn.Module):
         return pull_back(here, do_Hessian, dgdf, d2gd2f, v)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a later :meth:`backward` would need."""
+        """Return the state without what :meth:`backward` needs."""
         return {name: value for name, value in vars(self).items() if name != "_here"}
 
     def extra_repr(self) -> str:
@@ -183,7 +183,7 @@ def _second(here: Linearization, products: Tensor, d2u: Tensor | None) -> Tensor
 
 
 def check_directions(v: Tensor | None, n: int, width: int, axis: int) -> None:
-    """Refuse directions (k, width) or weights (width, k), alone or one set per sample, that do not fit.
+    """Check the shape of directions (k, width) or weights (width, k), shared or one set per sample.
 
     Raises:
         ShapeError: ``v`` has another shape.

@@ -1,10 +1,10 @@
-"""The one form that every layer has, and its linearisation at a batch of points.
+"""The form that all layers share, and its linearisation at a batch of points.
 
     z = Σᵢ uᵢ Pᵢ + b              an affine map into w hidden units
     y = Σᵢ uᵢ Sᵢ + σ(z) Q + μ     a skip and a linear map out
 
-Features are a tuple of parts: ``(u,)`` for most layers; ``(u, x)`` between the layers of a convex network,
-which carry along the input ``x`` of its first layer. Tangents and adjoints have the same parts.
+Features are a tuple of parts: ``(u,)`` for most layers; ``(u, x)`` between the layers of a convex network, which pass
+on the input ``x`` of its first layer. Tangents and adjoints have the same parts.
 
 Letters: n samples, p features into and q features out of a layer, w hidden units, k tangents, m adjoints.
 Shapes: features (n, 1, p) · tangents (n, k, p) · adjoints (n, m, q); a leading axis of 1 stands for "the same
@@ -42,14 +42,14 @@ class Form:
     """A layer as data: z = Σᵢ uᵢ Pᵢ + b, y = Σᵢ uᵢ Sᵢ + σ(z) Q + μ.
 
     Attributes:
-        activation: σ, one for all hidden units.
-        widths: Widths pᵢ of the parts that come in.
+        activation: σ, the same for all hidden units.
+        widths: Widths pᵢ of the input parts.
         into: Pᵢ, one per part, (pᵢ, w).
         bias: b (w,).
         skip: Sᵢ, one per part, (pᵢ, q); zero if not given.
         out: Q (w, q).
         offset: μ (q,).
-        carries: Whether the last part that comes in also goes out, behind y.
+        carries: Whether the last input part is also the last output part, behind y.
 
     Raises:
         ShapeError: the maps do not fit each other.
@@ -98,7 +98,7 @@ class Form:
         return next(width for width in columns if width is not None)
 
     def linearize(self, features: Parts, order: int) -> Linearization:
-        """Evaluate the layer at ``features`` and keep what derivatives up to ``order`` (0, 1, 2) need."""
+        """Evaluate the layer at ``features``, with σ' and σ'' as derivatives up to ``order`` (0, 1, 2) need."""
         features = repartition(features, self.widths)
         z = _sum(*map(_times, features, self.into), self.bias)
         sigma, slope, d2sigma = self.activation.jet(z, order)
@@ -111,11 +111,11 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Linearization:
-    """A layer at a batch of points: what carries tangents forward and adjoints back through it.
+    """The linearisation of a layer at a batch of points, which propagates tangents forward and adjoints backward.
 
     Attributes:
         form: The layer.
-        value: The features that go out, parts of (n, 1, q).
+        value: The output features, parts of (n, 1, q).
         slope: σ'(z) (n, 1, w); 1 if no derivatives are needed.
         d2sigma: σ''(z) (n, 1, w); 0 if no second derivatives are needed.
 
@@ -137,10 +137,10 @@ class Linearization:
         """Carry k tangents forward: dz = Σᵢ duᵢ Pᵢ and dy = Σᵢ duᵢ Sᵢ + (σ'(z) ⊙ dz) Q.
 
         Args:
-            du: Tangents of the features that come in, parts of (n, k, p).
+            du: Tangents of the input features, parts of (n, k, p).
 
         Returns:
-            dz (n, k, w) and the tangents of the features that go out, parts of (n, k, q).
+            dz (n, k, w) and the tangents of the output features, parts of (n, k, q).
         """
         du = repartition(du, self.form.widths)
         dz = _sum(*map(_times, du, self.form.into))
@@ -151,11 +151,11 @@ class Linearization:
         """Carry second derivatives forward: d²y = Σᵢ d²uᵢ Sᵢ + (σ'(z) ⊙ Σᵢ d²uᵢ Pᵢ + σ''(z) ⊙ products) Q.
 
         Args:
-            d2u: Second derivatives of the features that come in, parts of (n, k, p).
+            d2u: Second derivatives of the input features, parts of (n, k, p).
             products: dz_a ⊙ dz_b (n, k, w) of the pairs of tangents, or of sums of pairs, that ``d2u`` belongs to.
 
         Returns:
-            Those of the features that go out, parts of (n, k, q).
+            The second derivatives of the output features, parts of (n, k, q).
         """
         d2u = repartition(d2u, self.form.widths)
         d2z = _sum(*map(_times, d2u, self.form.into))
@@ -167,11 +167,11 @@ class Linearization:
         """Carry m adjoints back: gs = gy Qᵀ and guᵢ = gy Sᵢᵀ + (σ'(z) ⊙ gs + extra) Pᵢᵀ.
 
         Args:
-            gy: Adjoints of the features that went out, parts of (n, m, q).
-            extra: Adjoints (n, m, w) that enter at z itself.
+            gy: Adjoints of the output features, parts of (n, m, q).
+            extra: Adjoints (n, m, w) that are added to those of z.
 
         Returns:
-            gs (n, m, w), the adjoint of σ(z), and the adjoints of the features that came in, parts of (n, m, p).
+            gs (n, m, w), the adjoint of σ(z), and the adjoints of the input features, parts of (n, m, p).
         """
         gy = repartition(gy, tuple(part.shape[-1] for part in self.value))
         gs = _sum(_times(gy[0], _transposed(self.form.out)))
@@ -187,7 +187,7 @@ class Linearization:
 
 
 def join(parts: Parts) -> Tensor:
-    """Return the parts side by side along the last axis.
+    """Concatenate the parts along the last axis.
 
     Example:
         >>> join((torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))).shape
@@ -202,7 +202,7 @@ def join(parts: Parts) -> Tensor:
 
 
 def repartition(parts: Parts, widths: tuple[int, ...]) -> Parts:
-    """Cut the same columns at other places: into parts of ``widths``, which have the same sum.
+    """Split the same columns into parts of other ``widths``, which have the same sum.
 
     Example:
         >>> [part.shape[-1] for part in repartition((torch.zeros(5, 1, 3), torch.zeros(5, 1, 4)), (1, 6))]

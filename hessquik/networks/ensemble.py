@@ -1,4 +1,4 @@
-"""Several networks that are one surrogate: their mean, and how far they disagree."""
+"""Ensembles: several networks as one surrogate, their mean."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Ensemble"]
 class Ensemble(nn.Module):
     """Networks f₁ … f_M of equal inputs and outputs; the ensemble is their mean f = (1/M) Σ fᵢ.
 
-    Networks that were trained on the same data from different starts agree where the data determine them. So their
-    standard deviation, see :class:`hessquik.EnsembleEvaluator`, estimates the error of the mean; it is no bound.
-    Source: Lakshminarayanan, Pritzel & Blundell 2017, "Simple and Scalable Predictive Uncertainty Estimation using
-    Deep Ensembles" (arXiv:1612.01474).
+    Networks that were trained on the same data from different initial weights agree where the data determine them.
+    Their standard deviation, see :class:`hessquik.EnsembleEvaluator`, estimates the error of the mean; it is not a
+    bound. Source: Lakshminarayanan, Pritzel & Blundell 2017, "Simple and Scalable Predictive Uncertainty Estimation
+    using Deep Ensembles" (arXiv:1612.01474).
 
     Args:
-        members: The networks, two at least.
+        members: The networks, at least two.
 
     Attributes:
-        members: Likewise.
+        members: The networks.
 
     Raises:
         CompositionError: there are fewer than two, one is not a network, or their inputs or outputs differ.
@@ -68,7 +68,7 @@ class Ensemble(nn.Module):
         return self.networks()[0].dim_output()
 
     def forward(self, x: Tensor, **wanted: Any) -> Triple:
-        """Return the means of what the members return; the arguments are theirs."""
+        """Return the means of the members' results; the arguments are those of :meth:`NN.forward`."""
         found = zip(*(member(x, **wanted) for member in self.networks()), strict=True)
         value, gradient, hessian = (None if parts[0] is None else torch.stack(parts).mean(0) for parts in found)
         assert value is not None

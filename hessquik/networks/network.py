@@ -1,4 +1,4 @@
-"""A network: layers one after the other."""
+"""A network: a composition of layers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ ACCESS = 20
 
 
 class NN(nn.Sequential):
-    """Layers and networks one after the other: f = f_L ∘ … ∘ f_1.
+    """A composition of layers and networks: f = f_L ∘ … ∘ f_1.
 
-    Convex layers hand their input x on to the next layer; what such a network returns at its end is its output
-    alone, unless networks are chained by hand (``hand_on``). Source: Newman & Ruthotto 2022
-    (doi:10.21105/joss.04171).
+    Convex layers pass their input x on to the next layer. A network that ends with one returns its output without x,
+    unless networks are chained by hand (``hand_on``). Source: Newman & Ruthotto 2022 (doi:10.21105/joss.04171).
 
     Args:
         args: Layers and networks, each as wide at its input as the one before it is at its output; or one
             ``OrderedDict`` of them, as for :class:`torch.nn.Sequential`.
 
     Raises:
-        CompositionError: two neighbours do not fit, or there is no layer. So do ``append``, ``insert``, ``extend``,
-            ``+=``, ``*=`` and setting or deleting a part, which then leave the network as it was.
+        CompositionError: two neighbours do not fit, or there is no layer. ``append``, ``insert``, ``extend``, ``+=``,
+            ``*=`` and setting or deleting a part raise it too, and then leave the network unchanged.
 
     Example:
         >>> import torch
@@ -60,7 +59,7 @@ class NN(nn.Sequential):
         self._check_composition()
 
     def _check_composition(self) -> None:
-        """Refuse parts that do not fit."""
+        """Check that neighbouring parts fit."""
         if not self._modules:
             raise CompositionError("a network must have at least one layer, got none")
         for block, module in self._modules.items():
@@ -129,7 +128,7 @@ class NN(nn.Sequential):
         return self.extend(list(self * other)[len(self) :])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a later :meth:`backward` would need."""
+        """Return the state without what :meth:`backward` needs."""
         return {name: value for name, value in vars(self).items() if name != "_chain"}
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, hessQuikLayer]]:
@@ -259,7 +258,7 @@ class NN(nn.Sequential):
     ) -> tuple[Tensor, Tensor | None]:
         """Carry the derivatives of g(f) back through the network, after ``forward(x, forward_mode=None)``.
 
-        It may be called again; copies and pickles of the network do not know that ``x``.
+        It may be called repeatedly; copies and pickles of the network do not contain the state of that call.
 
         Args:
             do_Hessian: Whether the Hessian is wanted.
@@ -326,7 +325,7 @@ class NN(nn.Sequential):
         return found.value, found.gradient, laplacian if found.hessian is None else found.hessian
 
     def _check(self, x: Tensor) -> None:
-        """Refuse points that do not fit."""
+        """Check shape and dtype of points."""
         if x.ndim != 2 or x.shape[1] != self.dim_input():
             raise ShapeError(f"points must have the shape (n, {self.dim_input()}), got {tuple(x.shape)}")
         dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
