@@ -1,8 +1,8 @@
 """A frozen network that evaluates any number of points, tile by tile.
 
-A tile is a number of rows whose memory stays in a cache. However many points come, the memory beside inputs and
-results is one tile's, and a row's numbers are the same to the last bit whatever it is computed with. What else is
-asked may change the plan, and with it a result's last bits; so may, on a GPU, whether its kernel was compiled.
+A tile is a number of rows whose memory fits into a cache. For any number of points, the memory besides inputs and
+results is that of one tile, and the results of a row are bitwise independent of the other rows. Requesting other
+quantities with it may change the plan, and with it the last bits; so may, on a GPU, whether its kernel was compiled.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 class Evaluator:
     """A network's values and derivatives on one device and in one dtype.
 
-    The weights are copied when it is made; later changes of the network do not reach it. Threads may share it.
+    The weights are copied at construction; later changes of the network have no effect. Threads may share it.
 
     Args:
         network: The network.
-        device: Where to compute.
+        device: Device to compute on.
         dtype: ``torch.float32`` or ``torch.float64``; the network's own if not given.
-        threads: How many threads share the rows of a large call, the caller's among them, on a CPU.
+        threads: Number of threads, including the caller's, that share the rows of a large call on a CPU.
         backend: A name out of :func:`hessquik.backends.names`; the best that the device has if not given.
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
             each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
             Triton's cache on disk. All other calls share one kernel. The choice holds as long as the evaluator.
-        owned: Whether weights in float64 in main memory are used where they are: nobody changes them any more.
+        owned: Whether float64 weights in main memory are used without a copy; the caller must not change them.
 
     Attributes:
         d: Number of inputs.
@@ -89,7 +89,7 @@ class Evaluator:
         compiled: Sequence[Sequence[str]] = (),
         owned: bool = False,
     ) -> None:
-        """Freeze the network."""
+        """Copy the weights and choose the backend."""
         if isinstance(network, Ensemble):
             raise TypeError("expected one network, got an ensemble, which hessquik.EnsembleEvaluator evaluates")
         own = next((parameter.dtype for parameter in network.parameters()), torch.get_default_dtype())

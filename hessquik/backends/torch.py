@@ -1,7 +1,7 @@
 """The torch backend: runs a graph node by node with torch, on every device that torch has.
 
-Rows go in tiles of a few fixed row counts, the last one padded, so that torch's libraries choose the same kernels for
-every row and a row's bits do not depend on its company.
+Rows are computed in tiles of a few fixed row counts, the last one padded, so that torch's libraries choose the same
+kernels for every row and the bits of a row do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class TorchProgram:
     """A graph that is run with torch.
 
     Args:
-        graph: What to run.
-        dtype: Of all numbers.
-        device: Where to run it.
+        graph: The graph.
+        dtype: Dtype of all arrays.
+        device: Device to run on.
         tile_rows: Rows of a tile at most.
 
     Attributes:

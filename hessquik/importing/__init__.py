@@ -1,7 +1,7 @@
-"""Networks of torch, ONNX and scikit-learn as networks of ours, with exact derivatives or not at all.
+"""Import of networks of torch, ONNX and scikit-learn, with exact derivatives; others are refused.
 
-Each reader makes a graph of the source (:mod:`hessquik.importing.graph`); one lowering makes layers of it
-(:mod:`hessquik.importing.lowering`). What is read is data: no pickle is opened and nothing of a file is run.
+A reader per library builds a graph of the source (:mod:`hessquik.importing.graph`), which is lowered to layers
+(:mod:`hessquik.importing.lowering`). Files are read as data: no pickle is opened and no code of a file is run.
 """
 
 from hessquik.importing.onnx_model import from_onnx

@@ -43,7 +43,7 @@ def read_archive(path: str | Path) -> Program:
     """Read an exported program.
 
     Raises:
-        FormatError: the file is no such archive, or has tensors that are stored as pickles.
+        FormatError: the file is not such an archive, or has tensors that are stored as pickles.
         UnsupportedError: the program takes or returns anything but one tensor.
     """
     name = Path(path).name

@@ -34,8 +34,8 @@ def read_scaling(path: str | Path) -> Scaling:
     """Return the scaling that a JSON file describes.
 
     Raises:
-        FormatError: the file is no JSON object.
-        ShapeError: it has another key than :class:`Scaling` has fields.
+        FormatError: the file is not a JSON object.
+        ShapeError: a key is not a field of :class:`Scaling`.
     """
     given = strict_json.parse("scale", Path(path).read_text())
     if not isinstance(given, dict):
@@ -55,7 +55,7 @@ def import_file(
 
     Args:
         path: The file.
-        scaling: What was done to the data.
+        scaling: The scaling of the data before training.
         architecture: JSON that describes the module of a state dict, see :func:`read_sequential`.
         allow_kinks: See :func:`hessquik.from_torch`.
         dtype: See :func:`hessquik.from_torch`.
@@ -102,7 +102,7 @@ def _exported(program: Program) -> Source:
 
 
 def describe(imported: Imported) -> list[tuple[str, Any]]:
-    """Return what a network consists of, for a table: names and values."""
+    """Return the rows of a table that describes an imported network: names and values."""
     network = imported.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return [

@@ -123,7 +123,7 @@ def ordered(outputs: Iterable[Node], until: Collection[Node] = ()) -> list[Node]
 
 
 def affine(place: str, terms: Sequence[tuple[Node, Map]], offset: Tensor | None = None) -> Node:
-    """Return Σᵢ vᵢ Aᵢ + c; v itself where that is what it is."""
+    """Return the node Σᵢ vᵢ Aᵢ + c, or v itself if the sum is just v."""
     node, linear = terms[0]
     widths = {term.width if isinstance(matrix, float) else matrix.shape[1] for term, matrix in terms}
     if offset is not None and not offset.any():
@@ -139,7 +139,7 @@ def identity(width: int) -> Tensor:
 
 
 def as_map(matrix: Tensor) -> Map:
-    """Return a matrix, or the number that it is a multiple of the identity by."""
+    """Return a matrix, or the number a if it is a times the identity."""
     if matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * identity(len(matrix))):
         return float(matrix[0, 0])
     return matrix

@@ -1,4 +1,4 @@
-"""From the graph of another library's network to layers of ours.
+"""Lowering of an imported graph to layers.
 
 The functions of one variable are computed in as few layers as their order allows. Between two layers, features carry
 all that later ones need, in the fewest numbers: a minimum cut through the affine part of the graph. An affine
@@ -224,7 +224,7 @@ class _Step:
 
     @staticmethod
     def of(group: Sequence[Pointwise], before: Sequence[Node], after: Sequence[Node]) -> _Step:
-        """Take the features from the values before the group to those after it."""
+        """Return the step that computes the values after a group from those before it."""
         kept = 0
         while kept < min(len(before), len(after)) and before[-1 - kept] is after[-1 - kept]:
             kept += 1

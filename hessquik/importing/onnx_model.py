@@ -47,8 +47,8 @@ def from_onnx(
         scaling: See :func:`hessquik.from_torch`.
 
     Raises:
-        FormatError: the file is no ONNX model.
-        UnsupportedError: the model cannot be exact here; the message names the node. So where onnx is missing.
+        FormatError: the file is not an ONNX model.
+        UnsupportedError: the model cannot be exact here, and the message names the node; or onnx is not installed.
         ShapeError: a scaling or the bounds do not fit.
     """
     return import_model(path_or_model, example_input, Scaling.of(scaling), allow_kinks, dtype, bounds).network
@@ -62,7 +62,7 @@ def import_model(
     dtype: torch.dtype | None = None,
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
-    """Do what :func:`from_onnx` describes, and say how the values compare."""
+    """Import a model as :func:`from_onnx` does; return the network with the comparison of its values."""
     model = _load(path_or_model)
     d = None if example_input is None else int(torch.as_tensor(example_input).shape[-1])
     what = signature(model, d)
@@ -125,7 +125,7 @@ def _load_weights(model: Any, path: Path) -> None:
 
 
 def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:
-    """Return the name of what computes the model's values, and a function that does."""
+    """Return the name of the runtime of the source, and a function that evaluates the model with it."""
     try:
         import onnxruntime
 
@@ -141,7 +141,7 @@ def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:
 
 
 def _precision(model: Any, runtime: str) -> float:
-    """Return what a runtime rounds its values to in a model of float64."""
+    """Return the relative precision of a runtime's values in a model of float64."""
     import onnx
 
     found = 0.0 if runtime == "onnxruntime" else REFERENCE_PRECISION

@@ -1,4 +1,4 @@
-"""ONNX's operators, by what can be made of them: one table each, named as in the standard."""
+"""Tables of ONNX's operators by the kind of their interpretation, with the names of the standard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
 
 
 def _as_torch(name: str, *attributes: tuple[str, Any]) -> Callable[..., Node]:
-    """Return what makes the node of torch's function of that name, with attributes and their defaults."""
+    """Return a builder of the node of a torch function, from an operator's attributes or their defaults."""
 
     def make(place: str, z: Node, given: dict[str, Any]) -> Node:
         return TORCH[name](place, z, *(given.get(key, default) for key, default in attributes))

@@ -1,4 +1,4 @@
-"""ONNX graphs, interpreted on a fixed number of rows; the standard's own reference computes what is constant."""
+"""Reader of ONNX graphs, which are interpreted on a fixed number of rows; onnx's reference evaluates constants."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Signature:
 
 
 def signature(model: Any, d: int | None = None) -> Signature:
-    """Return what a model takes and gives.
+    """Return the input and the output of a model.
 
     Args:
         model: The model.
         d: Number of inputs, where the model leaves it open.
 
     Raises:
-        UnsupportedError: that is not one array of real numbers each.
+        UnsupportedError: the model has several inputs or outputs, or they are not arrays of real numbers.
     """
     import onnx
 
@@ -161,7 +161,7 @@ class _Node:
         return self.is_standard and any(self.operator in table for table in tables)
 
     def compute(self, *args: Any) -> Any:
-        """Return what the node makes of tensors, by the reference implementation of the standard."""
+        """Evaluate the node on tensors, with the reference implementation of the standard."""
         import onnx
         from onnx.reference import ReferenceEvaluator
 
@@ -185,7 +185,7 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """z > t, which only the choice that torch exports softplus with may use.
+    """The comparison z > t, which is accepted only as a part of torch's exported softplus.
 
     Attributes:
         call: The node.
@@ -224,7 +224,7 @@ def _unknown(call: _Node) -> UnsupportedError:
 
 
 def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
-    """Return what a node makes of values of the graph."""
+    """Convert a node to values of the graph, given its arguments."""
     compared = next((arg.call for arg in args if isinstance(arg, _Comparison)), None)
     if compared is not None and call.operator != "Where":
         raise _unknown(compared)

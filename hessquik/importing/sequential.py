@@ -59,8 +59,8 @@ def read_sequential(weights: str | Path, architecture: str | Path) -> nn.Sequent
             module with its constructor arguments by name.
 
     Raises:
-        ArchitectureError: the architecture is not one.
-        FormatError: the file is no state dict, or does not fit the architecture.
+        ArchitectureError: the architecture is malformed.
+        FormatError: the file is not a state dict, or does not fit the architecture.
     """
     module = _build(strict_json.parse("architecture", Path(architecture).read_text()))
     state = _read(Path(weights))

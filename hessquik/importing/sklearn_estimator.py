@@ -50,7 +50,7 @@ def import_estimator(
     dtype: torch.dtype | None = None,
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
-    """Do what :func:`from_sklearn` describes, and say how the values compare."""
+    """Import an estimator as :func:`from_sklearn` does; return the network with the comparison of its values."""
     width = getattr(estimator, "n_features_in_", None)
     if not isinstance(width, int):
         raise UnsupportedError(
@@ -68,7 +68,7 @@ def import_estimator(
 
 
 def _predict(estimator: Any, place: str, point: Node) -> Node:
-    """Return what an estimator predicts."""
+    """Return the prediction of an estimator as a value of the graph."""
     reader = ESTIMATORS.get(_kind(estimator))
     if reader is None:
         raise refuse(
@@ -80,7 +80,7 @@ def _predict(estimator: Any, place: str, point: Node) -> Node:
 
 
 def _transform(transformer: Any, place: str, value: Node) -> Node:
-    """Return what a transformer makes of a value."""
+    """Return the result of a transformer as a value of the graph."""
     if transformer == "passthrough" or transformer is None:
         return value
     shift, scale = _moments(transformer, place)

@@ -31,7 +31,7 @@ class Source:
     Attributes:
         width: Number of inputs.
         dtype: Of its computation.
-        runtime: What computes it there, for messages.
+        runtime: Name of the library that evaluates it, for messages.
         read: Returns its output in a graph, from the value that it takes.
         evaluate: Returns its own results (n, m) at points (n, d) in its own units, as the source computes them.
         precision: Of the runtime's own functions, relative.
@@ -47,11 +47,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A network, and how it compares with its source.
+    """An imported network, and the comparison with its source.
 
     Attributes:
         network: The network.
-        runtime: What the values were compared with.
+        runtime: Name of the library that evaluated the source.
         error: The largest difference of values, relative to the largest value.
         points: Number of points where they were compared.
         region: Lower and upper bounds of these points.
@@ -71,11 +71,11 @@ def bring(
     dtype: torch.dtype | None = None,
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
-    """Make a network of a source, and compare their values.
+    """Build the network of a source, and compare their values.
 
     Args:
         source: The source.
-        scaling: What was done to its data.
+        scaling: The scaling of its data before training.
         allow_kinks: Whether functions whose first derivatives jump are let through.
         dtype: Of the weights; the source's own if not given.
         bounds: Where to compare; within two scales of the means if not given.
@@ -130,7 +130,7 @@ def _compare(source: Source, scaling: Scaling, network: NN, region: tuple[list[f
     """Return the largest difference from the source's values, relative to the largest value.
 
     Raises:
-        UnsupportedError: it is larger than rounding makes it.
+        UnsupportedError: the difference is larger than rounding errors.
     """
     generator = torch.Generator().manual_seed(0)
     mean, scale = scaling.input(source.width)

@@ -1,4 +1,4 @@
-"""Modules of torch."""
+"""Import of torch modules."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def import_module(
     dtype: torch.dtype | None = None,
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
-    """Do what :func:`from_torch` describes, and say how the values compare."""
+    """Import a module as :func:`from_torch` does; return the network with the comparison of its values."""
     example = example_of(module, example_input)
     program = capture(module, example)
 

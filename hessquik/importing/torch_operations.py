@@ -1,6 +1,6 @@
-"""torch's operations, by what can be made of them: one table each.
+"""Tables of torch's operations by the kind of their interpretation.
 
-Names are those of the ATen operators that ``torch.export`` leaves, without their overloads.
+Names are those of the ATen operators in programs of ``torch.export``, without their overloads.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _arguments(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], 
 
 
 def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a call makes of tensors."""
+    """Evaluate a call on tensors."""
     if call.operation not in operations.UNCHANGED:
         return _function(call)(*args, **kwargs)
     dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
@@ -170,7 +170,7 @@ def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _store(call: Call, result: Any, values: dict[str, Any]) -> None:
-    """Keep what a call returned under its names."""
+    """Store the results of a call under its names."""
     results = result if isinstance(result, list | tuple) and len(call.outputs) > 1 else [result]
     if isinstance(result, list | tuple) and len(call.outputs) == 1:
         results = [result]  # a list that later calls take apart
@@ -231,7 +231,7 @@ def _unknown(call: Call) -> UnsupportedError:
 
 
 def _interpret(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Return what a call makes of values of the graph, or of constants."""
+    """Convert a call to values of the graph, or evaluate it if its arguments are constants."""
     if call.target == "_operator.getitem":
         return args[0][args[1]]
     if not (features_in(args) + features_in(list(kwargs.values()))):
