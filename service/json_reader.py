@@ -186,6 +186,8 @@ async def _read_list(field: str, text: bytes, start: int, end: int, max_rows: in
             raise _invalid(field, f"1 to {max_rows} rows", f"{rows}" if next_start == last else f"{rows} and more")
         start = next_start
         await asyncio.sleep(0)
+    if not parts:
+        raise _invalid(field, "rows of at least one number", "none")
     return np.concatenate(parts)
 
 

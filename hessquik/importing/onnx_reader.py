@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import softplusActivation
-from hessquik.errors import UnsupportedError
+from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing import onnx_operations as operations
 from hessquik.importing.graph import Affine, Node, Pointwise, refuse
 from hessquik.importing.interpreting import (
@@ -116,16 +116,20 @@ def read(model: Any, what: Signature, point: Node) -> Node:
     """Return a model's output as a value of a graph, from the value that it takes.
 
     Raises:
+        FormatError: a tensor is not what it says, or a node takes what nothing before it gives.
         UnsupportedError: the model does something that cannot be exact here.
     """
-    from onnx import numpy_helper
-
     values: dict[str, Any] = {"": None}
     for tensor in model.graph.initializer:
-        values[tensor.name] = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
+        values[tensor.name] = _weights(tensor)
     values[what.input] = Features(point, what.shape[1:])
     for number, node in enumerate(model.graph.node):
         call = _Node(node, number, model.opset_import)
+        missing = [name for name in node.input if name not in values]
+        if missing:
+            raise FormatError(
+                f"node {call.place}: the model must have a value named {missing[0]!r} before it is used"
+            )
         args = [values[name] for name in node.input]
         with readable(call.place):
             result = _interpret(call, args, what.shape[0]) if _depends(args) else call.compute(*args)
@@ -135,6 +139,22 @@ def read(model: Any, what: Signature, point: Node) -> Node:
     if not isinstance(output, Features):
         raise refuse(what.output, "does not depend on the input", "return what the network computes of it")
     return output.node
+
+
+def _weights(tensor: Any) -> Tensor:
+    """Return the numbers of a tensor.
+
+    Raises:
+        FormatError: its type, its shape and its bytes do not belong together.
+    """
+    from onnx import numpy_helper
+
+    try:
+        weights: Tensor = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
+    except Exception as error:  # whatever a damaged file makes of the reader
+        name = tensor.name[:64]
+        raise FormatError(f"tensor {name!r} must have numbers of its type and shape ({str(error)[:100]})") from None
+    return weights
 
 
 class _Node:

@@ -13,7 +13,7 @@ from tests.fuzzing.targets import CORPUS, MOST_BYTES, TARGETS, corpus, mutated, 
 from tests.whole import Note, choose
 
 #: Mutations for each target; reading ONNX takes longest.
-COUNTS = {"onnx_files": (4, 1000), "model_files": (200, 20_000)}
+COUNTS = {"onnx_files": (60, 2000), "model_files": (200, 20_000)}
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import hessquik
-from hessquik.errors import UnsupportedError
+from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing import onnx_operations, onnx_reader, support, torch_operations, torch_reader
 
 WIDTH = 4
@@ -401,6 +401,22 @@ def test_onnx_models_of_other_kinds():
     many = numpy_helper.from_array(np.ones((3, 5)), "many")
     with pytest.raises(UnsupportedError, match=r"second \(MatMul\) has arguments that cannot be read .*; export"):
         hessquik.from_onnx(onnx_model(helper.make_node("MatMul", ["t", "many"], ["y"], "second"), constants=[many]))
+
+
+def test_damaged_onnx_models():
+    add = helper.make_node("Add", ["t", "bias"], ["y"], "second")
+    with pytest.raises(FormatError, match=r"node second \(Add\): the model must have a value named 'bias' before"):
+        hessquik.from_onnx(onnx_model(add))
+    for damage in ({"data_type": 113}, {"dims": [3, 119]}):
+        bias = numpy_helper.from_array(np.ones(WIDTH), "bias")
+        for name, value in damage.items():
+            if name == "dims":
+                del bias.dims[:]
+                bias.dims.extend(value)
+            else:
+                setattr(bias, name, value)
+        with pytest.raises(FormatError, match=r"tensor 'bias' must have numbers of its type and shape"):
+            hessquik.from_onnx(onnx_model(add, constants=[bias]))
 
 
 def _gram():

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from hessquik_client.errors import ServiceError
+from hessquik_client.errors import InvalidInput, ServiceError
 from service.http.connection import MAX_PIPELINED, Connection, Limits, Listener
 from service.http.messages import JSON, Budget, Head, Reply, Request
 from service.json_reader import read_long_json
@@ -561,6 +561,12 @@ def test_a_long_body_leaves_nothing_to_the_collector(form: bytes) -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_an_empty_list_in_a_long_body_is_refused() -> None:
+    blanks = b" " * 40_000
+    with pytest.raises(InvalidInput, match="inputs: expected rows of at least one number"):
+        asyncio.run(read_long_json(b'{"inputs": %b[]%b}' % (blanks, blanks), 1000))
 
 
 class Transport(asyncio.Transport):
