@@ -1,4 +1,4 @@
-"""The servers that are compared: how each is started, tuned, asked, read, frozen while others run, and ended."""
+"""The servers that are compared: start, tuning, requests, suspension while others are measured, and stop."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Server:
     """
 
     def __init__(self, contender: Contender, model: Path, tuning: Tuning) -> None:
-        """Start it; it need not answer yet."""
+        """Start the process without waiting until it answers."""
         self.contender = contender
         self.tuning = tuning
         self.port = _free_port()
@@ -179,13 +179,13 @@ class Server:
                 child.suspend()
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume it (SIGCONT)."""
         for process in (*reversed(self._children()), self._process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def stop(self) -> None:
-        """End it and all its children."""
+        """Stop the process and all its children."""
         children = self._children()
         with contextlib.suppress(psutil.NoSuchProcess):
             self.thaw()

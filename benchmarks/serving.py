@@ -354,7 +354,7 @@ class Benchmark:
 
 @contextlib.contextmanager
 def _awake(server: Server) -> Iterator[Server]:
-    """Let a frozen server run."""
+    """Resume a suspended server within a ``with`` block."""
     server.thaw()
     try:
         yield server
@@ -364,7 +364,7 @@ def _awake(server: Server) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def _background(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Run a command meanwhile.
+    """Run a command in the background within a ``with`` block.
 
     Raises:
         NotServing: it ended before.
@@ -421,7 +421,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _end(number: int, _: object) -> NoReturn:
-    """Leave through every ``with``, so that no server is left."""
+    """Exit by an exception, so that every ``with`` block stops its server."""
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""The keys that requests may carry: which there are, and files of them that change while the service runs."""
+"""API keys: checks of the keys in requests, and reloading of key files while the service runs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ NAMES = ("api_keys", "admin_keys")
 
 
 class Keys:
-    """The keys now.
+    """The API keys in effect.
 
     Args:
-        settings: Name them, and the folder of their files.
+        settings: Settings with the keys, or with the folder of their files.
 
     Attributes:
-        are_needed: Whether every request needs one.
+        are_needed: Whether every request needs a key.
         on_change: Called when the keys have changed.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Take the settings' keys."""
+        """Start with the keys of the settings."""
         self._settings = settings
         self.on_change: list[Callable[[], None]] = []
         self._stamp = self._look()
         self.replace(**_plain(settings))
 
     def replace(self, api_keys: Sequence[str], admin_keys: Sequence[str]) -> None:
-        """Take other keys."""
+        """Replace all keys."""
         self.api_keys, self.admin_keys = list(api_keys), list(admin_keys)
         self._admins = [key.encode() for key in admin_keys]
         self._all = [key.encode() for key in api_keys] + self._admins
@@ -46,7 +46,7 @@ class Keys:
             call()
 
     def shown(self) -> dict[str, list[str]]:
-        """Return the keys as settings that a front end is started with."""
+        """Return the keys by the names of their settings, to start a front end with them."""
         return {"api_keys": self.api_keys, "admin_keys": self.admin_keys}
 
     def is_known(self, given: bytes) -> bool:
@@ -63,7 +63,7 @@ class Keys:
             self.reload()
 
     def reload(self) -> None:
-        """Read the keys again; a fault leaves them as they are, and files never take the last key away."""
+        """Read the keys again; keep the present ones if the files cannot be read or hold no key."""
         self._stamp = self._look()
         if self._settings.secrets is None:
             logger.info("there is no folder of secrets to read keys from")
@@ -80,7 +80,7 @@ class Keys:
         logger.info("keys read again: %d that may use the service, %d of admins", *map(len, now.values()))
 
     def _look(self) -> list[tuple[int, int, int] | None]:
-        """Return what changes when a file of keys does."""
+        """Return the fingerprints of the key files, which change when the files do."""
         folder, stamps = self._settings.secrets, list[tuple[int, int, int] | None]()
         for name in NAMES if folder is not None else ():
             try:
@@ -96,5 +96,5 @@ def _plain(settings: Settings) -> dict[str, list[str]]:
 
 
 def _is_among(given: bytes, keys: list[bytes]) -> bool:
-    """Compare with every key, in a time that tells nothing of them."""
+    """Return whether a key is in a list; the time does not depend on the keys (constant-time comparison)."""
     return any([hmac.compare_digest(given, key) for key in keys])

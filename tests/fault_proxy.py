@@ -25,14 +25,14 @@ NONSENSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 13\r\
 
 
 class FaultProxy:
-    """Listens on a free port while it is entered.
+    """A context manager that listens on a free port and injects random faults.
 
     Args:
-        port: The service's.
-        seed: Of the faults.
+        port: Port of the service.
+        seed: Seed of the random faults.
 
     Attributes:
-        counts: How often each fault took place.
+        counts: Number of times that each fault was injected.
     """
 
     def __init__(self, port: int, seed: int) -> None:
@@ -119,7 +119,7 @@ class FaultProxy:
 
 
 async def _pass_on(writer: asyncio.StreamWriter, reply: bytes, fault: str, dice: random.Random) -> bool:
-    """Send a reply, or what the fault leaves of it; false if the connection is done for."""
+    """Send a reply with a fault injected; return whether the connection can still be used."""
     if fault == "hints":
         writer.write(HINTS)
     elif fault == "delay":
@@ -140,7 +140,7 @@ async def _pass_on(writer: asyncio.StreamWriter, reply: bytes, fault: str, dice:
 
 
 async def _repeat(writer: asyncio.StreamWriter, piece: bytes, pause_s: float = 0.0) -> None:
-    """Send the same again and again until the client is gone."""
+    """Send the same bytes repeatedly until the client closes the connection."""
     while True:
         writer.write(piece)
         await writer.drain()
@@ -148,14 +148,14 @@ async def _repeat(writer: asyncio.StreamWriter, piece: bytes, pause_s: float = 0
 
 
 async def _read_message(reader: asyncio.StreamReader) -> bytes:
-    """One request or reply, with a body as long as its head says."""
+    """Read one request or reply, with a body of the length in its head."""
     head = await reader.readuntil(b"\r\n\r\n")
     lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
     return head + await reader.readexactly(int(lengths[0].split(b":")[1]) if lengths else 0)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close without the usual farewell."""
+    """Abort the connection with a TCP reset."""
     connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

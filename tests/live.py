@@ -35,8 +35,8 @@ class LiveServer:
         models: The folder to serve.
         workers: Worker processes.
         settings: Further settings, by their names without the prefix.
-        command: Another way to start it; gets the same arguments.
-        stdout: Where its standard output goes.
+        command: Another command that starts it, with the same arguments.
+        stdout: File for its standard output.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LiveServer:
         return f"http://127.0.0.1:{self.port}"
 
     def wait_until_ready(self) -> LiveServer:
-        """Wait until it says that it is ready."""
+        """Wait until /readyz answers with 200, and return the server."""
         self._listening.wait(START_S)
         assert self.port, "\n".join(self.log)
         deadline = time.monotonic() + START_S
@@ -101,11 +101,11 @@ class LiveServer:
             return False
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes."""
+        """Return its worker processes."""
         return [child for child in psutil.Process(self.process.pid).children() if _is_worker(child)]
 
     def metric(self, sample: str, key: str = "") -> float:
-        """The value of one sample, named as in the text format; 0 if there is none."""
+        """Return the value of a sample in the metrics, by its name with labels; 0 if it is missing."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         for line in httpx.get(f"{self.url}/metrics", headers=headers).raise_for_status().text.splitlines():
             if line.startswith(sample + " "):

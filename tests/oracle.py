@@ -34,7 +34,7 @@ SIGMA = {
 
 
 def formula(f, z: Tensor) -> Tensor:
-    """A formula's value, by Python's own operators and torch's functions."""
+    """Return a formula's value, by Python's operators and torch's functions."""
     match f:
         case "z":
             return z
@@ -52,12 +52,12 @@ def formula(f, z: Tensor) -> Tensor:
 
 
 def sigma(act: nn.Module, z: Tensor) -> Tensor:
-    """σ(z) by torch's own functions."""
+    """Return σ(z), by torch's functions."""
     return SIGMA[type(act).__name__](z, act)
 
 
 def value(module: nn.Module, u: Tensor) -> Tensor:
-    """The features (n, q) that a layer or network makes of the features (n, p), as its documentation says."""
+    """Return the output (n, q) of a layer or network for the features (n, p), from its documented formula."""
     match module:
         case NN():
             for child in module._modules.values():
@@ -89,9 +89,10 @@ def value(module: nn.Module, u: Tensor) -> Tensor:
 
 
 def derivatives(module: nn.Module, x: Tensor, outputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of the first ``outputs`` outputs, all by default.
+    """Return value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of the first ``outputs`` outputs (default:
+    all).
 
-    Of an ensemble, the means over its members.
+    For an ensemble, these are the means over its members.
     """
     if isinstance(module, Ensemble):
         value_, gradient_, hessian_ = zip(*(derivatives(one, x, outputs) for one in module.members), strict=True)
@@ -115,7 +116,7 @@ def derivatives(module: nn.Module, x: Tensor, outputs: int | None = None) -> tup
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected entry where that is above 1; a wrong shape is refused."""
+    """Return the largest difference, relative to the largest expected entry if that is above 1; check the shape."""
     assert got.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
     if not expected.numel():
         return 0.0

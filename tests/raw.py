@@ -1,4 +1,4 @@
-"""HTTP by hand over a blocking socket: what no client library would send, and what really came back."""
+"""HTTP over a plain blocking socket, to send requests that client libraries cannot, and to see the raw replies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reply:
 
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-    """A well-formed request whose connection closes; header names are given with underscores."""
+    """Return a well-formed request with ``Connection: close``; header names are given with underscores."""
     fields = {"Host": "x", "Connection": "close", "Content-Length": str(len(body))}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
@@ -36,12 +36,12 @@ def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
 
 
 def post(path: str, body: bytes, **headers: str) -> bytes:
-    """A well-formed JSON request."""
+    """Return a well-formed JSON request."""
     return request("POST", path, body, **{"Content_Type": "application/json", **headers})
 
 
 def exchange(port: int, data: bytes, timeout_s: float = 30.0) -> bytes:
-    """Send bytes on a new connection and return all that comes back until it is closed or quiet."""
+    """Send bytes on a new connection, and return all bytes received until it is closed or idle."""
     with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
         with contextlib.suppress(OSError):  # refused before all was sent; the answer may be there nevertheless
             connection.sendall(data)
@@ -51,14 +51,14 @@ def exchange(port: int, data: bytes, timeout_s: float = 30.0) -> bytes:
 def send_over(
     connection: http.client.HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, bytes | str]
 ) -> Reply:
-    """Ask over a connection that stays open."""
+    """Send a request over a connection that stays open, and return the reply."""
     connection.request(method, path, body, dict(headers))
     response = connection.getresponse()
     return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
 def receive_all(connection: socket.socket) -> bytes:
-    """All that comes until the connection is closed, broken or quiet."""
+    """Return all bytes received until the connection is closed, reset or idle."""
     pieces = []
     try:
         while piece := connection.recv(1 << 16):
@@ -69,7 +69,7 @@ def receive_all(connection: socket.socket) -> bytes:
 
 
 def replies(data: bytes) -> list[Reply]:
-    """The responses in what came back; each must be whole."""
+    """Parse the responses in received bytes; each must be complete."""
     found = []
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
@@ -92,10 +92,10 @@ def ask(port: int, data: bytes, timeout_s: float = 30.0) -> Reply:
 
 
 def check_error(reply: Reply) -> None:
-    """Assert that a refusal is declared, is problem details, and tells nothing of the machine or the input.
+    """Assert that an error is documented, is problem details, and discloses nothing of the machine or the input.
 
     Raises:
-        AssertionError: it is not, or does.
+        AssertionError: one of these does not hold.
     """
     assert LEAKS.search(reply.body) is None, reply
     assert len(reply.body) <= 1024, reply

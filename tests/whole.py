@@ -1,4 +1,4 @@
-"""Short form or whole form: how much of a long test is run, and the figures that it ends with."""
+"""The size of long tests, short or whole, and the figures that they report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Note = Callable[[str], None]
 
 
 def choose(short: T, whole: T) -> T:
-    """The count for the form that is run."""
+    """Return ``whole`` in ``make chaos``, else ``short``."""
     return whole if IS_WHOLE else short
 
 

@@ -334,7 +334,7 @@ def _abstract_eval(body: Body) -> Reply:
 
 
 class Endpoint(NamedTuple):
-    """What the protocol has for a model.
+    """An endpoint of the protocol for a model.
 
     Attributes:
         answer: Answers a body.

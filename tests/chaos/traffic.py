@@ -1,8 +1,8 @@
-"""A load driver that checks every number, and the ledger of what became of every request.
+"""A load generator that checks every number and counts how each request ends.
 
-Every question has a stored reply, computed in this process. A row's bits do not depend on its company, so every 200
-has to equal its stored reply byte for byte; the stored replies themselves are compared with automatic
-differentiation when they are made.
+Every request has an expected reply, computed in this process. The bits of a row do not depend on the other rows, so
+every reply with status 200 must equal the expected one byte for byte. The expected replies are compared with
+automatic differentiation when they are created.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ QUANTITIES = ("value", "gradient", "hessian", "laplacian")
 
 @dataclass(frozen=True)
 class Question:
-    """A request on the wire and the body of its one right answer."""
+    """The bytes of a request, and the body of its expected reply."""
 
     request: bytes
     answer: bytes
 
 
 def http_post(path: str, body: bytes, deadline_ms: int = 30_000) -> bytes:
-    """The bytes of a request on a connection that is kept."""
+    """Return the bytes of a POST request on a keep-alive connection."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nX-Deadline-Ms: {deadline_ms}\r\n\r\n"
@@ -52,10 +52,10 @@ def http_post(path: str, body: bytes, deadline_ms: int = 30_000) -> bytes:
 
 
 def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1, 1, 2, 7, 20)) -> list[Question]:
-    """Random questions to the models of a folder, with their right answers.
+    """Return random requests to the models of a folder, with their expected replies.
 
     Raises:
-        AssertionError: a stored answer does not agree with automatic differentiation.
+        AssertionError: an expected reply does not agree with automatic differentiation.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers
@@ -90,7 +90,7 @@ def questions(folder: Path, count: int, seed: int, rows: tuple[int, ...] = (1, 1
 
 @dataclass
 class Ledger:
-    """Counts of the requests by how they ended; each is counted once."""
+    """Counts of requests by outcome; each request is counted once."""
 
     sent: int = 0
     right: int = 0
@@ -197,16 +197,16 @@ class Connection(asyncio.Protocol):
 
 @dataclass
 class Traffic:
-    """Clients that ask again as soon as they are answered.
+    """Closed-loop clients: each sends the next request when it has received the reply.
 
     Attributes:
-        port: Where.
-        questions: What.
-        ledger: What became of it.
-        disconnects: Share of requests that are broken off before they are answered.
-        malformed: Share of requests that are none.
-        retries: How often a refused request is asked again before it counts as refused.
-        timeout_s: After which an answer is lost: the deadline and a second.
+        port: Port of the service.
+        questions: The requests, which are sent in random order.
+        ledger: Counts of the outcomes.
+        disconnects: Share of requests whose connection is closed before the reply.
+        malformed: Share of requests that are malformed.
+        retries: Number of retries of a refused request before it counts as refused.
+        timeout_s: Time after which a reply counts as lost: the deadline and a second.
     """
 
     port: int
@@ -220,7 +220,7 @@ class Traffic:
     is_over: Callable[[], bool] = lambda: False
 
     async def run(self, clients: int, requests: int) -> Ledger:
-        """Ask so many requests by so many clients."""
+        """Send ``requests`` requests from ``clients`` concurrent clients, and return the counts."""
         self._left = requests
         await asyncio.gather(*(self._client(random.Random(self.seed * 1000 + number)) for number in range(clients)))
         return self.ledger
@@ -268,12 +268,12 @@ class Traffic:
 
 
 def _spoil(request: bytes, random_: random.Random) -> bytes:
-    """A request whose body is none."""
+    """Return a request with a malformed body."""
     return request.replace(b"[", random_.choice([b"(", b'"', b"{", b"]"]), 1)
 
 
 async def flood(port: int, asked: list[Question], rate: float, seconds: float, ledger: Ledger) -> None:
-    """Ask at a given rate whatever becomes of it, as far as :data:`FLOOD_CONNECTIONS` can hold it."""
+    """Send requests at a constant rate without waiting for replies, over at most :data:`FLOOD_CONNECTIONS`."""
     idle = [await Connection.open(port) for _ in range(FLOOD_CONNECTIONS)]
     tasks: set[asyncio.Task[None]] = set()
 

@@ -1,4 +1,4 @@
-"""A server that answers whatever a test wants, byte by byte, and parts of right and wrong replies."""
+"""A server that sends arbitrary bytes, and builders of valid and invalid replies."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ FACTS = {
 
 
 class HostileServer:
-    """Listens on a free port while it is entered.
+    """A context manager that listens on a free port and answers with scripts.
 
     Args:
-        post: Answers POST requests.
-        get: Answers GET requests; a right description of the model ``toy`` if not given.
-        reads_body: Read the body of a request before it is answered.
+        post: Script that answers POST requests.
+        get: Script that answers GET requests; by default a valid description of the model ``toy``.
+        reads_body: Whether the body of a request is read before the answer.
 
     Attributes:
         requests: The first line of each request.
@@ -94,7 +94,7 @@ class HostileServer:
                     return
 
     def flood(self, head: bytes, piece: bytes) -> Script:
-        """Send a head and then a piece again and again, for ever, and count the bytes."""
+        """Return a script that sends a head and then a piece repeatedly without end, and counts the bytes."""
 
         def script(connection: socket.socket) -> None:
             connection.sendall(head)
@@ -105,7 +105,7 @@ class HostileServer:
         return script
 
     def drip(self, head: bytes, piece: bytes = b"a", pause_s: float = 0.02) -> Script:
-        """Send a head and then a piece now and then, for ever."""
+        """Return a script that sends a head and then a piece at intervals without end."""
 
         def script(connection: socket.socket) -> None:
             connection.sendall(head)
@@ -147,5 +147,5 @@ def facts(**changes: Any) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """JSON that is nested deeper than any parser follows."""
+    """Return JSON nested ``depth`` levels deep."""
     return b"[" * depth + b"]" * depth

@@ -23,12 +23,12 @@ class Timer:
     is_cancelled = False
 
     def cancel(self) -> None:
-        """Never call back."""
+        """Cancel the callback."""
         self.is_cancelled = True
 
 
 class SimulatedClock:
-    """Time that moves on from one event to the next."""
+    """A clock that advances from one scheduled event to the next."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +47,7 @@ class SimulatedClock:
         return self.call_at(self.now, callback)
 
     def run(self, until_s: float = 1e9) -> None:
-        """Let everything happen until a time."""
+        """Run all events up to a time."""
         while self._events and self._events[0][0] <= until_s:
             self.now, _, timer, callback = heappop(self._events)
             if not timer.is_cancelled:
@@ -57,7 +57,7 @@ class SimulatedClock:
 
 
 class Observer:
-    """Keeps nothing."""
+    """An observer that does nothing."""
 
     def queued(self, model: str, seconds: float) -> None:
         pass
@@ -67,7 +67,7 @@ class Observer:
 
 
 class SimulatedWorker:
-    """Computes at a fixed speed; fails as it is told."""
+    """A worker with a fixed speed, which can be told to fail."""
 
     def __init__(self, pool: SimulatedWorkers) -> None:
         self.pool = pool
