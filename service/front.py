@@ -48,9 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: The only paths that never need a key: probes, and the pages' files, which hold no data.
 OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+#: Ends of paths that change what is served: they need an admin key, and are audited.
 _ADMIN_ACTIONS = ("/load", "/unload")
-#: Paths that change what is served, and are audited.
-_ADMINISTERED = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
 #: Label of requests that match no path.
 UNMATCHED = "unmatched"
 #: Status label of requests whose client was gone before the reply.
@@ -393,7 +392,7 @@ class Front:
         self.core.metrics.answered(label, request.model, status, request.began_s)
         for watcher in self._watchers:
             watcher.ended(request, label, status)
-        if target is not None and label in _ADMINISTERED:
+        if target is not None and label.endswith(_ADMIN_ACTIONS):
             log_administration(request, label, target.model, status, _key(request.head))
 
     def fail(self, request: Request, error: Exception) -> None:

@@ -193,16 +193,21 @@ def test_loads_are_audited_with_the_key_that_asked(operated: Operated) -> None:
     assert operated.post("peaks/load", "boss", headers={"X-Request-Id": "load-1"}) == 200
     assert operated.post("peaks/load", "one", headers={"X-Request-Id": "load-2"}) == 403
     assert operated.post("nothing/unload", "boss", headers={"X-Request-Id": "load-3"}) == 404
+    inference = "../../v2/repository/models/peaks/load"  # the Open Inference Protocol's path
+    assert operated.post(inference, "boss", headers={"X-Request-Id": "load-4"}) == 200
+    assert operated.post(inference, "one", headers={"X-Request-Id": "load-5"}) == 403
 
     def audited() -> dict[str, dict[str, Any]]:
         return {one["request_id"]: one for one in operated.records() if one["logger"] == "service.audit"}
 
-    until(lambda: len(audited()) >= 3, "three audit lines")
+    until(lambda: len(audited()) >= 5, "five audit lines")
     found = audited()
     assert {one: (found[one]["action"], found[one]["model"], found[one]["status"]) for one in found} == {
         "load-1": ("load", "peaks", 200),
         "load-2": ("load", "peaks", 403),
         "load-3": ("unload", "nothing", 404),
+        "load-4": ("load", "peaks", 200),
+        "load-5": ("load", "peaks", 403),
     }
     assert found["load-1"]["key"] == found["load-3"]["key"] != found["load-2"]["key"]
     assert not any("boss" in line for line in operated.live.log)
