@@ -16,7 +16,7 @@ __all__ = ["congruence", "leading_shape", "pack", "pairs", "unpack"]
 
 
 def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let arrays that implement torch's function protocol take part in a function."""
+    """Decorate a function so that it also accepts arrays that implement ``__torch_function__``."""
 
     @wraps(function)
     def dispatch(*arrays: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def leading_shape(*arrays: Tensor) -> tuple[int, ...]:
-    """Return the shape that arrays have together, without the last axis.
+    """Return the shape to which arrays broadcast, without the last axis.
 
-    ``torch.broadcast_shapes`` does the same and imports some hundred modules, which takes seconds.
+    ``torch.broadcast_shapes`` is not used, because it imports hundreds of modules, which takes seconds.
 
     Example:
         >>> leading_shape(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))

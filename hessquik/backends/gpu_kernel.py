@@ -71,13 +71,13 @@ def _number(table, at):
 
 @triton.jit
 def _quotient(e, extent):
-    """Return e // extent for 0 ≤ e < 2²⁰: half a unit away from the next integer, rounding does no harm."""
+    """Return e // extent for 0 ≤ e < 2²⁰, by a product with the inverse that rounding errors cannot change."""
     return ((e.to(tl.float32) + 0.5) * (1.0 / extent.to(tl.float32))).to(tl.int32)
 
 
 @triton.jit
 def _whole(x, dtype: tl.constexpr):
-    """Return a multiple of 16 bytes in a form from which the compiler sees that it is one."""
+    """Return an offset with a hint to the compiler that it is a multiple of 16 bytes."""
     lanes: tl.constexpr = 128 // dtype.primitive_bitwidth
     return x // lanes * lanes
 

@@ -1,4 +1,4 @@
-"""The documented layers; :mod:`hessquik.layers.form` has the one form behind them."""
+"""The documented layers; :mod:`hessquik.layers.form` has the form that they share."""
 
 import hessquik.original
 from hessquik.layers.base import hessQuikLayer

@@ -28,8 +28,8 @@ class ICNNLayer(hessQuikLayer):
         out_features: Width q of σ(z).
         act: σ; softplus if not given.
         bias: Whether there is a b.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         K: Weights of x (d, q).
@@ -58,7 +58,7 @@ class ICNNLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the weights, uniform within ±1/√d for K and ±1/√p for L and b."""
+        """Create the weights, uniformly distributed within ±1/√d for K and ±1/√p for L and b."""
         super().__init__()
         self.input_dim = input_dim
         self.in_features = in_features
@@ -76,7 +76,7 @@ class ICNNLayer(hessQuikLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Initialise the weights with new random numbers."""
         fan_in = self.in_features or self.input_dim
         uniform_(self.K, self.input_dim)
         uniform_(self.L, fan_in)

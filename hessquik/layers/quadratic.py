@@ -24,8 +24,8 @@ class quadraticLayer(hessQuikLayer):
     Args:
         in_features: Width p of u.
         rank: Rank r of the quadratic term.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         v: Weights of the linear term (p,).
@@ -49,7 +49,7 @@ class quadraticLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the weights, uniform within ±1/√p."""
+        """Create the weights, uniformly distributed within ±1/√p."""
         super().__init__()
         self.in_features = in_features
         self.rank = rank
@@ -59,7 +59,7 @@ class quadraticLayer(hessQuikLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Initialise the weights with new random numbers."""
         for parameter in (self.v, self.mu, self.A):
             uniform_(parameter, self.in_features)
 
@@ -87,8 +87,8 @@ class quadraticICNNLayer(hessQuikLayer):
         input_dim: Width d of x.
         in_features: Width p of u, ``None`` if there is none.
         rank: Rank r of the quadratic term.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         v: Weights of x (d,).
@@ -116,7 +116,7 @@ class quadraticICNNLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the weights, uniform within ±1/√d, w within ±1/√p."""
+        """Create the weights, uniformly distributed within ±1/√d, w within ±1/√p."""
         super().__init__()
         self.input_dim = input_dim
         self.in_features = in_features
@@ -133,7 +133,7 @@ class quadraticICNNLayer(hessQuikLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Initialise the weights with new random numbers."""
         uniform_(self.w, self.in_features or 1)
         for parameter in (self.v, self.mu, self.A):
             uniform_(parameter, self.input_dim)

@@ -22,8 +22,8 @@ class singleLayer(hessQuikLayer):
         out_features: Width q of y.
         act: σ; the identity if not given.
         bias: Whether there is a b.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         K: Weights (p, q).
@@ -48,7 +48,7 @@ class singleLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the weights, uniform within ±1/√p."""
+        """Create the weights, uniformly distributed within ±1/√p."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -59,7 +59,7 @@ class singleLayer(hessQuikLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Initialise the weights with new random numbers."""
         uniform_(self.K, self.in_features)
         uniform_(self.b, self.in_features)
 

@@ -28,8 +28,8 @@ class skipLayer(hessQuikLayer):
         mix: Whether there is an M; without it M = 1 and q = w.
         offset: Whether there is a μ.
         carried: Number c of features that go out behind y.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Attributes:
         K: Weights (p, w).
@@ -75,7 +75,7 @@ class skipLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the weights, uniform within one over the root of what enters."""
+        """Create the weights, uniformly distributed within one over the root of what enters."""
         super().__init__()
         if carried > in_features:
             raise ShapeError(f"carried must be at most the {in_features} features that come in, got {carried}")
@@ -101,7 +101,7 @@ class skipLayer(hessQuikLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights."""
+        """Initialise the weights with new random numbers."""
         for weights, fan_in in (
             (self.K, self.in_features),
             (self.b, self.in_features),

@@ -21,8 +21,8 @@ class fullyConnectedNN(NN):
     Args:
         widths: (d, w_1, …, m).
         act: σ of every layer; softplus if not given.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Example:
         >>> fullyConnectedNN([4, 8, 2]).dim_output()
@@ -38,7 +38,7 @@ class fullyConnectedNN(NN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the layers."""
+        """Create the layers."""
         act = softplusActivation() if act is None else act
         super().__init__(*(singleLayer(p, q, act, device=device, dtype=dtype) for p, q in pairwise(widths)))
 
@@ -63,8 +63,8 @@ class resnetNN(NN):
         depth: Number of layers.
         h: Step size.
         act: σ of every layer; softplus if not given.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Example:
         >>> len(resnetNN(8, depth=3, h=0.5))
@@ -82,7 +82,7 @@ class resnetNN(NN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the layers."""
+        """Create the layers."""
         act = softplusActivation() if act is None else act
         super().__init__(*(resnetLayer(width, h, act, device=device, dtype=dtype) for _ in range(depth)))
 
@@ -116,8 +116,8 @@ class ICNN(NN):
         input_dim: Width d of x.
         widths: (None, w_1, …, m): the first layer has no u.
         act: σ of every layer; softplus if not given.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Example:
         >>> import torch
@@ -135,7 +135,7 @@ class ICNN(NN):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the layers."""
+        """Create the layers."""
         act = softplusActivation() if act is None else act
         layers = []
         for p, q in pairwise(widths):

@@ -41,8 +41,8 @@ def train_one_epoch(
         loss_weights: (w₀, w₁, w₂).
 
     Returns:
-        L and its parts without their weights: that of the value, of the gradient and of the Hessian, as far as
-        fitted; averages over the epoch, each sample with the weights that it met.
+        L and its unweighted parts for the value and, if fitted, the gradient and the Hessian: averages over the
+            epoch, in which each batch is evaluated before its optimizer step.
 
     Raises:
         ShapeError: ``y`` has too few columns.
@@ -79,7 +79,7 @@ def test(
     do_Hessian: bool = False,
     loss_weights: Weights = (1.0, 1.0, 1.0),
 ) -> tuple[float, ...]:
-    """Compute the loss and its parts as :func:`train_one_epoch` does, and train nothing.
+    """Compute the loss and its parts as :func:`train_one_epoch` does, without training.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ def print_headers(
     verbose: bool = False,
     loss_weights: Weights = (1.0, 1.0, 1.0),
 ) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """Make the head of a table of losses and the format of its rows.
+    """Return the header of a table of losses and the format of its rows.
 
     Args:
         do_gradient: Whether there are columns for the gradient's loss.
