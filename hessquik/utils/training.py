@@ -41,8 +41,8 @@ def train_one_epoch(
         loss_weights: (w₀, w₁, w₂).
 
     Returns:
-        L and its unweighted parts for the value and, if fitted, the gradient and the Hessian: averages over the
-            epoch, in which each batch is evaluated before its optimizer step.
+        L and its unweighted parts for the value and, if fitted, the gradient and the Hessian. These are averages over
+        the epoch, in which each batch is evaluated before its optimizer step.
 
     Raises:
         ShapeError: ``y`` has too few columns.

@@ -1,4 +1,4 @@
-"""Nothing grows: memory, descriptors, threads, processes."""
+"""The service does not leak memory, descriptors, threads or processes under load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GONE_WITHIN_S = 10.0
 
 
 def sizes(server: LiveServer) -> tuple[int, int, int, int]:
-    """Resident bytes, descriptors, threads and processes of the service."""
+    """Return resident bytes, descriptors, threads and processes of the service."""
     processes = [psutil.Process(server.process.pid), *server.workers()]
     return (
         sum(process.memory_info().rss for process in processes),
@@ -34,7 +34,7 @@ def sizes(server: LiveServer) -> tuple[int, int, int, int]:
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = GONE_WITHIN_S) -> None:
-    """Wait for a while; whoever measures afterwards sees whether that was in vain."""
+    """Wait until a condition holds or the time is over; do not fail, since the caller measures afterwards."""
     until_s = time.monotonic() + within_s
     while not condition() and time.monotonic() < until_s:
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def test_nothing_grows(busy: LiveServer, asked: list[Question], note: Note) -> N
 
 @pytest.mark.whole
 def test_a_leak_is_caught(start: Start, asked: list[Question], note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a front that keeps a little of every request."""
+    """A front end with a planted leak per request makes the test fail."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))
     bytes_, *_ = soak(start("leaky"), asked)
     note(f"control: {bytes_ / 2**20:+.1f} MiB in the second half")
