@@ -48,10 +48,10 @@ def erf_by_x(z: mpf) -> mpf:
     return mpmath.erf(x) / x if x else 2 / mpmath.sqrt(mpmath.pi)
 
 
-def erfcx(u: mpf) -> mpf:
-    """Return exp(a²) erfc(a) for u = (a - c) / (a + c)."""
+def erfcx_by_inverse(u: mpf) -> mpf:
+    """Return exp(a²) erfc(a) (a + c), which is of one size for all a, for u = (a - c) / (a + c)."""
     a = CENTRE * (1 + u) / (1 - u)
-    return mpmath.exp(a * a) * mpmath.erfc(a)
+    return mpmath.exp(a * a) * mpmath.erfc(a) * (a + CENTRE)
 
 
 def atan_by_t(z: mpf) -> mpf:
@@ -86,7 +86,7 @@ def main() -> None:
         end = (largest[kind] - CENTRE) / (largest[kind] + CENTRE)
         polynomials = {
             "erf": fit(erf_by_x, mpf(0), mpf(1), wanted),
-            "erfcx": fit(erfcx, mpf(-1), end, wanted),
+            "erfcx": fit(erfcx_by_inverse, mpf(-1), end, wanted),
             "atan": fit(atan_by_t, mpf(0), mpmath.tan(mpmath.pi / 8) ** 2, wanted),
             "log_2": parts(mpmath.log(2), log_2[kind]),
             "half_pi": parts(mpmath.pi / 2, half_pi[kind]),

@@ -15,7 +15,7 @@
 #endif
 
 #if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll_count(16)")
+#define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -117,9 +117,9 @@ INLINE V NAME(log1p)(V x) {
 
 /* exp(a²) erfc(a) for a >= 0. */
 INLINE V NAME(erfcx)(V a) {
-    V u = (a - ERFCX_CENTRE) / (a + ERFCX_CENTRE);
+    V sum = a + ERFCX_CENTRE, u = (a - ERFCX_CENTRE) / sum;
     POLYNOMIAL(p, u, COEFFICIENTS(erfcx));
-    return p;
+    return p / sum;
 }
 
 /* exp(-scale a²) without the error that rounding a² would make: a² = high² + (a - high) (a + high), high² exact. */
