@@ -66,6 +66,6 @@ EXPOSE 8000
 # The service drains for up to 20 s (HESSQUIK_DRAIN_S): whoever stops the container waits 30 s before killing it.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-    CMD ["python", "-m", "service.healthcheck"]
+    CMD ["python", "-m", "hessquik_service.healthcheck"]
 ENTRYPOINT ["hessquik"]
 CMD ["serve"]

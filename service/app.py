@@ -17,16 +17,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from hessquik_client.errors import InvalidInput, NotFound
-from service.core import Core
-from service.devices import resolve_devices
-from service.front import NATIVE, OPEN_PATHS, Call, Front, Operation
-from service.http import asgi
-from service.http.messages import Cancel
-from service.node import Node, NodeLike
-from service.routes import derivatives, health, inference_protocol, models, pages, tesseract, umbridge
-from service.routes.operation import Direct
-from service.schemas import Problem
-from service.settings import Settings
+
+from .core import Core
+from .devices import resolve_devices
+from .front import NATIVE, OPEN_PATHS, Call, Front, Operation
+from .http import asgi
+from .http.messages import Cancel
+from .node import Node, NodeLike
+from .routes import derivatives, health, inference_protocol, models, pages, tesseract, umbridge
+from .routes.operation import Direct
+from .schemas import Problem
+from .settings import Settings
 
 __all__ = ["OPEN_PATHS", "Application", "create_app"]
 

@@ -18,12 +18,12 @@ _MODULES = ("api", "docs", "explorer", "figures", "linear", "paths", "picture", 
 
 #: Path → package and file in it.
 ASSETS: dict[str, tuple[str, str]] = {
-    "/": ("service", "explorer/index.html"),
-    "/docs": ("service", "explorer/docs.html"),
-    "/explorer/explorer.css": ("service", "explorer/explorer.css"),
-    "/explorer/docs.css": ("service", "explorer/docs.css"),
-    "/explorer/icon.svg": ("service", "explorer/icon.svg"),
-    **{f"/explorer/{name}.js": ("service", f"explorer/{name}.js") for name in _MODULES},
+    "/": (__package__, "explorer/index.html"),
+    "/docs": (__package__, "explorer/docs.html"),
+    "/explorer/explorer.css": (__package__, "explorer/explorer.css"),
+    "/explorer/docs.css": (__package__, "explorer/docs.css"),
+    "/explorer/icon.svg": (__package__, "explorer/icon.svg"),
+    **{f"/explorer/{name}.js": (__package__, f"explorer/{name}.js") for name in _MODULES},
     "/explorer/plotly.min.js": ("plotly", "package_data/plotly.min.js"),
     "/explorer/swagger-ui.js": ("fastapi_offline", "static/swagger-ui-bundle.js"),
     "/explorer/swagger-ui.css": ("fastapi_offline", "static/swagger-ui.css"),

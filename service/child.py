@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from service.wire import Channel, Field
+from .wire import Channel, Field
 
 __all__ = ["Child", "environment"]
 

@@ -18,14 +18,14 @@ try:
     from rich.table import Table
 except ImportError:
     if sys.argv[1:2] == ["bench"]:  # needs the client's packages alone
-        from service.loadtest import main as run_bench
+        from .loadtest import main as run_bench
 
         sys.exit(run_bench(sys.argv[2:]))
     sys.exit("hessquik: expected the server's packages, found the client's; pip install 'hessquik-service[server]'")
 
 from pydantic import ValidationError
 
-from service.settings import Settings, unknown_variables
+from .settings import Settings, unknown_variables
 
 if TYPE_CHECKING:
     from hessquik_client import Client
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        from service.versions import versions
+        from .versions import versions
 
         found = versions()
         print(f"hessquik {found['version']} (Python {found['python']}, torch {found['torch']})")  # noqa: T201
@@ -107,11 +107,12 @@ def serve(**flags: Any) -> None:
         fault = error.errors(include_url=False, include_input=False)[0]
         _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
     from hessquik_client.errors import StartUpError
-    from service.app import create_app
-    from service.logs import log_start, set_up_logging
-    from service.server import EXIT_START_UP
-    from service.server import serve as run
-    from service.supervisor import supervise
+
+    from .app import create_app
+    from .logs import log_start, set_up_logging
+    from .server import EXIT_START_UP
+    from .server import serve as run
+    from .supervisor import supervise
 
     # A terminal that closes, or a group that is told to reload, ends neither us nor the workers, who inherit this.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -128,8 +129,9 @@ def serve(**flags: Any) -> None:
 def models(folder: Folder = None) -> None:
     """Show the saved networks in a folder."""
     from hessquik import FormatError, storage
-    from service.repository import find_files
-    from service.workers import LoadError
+
+    from .repository import find_files
+    from .workers import LoadError
 
     root = folder or Path("models")
     if not root.is_dir():
@@ -165,7 +167,8 @@ def convert(
 ) -> None:
     """Turn a saved network of the original hessQuik library into a file that can be served."""
     from hessquik import HessQuikError, conversion
-    from service.metadata import changed
+
+    from .metadata import changed
 
     out = _destination(checkpoint, out, name)
     try:
@@ -247,7 +250,7 @@ def _bounds(text: str) -> tuple[list[float], list[float]]:
 
 def _destination(source: Path, out: Path, name: str | None) -> Path:
     """Return the path of the file to write; its name must be a valid name of a model."""
-    from service.repository import NAME, SUFFIX
+    from .repository import NAME, SUFFIX
 
     if out.is_dir():
         out = out / f"{name or source.stem}{SUFFIX}"
@@ -269,7 +272,8 @@ def describe(
     import json
 
     from hessquik import HessQuikError, save, storage
-    from service.metadata import changed
+
+    from .metadata import changed
 
     try:
         saved = storage.parse(model.read_bytes())
@@ -307,7 +311,8 @@ def evaluate(
     from hessquik_client.errors import ServiceError
     from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
     from hessquik_client.quantities import QUANTITIES
-    from service.bulk import Job, evaluate_file
+
+    from .bulk import Job, evaluate_file
 
     names = tuple(dict.fromkeys(name.strip() for name in quantities.split(",")))
     if not set(names) <= set(QUANTITIES):
@@ -403,7 +408,7 @@ def check(
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Run a load test against a running service; see hessquik bench --help."""
-    from service.loadtest import main as run_bench
+    from .loadtest import main as run_bench
 
     raise typer.Exit(run_bench(context.args))
 

@@ -14,8 +14,9 @@ import safetensors.numpy
 
 from hessquik_client.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
 from hessquik_client.question import DTYPES, Question, Shape, make_question
-from service.http.negotiation import best
-from service.wire import Array
+
+from .http.negotiation import best
+from .wire import Array
 
 __all__ = [
     "JSON",

@@ -11,14 +11,15 @@ from hessquik_client.domain import Domain
 from hessquik_client.errors import InvalidInput
 from hessquik_client.quantities import floats_per_row, row_shapes
 from hessquik_client.question import Question, Shape
-from service.keys import Keys
-from service.link import Links
-from service.metrics import Gauge, Metrics
-from service.node import NodeLike
-from service.repository import Served
-from service.scheduler import BatchKey, Limits, LoopClock, Scheduler
-from service.settings import Settings
-from service.workers import WorkerProcess
+
+from .keys import Keys
+from .link import Links
+from .metrics import Gauge, Metrics
+from .node import NodeLike
+from .repository import Served
+from .scheduler import BatchKey, Limits, LoopClock, Scheduler
+from .settings import Settings
+from .workers import WorkerProcess
 
 __all__ = ["Core"]
 

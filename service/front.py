@@ -32,15 +32,16 @@ from hessquik_client.errors import (
     UnsupportedMediaType,
 )
 from hessquik_client.question import Question, Shape
-from service.assets import ASSETS
-from service.core import Core
-from service.http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
-from service.json_reader import SHORT_BYTES, expect_object, read_json, read_long_json
-from service.logs import AccessLog, log_administration
-from service.metrics import REFUSED
-from service.repository import Served
-from service.scheduler import Answers, Job, OnRows
-from service.tracing import Tracer
+
+from .assets import ASSETS
+from .core import Core
+from .http.messages import LARGE_BYTES, Budget, Cancel, Head, Reply, Request
+from .json_reader import SHORT_BYTES, expect_object, read_json, read_long_json
+from .logs import AccessLog, log_administration
+from .metrics import REFUSED
+from .repository import Served
+from .scheduler import Answers, Job, OnRows
+from .tracing import Tracer
 
 __all__ = ["NATIVE", "OPEN_PATHS", "Call", "Dialect", "Front", "Operation", "Target", "expect_known", "read_query"]
 

@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from hessquik_client.errors import BY_CODE, InternalError, ServiceError
-from service import wire
-from service.node import Health
-from service.repository import ModelFile, Served, Table
-from service.settings import Settings
+
+from . import wire
+from .node import Health
+from .repository import ModelFile, Served, Table
+from .settings import Settings
 
 __all__ = ["Mirror", "RemoteNode", "error_of", "main"]
 
@@ -190,9 +191,9 @@ def error_of(members: Mapping[str, Any]) -> ServiceError:
 
 def main(arguments: list[str]) -> int:
     """Receive the settings and the listening socket from the supervisor, and serve until told to stop."""
-    from service.app import create_app
-    from service.logs import set_up_logging
-    from service.server import serve
+    from .app import create_app
+    from .logs import set_up_logging
+    from .server import serve
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     sock = socket.socket(fileno=int(arguments[0]))

@@ -19,7 +19,8 @@ import orjson
 
 from hessquik_client.errors import InvalidInput, MalformedBody
 from hessquik_client.question import MAX_NESTING, kind, numbers
-from service.wire import Array
+
+from .wire import Array
 
 __all__ = ["SHORT_BYTES", "expect_object", "has_booleans", "read_json", "read_long_json"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
-from service.settings import PREFIX, Settings
+from .settings import PREFIX, Settings
 
 __all__ = ["Keys"]
 

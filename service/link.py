@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from service.scheduler import PREEMPTING_COST, Batch, BatchKey, Reason, Scheduler
-from service.shared import SHARED_BYTES, Buffer, Buffers, offsets
-from service.wire import Array, Channel, WireError, cut
+from .scheduler import PREEMPTING_COST, Batch, BatchKey, Reason, Scheduler
+from .shared import SHARED_BYTES, Buffer, Buffers, offsets
+from .wire import Array, Channel, WireError, cut
 
 __all__ = ["Link", "Links"]
 

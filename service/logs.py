@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 
-from service.http.messages import Request
-from service.settings import Settings
-from service.versions import versions
+from .http.messages import Request
+from .settings import Settings
+from .versions import versions
 
 __all__ = ["AccessLog", "JSONFormatter", "TextFormatter", "log_administration", "log_start", "set_up_logging"]
 

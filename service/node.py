@@ -7,9 +7,10 @@ import logging
 from typing import Any, NamedTuple, Protocol
 
 from hessquik_client.errors import StartUpError
-from service.repository import Repository, Served, Table
-from service.settings import Settings
-from service.workers import WorkerProcess, Workers
+
+from .repository import Repository, Served, Table
+from .settings import Settings
+from .workers import WorkerProcess, Workers
 
 __all__ = ["Health", "Node", "NodeLike", "User"]
 

@@ -19,9 +19,10 @@ import orjson
 from hessquik_client.errors import InvalidInput, MalformedBody
 from hessquik_client.quantities import QUANTITIES, quantities_of, row_shapes
 from hessquik_client.question import Question, Shape, make_question, numbers
-from service.codecs import Piece, json_rows
-from service.http.messages import JSON, Reply
-from service.wire import Array
+
+from .codecs import Piece, json_rows
+from .http.messages import JSON, Reply
+from .wire import Array
 
 __all__ = [
     "DATATYPES",

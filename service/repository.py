@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
-from service.metrics import ModelStatistics
-from service.workers import LoadError, Workers
+
+from .metrics import ModelStatistics
+from .workers import LoadError, Workers
 
 __all__ = ["ModelFile", "Repository", "Served", "Table", "find_files", "printable", "scan"]
 

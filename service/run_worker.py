@@ -5,7 +5,7 @@ import sys
 
 gc.disable()
 
-from service.worker import main  # noqa: E402
+from .worker import main  # noqa: E402
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -35,8 +35,9 @@ from hessquik_client.errors import (
     TooExpensive,
     WorkerLost,
 )
-from service.metrics import ModelStatistics
-from service.wire import Array
+
+from .metrics import ModelStatistics
+from .wire import Array
 
 __all__ = [
     "Answers",

@@ -15,9 +15,10 @@ from typing import cast
 import uvicorn
 
 from hessquik_client.errors import NotReady, StartUpError
-from service.app import Application
-from service.http.connection import Connection, Limits, Listener
-from service.settings import Settings
+
+from .app import Application
+from .http.connection import Connection, Limits, Listener
+from .settings import Settings
 
 __all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
 

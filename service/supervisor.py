@@ -18,20 +18,21 @@ from itertools import count
 from typing import Any
 
 from hessquik_client.errors import ServiceError, StartUpError
-from service.child import Child
-from service.devices import resolve_devices
-from service.keys import Keys
-from service.node import Node
-from service.settings import Settings
-from service.wire import WireError
-from service.workers import WorkerProcess
+
+from .child import Child
+from .devices import resolve_devices
+from .keys import Keys
+from .node import Node
+from .settings import Settings
+from .wire import WireError
+from .workers import WorkerProcess
 
 __all__ = ["Supervisor", "add_up", "supervise"]
 
 logger = logging.getLogger(__name__)
 
 #: The module that front ends run.
-FRONT_MODULE = "service.frontend"
+FRONT_MODULE = f"{__package__}.frontend"
 EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25

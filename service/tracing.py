@@ -10,7 +10,8 @@ from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
 from hessquik_client.errors import StartUpError
-from service.http.messages import Request
+
+from .http.messages import Request
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider

@@ -57,8 +57,9 @@ from hessquik import HessQuikError, storage
 from hessquik.backends import names as backends
 from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
 from hessquik_client.quantities import DOMAIN_DISTANCE, row_shapes
-from service import wire
-from service.codecs import json_rows
+
+from . import wire
+from .codecs import json_rows
 
 __all__ = ["main"]
 

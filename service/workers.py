@@ -23,16 +23,17 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from hessquik_client.errors import StartUpError
-from service.child import Child
-from service.settings import Settings
-from service.wire import WireError
+
+from .child import Child
+from .settings import Settings
+from .wire import WireError
 
 __all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
 
 logger = logging.getLogger(__name__)
 
 #: The module that worker processes run.
-WORKER_MODULE = "service.run_worker"
+WORKER_MODULE = f"{__package__}.run_worker"
 #: Intervals at which workers are checked and pinged.
 TICK_S = 0.25
 #: A sign of life counts as recent for this time.

@@ -106,8 +106,12 @@ def imports(path, everywhere=True):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from ((node.module, alias.name) for alias in node.names)
+            module = node.module
+            if node.level:  # the server's: it is installed under another name
+                package = path.relative_to(ROOT).parts[: -node.level]
+                assert package[0] == "service", f"{path}: relative import"
+                module = ".".join([*package, *filter(None, [module])])
+            yield from ((module, alias.name) for alias in node.names)
 
 
 def is_type_checking(node):

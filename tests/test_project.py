@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -16,6 +17,15 @@ pytestmark = pytest.mark.xdist_group("project")
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_installed_packages_are_all_there_are_and_none_is_named_service() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    files = [path for name in ("hessquik", "hessquik_client", "service") for path in (ROOT / name).rglob("*.py")]
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in files} - {"service.client"}
+    expected = {re.sub("^service", "hessquik_service", name) for name in folders}
+    assert set(listed["tool"]["setuptools"]["packages"]) == expected
+    assert listed["project"]["scripts"] == {"hessquik": "hessquik_service.cli:main"}
 
 
 def make_targets(text: str) -> set[str]:

@@ -16,7 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DIST = Path(os.environ.get("DIST", ROOT / "dist"))
 WHEELS = sorted(DIST.glob("*.whl"))
-PACKAGES = ("hessquik", "hessquik_client", "service")
 KERNEL = "hessquik/backends/cpu/_kernel.abi3.so"
 
 
@@ -39,7 +38,9 @@ def test_wheels_have_the_packages_and_a_kernel_of_their_architecture(machine: st
         header = archive.read(KERNEL)[:20]
     assert header[:4] == b"\x7fELF"
     assert int.from_bytes(header[18:20], "little") == elf
-    assert names - {KERNEL} == {name for name in tracked(*PACKAGES) if "generated" not in name}
+    ours = {name for name in tracked("hessquik", "hessquik_client") if "generated" not in name}
+    server = {name for name in tracked("service") if not name.startswith("service/client/")}
+    assert names - {KERNEL} == ours | {f"hessquik_{name}" for name in server}
     assert wheel.stat().st_size < 2 * 2**20
 
 
@@ -47,7 +48,8 @@ def test_source_distribution_has_all_that_tests_need() -> None:
     (path,) = DIST.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert tracked(*PACKAGES, "tests", "models", "docs", "deploy", "examples", "benchmarks") <= names
+    assert tracked("hessquik", "hessquik_client", "service", "tests", "models", "docs", "deploy") <= names
+    assert tracked("examples", "benchmarks", "tools") <= names
     assert {"Makefile", "constraints.txt", "README.md", "mkdocs.yml", "Dockerfile"} <= names
 
 
@@ -85,6 +87,19 @@ def test_the_base_install_is_the_client(installed: Path, tmp_path: Path) -> None
         [installed / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert (ended.stdout, ended.stderr) == ("client\n", "")
+
+
+def test_a_folder_named_service_hides_nothing_of_the_server(tmp_path: Path) -> None:
+    """Nor does PyPI's package of that name, which lies beside the wheel's packages."""
+    for folder in ("site", "project"):
+        (tmp_path / folder / "service").mkdir(parents=True)
+        (tmp_path / folder / "service" / "__init__.py").write_text("raise SystemExit('another package')")
+    with zipfile.ZipFile(wheel_for(platform.machine())) as archive:
+        archive.extractall(tmp_path / "site")
+    assert not (tmp_path / "site" / "service" / "cli.py").exists()
+    code = "from hessquik_service import cli, frontend, supervisor, worker"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "project", env=environment, check=True)
 
 
 def test_the_kernel_of_the_wheel_is_used(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from hessquik_client.errors import BodyTooLarge, ClientGone, MalformedBody
-from service.http.messages import LARGE_BYTES, Application, Head, Reply, Request
+
+from ..http.messages import LARGE_BYTES, Application, Head, Reply, Request
 
 __all__ = ["ASGI", "Message", "Receive", "Scope", "Send", "answer", "call"]
 

@@ -23,7 +23,8 @@ from urllib.parse import unquote
 import httptools
 
 from hessquik_client.errors import BodyTooLarge, ClientGone, MalformedBody, Overloaded, ServiceError
-from service.http.messages import LARGE_BYTES, Application, Head, Reply, Request
+
+from ..http.messages import LARGE_BYTES, Application, Head, Reply, Request
 
 __all__ = ["Connection", "Limits", "Listener"]
 

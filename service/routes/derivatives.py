@@ -12,12 +12,13 @@ from hessquik_client.domain import Outside
 from hessquik_client.errors import InvalidInput
 from hessquik_client.quantities import QUANTITIES, Quantity
 from hessquik_client.question import Question, make_question, misspelt, numbers
-from service import codecs
-from service.codecs import JSON
-from service.front import Call
-from service.http.messages import Cancel, Head, Reply, Request
-from service.repository import ModelFile
-from service.routes.operation import (
+
+from .. import codecs
+from ..codecs import JSON
+from ..front import Call
+from ..http.messages import Cancel, Head, Reply, Request
+from ..repository import ModelFile
+from ..routes.operation import (
     ANY,
     ASKED,
     NAMED,
@@ -27,8 +28,8 @@ from service.routes.operation import (
     VersionQuery,
     refusals,
 )
-from service.scheduler import Answers
-from service.schemas import Answer, EvaluateRequest, QuantityRequest
+from ..scheduler import Answers
+from ..schemas import Answer, EvaluateRequest, QuantityRequest
 
 __all__ = ["encode_json", "router"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from service.routes.operation import ANY, CoreOf, refusals
-from service.schemas import Liveness, Readiness
+from ..routes.operation import ANY, CoreOf, refusals
+from ..schemas import Liveness, Readiness
 
 __all__ = ["router"]
 

@@ -15,13 +15,14 @@ import orjson
 from fastapi import APIRouter, Path
 
 from hessquik_client.errors import InvalidInput, ServiceError
-from service import open_inference, schemas
-from service.front import Call, Dialect
-from service.http.messages import JSON, Cancel, Reply
-from service.metrics import Total
-from service.repository import Served, find_files
-from service.routes.operation import Deadline, Direct, ModelName, faults
-from service.scheduler import Answers
+
+from .. import open_inference, schemas
+from ..front import Call, Dialect
+from ..http.messages import JSON, Cancel, Reply
+from ..metrics import Total
+from ..repository import Served, find_files
+from ..routes.operation import Deadline, Direct, ModelName, faults
+from ..scheduler import Answers
 
 __all__ = ["DIALECT", "router"]
 

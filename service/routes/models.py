@@ -13,12 +13,13 @@ from hessquik_client import errors
 from hessquik_client.errors import NotReady, ReplyTooLarge
 from hessquik_client.quantities import quantities_of
 from hessquik_client.question import MAX_DIRECTIONS
-from service.codecs import SAFETENSORS
-from service.core import Core
-from service.front import Call
-from service.http.messages import Cancel, Reply
-from service.repository import Served
-from service.routes.operation import (
+
+from ..codecs import SAFETENSORS
+from ..core import Core
+from ..front import Call
+from ..http.messages import Cancel, Reply
+from ..repository import Served
+from ..routes.operation import (
     ADMIN,
     ANY,
     NAMED,
@@ -29,8 +30,8 @@ from service.routes.operation import (
     VersionQuery,
     refusals,
 )
-from service.schemas import Loaded, ModelDetails, ModelList, Unloaded
-from service.workers import LoadError
+from ..schemas import Loaded, ModelDetails, ModelList, Unloaded
+from ..workers import LoadError
 
 __all__ = ["router"]
 

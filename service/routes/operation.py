@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from hessquik_client import errors
 from hessquik_client.errors import ServiceError
-from service.core import Core
-from service.front import Call, Operation, expect_known
-from service.http.messages import Cancel, Head, Reply
+
+from ..core import Core
+from ..front import Call, Operation, expect_known
+from ..http.messages import Cancel, Head, Reply
 
 __all__ = [
     "ADMIN",

@@ -6,11 +6,11 @@ import asyncio
 
 from fastapi import APIRouter
 
-from service.assets import ASSETS, load
-from service.front import Call
-from service.http.messages import Cancel, Reply, Request
-from service.http.negotiation import best
-from service.routes.operation import Direct
+from ..assets import ASSETS, load
+from ..front import Call
+from ..http.messages import Cancel, Reply, Request
+from ..http.negotiation import best
+from ..routes.operation import Direct
 
 __all__ = ["router"]
 

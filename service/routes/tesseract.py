@@ -23,15 +23,16 @@ from pydantic import BaseModel, create_model
 from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ServiceError
 from hessquik_client.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, row_shapes
 from hessquik_client.question import make_question, numbers
-from service import schemas
-from service.codecs import Piece
-from service.front import Call, Dialect, too_large
-from service.http.messages import JSON, Cancel, Head, Reply
-from service.http.negotiation import best
-from service.repository import Served
-from service.routes.operation import Deadline, Direct, ModelName, faults
-from service.scheduler import Answers
-from service.wire import Array
+
+from .. import schemas
+from ..codecs import Piece
+from ..front import Call, Dialect, too_large
+from ..http.messages import JSON, Cancel, Head, Reply
+from ..http.negotiation import best
+from ..repository import Served
+from ..routes.operation import Deadline, Direct, ModelName, faults
+from ..scheduler import Answers
+from ..wire import Array
 
 __all__ = ["DIALECT", "router"]
 

@@ -18,12 +18,13 @@ from pydantic import BaseModel, Field, create_model
 
 from hessquik_client.errors import InvalidInput, InvalidOutput, ServiceError
 from hessquik_client.question import make_question, numbers
-from service import schemas
-from service.front import Call, Dialect
-from service.http.messages import JSON, Cancel, Reply
-from service.routes.operation import Deadline, Direct, faults
-from service.scheduler import Answers
-from service.wire import Array
+
+from .. import schemas
+from ..front import Call, Dialect
+from ..http.messages import JSON, Cancel, Reply
+from ..routes.operation import Deadline, Direct, faults
+from ..scheduler import Answers
+from ..wire import Array
 
 __all__ = ["DIALECT", "router"]
 

@@ -167,7 +167,7 @@ def test_command_is_in_exec_form_and_health_is_asked_without_a_shell() -> None:
     ]
     (health,) = instructions("HEALTHCHECK")
     options, command = health.split("CMD")
-    assert json.loads(command) == ["python", "-m", "service.healthcheck"]
+    assert json.loads(command) == ["python", "-m", "hessquik_service.healthcheck"]
     seconds = dict(re.findall(r"--(\w[\w-]*)=(\d+)", options))
     from service.healthcheck import TIMEOUT_S
 
