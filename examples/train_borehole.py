@@ -53,7 +53,7 @@ def points_near_small_radii(n: int, seed: int) -> Tensor:
 
 
 def resolve_small_radii(layer: singleLayer) -> None:
-    """Let some units rise from the lower bound of r over lengths from half its range down to 1/160 of that."""
+    """Set some units to rise from the lower bound of r over lengths from half its range down to 1/160 of that."""
     steepness = torch.logspace(0, 2.2, RADIUS_UNITS, dtype=torch.float64)
     assert layer.b is not None
     with torch.no_grad():

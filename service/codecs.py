@@ -61,7 +61,7 @@ def accepted_type(header: bytes) -> str:
         return JSON
     chosen = best(header, (JSON, SAFETENSORS))
     if chosen is None:
-        raise NotAcceptable(f"expected to be asked for {JSON} or {SAFETENSORS}")
+        raise NotAcceptable(f"expected an Accept header that allows {JSON} or {SAFETENSORS}")
     return chosen
 
 

@@ -424,7 +424,9 @@ class Repository(Table):
             for served in versions.values():
                 if served.id == model:
                     served.reason = why
-                    logger.error("%s version %d is served no more: %s", served.file.name, served.file.version, why)
+                    logger.error(
+                        "%s version %d failed and is no longer served: %s", served.file.name, served.file.version, why
+                    )
 
     def free(self, served: Served) -> None:
         """Have the workers forget a version."""

@@ -88,7 +88,7 @@ class FrontEnd:
             with worker.connect() as sock:
                 self.child.write({"op": "worker"}, {}, (sock.fileno(),))
         except OSError as error:
-            logger.error("front end %d gets no connection to a worker: %s", self.child.pid, error.strerror)
+            logger.error("front end %d could not be connected to a worker: %s", self.child.pid, error.strerror)
             self.child.kill()
 
     async def tell(self) -> None:
@@ -198,7 +198,8 @@ class Supervisor:
         try:
             reserved = bind(self.settings.host, self.settings.port)
         except OSError as error:
-            raise StartUpError(f"expected an address that can be had, got {error.strerror}") from None
+            address = f"{self.settings.host}:{self.settings.port}"
+            raise StartUpError(f"expected an address that can be bound, got {address}: {error.strerror}") from None
         with reserved:
             self._port = reserved.getsockname()[1]
             for _ in range(self.settings.processes):

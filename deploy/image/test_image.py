@@ -273,7 +273,7 @@ def test_image_names_its_licences_and_itself(container: Container, config: dict[
 
 
 def test_code_that_changes_is_small(root: Path) -> None:
-    """What a new version of the project pushes, apart from the dependencies."""
+    """A new version of the project is pushed as a layer of less than 20 MB, apart from the dependencies."""
     packages = root / "opt" / "hessquik" / "lib" / "python3.11" / "site-packages"
     own = [packages / name for name in ("hessquik", "hessquik_client", "hessquik_service")]
     size = sum(path.stat().st_size for folder in own for path in folder.rglob("*") if path.is_file())

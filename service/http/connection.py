@@ -262,7 +262,7 @@ class Connection(asyncio.Protocol):
             self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Let the application admit or refuse the request before its body is read."""
+        """Ask the application whether it admits the request, before its body is read."""
         self._has_event = True
         parser = self._parser
         if parser.should_upgrade():

@@ -472,7 +472,7 @@ def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozense
     accept = head.headers.get(b"accept", b"")
     chosen = best(accept, _TYPES) if accept else _TYPES[0]
     if chosen is None:
-        raise NotAcceptable(f"expected to be asked for {' or '.join(_TYPES)}")
+        raise NotAcceptable(f"expected an Accept header that allows {' or '.join(_TYPES)}")
     return chosen == _TYPES[1] if b"json" in accept else None, known
 
 

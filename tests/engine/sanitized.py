@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def load_kernel(path: str) -> None:
-    """Let a file be the module of the kernel."""
+    """Load a file as the module of the kernel."""
     name = "hessquik.backends.cpu._kernel"
     spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
     assert spec is not None

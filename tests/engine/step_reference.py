@@ -268,7 +268,7 @@ class _Writer:
         return view.repeated(*shape)
 
     def retire(self) -> None:
-        """Let the memory of an array be used again."""
+        """Free the memory of an array."""
         candidates = [
             view for view in self.known if view.buffer.space is Space.TILE and id(view.buffer) not in self.kept
         ]

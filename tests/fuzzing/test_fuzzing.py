@@ -18,7 +18,7 @@ COUNTS = {"onnx_files": (60, 2000), "model_files": (200, 20_000)}
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Let the front log what others send, but not here."""
+    """Switch off the log lines of the front about malformed input."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

@@ -611,7 +611,7 @@ class Echo:
         self.bodies: list[bytes] = []
 
     def admit(self, head: Head) -> None:
-        """Let everything in."""
+        """Admit every request."""
 
     def handle(self, request: Request) -> None:
         self.bodies.append(request.body)

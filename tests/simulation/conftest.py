@@ -1,4 +1,4 @@
-"""How long worlds are run, and how planted bugs are looked for."""
+"""Length of the simulations, and the search for planted bugs."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Transport:
         self.lose(None)
 
     def lose(self, error: Exception | None) -> None:
-        """Let the connection end, in the loop's next turn."""
+        """End the connection, in the next iteration of the loop."""
         self.is_over = True
         connection, self.connection = self.connection, None
         if connection is not None:
@@ -215,11 +215,11 @@ class Front:
         self.settle()
 
     def answer(self, error: str | None = None) -> None:
-        """Let the worker answer all that it was asked."""
+        """Answer everything that the worker was asked."""
         self.call(self.worker.answer, error)
 
     def lose_worker(self) -> None:
-        """Let the worker die, and another take its place."""
+        """Kill the worker and start another."""
         worker = self.worker
         on_lost = worker.on_lost
         worker.close()

@@ -178,7 +178,7 @@ class Process:
             self.on_lost()
 
     def end(self) -> None:
-        """Let the process be gone."""
+        """End the process."""
         if not self.has_ended:
             self.has_ended = True
             self.world.processes.remove(self)
@@ -448,7 +448,7 @@ class NodeWorld:
     # Time.
 
     def step(self) -> None:
-        """Let the next thing happen, and check the ledger."""
+        """Run the next event, and check the ledger."""
         if self.has_stopped or (self.starting.done() and self.starting.exception() is not None):
             self.loop.step()
             return
@@ -479,7 +479,7 @@ class NodeWorld:
         self.check()
 
     def settle(self) -> None:
-        """Let the world be quiet until it is what it should be."""
+        """Stop all faults, and run until the node has the state that it should have."""
         if self.is_doomed:
             return
         self.is_faulty = False
@@ -494,7 +494,7 @@ class NodeWorld:
         self.ends["quiet"] += 1
 
     def drain(self) -> None:
-        """Let the world be quiet, then stop it: nothing is left."""
+        """Stop all faults, then the node, and check that nothing is left."""
         self.settle()
         if self.is_doomed and not self.has_failed_to_start():
             limit_s = self.loop.now + QUIET_S

@@ -223,7 +223,7 @@ class World:
         self.open[job] = inputs
 
     def depart(self) -> None:
-        """Let a client leave."""
+        """Close the connection of a client."""
         if self.open:
             job = self.random.choice(list(self.open))
             self.abandoned.add(job)
@@ -265,7 +265,7 @@ class World:
     # Time.
 
     def step(self) -> None:
-        """Let the next thing happen, and check the ledger."""
+        """Run the next event, and check the ledger."""
         self.events += 1
         clock, drawn = self.clock, self.random.random()
         if drawn < self.rate:
@@ -288,7 +288,7 @@ class World:
         self.check()
 
     def drain(self) -> None:
-        """Let everything end that is to end."""
+        """Run until every request and process that is to end has ended."""
         while self.clock._events:
             self.events += 1
             self.clock.now, _, timer, callback = heappop(self.clock._events)
