@@ -13,6 +13,12 @@ from tests.whole import IS_WHOLE, PROPERTY, Note, figures
 
 #: Signs of a test that starts processes, or of Triton's interpreter, which is as slow.
 PROCESSES = re.compile(r"LiveServer|subprocess|Popen|ray\.init|chaos\.conftest|triton_interpreter|\bzoo\b|\bpage\b")
+#: Parts of the names of files that take more than a minute, or half a minute.
+LONG = (
+    "chaos", "simulation", "browser", "test_docs", "test_triton_backend", "service/test_connection", "test_proof",
+    "test_workers.py", "deployment", "test_openapi", "test_processes", "test_hostile_servers", "test_cpu_backend",
+    "test_evaluator", "test_batch_invariance", "test_memory", "test_operation", "importing", "clients",
+)  # fmt: skip
 #: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
 collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
 
@@ -27,6 +33,7 @@ def _is_quick(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is None and not PROCESSES.search(item.path.read_text())
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run each file in one process, so that its servers are started once; drop what this form leaves out."""
     kept = [item for item in items if IS_WHOLE or item.get_closest_marker("whole") is None]
@@ -37,8 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = kept
-    # The engine's files last: they are short, so that at the end no process waits long for the other.
-    items.sort(key=lambda item: "engine" in item.path.parts)
+    # Files that take long first, so that at the end no process waits long for the other.
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -89,3 +89,4 @@ def test_issue_forms_ask_for_something(path) -> None:
 def test_groups_of_tests_are_kept_together(request: pytest.FixtureRequest) -> None:
     """Tests of a group share a server, or would disturb each other; their names tell the scheduler."""
     assert request.node.nodeid.endswith("@project")
+    assert all("@" in item.nodeid for item in request.session.items), "a file is a group where none is named"

@@ -12,10 +12,10 @@ import pytest
 from tests.chaos.conftest import Start, all_ready
 from tests.chaos.traffic import Question, Traffic, run
 from tests.live import START_S, LiveServer
-from tests.whole import Note, choose
+from tests.whole import Note
 
 DRIFT_BYTES = 16 << 20
-REQUESTS = choose(1200, 100_000)
+REQUESTS = 100_000
 #: So much of every request is kept by the control, which has to pass the limit in half of the requests.
 LEAK_BYTES = 1 << 10
 #: Time for the service to note that clients are gone; what it still holds of them then, it has kept.
@@ -67,6 +67,7 @@ def soak(server: LiveServer, asked: list[Question]) -> tuple[int, int, int, int]
     return bytes_, descriptors, threads, processes
 
 
+@pytest.mark.whole
 def test_nothing_grows(busy: LiveServer, asked: list[Question], note: Note) -> None:
     bytes_, *others = soak(busy, asked)
     note(

@@ -12,10 +12,10 @@ from tests.chaos.conftest import Start
 from tests.chaos.faulty_serve import HANG_S
 from tests.live import LiveServer
 from tests.service.faulty_worker import HANGS
-from tests.whole import Note, choose
+from tests.whole import Note
 
 KNOWN_WITHIN_S = 3.0
-TIMES = choose(1, 5)
+TIMES = 5
 
 
 def probe(server: LiveServer, path: str) -> int:
@@ -56,10 +56,8 @@ def server(start: Start) -> LiveServer:
     return start("hanging-worker", batch_timeout_s=6)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param("dead", marks=pytest.mark.whole), pytest.param("stopped", marks=pytest.mark.whole), "hung worker"],
-)
+@pytest.mark.whole
+@pytest.mark.parametrize("fault", ["dead", "stopped", "hung worker"])
 def test_ready_is_false_while_no_worker_answers(server: LiveServer, fault: str, note: Note) -> None:
     slowest_s = 0.0
     for _ in range(TIMES):

@@ -7,6 +7,7 @@ import json
 import time
 
 import psutil
+import pytest
 
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Ledger, Question, Traffic, http_post, run
@@ -94,6 +95,7 @@ def test_slow_clients_are_cut_off_and_others_served(start: Start, asked: list[Qu
     assert descriptors <= 0
 
 
+@pytest.mark.whole
 def test_a_client_that_takes_nothing_is_cut_off(start: Start, note: Note) -> None:
     server = start(receive_timeout_s=30, send_timeout_s=TIMEOUT_S)
     held_s = run(stalled(server.port))

@@ -47,7 +47,9 @@ def start_node(shipped_models: Path, tmp_path: Path) -> Iterator[Node]:
         yield node
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["drained", "killed"])
+@pytest.mark.parametrize(
+    "end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.whole)], ids=["drained", "killed"]
+)
 def test_server_that_ends_costs_plain_clients_nothing(
     end: signal.Signals, node: Node, shipped_models: Path, note: Note
 ) -> None:

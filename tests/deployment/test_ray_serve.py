@@ -92,6 +92,7 @@ def test_requests_in_progress_say_how_many_nodes_are_wanted(requests: dict[str, 
     assert desired_nodes(context)[0] == nodes
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::hessquik_client.OutsideDomainWarning")
 @pytest.mark.parametrize("address", [FIRST, SECOND])
 def test_each_node_answers_every_quantity(address: str, cluster: TwoNodes, models: Path, note: Note) -> None:
@@ -185,6 +186,7 @@ def test_requests_do_not_pay_for_ray(cluster: TwoNodes, models: Path, note: Note
     assert placed > alone / 1.5
 
 
+@pytest.mark.whole
 def test_model_is_replaced_under_load_without_a_404(cluster: TwoNodes, balancer: Balancer, models: Path) -> None:
     """A file is replaced; every answer is the old network's or the new one's, and at last both nodes have the new."""
     old = hessian(models / "peaks.safetensors")
@@ -233,6 +235,7 @@ def test_server_that_is_killed_is_started_again(cluster: TwoNodes, balancer: Bal
     assert load.end().keys() <= {"200", "503"}
 
 
+@pytest.mark.whole
 def test_node_killed_under_load_costs_plain_clients_nothing(
     cluster: TwoNodes, balancer: Balancer, models: Path, note: Note
 ) -> None:

@@ -68,7 +68,7 @@ def test_random_programs(seed: int) -> None:
     assert all(torch.equal(unrolled[name], array) for name, array in found.items()), "interpreted, both round alike"
 
 
-@pytest.mark.parametrize("seed", choose(range(4, 8), range(4, 12)))
+@pytest.mark.parametrize("seed", choose(range(4, 6), range(4, 12)))
 def test_kernels_made_for_random_programs(seed: int) -> None:
     dtype = (torch.float32, torch.float64)[seed % 2]
     case = random_case(seed, vector=4, count=8)
@@ -164,9 +164,9 @@ def _networks() -> dict[str, NN]:
 ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
 
 
-#: Every network in one dtype, or in both.
+#: Two networks in one dtype each, or all in both.
 CASES = choose(
-    [("full", torch.float32), ("residual", torch.float64), ("convex", torch.float32)],
+    [("residual", torch.float64), ("convex", torch.float32)],
     [(name, dtype) for name in ("full", "residual", "convex") for dtype in (torch.float32, torch.float64)],
 )
 
@@ -225,7 +225,7 @@ def test_a_users_activation_and_quantity_run_in_the_kernel(registered) -> None:
     torch.testing.assert_close(found, f(x, do_gradient=True)[1].square().sum(1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("tiles", choose([None, TILES[1]], [None, *TILES]))
+@pytest.mark.parametrize("tiles", choose([TILES[1]], [None, *TILES]))
 def test_bits_do_not_depend_on_company_position_or_tile(tiles: Unrolling | None) -> None:
     evaluate = Evaluator(fullyConnectedNN(choose([3, 20, 1], [3, 20, 20, 1])), dtype=torch.float32)
     quantities = ("value", "gradient", "hessian")

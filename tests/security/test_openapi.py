@@ -41,7 +41,7 @@ OPERATIONS = [
     (path, method) for path, methods in DOCUMENT["paths"].items() if path.startswith(NATIVE) for method in methods
 ]
 #: How many of each operation: of those that compute, and of the others.
-COUNTS = choose((60, 12), (3_900, 250))
+COUNTS = choose((100, 12), (3_900, 250))
 ACTIONS = [path for path, method in OPERATIONS if "requestBody" in DOCUMENT["paths"][path][method]]
 
 

@@ -16,6 +16,7 @@ from hessquik import storage
 from hessquik.networks import NN
 from tests import oracle
 from tests.live import LiveServer
+from tests.whole import choose
 
 QUANTITIES = ("value", "gradient", "hessian", "laplacian")
 # float64 leaves 1e-16 per operation, a network has some hundred in a row; float32 1e-7.
@@ -48,7 +49,7 @@ def usual_size(path: Path) -> dict[str, torch.Tensor]:
     return derivatives(hessquik.load(path), points(path, 200, seed=0))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 1000])
+@pytest.mark.parametrize("n", choose([1, 200], [1, 2, 7, 1000]))
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_every_shipped_model_agrees_with_autodiff(
     server: LiveServer, shipped_models: Path, n: int, dtype: str

@@ -23,6 +23,7 @@ from service import cli, logs
 from service.http.messages import Head, Request
 from service.settings import Settings
 from tests.live import LiveServer
+from tests.whole import choose
 
 WAIT_S = 20.0
 POINT = {"inputs": [[0.1, 0.2], [0.3, 0.4]]}
@@ -152,7 +153,7 @@ def until(check: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(name="operated", scope="module", params=[1, 2], ids=["alone", "two front ends"])
+@pytest.fixture(name="operated", scope="module", params=choose([2], [1, 2]), ids=lambda count: f"{count} front ends")
 def start(
     request: pytest.FixtureRequest, shipped_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operated]:

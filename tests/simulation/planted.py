@@ -18,6 +18,7 @@ def planted(original: ModuleType, old: str = "", new: str = "") -> ModuleType:
     source = inspect.getsource(original)
     assert not old or source.count(old) == 1, f"{source.count(old)} places have {old!r}"
     module = ModuleType("planted")
+    module.__package__ = original.__package__  # its imports are relative
     sys.modules["planted"] = module  # where dataclasses look for it
     try:
         exec(compile(source.replace(old, new) if old else source, "planted", "exec"), module.__dict__)
