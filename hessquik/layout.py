@@ -35,7 +35,7 @@ from hessquik.strided import Strided, collapsed
 
 __all__ = ["lay_out"]
 
-#: Instructions of a map at most: an interpreter keeps that many vectors in its cache.
+#: Most instructions of a map: the vectors of so many results fit in an interpreter's cache.
 MAX_INSTRUCTIONS = 24
 
 
@@ -188,7 +188,7 @@ class _Layout:
         return self.is_before(i, product) and self.is_row_like(i, product)
 
     def fuse_sum(self, node: Node) -> None:
-        """Find the product of arrays that a sum over tangents runs over."""
+        """Fuse a sum over tangents with the product of arrays that it sums, if nothing else reads the product."""
         (j,) = node.inputs
         inner = self.nodes[j]
         is_free = inner.op == "mul" and self.only_use(j) is not None and j not in self.absorbed
@@ -207,7 +207,7 @@ class _Layout:
         return right if left == i else left
 
     def has_shape_of(self, step: int, i: int) -> bool:
-        """Return whether two nodes have one shape and are both shared or both not."""
+        """Return whether two nodes are matrices of one shape, and all rows share both of them or neither."""
         a, b = self.nodes[step], self.nodes[i]
         return a.shape == b.shape and len(a.shape) == 2 and a.is_shared == b.is_shared
 
@@ -223,7 +223,7 @@ class _Layout:
         return self.nodes[i].op in {"constant", "input"} or self.owner.get(i, i) < product
 
     def is_row_like(self, i: int, product: int) -> bool:
-        """Return whether a node has the columns of a product, side by side in memory."""
+        """Return whether a node has as many columns as a product, adjacent in memory."""
         if self.nodes[i].shape[-1] != self.nodes[product].shape[-1] or self.nodes[i].number is not None:
             return False
         while self.nodes[i].op in VIEWS:
@@ -246,11 +246,11 @@ class _Layout:
         return Strided(buffer, shape, (*strides, *((columns,) if len(shape) > 2 else ()), 1))
 
     def space_of(self, node: Node) -> Space:
-        """Return where a computed node lies."""
+        """Return the memory space of a computed node."""
         return Space.SHARED if node.is_shared else Space.TILE
 
     def external(self, space: Space, name: str, shape: tuple[int, ...], is_shared: bool = False) -> Strided:
-        """Return an input or output: dense rows."""
+        """Return the array of an input or output, which has dense rows."""
         if name not in self.externals:
             self.externals[name] = Buffer(space, prod(shape), name, is_shared=is_shared)
         strides = list(accumulate(reversed(shape[1:]), int.__mul__, initial=1))
@@ -307,7 +307,7 @@ class _Layout:
         return self.homes[i]
 
     def chosen(self, i: int) -> Strided:
-        """Return a new array for a node, laid out as the views that alone read it want it."""
+        """Return a new array for a node; if a chain of views alone reads it, its layout makes their result dense."""
         chain, last = [], i
         while (step := self.only_use(last)) is not None and self.nodes[step].op in {"permute", "reshape"}:
             if len(self.nodes[step].shape) > len(self.nodes[last].shape):
@@ -338,7 +338,7 @@ class _Layout:
         return self.homes[i]
 
     def seen(self, i: int) -> Strided:
-        """Return a view node as a view of its source's array, or of a copy where a reshape needs one."""
+        """Return the array of a view node: a view of its source's array, or of a copy if a reshape needs one."""
         node = self.nodes[i]
         source = self.read(node.inputs[0])
         if node.op == "permute":
@@ -357,7 +357,7 @@ class _Layout:
         return copy
 
     def padded(self, i: int) -> Strided:
-        """Return a node's array with zeros up to the next whole vector, copied if it has none."""
+        """Return a node's array with its columns zero-padded to whole vectors; copy it if it lacks this padding."""
         array = self.read(i)
         if array.buffer.space is Space.CONSTANT and array.strides[-1] == 1:
             return array
@@ -372,14 +372,14 @@ class _Layout:
         return self.padded_copies[i]
 
     def has_padding(self, places: list[Strided]) -> bool:
-        """Return whether zeros have to follow the single columns of an array."""
+        """Return whether an array among those to be written has a single column, which zeros have to follow."""
         return any(
             place.buffer.space in {Space.TILE, Space.SHARED} and place.shape[-1] == 1 and prod(place.shape) > 1
             for place in places
         )
 
     def is_unpadded(self, i: int) -> bool:
-        """Return whether the last vector may hold other numbers than zeros behind the last column."""
+        """Return whether the numbers after the last column, up to a whole vector, may be other than zero."""
         while self.nodes[i].op in {"permute", "reshape"}:
             (i,) = self.nodes[i].inputs
         return self.nodes[i].op in {"cat", "slice", "diagonal"} or i in self.scattered
@@ -387,7 +387,7 @@ class _Layout:
     # ---- Steps ----
 
     def append(self, step: Step | _MapDraft, is_shared: bool) -> int:
-        """Add a step and return its position; -1 for what is computed once per call."""
+        """Add a step and return its position, or -1 if it runs once per call."""
         if is_shared:
             self.once.append(step)
             return -1
@@ -395,7 +395,7 @@ class _Layout:
         return len(self.steps) - 1
 
     def position_of(self, i: int) -> int:
-        """Return the position of the step that computes what a node shows."""
+        """Return the position of the step that computes a node, or the source of a view."""
         while self.nodes[i].op in VIEWS:
             (i,) = self.nodes[i].inputs
         return self.position.get(i, -1)
@@ -410,7 +410,7 @@ class _Layout:
             self.append(step, is_shared)
 
     def copy_outputs(self) -> None:
-        """Copy outputs that lie elsewhere."""
+        """Add copies to the outputs that are not computed in place."""
         for name, i in self.graph.outputs.items():
             place = self.external(Space.OUTPUT, name, self.nodes[i].shape)
             if self.read(i).buffer is not place.buffer:
@@ -457,7 +457,7 @@ class _Layout:
     def merged(
         self, a: Strided, b: Strided, add: Strided | None, out: Strided | None, scaling: Scaling | None
     ) -> Product:
-        """Return a product whose outer entries are inner ones where all of them share B and lie evenly."""
+        """Return a product; outer entries are joined with inner ones if all share B and the strides allow it."""
         if len(a.shape) == 3 and b.strides[0] == 0 and scaling is None:
             arrays = [array for array in (a, add, out) if array is not None]
             flat = [array.reshaped((array.shape[0] * array.shape[1], array.shape[2])) for array in arrays]
@@ -514,7 +514,7 @@ class _Layout:
         self.position[i] = self.append(step, node.is_shared)
 
     def emit_sum_of_products(self, i: int, joined: list[Strided | None]) -> None:
-        """Add a contraction or a congruence, behind copies of the terms that lie elsewhere."""
+        """Add a contraction or a congruence, after copies of the terms that are not computed in place."""
         node = self.nodes[i]
         count = len(node.inputs) // 2
         sides = []
@@ -534,7 +534,7 @@ class _Layout:
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_pairs(self, i: int) -> None:
-        """Add the products of every tangent with those before it and itself."""
+        """Add maps that multiply every tangent by itself and by those before it."""
         node = self.nodes[i]
         source, out = self.read(node.inputs[0]), self.home(i)
         for a in range(self.nodes[node.inputs[0]].shape[0]):
@@ -545,7 +545,7 @@ class _Layout:
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_unpack(self, i: int) -> None:
-        """Add copies of every packed row into both triangles."""
+        """Add copies of every packed row to both triangles of the matrix."""
         node = self.nodes[i]
         source, out = self.read(node.inputs[0]), self.home(i)
         for a in range(node.shape[0]):
@@ -558,7 +558,7 @@ class _Layout:
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_pack(self, i: int) -> None:
-        """Add copies of the rows of the lower triangle."""
+        """Add copies of the rows of the lower triangle to the packed array."""
         node = self.nodes[i]
         source, out = self.read(node.inputs[0]), self.home(i)
         for a in range(self.nodes[node.inputs[0]].shape[0]):
@@ -578,7 +578,7 @@ class _Layout:
                 self.position[i] = self.append(step, node.is_shared)
 
     def finished(self, draft: Step | _MapDraft) -> list[Step]:
-        """Return a step, or the step that a draft has become."""
+        """Return the step of a draft, or a step itself, as a list, which is empty if nothing is to be written."""
         if not isinstance(draft, _MapDraft):
             return [draft] if all(prod(view.shape) for view in draft.writes()) else []
         if not prod(draft.shape):

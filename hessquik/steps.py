@@ -64,12 +64,12 @@ class Buffer:
     """An array's memory.
 
     Attributes:
-        space: Where it is.
-        size: Numbers per row; in all if all rows share it.
-        name: Of an input (``x``, ``weights``, ``directions``) or an output (a quantity).
+        space: Its kind of memory.
+        size: Numbers per row, or in total if all rows share it.
+        name: Name of an input (``x``, ``weights``, ``directions``) or of an output (a quantity).
         data: The numbers of a constant, float64, contiguous.
-        is_shared: All rows share it: constants, SHARED memory and inputs that are given once for all rows.
-        offset: In TILE and SHARED memory, where it begins: numbers per row of the tile, or numbers.
+        is_shared: Whether all rows share it: constants, SHARED memory and inputs that are given once for all rows.
+        offset: Its begin in TILE memory, in numbers per row of the tile, or in SHARED memory, in numbers.
     """
 
     space: Space
@@ -89,7 +89,7 @@ class Buffer:
         return 0 if self.is_shared else self.size
 
     def __str__(self) -> str:
-        """The name of an input or output, else the space and the offset."""
+        """Return the name of an input or output, else the space, and the offset unless it is a constant."""
         if self.name:
             return self.name
         return self.space.value if self.data is not None else f"{self.space.value}[{self.offset}]"
@@ -123,19 +123,19 @@ class View:
         return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
 
     def part(self, axis: int, start: int, stop: int) -> View:
-        """Entries ``start`` to ``stop`` along an axis."""
+        """Return entries ``start`` to ``stop`` along an axis."""
         shape = list(self.shape)
         shape[axis] = stop - start
         return replace(self, shape=(shape[0], shape[1], shape[2]), offset=self.offset + start * self.strides[axis])
 
     def permuted(self, *axes: int) -> View:
-        """The axes in another order."""
+        """Return the view with its axes in another order."""
         i, j, k = axes
         shape, strides = self.shape, self.strides
         return replace(self, shape=(shape[i], shape[j], shape[k]), strides=(strides[i], strides[j], strides[k]))
 
     def repeated(self, *shape: int) -> View:
-        """Single entries along an axis serve all entries of ``shape``."""
+        """Return the view broadcast to ``shape``: an axis with one entry gets stride 0."""
         outer, inner, column = (
             0 if extent == 1 < wanted else stride
             for extent, wanted, stride in zip(self.shape, shape, self.strides, strict=True)
@@ -143,7 +143,7 @@ class View:
         return replace(self, shape=(shape[0], shape[1], shape[2]), strides=(outer, inner, column))
 
     def __str__(self) -> str:
-        """The buffer with the shape, and the strides where they are not those of dense rows."""
+        """Return the buffer and the shape."""
         return f"{self.buffer}{list(self.shape)}"
 
 
@@ -202,7 +202,7 @@ class Product:
         return (view for view in (self.out, scaled) if view is not None)
 
     def __str__(self) -> str:
-        """The formula with its arrays."""
+        """Return the formula with its arrays."""
         text = f"{self.a} @ {self.b}" + (f" + {self.add}" if self.add else "")
         text = f"{self.out} = {text}" if self.out else text
         if self.scaling:
@@ -218,8 +218,8 @@ class Instruction:
     """One pointwise operation on registers.
 
     Attributes:
-        op: A name out of :data:`hessquik.pointwise.PRIMITIVES`.
-        inputs: Registers that it reads, or numbers (``float``) that are the same everywhere.
+        op: A name in :data:`hessquik.pointwise.PRIMITIVES`.
+        inputs: Registers that it reads, or constants (``float``).
 
     Registers are numbered: first the map's inputs, in order, then the results of its instructions, in order.
     """
@@ -233,9 +233,9 @@ class Map:
     """Pointwise instructions on arrays of one shape.
 
     Attributes:
-        inputs: Arrays that are read, the first registers.
-        instructions: What is computed, one register each.
-        outputs: Registers that are kept, and where.
+        inputs: Arrays that are read, one into each of the first registers.
+        instructions: Operations, each with a result in the next register.
+        outputs: Registers that are stored, each with its array.
     """
 
     inputs: tuple[View, ...]
@@ -263,7 +263,7 @@ class Map:
         return (view for _, view in self.outputs)
 
     def __str__(self) -> str:
-        """The instructions with their arrays."""
+        """Return the instructions with their arrays."""
         names: list[str] = [str(view) for view in self.inputs]
         short = [f"r{i}" for i in range(len(self.inputs) + len(self.instructions))]
         lines = [f"{short[i]} = {name}" for i, name in enumerate(names)]
@@ -296,7 +296,7 @@ class SumProducts:
         return iter((self.out,))
 
     def __str__(self) -> str:
-        """The formula with its arrays."""
+        """Return the formula with its arrays."""
         return f"sum products {self.out} = Σ {self.a}" + (f" * {self.b}" if self.b else "")
 
 
@@ -322,7 +322,7 @@ class Contract:
         return iter((self.out,))
 
     def __str__(self) -> str:
-        """The formula with its arrays."""
+        """Return the formula with its arrays."""
         return f"contract     {self.out} = {self.a} · {self.b}"
 
 
@@ -336,7 +336,7 @@ class Congruence:
 
     @property
     def operations(self) -> int:
-        """Floating-point operations per row; of the symmetric halves one is computed."""
+        """Floating-point operations per row; only one triangle of the symmetric result is computed."""
         d, m = self.a.shape[1], self.b.shape[1]
         return (d * (d + 1) + d) * m * self.a.shape[2]
 
@@ -349,7 +349,7 @@ class Congruence:
         return iter((self.out,))
 
     def __str__(self) -> str:
-        """The formula with its arrays."""
+        """Return the formula with its arrays."""
         return f"congruence   {self.out} = {self.a} diag {self.b} {self.a}ᵀ"
 
 
@@ -358,15 +358,16 @@ Step = Product | Map | SumProducts | Contract | Congruence
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps, and the memory that they need.
+    """The steps of a plan, and the memory that they need.
 
     Attributes:
-        once: Steps whose results hold for all tiles of a call: run at its beginning. Those that write SHARED memory
-            run for one row; those that write TILE memory run for every row of a tile, where no other step writes.
+        once: Steps that run once, at the beginning of a call, since their results are valid for all of its tiles.
+            Those that write SHARED memory run for one row. Those that write TILE memory run for every row of a tile;
+            no other step writes there.
         steps: Steps of a tile, in order.
         tile_size: Numbers of TILE memory per row of a tile.
         shared_size: Numbers of SHARED memory.
-        vector: Numbers up to whose next multiple the columns of TILE and SHARED arrays are padded with zeros.
+        vector: The columns of TILE and SHARED arrays are padded with zeros to a multiple of this.
     """
 
     once: tuple[Step, ...]
@@ -376,11 +377,11 @@ class Program:
     vector: int = 16
 
     def padding(self, view: View) -> int:
-        """Numbers behind the columns of a written array that its step sets to zero.
+        """Return how many numbers after the columns of a written array its step sets to zero.
 
-        They go up to the next multiple of the vector in TILE and SHARED memory. None are set where the columns are
-        scattered, where rows of columns lie without padding, or where some step writes other columns of the buffer
-        behind these (an array written in pieces).
+        In TILE and SHARED memory these are the numbers up to the next multiple of the vector. There are none where
+        the columns are scattered, where rows have no padding between them, or where some step writes other columns of
+        the buffer after these (an array written in pieces).
         """
         written = [
             other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer
@@ -433,5 +434,5 @@ class Program:
         return sum(matrices.values())
 
     def __str__(self) -> str:
-        """One line per step."""
+        """Return one line per step."""
         return "\n".join([*(f"once {step}" for step in self.once), *map(str, self.steps)])

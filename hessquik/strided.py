@@ -1,4 +1,4 @@
-"""Arrays of any rank in a buffer, given by strides: views of them, and where two of their axes can be joined."""
+"""Arrays of any rank in a buffer, described by strides: views of them, and joining of their axes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Strided:
     offset: int = 0
 
     def permuted(self, axes: tuple[int, ...]) -> Strided:
-        """The axes in another order."""
+        """Return the array with its axes in another order."""
         shape, strides = tuple(self.shape[i] for i in axes), tuple(self.strides[i] for i in axes)
         return Strided(self.buffer, shape, strides, self.offset)
 
     def part(self, axis: int, start: int, stop: int) -> Strided:
-        """Entries ``start`` to ``stop`` along an axis."""
+        """Return entries ``start`` to ``stop`` along an axis."""
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         return Strided(self.buffer, shape, self.strides, self.offset + start * self.strides[axis])
 
     def diagonal(self) -> Strided:
-        """The entries (i, i, …) of the first two axes."""
+        """Return the diagonal of the first two axes, the entries (i, i, …)."""
         return replace(self, shape=self.shape[1:], strides=(self.strides[0] + self.strides[1], *self.strides[2:]))
 
     def reshaped(self, shape: tuple[int, ...]) -> Strided | None:
-        """The same entries in the same order under another shape, or ``None`` if they do not lie evenly."""
+        """Return the same entries in the same order under another shape, or ``None`` if no strides describe that."""
         if 0 in self.shape:
             return replace(self, shape=shape, strides=(0,) * len(shape))
         axes = [(extent, stride) for extent, stride in zip(self.shape, self.strides, strict=True) if extent != 1]
@@ -64,21 +64,21 @@ class Strided:
         return None if axes else replace(self, shape=shape, strides=tuple(reversed(strides)))
 
     def repeated(self, shape: tuple[int, ...]) -> Strided:
-        """The array broadcast to a shape."""
+        """Return the array broadcast to a shape."""
         missing = len(shape) - len(self.shape)
         extents, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
         kept = tuple(0 if old < new else stride for old, new, stride in zip(extents, shape, strides, strict=True))
         return Strided(self.buffer, shape, kept, self.offset)
 
     def view(self) -> View:
-        """The array with the three axes of a step."""
+        """Return the array as a view with the three axes of a step."""
         missing = 3 - len(self.shape)
         shape, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
         return View(self.buffer, shape, strides, self.offset)  # type: ignore[arg-type]
 
 
 def collapsed(arrays: list[Strided], keeps_columns: bool) -> list[Strided]:
-    """Return arrays of one shape with the fewest axes: neighbours are joined where they lie evenly in all arrays.
+    """Return arrays of one shape with the fewest axes: neighbours are joined where the strides of all allow it.
 
     Args:
         arrays: The arrays.

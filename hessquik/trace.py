@@ -1,4 +1,4 @@
-"""Arrays that record what is done with them instead of computing.
+"""Arrays that record the operations applied to them instead of computing.
 
 An :class:`Array` stands for a tensor of the shape (rows, k, w), the number of rows being left open. It takes part in
 torch's functions by their protocol (``__torch_function__``), so code written for tensors, such as
@@ -47,7 +47,7 @@ class Array:
     __slots__ = ("builder", "index")
 
     def __init__(self, builder: Builder, index: int) -> None:
-        """Name the node."""
+        """Keep the graph and the node's index."""
         self.builder = builder
         self.index = index
 
@@ -76,7 +76,7 @@ class Array:
 
     @property
     def ndim(self) -> int:
-        """Number of axes, that of the rows included."""
+        """Number of axes, including that of the rows."""
         return len(self.shape)
 
     @property
@@ -89,7 +89,7 @@ class Array:
         return Array(self.builder, self.builder.add(op, self.index, arguments=arguments))
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor's method, if it can be traced."""
+        """Return a method of tensors, if it can be traced."""
         function = getattr(Tensor, name, None)
         handler = FUNCTIONS.get(function) or FUNCTIONS.get(getattr(torch, name, None))  # type: ignore[arg-type]
         if handler is None:
@@ -97,7 +97,7 @@ class Array:
         return lambda *args, **kwargs: handler(self, *args, **kwargs)
 
     def __bool__(self) -> NoReturn:
-        """Refuse: the numbers are not there yet."""
+        """Raise an error, since a traced array has no values to test."""
         raise TraceError("a traced array has no truth value; use torch.where to choose between entries")
 
     def __add__(self, other: Any) -> Array:
@@ -181,7 +181,7 @@ def _matmul(a: Any, b: Any) -> Array:
 
 
 def _power(x: Any, exponent: Any) -> Array:
-    """Return x to a whole power, by repeated squaring, or to ½ or −½."""
+    """Return x to an integer power, by repeated squaring, or to the power ½ or −½."""
     if exponent in (0.5, -0.5):
         root = _apply("sqrt", x)
         return root if exponent > 0 else 1 / root

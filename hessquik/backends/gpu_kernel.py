@@ -1,17 +1,19 @@
 """The Triton kernel that runs any program: it interprets a table of steps, as :mod:`hessquik.backends.gpu_table` writes it.
 
-One launch evaluates any number of rows. Each instance of the kernel takes every G-th tile of rows, G instances in all, and
-has memory of its own for it. A step is computed by all threads of an instance, which wait for each other between steps.
+One launch evaluates any number of rows. The tiles of rows are distributed in turn over the G instances of the kernel:
+instance i computes tiles i, i + G, i + 2G, …. Each instance has its own block of memory. All threads of an instance
+compute a step together, with a barrier between steps.
 
-Sums run over ascending indices, one product after the other, whatever the size of a tile, so a row's result has the same
+Sums run over ascending indices, one product after the other, for every size of a tile, so a row's result has the same
 bits in every tile. Reads beyond an array are masked; no step relies on padding.
 
 The table holds 64-bit integers. A view takes ten of them, see ``_view``. A step has a fixed size:
 
     0 kind   1 flags   2 outer   3 inner   4 columns   5 depth   6 one row only   7 α (bits of a float64)   8 … views
 
-Reading and dividing indices is what costs time when tiles are small. So entries are counted by one index e wherever strides
-allow it, and quotients by an extent are products with its inverse (exact below 2²⁰ entries, which the host sees to).
+With small tiles, most time goes into loading numbers of the table and dividing indices. Therefore one flat index e counts
+the entries wherever the strides allow it, and a quotient by an extent is a product with its inverse (exact below
+2²⁰ entries; the host makes sure of this limit).
 """
 
 # mypy: ignore-errors
@@ -30,9 +32,9 @@ VIEW = tl.constexpr(10)
 STEP = tl.constexpr(88)
 CODE = tl.constexpr(15)
 
-#: Slots of base addresses; those of a call's inputs and outputs follow.
+#: Slots of the base addresses; a call's inputs and outputs have the slots from CALL on.
 CONSTANT, TILE, SHARED, CALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-#: Bytes in front of an instance's memory, for its base addresses.
+#: Bytes at the beginning of an instance's memory that hold its base addresses.
 BASES_BYTES = tl.constexpr(256)
 
 PRODUCT, MAP, SUM_PRODUCTS, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -42,7 +44,7 @@ HAS_D, HAS_C, HAS_E, HAS_S, HAS_F, HAS_T, IN_GROUPS, IS_ALIGNED = (tl.constexpr(
 #: Flags of sums of products, of pairs and of maps.
 HAS_B, IS_SYMMETRIC, IS_FLAT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
-#: Registers of a map; the number after the last stands for the instruction's own number.
+#: Number of registers of a map; as an operand, this value stands for the instruction's own number.
 REGISTERS = tl.constexpr(8)
 
 
@@ -50,9 +52,14 @@ REGISTERS = tl.constexpr(8)
 def _view(table, at, bases, first, tile_rows, dtype: tl.constexpr, ALIGNED: tl.constexpr = False):
     """Return the address of a view's first entry in a tile.
 
-    A view: 0 slot of its base address   1 numbers per row of the tile and 2 in all to the first entry   3 numbers per row of
-    the call   4 strides of rows, 5 outer, 6 inner, 7 columns   8 what a row takes beyond its inner entries   9 columns of
-    zeros that are written behind the last.
+    The ten numbers of a view; offsets and strides count array entries:
+
+        0 slot of the base address
+        1 offset of the first entry, the part per row of a tile   2 its constant part
+        3 row stride in an input or output of the call, else 0
+        4 stride of rows   5 of outer   6 of inner   7 of columns
+        8 row stride minus the length of the inner entries (products)
+        9 columns of zeros to write after the last column
     """
     slot = tl.load(table + at)
     numbers = tl.load(table + at + 1) * tile_rows + tl.load(table + at + 2) + tl.load(table + at + 3) * first
@@ -77,7 +84,7 @@ def _quotient(e, extent):
 
 @triton.jit
 def _whole(x, dtype: tl.constexpr):
-    """Return an offset with a hint to the compiler that it is a multiple of 16 bytes."""
+    """Return x, a multiple of 16 bytes, in a form from which the compiler can deduce this."""
     lanes: tl.constexpr = 128 // dtype.primitive_bitwidth
     return x // lanes * lanes
 
@@ -86,7 +93,7 @@ def _whole(x, dtype: tl.constexpr):
 def _matrix(
     table, at, bases, first, tile_rows, row, outer, e, t, j, ALIGNED: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """Return the addresses of an operand's entries in rows e and columns j; t counts the rows of the tile."""
+    """Return the addresses of an operand's entries in rows e and columns j; t is the tile's row that e belongs to."""
     pointer = _view(table, at, bases, first, tile_rows, dtype, ALIGNED)
     start = row * _number(table, at + 4) + outer * _number(table, at + 5)
     inner, more = _number(table, at + 6), _number(table, at + 8)
@@ -103,10 +110,10 @@ def _product_block(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """C = A B + D and E = α C ⊙ S + F ⊙ T for rows of the matrix from ``begin``, and columns from ``j0``.
+    """Compute one block of C = A B + D and E = α C ⊙ S + F ⊙ T: matrix rows from ``begin`` and columns from ``j0`` on.
 
-    Aligned operands have unit column strides and begin at 16 bytes, and their rows may be read up to a multiple of these;
-    so that four numbers are read at once.
+    Aligned operands have unit column strides, their rows begin at multiples of 16 bytes, and reading a row up to the next
+    multiple is allowed. The compiler can then load vectors of 16 bytes.
     """
     flags = tl.load(table + at + 1)
     columns, depth = _number(table, at + 4), _number(table, at + 5)
@@ -176,10 +183,10 @@ def _product(
     table, at, bases, first, tile_rows, live,
     BM: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Compute a product.
+    """Compute the step C = A B + D and its scaling E, block by block.
 
-    The inner entries of all rows are the rows of one matrix. Where strides or a B of its own forbid that, there is one
-    matrix for each row and outer entry.
+    The inner entries of all rows of the tile form the rows of one matrix. If strides forbid that, or if each row has its
+    own B, there is one matrix for each row and outer entry.
     """
     width = _number(table, at + 4) + tl.maximum(
         _number(table, at + 8 + 3 * VIEW + 9), _number(table, at + 8 + 7 * VIEW + 9)
@@ -190,7 +197,7 @@ def _product(
     groups = tl.where(in_groups, live * outers, 1)
     is_aligned = (tl.load(table + at + 1) & IS_ALIGNED) != 0
     whole = length // BM
-    # The rows that are left take a block of their own size, or a whole one that is not full.
+    # The remaining rows use blocks of SMALL rows, or one more block of BM rows if there are more than SMALL of them.
     whole += (length - whole * BM > SMALL).to(tl.int32)
     whole = tl.where(is_aligned, whole, 0)
     for group in range(groups):
@@ -224,7 +231,7 @@ def _product(
 
 @triton.jit
 def _sum_products(table, at, bases, first, tile_rows, live, ME: tl.constexpr, dtype: tl.constexpr):
-    """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]."""
+    """Compute the step C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]."""
     flags = tl.load(table + at + 1)
     outer, inner, columns = _number(table, at + 2), _number(table, at + 3), _number(table, at + 4)
     a_view, b_view, c_view = at + 8, at + 8 + VIEW, at + 8 + 2 * VIEW
@@ -264,9 +271,10 @@ def _pairs(
     table, at, bases, first, tile_rows, live,
     RB: tl.constexpr, CB: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """C[i, j, m] = Σ_w A[i, w] S[m, w] B[j, w], several rows of the tile at a time.
+    """Compute the step C[i, j, m] = Σ_w A[i, w] S[m, w] B[j, w], RB rows of the tile at a time.
 
-    The arrays have unit column strides and zeros up to a multiple of 16 bytes. A congruence has B = A; then only j ≤ i is computed and stored twice. A contraction has no S and one m.
+    The arrays have unit column strides and are padded with zeros to a multiple of 16 bytes. In a congruence B = A, and
+    only entries with j ≤ i are computed, each stored at (i, j) and (j, i). A contraction has no S and one m.
     """
     flags = tl.load(table + at + 1)
     count, height, width = _number(table, at + 2), _number(table, at + 3), _number(table, at + 4)
@@ -284,10 +292,10 @@ def _pairs(
     c_j, c_m = _number(table, c_view + 6), _number(table, c_view + 7)
     padding = _number(table, c_view + 9)
     is_symmetric = (flags & IS_SYMMETRIC) != 0
-    # Zeros behind the columns: of a congruence these are more m, of a contraction more j.
+    # The padding after the columns is written too: further m in a congruence, further j in a contraction.
     stored = width + tl.where(is_symmetric, 0, padding)
     for m in range(count + tl.where(is_symmetric, padding, 0)):
-        # Sums of nothing are the zeros.
+        # The padding gets empty sums, which are zero.
         length = tl.where(m < count, depth, 0)
         for r0 in range(0, live, RB):
             r = r0 + tl.arange(0, RB)
@@ -325,7 +333,7 @@ def _pairs(
 
 @triton.jit
 def _apply(op, a, b, condition):
-    """One pointwise primitive; the numbers are those of ``gpu_table.OPCODES``."""
+    """Return the result of a pointwise primitive, given by its number in ``gpu_table.OPCODES``."""
     result = a
     if op < 8:
         if op < 4:
@@ -387,8 +395,8 @@ def _map(table, at, bases, spill, first, tile_rows, live, ME: tl.constexpr, dtyp
     """Run a map's instructions on blocks of entries.
 
     An instruction: 0 operation, 1 register of the result, 2 and 3 registers of the operands, 4 a number (bits of a
-    float64), 5 … a view. Operations 0 and 1 load and store an entry of a view, 25 and 26 one of the spilled registers; 27
-    keeps the condition of the next choice.
+    float64), 5 … a view. Operations 0 and 1 load and store an entry of a view, 25 and 26 load and store a spilled
+    register; 27 sets the condition of the next ``where``.
     """
     flags = tl.load(table + at + 1)
     outer, inner = _number(table, at + 2), _number(table, at + 3)
@@ -411,7 +419,7 @@ def _map(table, at, bases, spill, first, tile_rows, live, ME: tl.constexpr, dtyp
         is_entry = (e < total) & (w < columns)
         r0 = tl.zeros((ME,), dtype)
         r1, r2, r3, r4, r5, r6, r7, condition = r0, r0, r0, r0, r0, r0, r0, r0
-        # The next instruction is read while one is computed; behind the last is another number.
+        # The next instruction is read while one is computed; the table has a spare one after the last.
         next_op, next_out = _number(table, code), _number(table, code + 1)
         next_first, next_second = _number(table, code + 2), _number(table, code + 3)
         next_number = tl.load(table + code + 4)
@@ -481,22 +489,22 @@ def run_table(
     """Run a program on all tiles of a call.
 
     Args:
-        table: Address of the table: ``once`` steps that hold for all tiles, then ``steps`` for each.
-        once: Number of steps of the first kind.
-        steps: Number of steps of the second kind.
+        table: Address of the table: first the steps that run once, then the steps of each tile.
+        once: Number of steps that run once.
+        steps: Number of steps of each tile.
         rows: Rows of the call.
         tile_rows: Rows of a tile.
         memory: Address of the instances' memory.
-        instance_bytes: Memory of one of them: base addresses, TILE, SHARED, spilled registers.
-        shared_offset: Bytes to the third of these.
-        spill_offset: Bytes to the fourth.
+        instance_bytes: Bytes of memory per instance: base addresses, TILE, SHARED and spilled registers, in this order.
+        shared_offset: Byte offset of SHARED in an instance's memory.
+        spill_offset: Byte offset of the spilled registers.
         addresses: Addresses of the call's inputs and outputs.
         DTYPE: Type of all numbers.
         BM, BN, BK: Rows, columns and depth of a block of a product.
-        SMALL: Rows or columns of a block when few are left.
+        SMALL: Rows or columns of a block where few remain.
         ME: Entries of a block of a map.
-        RB, CB, BW: Rows of the tile, entries and depth of a block of pairs.
-        PRECISION: Of products.
+        RB, CB, BW: Rows of the tile, entries per side and depth of a block of a congruence or contraction.
+        PRECISION: Input precision of ``tl.dot`` in products.
     """
     table = table.to(tl.pointer_type(tl.int64))
     own = memory + tl.program_id(0).to(tl.int64) * instance_bytes
@@ -510,7 +518,7 @@ def run_table(
     tl.debug_barrier()
     tiles = (rows + tile_rows - 1) // tile_rows
     own_tiles = (tiles - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
-    # Turn −1 runs the steps that hold for all tiles.
+    # Turn −1 runs the steps that run once.
     for turn in range(-1, own_tiles):
         tile = tl.program_id(0) + turn * tl.num_programs(0)
         first = tl.where(turn < 0, 0, tile.to(tl.int64) * tile_rows)

@@ -1,10 +1,11 @@
 """The pointwise primitives in Triton, accurate in float32 and float64.
 
-They are written from additions, products, divisions and bits, so that one source runs on a GPU and in Triton's
-interpreter; only sine and cosine, whose reduction of large arguments takes long tables, are the compiler's. Each docstring
-gives the formula; ulp is the distance between neighbouring numbers.
+They use additions, products, divisions and bit operations only, so the same source runs on a GPU and in Triton's
+interpreter. Sine and cosine are left to the compiler, because reducing large arguments takes long tables. Each docstring
+gives the formula; ulp is the distance between neighbouring floating-point numbers.
 
-Products and sums are rounded one by one, except in polynomials, where each term takes one rounding (the interpreter's two).
+Each product and each sum is rounded, except in polynomials: there a term is one fused multiply-add, with one rounding on a
+GPU and two in the interpreter.
 """
 
 # mypy: ignore-errors
@@ -30,7 +31,7 @@ __all__ = [
 
 @triton.jit
 def divide(a, b):
-    """A / b, correctly rounded."""
+    """Return a / b, correctly rounded."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -39,7 +40,7 @@ def divide(a, b):
 
 @triton.jit
 def square_root(x):
-    """√x, correctly rounded."""
+    """Return √x, correctly rounded."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -48,7 +49,7 @@ def square_root(x):
 
 @triton.jit
 def _polynomial(x, coefficients: tl.constexpr):
-    """Return (c₀ x + c₁) x + c₂, and so on, for c₀, c₁, c₂, …."""
+    """Return the polynomial with coefficients c₀, c₁, …, highest power first, by Horner's rule."""
     y = tl.full(x.shape, coefficients[0], x.dtype)
     for i in tl.static_range(1, len(coefficients)):
         y = tl.fma(y, x, tl.full(x.shape, coefficients[i], x.dtype))
@@ -57,7 +58,7 @@ def _polynomial(x, coefficients: tl.constexpr):
 
 @triton.jit
 def _power_of_two(k, like):
-    """2ᵏ for exponents of normal numbers."""
+    """Return 2ᵏ in the dtype of ``like``; k must be the exponent of a normal number."""
     if like.dtype == tl.float64:
         return ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
@@ -66,7 +67,7 @@ def _power_of_two(k, like):
 
 @triton.jit
 def _reduced_expm1(x):
-    """Integer k and eʳ − 1 with x = k ln 2 + r, |r| ≤ ln 2 / 2: r + r² (1/2! + r/3! + …)."""
+    """Return the integer k and eʳ − 1 = r + r² (1/2! + r/3! + …), where x = k ln 2 + r and |r| ≤ ln 2 / 2."""
     k = tl.floor(x * 1.4426950408889634 + 0.5)
     if x.dtype == tl.float64:
         r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10
@@ -95,13 +96,13 @@ def _reduced_expm1(x):
 
 @triton.jit
 def _within(x, low: tl.constexpr, high: tl.constexpr):
-    """The nearest number of an interval; NaN becomes one of its ends."""
+    """Return x clamped to an interval; NaN becomes one of its ends."""
     return tl.minimum(tl.maximum(x, low), high)
 
 
 @triton.jit
 def exp(x):
-    """Eˣ = 2ᵏ eʳ, to 1 ulp; 0 and infinity beyond the range of numbers."""
+    """Return eˣ = 2ᵏ eʳ, to 1 ulp; 0 on underflow and infinity on overflow."""
     if x.dtype == tl.float64:
         k, p = _reduced_expm1(_within(x, -746.0, 710.0))
     else:
@@ -113,7 +114,7 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    """Eˣ − 1 = 2ᵏ (eʳ − 1) + (2ᵏ − 1), to 2 ulp of the result."""
+    """Return eˣ − 1 = 2ᵏ (eʳ − 1) + (2ᵏ − 1), to 2 ulp."""
     k, p = _reduced_expm1(_within(x, -60.0, 60.0))
     s = _power_of_two(k, x)
     y = s * p + (s - 1.0)
@@ -123,9 +124,10 @@ def expm1(x):
 
 @triton.jit
 def _log_of_normal(x):
-    """Log x = k ln 2 + log(1 + f), √½ ≤ 1 + f < √2; log(1 + f) = f − f²/2 + s (f²/2 + R), s = f / (2 + f).
+    """Return log x of a normal positive number.
 
-    R = 2 s² (1/3 + s²/5 + s⁴/7 + …), the series of the inverse hyperbolic tangent.
+    log x = k ln 2 + log(1 + f) with √½ ≤ 1 + f < √2, and log(1 + f) = f − f²/2 + s (f²/2 + R) with s = f / (2 + f) and
+    R = 2 s² (1/3 + s²/5 + s⁴/7 + …), from the series of the inverse hyperbolic tangent.
     """
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
@@ -156,7 +158,7 @@ def _log_of_normal(x):
 
 @triton.jit
 def log(x):
-    """Log x, to 1 ulp; of numbers below the normal ones as log(2⁶⁰ x) − 60 log 2."""
+    """Return log x, to 1 ulp; for subnormal x it is log(2⁶⁰ x) − 60 log 2."""
     if x.dtype == tl.float64:
         is_small = x < 2.2250738585072014e-308
     else:
@@ -170,7 +172,7 @@ def log(x):
 
 @triton.jit
 def log1p(x):
-    """Log(1 + x) = x log(u) / (u − 1) with the rounded u = 1 + x, to 2 ulp (W. Kahan)."""
+    """Return log(1 + x) = x log(u) / (u − 1) with u = 1 + x as rounded, to 2 ulp (W. Kahan)."""
     u = 1.0 + x
     y = log(u)
     y = tl.where(u == float("inf"), y, divide(y * x, u - 1.0))
@@ -180,7 +182,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """Tanh x = −t / (2 + t) with t = e^(−2|x|) − 1, and the sign of x."""
+    """Return tanh x: −t / (2 + t) with t = e^(−2|x|) − 1, and the sign of x."""
     t = expm1(-2.0 * tl.abs(x))
     y = divide(-t, 2.0 + t)
     y = tl.where(x < 0.0, -y, y)
@@ -189,14 +191,14 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e⁻ˣ), by the exponential of −|x|, so that both tails keep their digits."""
+    """Return 1 / (1 + e⁻ˣ), computed from e^(−|x|) so that neither tail loses accuracy."""
     e = exp(-tl.abs(x))
     return divide(tl.where(x < 0.0, e, 1.0), 1.0 + e)
 
 
 @triton.jit
 def _erf_near_zero(x):
-    """Erf x for |x| ≤ 0.46875: x times a quotient of polynomials in x²."""
+    """Return erf x for |x| ≤ 0.46875: x times a quotient of polynomials in x²."""
     z = x * x
     a = _polynomial(
         z,
@@ -216,10 +218,10 @@ def _erf_near_zero(x):
 
 @triton.jit
 def _erfc_of_positive(y):
-    """1 − erf y for y ≥ 0.46875: e^(−y²) times a quotient of polynomials, in y up to 4 and in 1/y² beyond.
+    """Return 1 − erf y for y ≥ 0.46875: e^(−y²) times a quotient of polynomials, in y up to 4 and in 1/y² beyond.
 
-    W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969). The square is split, as
-    its rounding error would be that of the exponent: y² = c² + (y − c)(y + c) with c = y to a sixteenth.
+    W. J. Cody, Rational Chebyshev approximations for the error function, Math. Comp. 23 (1969). A rounding error of y²
+    would be magnified by the exponential, so y² is split: y² = c² + (y − c)(y + c) with c = ⌊16 y⌋ / 16.
     """
     y = _within(y, 0.46875, 30.0)
     a = _polynomial(
@@ -282,7 +284,7 @@ def _erfc_of_positive(y):
 
 @triton.jit
 def erf(x):
-    """Erf x, to 2 ulp."""
+    """Return erf x, to 2 ulp."""
     tail = 1.0 - _erfc_of_positive(tl.abs(x))
     y = tl.where(x < 0.0, -tail, tail)
     y = tl.where(tl.abs(x) <= 0.46875, _erf_near_zero(_within(x, -1.0, 1.0)), y)
@@ -291,7 +293,7 @@ def erf(x):
 
 @triton.jit
 def ndtr(x):
-    """Φ(x) = erfc(−x / √2) / 2, the normal distribution; its lower tail keeps its digits."""
+    """Return Φ(x) = erfc(−x / √2) / 2, the normal distribution function, without cancellation in its lower tail."""
     t = x * 0.70710678118654752440
     tail = 0.5 * _erfc_of_positive(tl.abs(t))
     y = tl.where(t < 0.0, tail, 1.0 - tail)
@@ -301,7 +303,10 @@ def ndtr(x):
 
 @triton.jit
 def atan(x):
-    """Arc tangent by its series after two reductions: 1/|x| above 1, then (t − 1) / (t + 1) above √2 − 1."""
+    """Return the arc tangent by its series, after two reductions of |x|.
+
+    The reductions are t → 1/t if t > 1, then t → (t − 1) / (t + 1) if t > √2 − 1.
+    """
     y = tl.abs(x)
     one = tl.full(y.shape, 1.0, y.dtype)
     is_large = y > 1.0

@@ -1,6 +1,6 @@
-"""Copies of arrays to and from a GPU, overlapped with computing, through bounded pinned memory.
+"""Copies of arrays to and from a GPU through bounded pinned memory, overlapped with computation.
 
-A call whose arrays are on the host is split into chunks of rows, which use two slots in turn:
+A call whose arrays are on the host is split into chunks of rows, which use two slots (sets of buffers) in turn:
 
     copy in       [ chunk 0 ][ chunk 1 ]          [ chunk 2 ] …
     compute                  [ chunk 0 ][ chunk 1 ]
@@ -23,15 +23,16 @@ __all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages"]
 
 #: Most bytes of one array of a chunk on the host.
 CHUNK_BYTES = 8 << 20
-#: Calls of at most so many bytes are not copied: the kernel reads and writes the pinned memory itself.
+#: Chunks of at most so many bytes are not copied to the device: the kernel reads and writes pinned memory directly.
 DIRECT_BYTES = 32 << 10
+#: Slots of a stage.
 SLOTS = 2
-#: Stages that are kept for later calls, per device.
+#: Most idle stages that are kept per device for later calls.
 IDLE_STAGES = 2
 
 
 class Driver(Protocol):
-    """The part of CUDA that staging uses, for one device. Streams and events are those of the driver."""
+    """The CUDA functions that this module uses, for one device. Streams and events are opaque objects of the driver."""
 
     def stream(self) -> Any:
         """Return a new stream."""
@@ -124,7 +125,7 @@ class Cuda:
         return array.device.type == "cpu"
 
 
-#: Launches rows ``start`` to ``stop`` of a call on a stream; arrays are where the device reaches them.
+#: A function (arrays, start, stop, stream) that launches rows on a stream; the device can access all of these arrays.
 Launch = Callable[[Mapping[str, Tensor], int, int, Any], None]
 
 
@@ -135,7 +136,7 @@ class _Slot:
     done: Any
     host: dict[str, Tensor] = field(default_factory=dict)
     device: dict[str, Tensor] = field(default_factory=dict)
-    #: Results in flight: the caller's array and the pinned memory that is copied to it.
+    #: Results in flight: pairs of the caller's array and the pinned memory to copy into it.
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_used: bool = False
 
@@ -213,7 +214,7 @@ class _Stage:
             host = self._part(slot.host, name, wanted, driver.pinned)
             arrays[name] = host if is_direct else self._part(slot.device, name, wanted, self._device_memory)
             slot.waiting.append((wanted, host))
-        # Arrays of the whole call are given from the chunk's first row on.
+        # The launch counts rows from 0, so arrays on the device are sliced to the chunk too.
         for name in call.there:
             if name not in call.shared:
                 arrays[name] = call.there[name][first:last]
@@ -231,13 +232,13 @@ class _Stage:
         driver.record(slot.done, self.outward)
 
     def _device_memory(self, count: int) -> Tensor:
-        # The first to write there is the inward stream. The computing stream's memory may still be in use, by a
-        # launch whose temporary memory was given back when it was queued.
+        # Allocate for the stream that writes the buffer first. Memory that torch's allocator holds free for the compute
+        # stream may still be in use there: a launch frees its temporary memory as soon as it is queued.
         return self.driver.memory(count, self.inward)
 
     @staticmethod
     def _part(kept: dict[str, Tensor], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:
-        """Return a buffer of a slot in an array's shape and dtype, reallocated if it is too small."""
+        """Return the buffer ``name`` of a slot with the shape and dtype of ``like``; allocate it if it is too small."""
         size = like.numel() * like.element_size()
         memory = kept.get(name)
         if memory is None or memory.numel() < size:
@@ -279,7 +280,8 @@ class Stages:
     ) -> None:
         """Run rows ``start`` to ``stop`` of a call that has arrays on the host.
 
-        Results on the host are complete on return; those on the device are in the order of the caller's stream.
+        Results on the host are complete on return; results on the device are ready for work that the caller queues on
+        its current stream afterwards.
 
         Args:
             arrays: The arrays of the whole call by name, on the host or on the device.

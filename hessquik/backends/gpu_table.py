@@ -21,15 +21,15 @@ HAS_D, HAS_C, HAS_E, HAS_S, HAS_F, HAS_T, IN_GROUPS, IS_ALIGNED = (1 << i for i 
 HAS_B, IS_SYMMETRIC, IS_FLAT = 1, 2, 4
 LOAD, STORE, FILL, SPILL, CONDITION = 0, 1, 25, 26, 27
 REGISTERS = 8
-#: Inputs and outputs that a call may have.
+#: Most inputs and outputs of a call.
 CALL_ARRAYS = 24
-#: Offsets within a row of a tile are 32-bit numbers.
+#: Most numbers of an array per row: offsets within a row are 32-bit integers.
 LARGEST_ROW_NUMBERS = 1 << 30
 
 _NAMES = (
     "mul add sub div neg abs where gt ge maximum minimum sqrt exp expm1 log log1p tanh sigmoid erf ndtr atan sin cos"
 )
-#: Numbers of the primitives, in groups of about the same cost.
+#: The opcode of each primitive. Primitives of similar cost have neighbouring opcodes.
 OPCODES = {name: number for number, name in enumerate(_NAMES.split(), 2)}
 assert OPCODES.keys() == PRIMITIVES.keys()
 
@@ -40,15 +40,15 @@ class Table:
 
     Args:
         program: The program.
-        place: Returns where a constant view is on the device, its columns padded with zeros to whole vectors of 16 bytes; it
-            stays there as long as the table is used.
+        place: Returns a constant view as a tensor on the device, its columns padded with zeros to whole vectors of
+            16 bytes; the caller keeps it alive as long as the table is used.
         lanes: Numbers in 16 bytes.
 
     Attributes:
         names: Inputs and outputs in the order of their slots.
         numbers: The table.
-        spilled: Registers of maps that need memory.
-        inputs: Names of the inputs; those that all rows share have row stride 0.
+        spilled: Most values that a map spills from registers to memory.
+        inputs: For each input by name, whether all rows share it.
         outputs: Names of the outputs.
     """
 
@@ -97,7 +97,7 @@ class Table:
             ]
         if isinstance(step, Contract):
             (_, k, w), m = step.a.shape, step.b.shape[1]
-            # The result's axes i, j and m are inner, columns and none.
+            # The result's axis i is its inner axis, j its columns; it has no axis m.
             slot, per_row, more, call_row, row, _, i, j, _, padding = self._out(step.out)
             out = [slot, per_row, more, call_row, row, i, j, 0, 0, padding]
             return [PAIRS, 0, 1, k, m, w, one_row, 0, *self._views(step.a, step.b, None), *out]
@@ -121,7 +121,7 @@ class Table:
         alpha = _bits(1.0 if scaling is None else scaling.alpha)
         places = [self._out(view) if view in (views[3], views[7]) else self._view(view) for view in views]
         for place in places:
-            # A row's numbers beyond its inner entries, if these are counted through.
+            # Without groups, one index counts the inner entries of all rows: add this at each step to the next row.
             place[8] = 0 if flags & IN_GROUPS else place[4] - inner * place[6]
         if all(self._is_aligned(view, places[i], i in {3, 7}) for i, view in enumerate(views)):
             flags |= IS_ALIGNED
@@ -129,7 +129,7 @@ class Table:
         return head + [number for place in places for number in place]
 
     def _is_aligned(self, view: View | None, place: list[int], is_written: bool) -> bool:
-        """Return whether a product may read or write whole vectors of 16 bytes of an array."""
+        """Return whether a product may read or write a view in whole vectors of 16 bytes."""
         if view is None:
             return True
         space = view.buffer.space
@@ -146,14 +146,14 @@ class Table:
         return [number for view in views for number in self._view(view)]
 
     def _out(self, view: View | None) -> list[int]:
-        """Return a view that is written, with the columns of zeros behind it."""
+        """Return the ten numbers of a view that is written, including the columns of zeros to write after it."""
         numbers = self._view(view)
         if view is not None:
             numbers[9] = self.program.padding(view)
         return numbers
 
     def _view(self, view: View | None) -> list[int]:
-        """Return a view as the kernel reads it."""
+        """Return the ten numbers of a view, as the kernel reads them; zeros for ``None``."""
         if view is None:
             return [0] * VIEW
         buffer = view.buffer
@@ -171,7 +171,7 @@ class Table:
         else:
             slot, call_row = CALL + self._name(view), row
         outer, inner, column = view.strides
-        # Zeros behind a single column lie beside it, whatever its stride.
+        # Zeros after a single column are adjacent to it, so its stride counts as 1.
         return [slot, per_row, more, call_row, row, outer, inner, column if view.shape[2] > 1 else 1, 0, 0]
 
     def _name(self, view: View) -> int:
@@ -187,7 +187,7 @@ class Table:
         return self.names.index(buffer.name)
 
     def _instructions(self, step: Map) -> int:
-        """Add a map's instructions, its values assigned to registers; return how many there are."""
+        """Append a map's instructions to the code, with values assigned to registers; return their number."""
         writer = _MapWriter(step, self._view, self._out)
         self.spilled = max(self.spilled, writer.spilled)
         self._code += writer.code
@@ -197,9 +197,9 @@ class Table:
 class _MapWriter:
     """Assigns the values of a map to registers and writes its instructions.
 
-    Inputs are loaded before their first use and results stored as soon as they are known, except that inputs which an
-    output overwrites are loaded before anything is stored. The value that is needed last makes room: it goes to memory
-    unless it can be loaded again.
+    An input is loaded just before its first use, except that inputs which an output overwrites are loaded before
+    anything is stored. A result is stored as soon as it is computed. If all registers are in use, the value whose next
+    use is furthest away is evicted: it is spilled to memory unless it can be loaded again from its input.
     """
 
     def __init__(self, step: Map, view: Callable[[View], list[int]], out: Callable[[View], list[int]]) -> None:
@@ -244,7 +244,7 @@ class _MapWriter:
         places = []
         for x in operands:
             if isinstance(x, float) and taken and x != number:
-                # An instruction has room for one number.
+                # An instruction holds one number only, so a second one is made in a register first.
                 register = self._free(now, held)
                 self._registers[register] = -1 - now
                 self._emit(OPCODES["add"], register, REGISTERS, REGISTERS, number=x / 2)
@@ -267,7 +267,7 @@ class _MapWriter:
         return REGISTERS if isinstance(x, float) else self._reg(x, now, held)
 
     def _store(self, value: int, now: int) -> None:
-        """Store a value that is an output."""
+        """Store a value if it is an output, and free its register if it is not used later."""
         for register, out in self.step.outputs:
             if register == value:
                 self._emit(STORE, -1, self._reg(value, now, {value}), view=self.out(out))
@@ -275,7 +275,7 @@ class _MapWriter:
             self._registers[self._registers.index(value)] = None
 
     def _reg(self, value: int, now: int, held: set[int]) -> int:
-        """Return the register of a value, and bring it there first if need be."""
+        """Return the register of a value; load the value first if it is in none."""
         if value in self._registers:
             return self._registers.index(value)
         register = self._free(now, held)
@@ -288,7 +288,7 @@ class _MapWriter:
         return register
 
     def _free(self, now: int, held: set[int]) -> int:
-        """Return a register that may be written."""
+        """Return a free register; evict the value whose next use is furthest away if there is none."""
         if None in self._registers:
             return self._registers.index(None)
         candidates = [

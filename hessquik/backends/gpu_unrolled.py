@@ -1,11 +1,12 @@
-"""Triton kernels made for one program: every shape and stride is a number in their source.
+"""Triton kernels generated for one program: every shape and stride is a literal in their source.
 
-:func:`source` writes the kernel of a program as Triton code: one passage for all steps that differ only in where their
-arrays are, which a table holds, and a loop that takes the steps in order. :func:`made` turns it into a function that
-Triton compiles or interprets. Networks of one architecture share a kernel, also on disk.
+:func:`source` writes the kernel of a program as Triton code. Steps that differ only in the addresses of their arrays
+share one passage of the code; the addresses are in a table, and a loop runs the steps in order. :func:`made` turns the
+source into a function that Triton compiles or interprets. Networks of one architecture share a kernel, also in
+Triton's cache on disk.
 
-Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`, whatever rows a
-row is computed with and whatever the size of the tile. The compiler contracts nothing.
+Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`, for every size
+of a tile and whichever other rows it has. The compiler may not contract products and sums to fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, S
 
 __all__ = ["WARPS", "Unrolled", "Unrolling", "made", "source"]
 
-#: Rows, columns and depth of a product's block at most.
+#: Most rows, columns and depth of a product's block.
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
-#: Rows of the tile, in float32, and depth of a congruence's block at most.
+#: Most rows of the tile (in float32; half in float64) and most depth of a block of a congruence or contraction.
 PAIR_ROWS, PAIR_DEPTH = 8, 32
-#: Entries of a map's block, and of one whose instructions are few and cheap.
+#: Most entries of a map's block, and of one whose instructions are few and cheap.
 ENTRIES, CHEAP_ENTRIES = 512, 2048
 #: Warps of an instance.
 WARPS = 4
-#: Instructions that are cheap, and how many are few.
+#: Cheap instructions, and the most instructions that count as few.
 CHEAP = frozenset({"add", "sub", "mul", "neg", "abs", "where", "gt", "ge", "maximum", "minimum"})
 FEW_INSTRUCTIONS = 6
-#: Bytes to a multiple of which an instance's memory is aligned.
+#: An instance's memory is aligned to a multiple of this many bytes.
 ALIGNMENT = 128
 
 
@@ -47,7 +48,7 @@ class Unrolling:
 
     Attributes:
         rows: Rows that the memory of a tile holds.
-        instances: Instances per multiprocessor that a launch has at most.
+        instances: Most instances per multiprocessor.
     """
 
     rows: int
@@ -56,16 +57,17 @@ class Unrolling:
 
 @dataclass
 class Unrolled:
-    """A kernel's source and what a call gives it.
+    """A kernel's source and the arguments that a call passes to it.
 
     Attributes:
         text: The source.
-        steps: Number of the passage, whether threads wait for each other before it, rows at most, and what it needs.
-        once: Number of steps that hold for all tiles; they are the first.
+        steps: For each step the number of its passage, whether a barrier precedes it, its most rows, and the offsets,
+            numbers and constants that the passage reads from the table.
+        once: Number of steps that run once for all tiles; they are the first.
         names: Inputs and outputs, in the order of the arguments.
-        inputs: Names of the inputs, and whether all rows share them.
+        inputs: For each input by name, whether all rows share it.
         outputs: Names of the outputs.
-        bytes: Memory of an instance.
+        bytes: Bytes of an instance's memory.
         forms: Number of passages.
     """
 
@@ -85,7 +87,7 @@ class Unrolled:
 
     @property
     def width(self) -> int:
-        """Numbers of a step in the table."""
+        """Number of table entries per step."""
         return 3 + max((len(needs) for *_, needs in self.steps), default=0)
 
     def table(self, place: Callable[[View], int]) -> list[int]:
@@ -112,7 +114,10 @@ def _power_of_two(x: int, least: int = 1) -> int:
 
 
 def _fitting(count: int, largest: int) -> int:
-    """Return the largest power of two whose blocks hold few more rows than there are."""
+    """Return the largest block size, a power of two from 16 on, with which whole blocks exceed the rows by at most 25 %.
+
+    If there is none, return 16.
+    """
     block = min(largest, _power_of_two(count, 16))
     while block > 16 and -(-count // block) * block > 1.25 * count:
         block //= 2
@@ -123,14 +128,14 @@ class _Writer:
     """Writes a program's kernel."""
 
     def __init__(self, program: Program, itemsize: int, rows: int) -> None:
-        """Begin with nothing written."""
+        """Begin an empty kernel."""
         self.program, self.itemsize, self.rows = program, itemsize, rows
         self.dtype = {4: "tl.float32", 8: "tl.float64"}[itemsize]
         self.lines: list[str] = []
         self.depth = 0
         self.tile_bytes = self.whole(program.tile_size * rows)
         self.found = Unrolled()
-        #: Entries of the table that the present step reads: constants, offsets, numbers.
+        #: Constants, offsets and numbers that the current step reads from the table.
         self.needs: list[int | float | View] = []
         self.passages: dict[tuple[str, ...], int] = {}
         #: Memory touched since the last barrier: memory, begin, end, whether it was written.
@@ -139,16 +144,16 @@ class _Writer:
     # Text
 
     def put(self, *lines: str) -> None:
-        """Add lines at the present depth."""
+        """Add lines at the current indentation."""
         self.lines += ["    " * self.depth + line for line in lines]
 
     def loop(self, line: str) -> _Deeper:
-        """Add a line that begins a block, and indent until the block ends."""
+        """Add a line that begins a block, and return a context manager that indents the block."""
         self.put(line)
         return _Deeper(self)
 
     def whole(self, count: int) -> int:
-        """Return the bytes of so many numbers, up to whole alignments."""
+        """Return the bytes of ``count`` numbers, rounded up to a multiple of the alignment."""
         return -(-count * self.itemsize // ALIGNMENT) * ALIGNMENT
 
     def write(self) -> Unrolled:
@@ -206,7 +211,7 @@ class _Writer:
     # Memory
 
     def base(self, view: View) -> str:
-        """Return the address of a view's first entry in the tile's first row."""
+        """Return the expression of the address of a view's first entry in the tile's first row."""
         buffer, found = view.buffer, self.found
         if buffer.space in {Space.CONSTANT, Space.TILE, Space.SHARED}:
             need: int | View = view
@@ -227,7 +232,7 @@ class _Writer:
         """Return strides of rows, outer, inner and columns."""
         outer, inner, column = view.strides
         if view.buffer.space is Space.CONSTANT:
-            # Constants lie dense, with zeros up to whole vectors behind their columns.
+            # Constants are dense, their columns zero-padded to whole vectors.
             lanes = 16 // self.itemsize
             shape = [extent if stride else 1 for extent, stride in zip(view.shape, view.strides, strict=True)]
             width = -(-shape[2] // lanes) * lanes
@@ -251,7 +256,7 @@ class _Writer:
                     yield buffer.name or buffer.space.value, begin, begin + buffer.size, is_written
 
     def step(self, step: Step, most: int) -> None:
-        """Write a step's passage unless it is known, and what it needs of the table."""
+        """Append a step, and write its passage unless an equal one exists."""
         touches = list(self._touches(step))
         waits = any(
             space == other and begin < end_ and begin_ < end and (is_written or was_written)
@@ -277,7 +282,7 @@ class _Writer:
         self.found.steps.append((form, waits, most, self.needs))
 
     def _needed(self, need: int | float | View) -> int:
-        """Return the place of what the step needs in the table."""
+        """Return the index of an entry that the step reads from the table; add the entry if it is new."""
         for i, known in enumerate(self.needs):
             if type(known) is type(need) and known == need:
                 return i
@@ -285,7 +290,7 @@ class _Writer:
         return len(self.needs) - 1
 
     def _need(self, i: int, need: int | float | str | View) -> str:
-        """Return the line that makes an address or a number of what the table holds."""
+        """Return the source line that turns the step's table entry ``i`` into an address or a number."""
         pointer = f"tl.pointer_type({self.dtype})"
         if isinstance(need, float):
             return f"n{i} = m{i}.to(tl.float64, bitcast=True).to({self.dtype})"
@@ -298,7 +303,7 @@ class _Writer:
     # Steps
 
     def product(self, step: Product) -> None:
-        """C = A B + D, E = α C ⊙ S + F ⊙ T, in blocks of rows of the matrix."""
+        """Write the code of C = A B + D, E = α C ⊙ S + F ⊙ T, in blocks of rows of the matrix."""
         outer, inner, depth = step.a.shape
         columns = step.b.shape[2]
         in_groups = outer > 1 or bool(step.b.buffer.row_stride)
@@ -319,7 +324,7 @@ class _Writer:
         inner, depth, columns = step.a.shape[1], step.a.shape[2], step.b.shape[2]
 
         def place(view: View, rows: str, t: str, cols: str) -> tuple[str, bool]:
-            """Return the addresses of a matrix's entries, and whether they differ from row to row."""
+            """Return the expression of the addresses of a matrix's entries, and whether it depends on the row."""
             row, outer, per_inner, column = self.strides(view)
             terms = [self.base(view)]
             if in_groups:
@@ -411,7 +416,7 @@ class _Writer:
             store(scaling.out, "scaled")
 
     def _entries(self, shape: tuple[int, int, int], padded: int, block: int) -> None:
-        """Write the indices of a block of entries: r, o, i, w and masks."""
+        """Write the code that computes the indices r, o, i, w of a block of entries, and its masks."""
         outer, inner, columns = shape
         self.put(f"e = e0 + tl.arange(0, {block})", f"w = e % {padded}" if padded > 1 else "w = e * 0")
         self.put(f"q = e // {padded}" if padded > 1 else "q = e")
@@ -428,13 +433,13 @@ class _Writer:
         return f"{self.base(view)} + ({' + '.join(terms) or 'e * 0'})"
 
     def number(self, x: float) -> str:
-        """Return a number: in the source if it is a small integer or half, else an argument."""
+        """Return the expression of a number: a literal if it is a small multiple of ½, else a name from the table."""
         if isfinite(x) and abs(x) <= 1024 and (2 * x).is_integer():
             return repr(float(x))
         return f"n{self._needed(x)}"
 
     def map(self, step: Map) -> None:
-        """Write the instructions on blocks of entries."""
+        """Write the code of a map: its instructions on blocks of entries."""
         outer, inner, columns = step.shape
         padded = columns + max(self.program.padding(view) for view in step.writes())
         total = self.rows * outer * inner * padded
@@ -481,7 +486,7 @@ class _Writer:
         return known[op]() if op in known else f"gpu_math.{op}({x[0]})"
 
     def sum_products(self, step: SumProducts) -> None:
-        """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]."""
+        """Write the code of C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w]."""
         outer, inner, columns = step.a.shape
         padded = columns + self.program.padding(step.out)
         total = self.rows * outer * padded
@@ -499,7 +504,10 @@ class _Writer:
             self.put(f"tl.store({self._at(step.out)}, total, mask=within)")
 
     def pairs(self, step: Congruence | Contract) -> None:
-        """C[i, j, m] = Σ_w A[i, w] S[m, w] B[j, w]; a congruence has B = A, a contraction no S and one m."""
+        """Write the code of C[i, j, m] = Σ_w A[i, w] S[m, w] B[j, w].
+
+        A congruence has B = A; a contraction has no S and one m.
+        """
         is_symmetric = isinstance(step, Congruence)
         _, height, depth = step.a.shape
         padding = self.program.padding(step.out)
@@ -557,7 +565,7 @@ class _Writer:
 
 
 class _Deeper:
-    """Indents what is written inside a ``with``."""
+    """Context manager that indents the lines written inside it."""
 
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
@@ -570,18 +578,18 @@ class _Deeper:
 
 
 def source(program: Program, itemsize: int, rows: int) -> Unrolled:
-    """Write the kernel of a program.
+    """Return the kernel of a program as source code.
 
     Args:
         program: The program.
         itemsize: Bytes of a number, 4 or 8.
-        rows: Rows of a tile at most.
+        rows: Most rows of a tile.
     """
     return _Writer(program, itemsize, rows).write()
 
 
 def made(text: str) -> Any:
-    """Return the function of a source, for Triton to compile or interpret."""
+    """Return the kernel function that a source defines, for Triton to compile or interpret."""
     name = f"<kernel {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     space: dict[str, Any] = {"__name__": __name__, "tl": tl, "gpu_math": gpu_math}

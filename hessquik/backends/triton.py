@@ -1,15 +1,15 @@
 """The Triton backend: a program runs in one launch for any number of rows, on one of two kernels.
 
-* The table kernel interprets any program. It is compiled once per dtype and processor generation, 10 to 15 seconds,
-  when the first network is loaded or when an image is built (``python -m hessquik.backends.triton 90``).
-* A plan kernel is made for one program and takes about half the time. :func:`ready_programs` compiles those of the
-  plans that it is given, side by side, 5 to 10 seconds each, when a network is loaded.
+* The table kernel interprets any program. It is compiled once per dtype and processor generation, in 10 to 15
+  seconds, when the first network is loaded or when an image is built (``python -m hessquik.backends.triton 90``).
+* A plan kernel is generated for one program and runs in about half the time. :func:`ready_programs` compiles the
+  kernels of the programs that it is given in parallel, in 5 to 10 seconds each, when a network is loaded.
 
-Both are found in Triton's cache on disk from then on. Products and sums are rounded one by one in both, so a row's
-bits do not depend on the size of a tile. But the last bits of the two kernels differ, so the kernel of a question is
-settled when a network is loaded, and no request compiles anything.
+Triton keeps both in its cache on disk. Both round each product and each sum, in a fixed order, so a row's bits do not
+depend on the size of a tile. The last bits of the two kernels may differ, so the kernel of each plan is chosen when a
+network is loaded, and no request compiles anything.
 
-With ``TRITON_INTERPRET=1`` the same source runs on arrays of the host, slowly, for tests.
+With ``TRITON_INTERPRET=1`` Triton interprets the same source on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ __all__ = [
 
 _T = TypeVar("_T")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-#: Oldest processor generation that is compiled for: 8.0, A100.
+#: Oldest compute capability that is supported: 8.0 (A100).
 OLDEST = (8, 0)
-#: Rows of a tile at most, and entries of one array of a tile: indices are exact below it.
+#: Most rows of a tile, and most entries of one array of a tile: the kernel's index arithmetic is exact below it.
 MOST_TILE_ROWS, MOST_ENTRIES = 32, 1 << 20
-#: Bytes that the memory of all instances may take.
+#: Most bytes of the memory of all instances together.
 MEMORY_BYTES = 512 << 20
 BASES_BYTES, ALIGNMENT = 256, 128
 
@@ -88,7 +88,7 @@ class Blocks:
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
 #: Tiles of plan kernels, chosen by measuring on an H200.
 UNROLLINGS = {torch.float32: Unrolling(rows=16, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
-#: Passages of a plan kernel at most; each takes about half a second to compile.
+#: Most passages of a plan kernel; each takes about half a second to compile.
 MOST_FORMS = 32
 
 
@@ -139,7 +139,7 @@ class _Device:
     """The state that all programs of one device share: kernels, stages and the constants of networks."""
 
     def __init__(self, device: torch.device) -> None:
-        """Read the device's numbers; kernels are compiled when they are first needed."""
+        """Read the device's properties; kernels are compiled when they are first needed."""
         self.device = device
         self.is_cuda = device.type == "cuda"
         self.stages = Stages(Cuda(device)) if self.is_cuda else None
@@ -169,7 +169,7 @@ class _Device:
         return found
 
     def constant(self, view: View, dtype: torch.dtype) -> Tensor:
-        """Return a constant on the device, dense, with zeros up to whole vectors of 16 bytes behind its columns."""
+        """Return a constant as a dense tensor on the device, its columns zero-padded to whole vectors of 16 bytes."""
         data = view.buffer.data
         assert data is not None
         key = (data.data_ptr(), view.offset, view.shape, view.strides, dtype)
@@ -190,7 +190,7 @@ class _Device:
         return found if view.strides[2] else found[..., :1].expand(*found.shape[:2], columns)
 
     def free_memory(self) -> None:
-        """Give back what is kept for later calls, of all programs and of torch."""
+        """Free the memory of idle stages and the unused memory in torch's cache."""
         if self.stages is not None:
             self.stages.clear()
             torch.cuda.empty_cache()
@@ -224,7 +224,7 @@ class TritonProgram:
     """
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
-        """Write the table, and compile the kernel unless it is known."""
+        """Write the table, and compile the kernel unless it is compiled already."""
         entries = _most_entries(program)
         if entries > MOST_ENTRIES:
             raise ValueError(f"a step may have {MOST_ENTRIES} entries per row, one has {entries}")
@@ -244,7 +244,7 @@ class TritonProgram:
             self._constants = tuple(constants[name] for name in run_table.arg_names if name in constants)
 
     def _place(self, view: View) -> Tensor:
-        """Return a constant on the device, which is kept as long as the program."""
+        """Return a constant on the device in the shape of its view, and keep it alive as long as the program."""
         found = self._state.constant(view, self._dtype)
         self._keep.append(found)
         shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
@@ -258,9 +258,10 @@ class TritonProgram:
         return table
 
     def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop``; other rows are left alone.
+        """Compute rows ``start`` to ``stop``; other rows are unchanged.
 
-        Results on the host are in place on return; those on the device follow in the caller's current stream.
+        Results on the host are complete on return; results on the device are ready for work that the caller queues on
+        its current stream afterwards.
 
         Args:
             arrays: Contiguous inputs and outputs by name, of the program's dtype, on the device or on the host.
@@ -298,7 +299,7 @@ class TritonProgram:
             except torch.OutOfMemoryError:
                 if tile_rows == instances == 1:
                     raise
-            # Not in the handler, which holds what failed.
+            # Not in the handler: there the exception's traceback keeps objects of the failed attempt alive.
             tile_rows, instances = max(1, tile_rows // 2), max(1, instances // 2)
         addresses = [self._address(name, arrays[name], start) for name in self._arrays.names]
         self._begin(instances, n, tile_rows, memory.data_ptr(), addresses, stream)
@@ -315,7 +316,10 @@ class TritonProgram:
             self._kernel[(instances, 1, 1)](*given, *self._constants, stream=stream.cuda_stream)
 
     def _shape(self, n: int) -> tuple[int, int]:
-        """Return rows of a tile and instances: all processors, then two instances each with larger tiles."""
+        """Return the rows of a tile and the number of instances.
+
+        There is one instance per multiprocessor with tiles of up to 8 rows; for more rows two, with larger tiles.
+        """
         processors = self._state.processors
         rows = -(-n // processors)
         if rows > 8:
@@ -345,24 +349,24 @@ class TritonProgram:
             return torch.empty(count, dtype=torch.uint8, device=self._state.device)
 
     def _address(self, name: str, array: Tensor, start: int) -> int:
-        """Return where a call's row ``start`` begins."""
+        """Return the address of row ``start`` of an array; of an input that all rows share, its first address."""
         if self._arrays.inputs.get(name, False):
             return array.data_ptr()
         return array.data_ptr() + start * (array.stride(0) if array.dim() else 0) * array.element_size()
 
 
 class UnrolledProgram(TritonProgram):
-    """A program on a kernel of its own.
+    """A program that a plan kernel runs, which is generated for this program.
 
     Args:
         program: The program.
         dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
         device: A CUDA device with its index, or the CPU if Triton interprets.
-        sizes: Its tiles.
+        sizes: Sizes of its tiles.
     """
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Unrolling) -> None:
-        """Write the kernel and compile it unless it is known."""
+        """Write the kernel's source, and compile it unless it is compiled already."""
         self._sizes = sizes
         self._source = source(program, dtype.itemsize, sizes.rows)
         super().__init__(program, dtype, device)
@@ -378,7 +382,7 @@ class UnrolledProgram(TritonProgram):
         self._kernel = self._state.unrolled(self._source) if self._state.is_cuda else made(self._source.text)
 
     def _shape(self, n: int) -> tuple[int, int]:
-        """Return rows of a tile and instances."""
+        """Return the rows of a tile and the number of instances."""
         processors = self._state.processors
         rows, instances = -(-n // processors), self._sizes.instances * processors
         if rows > 8:
@@ -399,9 +403,9 @@ class UnrolledProgram(TritonProgram):
 
 
 def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torch.device) -> list[TritonProgram]:
-    """Return programs ready to run, each on a kernel of its own unless that would be too large.
+    """Return programs ready to run, each on a plan kernel, or on the table kernel if that would be too large.
 
-    These and the table kernels of both dtypes are compiled side by side.
+    The plan kernels and the table kernels of both dtypes are compiled in parallel.
 
     Args:
         programs: The programs.
@@ -423,7 +427,7 @@ def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torc
 
 
 def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Device) -> Unrolled | None:
-    """Return the source of a program's kernel, unless its indices, memory or passages are too many."""
+    """Return a program's plan kernel, or ``None`` if its indices, memory or number of passages exceed a limit."""
     if sizes.rows * _most_entries(program) > MOST_ENTRIES:
         return None
     kernel = source(program, dtype.itemsize, sizes.rows)
@@ -432,7 +436,7 @@ def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Dev
 
 
 def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
-    """Try again once with all cached memory freed."""
+    """Return the result of an attempt; if it runs out of memory, free all cached memory and try once more."""
     try:
         return attempt()
     except torch.OutOfMemoryError:
@@ -442,12 +446,12 @@ def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
 
 
 def _most_entries(program: Program) -> int:
-    """Return up to what a program's steps count the entries of a row."""
+    """Return the most entries per row that the index of a step of a program runs over."""
     return max((_entries(step) for step in (*program.once, *program.steps)), default=1)
 
 
 def _entries(step: Step) -> int:
-    """Return up to what a step counts the entries of a row."""
+    """Return the number of entries per row that a step's index runs over, at most."""
     if isinstance(step, Product):
         return prod(step.a.shape[:2])
     if isinstance(step, (Map, SumProducts)):

@@ -37,12 +37,12 @@ _WRAPPERS: dict[str, Callable[[NN], nn.Module]] = {
 def setup_device_and_gradient(
     f: NN, network_wrapper: str = "hessQuik", device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Move a network to a device and choose what differentiates it.
+    """Move a network to a device, and wrap it in the class that computes its derivatives.
 
     Args:
         f: The network.
-        network_wrapper: ``"hessQuik"`` (itself), ``"PytorchAD"`` or ``"PytorchHessian"``.
-        device: Where to.
+        network_wrapper: ``"hessQuik"`` (the network itself), ``"PytorchAD"`` or ``"PytorchHessian"``.
+        device: The device.
 
     Raises:
         ValueError: there is no such wrapper.
@@ -117,7 +117,7 @@ def setup_network(
         depth: Number of hidden layers.
         network_type: ``"resnet"``, ``"fully_connected"`` or ``"icnn"``.
         network_wrapper: See :func:`setup_device_and_gradient`.
-        device: Where it is made.
+        device: The device.
 
     Raises:
         ValueError: there is no such type or wrapper.
@@ -136,8 +136,8 @@ def timing_test_cpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory:
     Args:
         f: The network.
         x: Points (n, d).
-        num_trials: How often.
-        clear_memory: Whether garbage is collected at the end.
+        num_trials: Number of trials.
+        clear_memory: Whether garbage is collected at the end, and unused GPU memory freed.
 
     Returns:
         The seconds of each trial (num_trials,).
@@ -170,16 +170,16 @@ def timing_test(
     """Time value, gradient and Hessian for all pairs of numbers of inputs and outputs.
 
     Args:
-        in_feature_range: All d.
-        out_feature_range: All m.
-        nex: Samples n.
-        num_trials: How often for each pair.
+        in_feature_range: Numbers of inputs d.
+        out_feature_range: Numbers of outputs m.
+        nex: Number of points n.
+        num_trials: Number of trials for each pair.
         width: Width of the hidden layers.
         depth: Number of hidden layers.
         network_wrapper: See :func:`setup_device_and_gradient`.
         network_type: See :func:`setup_network`.
-        device: Where.
-        clear_memory: Whether garbage is collected after each pair.
+        device: The device.
+        clear_memory: Whether garbage is collected after each pair, and unused GPU memory freed.
 
     Returns:
         ``timing_trials`` (seconds, (inputs, outputs, trials)), their ``timing_trials_mean`` and
