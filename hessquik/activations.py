@@ -1,9 +1,9 @@
 """Pointwise nonlinearities σ with σ' and σ'' in closed form.
 
 An activation holds parameters (softplus' β) and never a batch: :meth:`jet` is a pure function, so one
-object may serve many layers and many threads. The documented two-step use, ``forward(x,
-forward_mode=None)`` followed by ``backward()``, is the only thing that remembers anything, and nothing
-else in the engine relies on it.
+object may serve many layers and many threads. Only the documented two-step use, ``forward(x,
+forward_mode=None)`` followed by ``backward()``, stores state on the object, and nothing else in the
+engine relies on it.
 
 To add one: a small final class with :meth:`evaluate` and :meth:`compute_derivatives`, and a row in
 :data:`ACTIVATIONS`.
@@ -47,15 +47,15 @@ __all__ = [
 
 Jet = tuple[Tensor, Tensor | None, Tensor | None]
 
-#: |x| beyond which exp(−x²/2) is 0 in both dtypes; x is held there so that x² exp(−x²/2) is 0 too, never ∞ · 0.
+#: |x| beyond which exp(−x²/2) is 0 in both dtypes; x is clamped to it so that x² exp(−x²/2) is 0 too, never ∞ · 0.
 _TAIL = 40.0
 
 
 class hessQuikActivationFunction(nn.Module):
     """Base class of all activations: σ, σ' and σ'' of a tensor of any shape, entry by entry.
 
-    A subclass gives :meth:`evaluate` and :meth:`compute_derivatives`; the rest is here, once. One written for the
-    original, which gives :meth:`forward` and :meth:`compute_derivatives`, works too.
+    A subclass defines :meth:`evaluate` and :meth:`compute_derivatives`; the other methods are defined here. One
+    written for the original, which defines :meth:`forward` and :meth:`compute_derivatives`, works too.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ class hessQuikActivationFunction(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define compute_derivatives(*args, do_Hessian)")
 
     def jet(self, x: Tensor, order: int) -> Jet:
-        """Return (σ, σ', σ'') at ``x`` up to ``order`` (0, 1 or 2); what lies above it is ``None``.
+        """Return (σ, σ', σ'') at ``x`` up to ``order`` (0, 1 or 2); those above are ``None``.
 
         Example:
             >>> import torch
@@ -142,7 +142,7 @@ class hessQuikActivationFunction(nn.Module):
     def backward(self, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return σ' and, with ``do_Hessian``, σ'' at the ``x`` of the last ``forward(x, forward_mode=None)``.
 
-        It may be called again; copies and pickles of the object do not know that ``x``.
+        It may be called repeatedly; copies and pickles of the object do not contain that ``x``.
 
         Raises:
             OrderError: there was no such forward call.
@@ -153,7 +153,7 @@ class hessQuikActivationFunction(nn.Module):
         return self.compute_derivatives(*args, do_Hessian=do_Hessian)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a later :meth:`backward` would need."""
+        """Return the state without what :meth:`backward` needs."""
         return {name: value for name, value in vars(self).items() if name != "ctx"}
 
     def extra_repr(self) -> str:
@@ -173,12 +173,12 @@ class antiTanhActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from |x|, which never overflows."""
+        """Return σ(x), computed from |x| so that it does not overflow, and x."""
         magnitude = x.abs()
         return magnitude + torch.log1p(torch.exp(-2 * magnitude)), (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x."""
+        """Return σ' and σ'', computed from x."""
         t = torch.tanh(args[0])
         return t, 1 - t * t if do_Hessian else None
 
@@ -193,11 +193,11 @@ class arctanActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x."""
+        """Return σ(x), and x."""
         return torch.atan(x), (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x; xσ' comes first, which does not underflow."""
+        """Return σ' and σ''; in σ'' the product xσ' is computed first, since it does not underflow."""
         (x,) = args
         dsigma = 1 / (1 + x * x)
         return dsigma, -2 * (x * dsigma) * dsigma if do_Hessian else None
@@ -231,11 +231,11 @@ class eluActivation(hessQuikActivationFunction):
         return 1 if self.alpha == 1 else 0
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x; the exponential never overflows."""
+        """Return σ(x), computed so that the exponential does not overflow, and x."""
         return torch.where(x > 0, x, self.alpha * torch.expm1(x.clamp(max=0.0))), (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x."""
+        """Return σ' and σ'', computed from x."""
         (x,) = args
         slope = self.alpha * torch.exp(x.clamp(max=0.0))
         dsigma = torch.where(x > 0, 1.0, slope)
@@ -252,17 +252,17 @@ class expActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ, which is its own derivative."""
+        """Return σ(x), which is also its own derivative."""
         sigma = torch.exp(x)
         return sigma, (sigma,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ twice."""
+        """Return σ for both derivatives."""
         return args[0], args[0] if do_Hessian else None
 
 
 class expressionActivation(hessQuikActivationFunction):
-    """σ as a formula: whatever :mod:`hessquik.expressions` can say, with σ' and σ'' by the chain rule.
+    """σ given by a formula of :mod:`hessquik.expressions`, with σ' and σ'' by the chain rule.
 
     Args:
         formula: ``"z"``, a number, or a list that begins with an operation; that of SiLU if not given.
@@ -287,18 +287,18 @@ class expressionActivation(hessQuikActivationFunction):
         self.formula = formula
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x."""
+        """Return σ(x), and x."""
         return _as_tensor(differentiate(self.formula, x)[0], x), (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x."""
+        """Return σ' and σ'', computed from x."""
         (x,) = args
         _, dsigma, d2sigma = differentiate(self.formula, x)
         return _as_tensor(dsigma, x), _as_tensor(d2sigma, x) if do_Hessian else None
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
-    """Return a number as a tensor."""
+    """Return a number as a tensor shaped like another, and a tensor unchanged."""
     return value * torch.ones_like(like) if isinstance(value, float) else value
 
 
@@ -312,13 +312,13 @@ class gaussianActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x, held where σ is not yet surely 0."""
+        """Return σ(x), and x clamped to where σ may be nonzero, and σ."""
         held = x.clamp(-_TAIL, _TAIL)
         sigma = torch.exp(-held * held)
         return sigma, (held, sigma)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x and σ."""
+        """Return σ' and σ'', computed from the clamped x and σ."""
         x, sigma = args
         return -2 * x * sigma, (4 * x * x - 2) * sigma if do_Hessian else None
 
@@ -336,12 +336,12 @@ class geluActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by Φ, which torch has precise in both tails."""
+        """Return σ(x) by torch's Φ, which is accurate in both tails, and x and Φ."""
         probability = torch.special.ndtr(x)
         return x * probability, (x, probability)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from Φ and x, held where φ is not yet surely 0."""
+        """Return σ' and σ'', computed from Φ and x, which is clamped to where φ may be nonzero."""
         x, probability = args[0].clamp(-_TAIL, _TAIL), args[1]
         density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
         return probability + x * density, (2 - x * x) * density if do_Hessian else None
@@ -360,13 +360,13 @@ class geluTanhActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by s, for x held where s is surely 0 or 1."""
+        """Return σ(x) = xs, x clamped to where s may differ from 0 and 1, and v."""
         held = x.clamp(-_TAIL, _TAIL)
         v = math.sqrt(8 / math.pi) * (held + 0.044715 * (held * held * held))
         return x * torch.sigmoid(v), (held, v)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x and v; c from −v, since 1 − s would be noise."""
+        """Return σ' and σ''; c is computed from −v, since 1 − s would cancel."""
         x, v = args
         s, c = torch.sigmoid(v), torch.sigmoid(-v)
         dv = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * (x * x))
@@ -387,11 +387,11 @@ class identityActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ is x itself."""
+        """Return σ(x) = x, and x."""
         return x, (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Ones and zeros."""
+        """Return ones and zeros."""
         return torch.ones_like(args[0]), torch.zeros_like(args[0]) if do_Hessian else None
 
 
@@ -408,13 +408,13 @@ class mishActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by t; c from −x, since 1 − s would be noise."""
+        """Return σ(x) = xt, and x, s, c, t; c is computed from −x, since 1 − s would cancel."""
         s, c = torch.sigmoid(x), torch.sigmoid(-x)
         t = s * (1 + c) / (1 + c * c)
         return x * t, (x, s, c, t)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x, s, c and t."""
+        """Return σ' and σ'', computed from x, s, c and t."""
         x, s, c, t = args
         root = 2 * c / (1 + c * c)
         dt = root * root * s
@@ -431,18 +431,19 @@ class quadraticActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x."""
+        """Return σ(x), and x."""
         return 0.5 * x * x, (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The point x itself, and ones."""
+        """Return σ' = x and σ'' = 1."""
         return args[0], torch.ones_like(args[0]) if do_Hessian else None
 
 
 class reluActivation(hessQuikActivationFunction):
     """Rectified linear unit: σ(x) = x for x > 0, λx else, with σ'' = 0 and a kink at 0, where σ' is λ here.
 
-    λ = 0 is ReLU, another λ LeakyReLU. A network of these is linear in pieces: its second derivatives say nothing.
+    λ = 0 is ReLU, another λ LeakyReLU. A network of these is linear in pieces: its second derivatives are 0 almost
+    everywhere.
 
     Args:
         negative_slope: λ.
@@ -462,16 +463,16 @@ class reluActivation(hessQuikActivationFunction):
 
     @property
     def continuous_derivatives(self) -> float:
-        """None: σ' jumps."""
+        """0: σ' jumps at 0."""
         return 0
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ from x; no 0 · ∞."""
+        """Return σ(x), without computing 0 · ∞, and x."""
         sigma = torch.where(x > 0, x, self.negative_slope * x) if self.negative_slope else x.clamp(min=0.0)
         return sigma, (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' from the sign of x, and zeros."""
+        """Return σ', which depends on the sign of x, and zeros."""
         x = args[0]
         slope = torch.where(x <= 0, self.negative_slope, x)  # NaN stays NaN
         return torch.where(x > 0, 1.0, slope), torch.zeros_like(x) if do_Hessian else None
@@ -487,12 +488,12 @@ class sigmoidActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ, from which both derivatives follow."""
+        """Return σ(x), which is also all that the derivatives are computed from."""
         sigma = torch.sigmoid(x)
         return sigma, (sigma,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from σ."""
+        """Return σ' and σ'', computed from σ."""
         (sigma,) = args
         dsigma = sigma * (1 - sigma)
         return dsigma, dsigma * (1 - 2 * sigma) if do_Hessian else None
@@ -510,12 +511,12 @@ class siluActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by s."""
+        """Return σ(x) = xs, and x and s."""
         s = torch.sigmoid(x)
         return x * s, (x, s)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x and s; c is computed as s(−x), since x times a rounded 1 − s would be noise."""
+        """Return σ' and σ''; c is computed as s(−x), since 1 − s would cancel."""
         x, s = args
         c = torch.sigmoid(-x)
         return s * (1 + x * c), s * c * (2 + x * (c - s)) if do_Hessian else None
@@ -531,12 +532,12 @@ class sinActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ, which is −σ'' too."""
+        """Return σ(x), which is also −σ'', and x and σ."""
         sigma = torch.sin(x)
         return sigma, (x, sigma)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' from x and σ'' from σ."""
+        """Return σ', computed from x, and σ'', computed from σ."""
         x, sigma = args
         return torch.cos(x), -sigma if do_Hessian else None
 
@@ -566,11 +567,11 @@ class softplusActivation(hessQuikActivationFunction):
         self.threshold = threshold
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by torch, with its threshold."""
+        """Return σ(x) by torch's function, with its threshold, and x."""
         return nn.functional.softplus(x, self.beta, self.threshold), (x,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from x."""
+        """Return σ' and σ'', computed from x."""
         scaled = self.beta * args[0]
         is_identity = scaled > self.threshold
         s = torch.sigmoid(scaled)
@@ -589,16 +590,16 @@ class softsignActivation(hessQuikActivationFunction):
 
     @property
     def continuous_derivatives(self) -> float:
-        """σ' is continuous, σ'' is not."""
+        """1: σ' is continuous, σ'' is not."""
         return 1
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ by r = 1 / (1 + |x|)."""
+        """Return σ(x) = xr with r = 1 / (1 + |x|), and x and r."""
         r = 1 / (1 + x.abs())
         return x * r, (x, r)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from r and the sign of x."""
+        """Return σ' and σ'', computed from r and the sign of x."""
         x, r = args
         sign = torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, 0.0 * x))
         return r * r, -2 * sign * (r * r * r) if do_Hessian else None
@@ -614,12 +615,12 @@ class tanhActivation(hessQuikActivationFunction):
     """
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """σ, from which both derivatives follow."""
+        """Return σ(x), which is also all that the derivatives are computed from."""
         sigma = torch.tanh(x)
         return sigma, (sigma,)
 
     def compute_derivatives(self, *args: Tensor, do_Hessian: bool = False) -> tuple[Tensor, Tensor | None]:
-        """σ' and σ'' from σ."""
+        """Return σ' and σ'', computed from σ."""
         (sigma,) = args
         dsigma = 1 - sigma * sigma
         return dsigma, -2 * sigma * dsigma if do_Hessian else None
@@ -658,7 +659,7 @@ KINKS = {
 
 
 def kinks(module: nn.Module) -> dict[str, str]:
-    """Return which activations of a network have no two continuous derivatives, with what jumps.
+    """Return the activations of a network without two continuous derivatives, each with the derivative that jumps.
 
     Example:
         >>> from hessquik.networks import fullyConnectedNN

@@ -1,9 +1,9 @@
-"""Proof that the derivatives of a network are right, as they are served.
+"""Proof that the derivatives of a network are right, as the Evaluator computes them.
 
 Every backend that an Evaluator may use on this machine computes every quantity at random points, in float64 and in
 float32, and is compared with torch's automatic differentiation of an independent forward pass in float64
 (:mod:`hessquik.reference`). A row computed in a large tile is compared with itself computed alone, to the last bit.
-The documented interface is compared with the orders at which Taylor errors fall, and with finite differences.
+The documented interface is checked by Taylor tests and compared with finite differences.
 
 All comparisons are in natural units: an input moves by ``scale``, half the distance of its bounds, so that
 derivatives have the units of the value. Quantities that a user registered are the exception, since their units are
@@ -34,28 +34,28 @@ from hessquik.utils import taylor
 
 __all__ = ["Row", "backends", "prove", "prove_quickly"]
 
-#: Bound of relative errors in float64: rounding, amplified by large weights.
+#: Bound of relative errors in float64; it leaves room for rounding that large weights amplify.
 FLOAT64_BOUND = 1e-8
-#: Bound in float32, and how many times as large errors may be as those of automatic differentiation in float32.
+#: Bound in float32, and how many times larger errors may be than those of automatic differentiation in float32.
 FLOAT32_BOUND, FLOAT32_FACTOR = 1e-4, 50.0
-#: Steps of finite differences, and bounds of relative errors: ε² of the formula and rounding over ε or ε².
+#: Steps ε of finite differences, and bounds of relative errors: truncation ε² plus rounding divided by ε or ε².
 DIFFERENCES = {"gradient": (1e-5, 1e-6), "curvature": (1e-3, 1e-4)}
-#: Orders of Taylor errors may be that much lower than 2 and 3.
+#: How far the observed orders of Taylor errors may be below 2 and 3.
 TAYLOR_SLACK = 0.1
 TAYLOR_STEPS = tuple(2.0**-k for k in range(15))
-#: Part of the value's size below which a derivative, in units of the value, counts as 0.
+#: Fraction of the value's size below which a derivative, in units of the value, counts as 0.
 NEGLIGIBLE = 1e-3
-#: Bound of one array of points, and of a Hessian that is asked for.
+#: Most bytes of one array of points, and of a Hessian that is requested.
 MAX_BYTES = 256 << 20
 #: Directions that are tried at each point.
 DIRECTIONS = 3
-#: The calls that cover all quantities: what a service is mostly asked, and the rest.
+#: Calls that cover all quantities: the most common ones, and one for the rest.
 CALLS = (
     ("value", "gradient", "hessian"),
     ("value", "gradient", "laplacian"),
     ("hessian_diagonal", "jvp", "hvp", "curvature", "hessian_packed"),
 )
-#: All of them at once, and all that forward mode has at once.
+#: All of these quantities in one call, and those that forward mode computes in one call.
 ALL = tuple(dict.fromkeys(name for names in CALLS for name in names))
 ALONG_AXES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal")
 
@@ -78,12 +78,12 @@ class Row:
     """One comparison.
 
     Attributes:
-        quantity: What was compared, a name out of :data:`hessquik.quantities.QUANTITIES`.
+        quantity: The quantity that was compared, a name in :data:`hessquik.quantities.QUANTITIES`.
         computed_by: A backend of the Evaluator and its dtype, or a mode of the documented interface.
         reference: What it was compared with.
         measure: ``relative error``, to be at most the bound, or ``order``, to be at least the bound.
-        found: What was measured.
-        bound: What it has to keep.
+        found: The measured error or order.
+        bound: Its bound.
     """
 
     quantity: str
@@ -95,25 +95,25 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Return whether the bound is kept; never if the measure is NaN."""
+        """True if the measure is within the bound; never if it is NaN."""
         return self.found <= self.bound if self.measure == "relative error" else self.found >= self.bound
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Points at which a network is tried, with the reference values of Σⱼ λⱼ fⱼ.
+    """Points at which a network is tested, with the reference values of Σⱼ λⱼ fⱼ.
 
     Attributes:
         network: The network.
-        dtype: Of the computation to be tried.
+        dtype: Dtype of the computation under test.
         x: Points (n, d) that are exact in the dtype, held in float64.
         weights: λ (n, m).
         directions: (n, k, d).
         scale: Natural units of x (d,).
         expected: By automatic differentiation in float64, in natural units: the value (n,), gradient (n, d), hvp
             (n, k, d) and hessian_diagonal (n, d).
-        bounds: Of the relative errors of the same, in the dtype.
-        comparisons: How each quantity is compared.
+        bounds: Bounds of the relative errors of the same quantities in the dtype.
+        comparisons: The comparison of each quantity.
     """
 
     network: NN
@@ -153,8 +153,8 @@ def prove(
 
     The documented interface is compared with Taylor tests and finite differences, unless activations have kinks.
 
-    Of an ensemble all members are proven, and their means and standard deviations compared with those of automatic
-    differentiation's results.
+    For an ensemble, each member is compared, and so are the means and standard deviations, with those that automatic
+    differentiation gives.
 
     Args:
         network: The network or ensemble; it is left as it is.
@@ -162,7 +162,7 @@ def prove(
             normal distribution if they are not both given.
         upper_bounds: Of the inputs, d numbers.
         samples: Number of points.
-        seed: Of the points, weights of the outputs and directions.
+        seed: Seed of the points, the weights of the outputs and the directions.
 
     Returns:
         One row per comparison; the network is right if all have passed.
@@ -208,7 +208,7 @@ def _prove_moments(
 ) -> list[Row]:
     """Compare an ensemble's means and standard deviations with those of its members by automatic differentiation.
 
-    A standard deviation's error is relative to the mean's size: of networks that agree nothing but rounding is left.
+    A standard deviation's error is relative to the mean's size, since that of equal networks is nothing but rounding.
     """
     rows = []
     for dtype, bound in ((torch.float64, FLOAT64_BOUND), (torch.float32, FLOAT32_BOUND)):
@@ -258,8 +258,8 @@ def prove_quickly(
         network: The network; it is left as it is.
         lower_bounds: As for :func:`prove`.
         upper_bounds: As for :func:`prove`.
-        evaluate: The Evaluator of this network that is going to be used, of an ensemble its EnsembleEvaluator; a new
-            one if not given. The plans that are tried are kept in it.
+        evaluate: The Evaluator of this network, or the EnsembleEvaluator of this ensemble, to compare; a new one if
+            not given. It keeps the plans that are made here.
 
     Raises:
         DerivativeError: some quantity disagrees, or is not finite.
@@ -294,7 +294,7 @@ def _set_up(
     samples: int,
     seed: int,
 ) -> _Trial:
-    """Draw what to try the network at, and differentiate the reference there."""
+    """Draw points, weights and directions, and compute the reference derivatives there."""
     generator = torch.Generator().manual_seed(seed)
     d, m = network.dim_input(), network.dim_output()
 
@@ -324,7 +324,7 @@ def _set_up(
 
 
 def _differentiate(trial: _Trial, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what :attr:`_Trial.expected` holds, computed in a dtype.
+    """Return the quantities of :attr:`_Trial.expected`, computed in a dtype.
 
     The points are repeated, once per direction and once per axis, so that two passes backward give all products.
     """
@@ -406,7 +406,7 @@ def _against_autograd(
 
 
 def _against_rows_alone(trial: _Trial, evaluate: Evaluator, computed_by: str) -> list[Row]:
-    """Compare rows in large tiles with the same rows alone, which have the same bits."""
+    """Compare rows in large tiles with the same rows alone, which must have the same bits."""
     x, directions = (part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.directions))
     asked = ("value", "gradient", "hessian", "hvp")
     count = evaluate.plan(asked, directions=directions).rows + x.shape[0]
@@ -441,8 +441,8 @@ class _Comparison:
 
     Attributes:
         error: Returns the relative error of a result (n, …, m), or (n, …, 1) of a weighted sum of the outputs.
-        bound: What it has to keep.
-        reference: What it is compared with.
+        bound: Bound of this error.
+        reference: Description of the reference.
     """
 
     error: Callable[[Tensor, bool], float]
@@ -451,12 +451,12 @@ class _Comparison:
 
 
 def _registered() -> tuple[str, ...]:
-    """Return the quantities that are not the package's own."""
+    """Return the quantities that users registered."""
     return tuple(name for name in QUANTITIES if name not in ALL)
 
 
 def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
-    """Return how the package's own quantities are compared: those of Σⱼ λⱼ fⱼ, in natural units.
+    """Return the comparisons of the package's own quantities, of Σⱼ λⱼ fⱼ and in natural units.
 
     A Hessian is compared by its diagonal and its products with the directions.
     """
@@ -470,7 +470,7 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
     def compared(
         natural: Callable[[Tensor], Tensor], expected: Tensor, bound: str, size: Tensor | None = None
     ) -> _Comparison:
-        """Compare results in natural units; ``size`` is what the error is relative to, if not to what is expected."""
+        """Return a comparison in natural units; the error is relative to ``size``, or to the expected result."""
 
         def error(result: Tensor, is_weighted: bool) -> float:
             sums = result.squeeze(-1) if is_weighted else _weighted(result, trial.weights)
@@ -503,10 +503,10 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
 
 
 def _by_formula(trial: _Trial, quantity: Quantity) -> _Comparison:
-    """Return how a registered quantity is compared: with its formula on automatic differentiation's derivatives.
+    """Return the comparison of a registered quantity with its formula on automatic differentiation's derivatives.
 
-    The size that an error is relative to is that of the result, or, if it is larger, the error of automatic
-    differentiation in float32, so that what cancels is not taken for wrong.
+    Errors are relative to the size of the result or, if it is larger, to the error of automatic differentiation in
+    float32, so that cancellation does not count as an error.
     """
     own = user_defined(trial.network)
     reference = f"its formula on autograd{' of the own forward of ' + ', '.join(own) if own else ''}"
@@ -555,7 +555,7 @@ def _formula_on_forms(trial: _Trial, quantity: Quantity, dtype: torch.dtype, is_
 
 
 def _severity(error: float) -> float:
-    """Return an error for comparisons, where NaN is the worst."""
+    """Return an error as a sort key, with NaN as the largest."""
     return math.inf if math.isnan(error) else error
 
 

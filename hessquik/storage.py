@@ -2,10 +2,11 @@
 
 A file is data: it is read into memory whole, checked before and after parsing, and never executed. The header's
 metadata has ``format`` = ``hessquik``, ``format_version`` = ``1``, ``network`` = the architecture, and optionally
-what :data:`METADATA` lists and two keys that :func:`save` writes: ``sha256``, a checksum of the rest of the file, and
-``kinks``, the activations without two continuous derivatives. What counts of these is the architecture.
+the keys in :data:`METADATA` and two keys that :func:`save` writes: ``sha256``, a checksum of the rest of the file,
+and ``kinks``, the activations without two continuous derivatives. When a file is read, the kinks are determined from
+the architecture again.
 
-What :func:`save` writes, :func:`load` reads: a file is parsed before it is written.
+:func:`save` parses every file before it writes it, so that :func:`load` can read it.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ __all__ = [
 FORMAT, FORMAT_VERSION = "hessquik", "1"
 #: Metadata key of the SHA-256 of the rest of the file.
 CHECKSUM = "sha256"
-#: Metadata key of what :func:`hessquik.activations.kinks` says of the network.
+#: Metadata key of the result of :func:`hessquik.activations.kinks` for the network.
 KINKS = "kinks"
-#: A file's contents.
+#: What a file contains.
 Network = NN | Ensemble
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10
@@ -64,7 +65,7 @@ class SavedNetwork:
     """The contents of a model file.
 
     Attributes:
-        network: The network, or several that are an ensemble.
+        network: The network or ensemble.
         architecture: Its description.
         metadata: ``description``, ``input_names``, ``output_names``, ``lower_bounds``, ``upper_bounds``,
             ``training``, as far as the file has them; and ``kinks`` if some activations have any.
@@ -83,7 +84,7 @@ def save(network: Network, path: str | Path, **metadata: Any) -> None:
 
     Args:
         network: The network or ensemble.
-        path: Where; conventionally ``NAME.safetensors``.
+        path: The file; conventionally ``NAME.safetensors``.
         metadata: Any of ``description`` (str), ``input_names``, ``output_names`` (sequences of str),
             ``lower_bounds``, ``upper_bounds`` (sequences of numbers, or arrays; both or neither), ``training`` (a
             JSON object).
@@ -105,7 +106,7 @@ def save(network: Network, path: str | Path, **metadata: Any) -> None:
 
 
 def write(data: bytes, path: str | Path) -> None:
-    """Write the bytes of a file whole or not at all.
+    """Write a file atomically: its path never has a part of the bytes.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -150,7 +151,7 @@ def serialize(network: Network, **metadata: Any) -> bytes:
 
 
 def _state(module: nn.Module, place: str = "") -> dict[str, torch.Tensor]:
-    """Return the weights under the names of a network whose parts are numbered; an ``OrderedDict`` may name them."""
+    """Return the weights by name, with numbers for the parts of a network even if an ``OrderedDict`` named them."""
     if isinstance(module, Ensemble):
         parts = (_state(member, f"members.{number}.") for number, member in enumerate(module.networks()))
         return {name: tensor for part in parts for name, tensor in part.items()}
@@ -220,7 +221,7 @@ def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> Network:
     """Make the network that :func:`hessquik.architecture.describe` described, with the weights of a state dict.
 
     Raises:
-        ArchitectureError: the description is not one.
+        ArchitectureError: the description is invalid.
         CompositionError: its layers do not fit together.
         FormatError: the weights do not fit the description.
 
@@ -288,7 +289,7 @@ def _check_entries(entries: Mapping[str, Any], available_bytes: int) -> None:
 
 
 def _checksum(data: bytes) -> str:
-    """Return the SHA-256 of a file's header, however it is written, without the checksum itself; then its tensors."""
+    """Return the SHA-256 of a file: of its header, normalised and without the checksum, followed by its tensors."""
     (header_bytes,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + header_bytes])
     header["__metadata__"].pop(CHECKSUM, None)
@@ -298,7 +299,7 @@ def _checksum(data: bytes) -> str:
 
 
 def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not weights of ours, whatever the architecture."""
+    """Refuse tensors that no architecture has: mixed or other dtypes, other layouts, numbers that are not finite."""
     if not tensors:
         raise FormatError("there must be at least one tensor, got none")
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -313,7 +314,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the tensors in a module's places, which they must fit exactly."""
+    """Load the tensors into a module; all names and shapes must match."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | got.keys()):
@@ -336,7 +337,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-#: Keys that the metadata of a file may have, each with its check and the sentence of what the check expects.
+#: Keys that the metadata of a file may have, each with its check and a description of a valid value.
 METADATA: dict[str, tuple[Callable[[Any, Network], bool], str]] = {
     "description": (lambda value, _: isinstance(value, str), "a string"),
     "input_names": (lambda value, f: _is_names(value, f.dim_input()), "one string per input"),

@@ -1,10 +1,10 @@
 """Lowering of an imported graph to layers.
 
-The functions of one variable are computed in as few layers as their order allows. Between two layers, features carry
-all that later ones need, in the fewest numbers: a minimum cut through the affine part of the graph. An affine
-function is thus computed where it makes the features narrow and folded into the next layer's weights elsewhere; what
-several layers need is carried along. A plain network becomes single layers, a residual one residual layers, and
-whatever goes another way skip layers.
+The functions of one variable are computed in as few layers as their order allows. The features between two layers are
+the fewest numbers that determine all later results, found as a minimum cut through the affine part of the graph. An
+affine function is thus computed where it makes the features narrower, and otherwise folded into the next layer's
+weights; values that several layers need are carried along. A plain network becomes single layers, a residual network
+residual layers, and any other structure skip layers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def lower(output: Node) -> NN:
 def _residual(nodes: Sequence[Node], before: Sequence[Node], group: Sequence[Pointwise], output: Node) -> Node | None:
     """Return the value u + h σ(…) that the output is an affine function of, if there is one.
 
-    It makes a residual layer and a linear one, whose matrix is applied once instead of to u and to σ(…).
+    A residual layer and a linear one then compute the output. The matrix is applied once, not to u and to σ(…) each.
     """
     if len(before) != 1 or len(group) != 1:
         return None
@@ -63,7 +63,7 @@ def _residual(nodes: Sequence[Node], before: Sequence[Node], group: Sequence[Poi
 
 
 def _affine_in(basis: set[Node], nodes: Sequence[Node]) -> list[Node]:
-    """Return the values that are affine functions of others, in order."""
+    """Return the values that are affine functions of the values in ``basis``, in order."""
     found: dict[Node, None] = {}
     for node in nodes:
         if isinstance(node, Affine) and node not in basis and all(p in basis or p in found for p in parents(node)):
@@ -72,7 +72,7 @@ def _affine_in(basis: set[Node], nodes: Sequence[Node]) -> list[Node]:
 
 
 def _schedule(nodes: Sequence[Node]) -> list[list[Pointwise]]:
-    """Return the functions of one variable in groups that can be computed at once, with one activation each."""
+    """Return the functions of one variable in groups: one layer can compute a group, since it has one activation."""
     before: dict[Node, frozenset[Pointwise]] = {}
     for node in nodes:
         found: set[Pointwise] = set()
@@ -98,9 +98,9 @@ def _activation(node: Pointwise) -> hessQuikActivationFunction:
 
 
 def _states(nodes: Sequence[Node], groups: Sequence[Sequence[Pointwise]], output: Node) -> list[list[Node]]:
-    """Return the values that the features consist of before the first layer, between any two and at the end.
+    """Return the values that the features consist of before the first layer, between layers and after the last.
 
-    Values that are needed for longer stand farther behind, so that they can be carried along.
+    Values that more layers need come later among the features, so that layers can carry them along.
     """
     pending = {node for group in groups for node in group}
     blocked = _computed_from(nodes, pending)
@@ -121,7 +121,7 @@ def _states(nodes: Sequence[Node], groups: Sequence[Sequence[Pointwise]], output
 
 
 def _computed_from(nodes: Sequence[Node], pending: set[Pointwise]) -> set[Node]:
-    """Return the values that cannot be known before those that are pending."""
+    """Return the pending values and those that depend on them."""
     found: set[Node] = set(pending)
     for node in nodes:
         if not found.isdisjoint(parents(node)):
@@ -130,7 +130,10 @@ def _computed_from(nodes: Sequence[Node], pending: set[Pointwise]) -> set[Node]:
 
 
 def _cut(nodes: Sequence[Node], known: Sequence[Node], blocked: set[Node], output: Node) -> list[Node]:
-    """Return the narrowest values that follow from the known ones and that later ones need, the earliest such."""
+    """Return the values of least total width that follow from the known ones and determine the later ones.
+
+    If there are several such cuts, return the earliest.
+    """
     import networkx
 
     graph = networkx.DiGraph()
@@ -177,7 +180,7 @@ def _express(targets: Sequence[Node], basis: Sequence[Node]) -> list[Expressed]:
 
 
 def _stack(columns: Sequence[dict[Node, Map]], rows: Sequence[Node], widths: Sequence[int]) -> Tensor:
-    """Return the matrix of all maps, from the rows' features to the columns' ones."""
+    """Return the matrix made of all maps, from the features of ``rows`` to those of ``columns``."""
     return torch.cat(
         [torch.cat([_dense(maps.get(r), r.width, w) for r in rows]) for maps, w in zip(columns, widths, strict=True)],
         dim=1,
@@ -202,7 +205,7 @@ def _offsets(expressed: Sequence[Expressed], widths: Sequence[int]) -> Tensor | 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One group of functions, as z = uP + b, y = uS + σ(z)Q + μ with the last c features of u behind y.
+    """The computation of one group: z = uP + b, y = uS + σ(z)Q + μ, and the last c features of u carried after y.
 
     Attributes:
         act: σ.
@@ -249,7 +252,7 @@ class _Step:
 
 
 def _layers(step: _Step) -> list[hessQuikLayer]:
-    """Return the simplest layers that do a step."""
+    """Return the simplest layers that compute a step."""
     p, q = step.skip.shape
     is_mixed = not (step.out.shape[0] == q and torch.equal(step.out, identity(q)))
     if not step.carried and not step.skip.any():
@@ -290,7 +293,7 @@ def _single(into: Tensor, bias: Tensor | None, act: hessQuikActivationFunction) 
 
 
 def _filled(layer: hessQuikLayer, weights: dict[str, Tensor | None]) -> hessQuikLayer:
-    """Return the layer with its weights."""
+    """Set the weights of a layer, and return it."""
     state = {name: tensor.clone() for name, tensor in weights.items() if tensor is not None}
     nn.Module.load_state_dict(layer, state)
     return layer

@@ -1,10 +1,10 @@
-"""Functions of one variable that a graph spreads over several nodes: x · sigmoid(x) is SiLU.
+"""Recognition of functions of one variable that several nodes of a graph compute: x · sigmoid(x) is SiLU.
 
-:func:`resolve` leaves no product in a graph. Two factors that are functions of one and the same value make a formula;
-two other ones are a difference of squares, u v = (u + v)²/4 − (u − v)²/4, which is exact.
+:func:`resolve` replaces every product in a graph. A product of two functions of the same value becomes a formula of
+this value; any other product becomes a difference of squares, u v = (u + v)²/4 − (u − v)²/4, which is exact.
 
-Formulas here may also have the operations ``abs`` and ``relu``, which have a kink. Where they cancel, as in softplus
-= max(z, 0) + log(1 + exp(−|z|)), the whole is recognised by its normal form: a sum of products.
+Formulas here may also have the operations ``abs`` and ``relu``, which have a kink. Where the kinks cancel, as in
+softplus = max(z, 0) + log(1 + exp(−|z|)), the formula is recognised by its normal form, a sum of products.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hessquik.importing.graph import Affine, Input, Map, Node, Pointwise, Produc
 
 __all__ = ["KINKED", "resolve"]
 
-#: Operations that formulas of files do not have.
+#: Operations that the formulas in files may not have.
 KINKED = ("abs", "relu")
-#: Of the coefficients of two normal forms that count as the same.
+#: Relative difference up to which coefficients of two normal forms count as equal.
 TOLERANCE = 1e-12
-#: Of a normal form; what has more is not recognised.
+#: Most terms of a normal form; a formula with more is not recognised.
 MAX_TERMS = 32
 
 #: Activations as formulas.
@@ -57,7 +57,7 @@ def _sum(*formulas: Formula) -> Formula:
     return total
 
 
-#: Formulas that an activation stands for.
+#: Formulas, each with the activation that replaces it.
 KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
     *((formula, kind()) for kind, formula in FORMULAS.items()),
     (["mul", ["mul", 0.5, "z"], ["add", 1.0, ["erf", ["mul", _ROOT, "z"]]]], act.geluActivation()),
@@ -74,7 +74,7 @@ KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
 
 
 def resolve(output: Node) -> Node:
-    """Return a graph with the same values that has no products and no formulas with kinks."""
+    """Return a graph that computes the same value without products and without formulas that have kinks."""
     made: dict[Node, Node] = {}
     chains: dict[Node, dict[Node, Formula]] = {}
     for node in ordered([output]):
@@ -104,9 +104,9 @@ def resolve(output: Node) -> Node:
 def _product(
     node: Product, left: Node, right: Node, chains: dict[Node, dict[Node, Formula]]
 ) -> tuple[Node, dict[Node, Formula]]:
-    """Return a product without products, and formulas of it.
+    """Return a node that computes a product without one, and its formulas, one for each value that it is one of.
 
-    Factors of features that an exporter moved into one side, as in z ⊙ (c ⊙ σ(z)), are moved out for it.
+    If an exporter multiplied one factor by constants, as in z ⊙ (c ⊙ σ(z)), they are moved out of the product first.
     """
     for (u, a), (v, b) in itertools.product(_unscaled(left), _unscaled(right)):
         chain = _joined("mul", chains.get(u, {}), chains.get(v, {}))
@@ -118,7 +118,7 @@ def _product(
 
 
 def _unscaled(node: Node) -> list[tuple[Node, Map]]:
-    """Return a value, and itself without the factors of its features."""
+    """Return the ways to write a value as a node times a map: as itself, and as the term that it scales, if it does."""
     found: list[tuple[Node, Map]] = [(node, 1.0)]
     if isinstance(node, Affine) and len(node.terms) == 1 and node.offset is None:
         ((term, matrix),) = node.terms
@@ -128,7 +128,7 @@ def _unscaled(node: Node) -> list[tuple[Node, Map]]:
 
 
 def _function_of_one(node: Product, chain: dict[Node, Formula]) -> Node | None:
-    """Return a product as a function of one value, if it is one without kinks."""
+    """Return a product as a function of one value, or ``None`` if it is none or the function has kinks."""
     for base, formula in chain.items():
         function = _finished(formula)
         if function is not None:
@@ -137,7 +137,7 @@ def _function_of_one(node: Product, chain: dict[Node, Formula]) -> Node | None:
 
 
 def _recognise_kinks(node: Node, chain: dict[Node, Formula]) -> Node | None:
-    """Return a known activation that a formula with kinks is, if it is one."""
+    """Return a node with the known activation that a formula with kinks is equal to, or ``None``."""
     for base, formula in chain.items():
         if formula not in (["abs", "z"], ["relu", "z"]) and _has_kinks(formula):
             found = _named(formula)
@@ -147,7 +147,7 @@ def _recognise_kinks(node: Node, chain: dict[Node, Formula]) -> Node | None:
 
 
 def _applied(node: Pointwise, of: Node) -> Node:
-    """Return a function of a value; |v| is ReLU(v) + ReLU(−v)."""
+    """Return the node of a function of a value; |v| becomes ReLU(v) + ReLU(−v)."""
     if node.function != ["abs", "z"]:
         function = _finished(node.function)
         assert function is not None, "readers make formulas of one operation"
@@ -186,12 +186,12 @@ def _polarised(place: str, u: Node, v: Node) -> Node:
 
 
 def _composed(formula: Formula, chain: dict[Node, Formula]) -> dict[Node, Formula]:
-    """Return a formula of a value as formulas of all that this value is a formula of."""
+    """Return a formula of a value in terms of each node that the value itself is a formula of."""
     return _bounded({base: _substitute(formula, inner) for base, inner in chain.items()})
 
 
 def _joined(operation: str, left: dict[Node, Formula], right: dict[Node, Formula]) -> dict[Node, Formula]:
-    """Return an operation of two values as formulas of all that both are formulas of, the nearest first."""
+    """Return an operation on two values in terms of each node that both are formulas of, the nearest first."""
     return _bounded({base: [operation, left[base], right[base]] for base in left if base in right})
 
 
@@ -200,7 +200,7 @@ def _bounded(chain: dict[Node, Formula]) -> dict[Node, Formula]:
 
 
 def _sum_chain(node: Affine, chains: dict[Node, dict[Node, Formula]]) -> dict[Node, Formula]:
-    """Return a sum of multiples of values plus one number as formulas of what all of them are formulas of."""
+    """Return a sum of multiples of values plus one number in terms of each node that all values are formulas of."""
     offset = 0.0 if node.offset is None else float(node.offset[0])
     is_uniform = node.offset is None or bool((node.offset == offset).all())
     if not is_uniform or not all(isinstance(matrix, float) for _, matrix in node.terms):
@@ -235,7 +235,7 @@ def _size(formula: Formula) -> int:
 
 
 def _named(formula: Formula) -> hessQuikActivationFunction | Formula:
-    """Return the activation that a formula is, or the formula.
+    """Return the activation that a formula is equal to, or the formula.
 
     Example:
         >>> _named(["mul", ["sigmoid", "z"], "z"])
@@ -248,7 +248,7 @@ def _named(formula: Formula) -> hessQuikActivationFunction | Formula:
     return next((activation for known, activation in _NORMALS if _same(normal, known)), formula)
 
 
-#: A sum: products of factors, each with its exponent, and their coefficients.
+#: A sum of products: the coefficient of each product, which is given by its factors and their exponents.
 Normal = dict[tuple[tuple[Any, int], ...], float]
 
 
@@ -266,7 +266,7 @@ def _normal(formula: Formula) -> Normal:
 
 
 def _frozen(normal: Normal) -> tuple[Any, ...]:
-    """Return a normal form that is equal to another if both have the same coefficients to 12 digits."""
+    """Return a normal form in hashable form, its coefficients rounded to 12 digits."""
     return tuple(sorted(((repr(product), float(f"{number:.12g}")) for product, number in normal.items())))
 
 

@@ -83,15 +83,15 @@ class ICNNLayer(hessQuikLayer):
         uniform_(self.b, fan_in)
 
     def input_widths(self) -> tuple[int, ...]:
-        """(p, d), or (d,) in the first layer."""
+        """Return (p, d), or (d,) in the first layer."""
         return (*(() if self.in_features is None else (self.in_features,)), self.input_dim)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(q, d)."""
+        """Return (q, d)."""
         return (self.out_features, self.input_dim)
 
     def form(self) -> Form:
-        """P = (L⁺, K), Q = 1, and x carried along."""
+        """Return the form with P = (L⁺, K), Q = 1, and x carried along."""
         widths = self.input_widths()
         return Form(
             self.act,

@@ -64,15 +64,15 @@ class quadraticLayer(hessQuikLayer):
             uniform_(parameter, self.in_features)
 
     def input_widths(self) -> tuple[int, ...]:
-        """(p,)."""
+        """Return (p,)."""
         return (self.in_features,)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(1,)."""
+        """Return (1,)."""
         return (1,)
 
     def form(self) -> Form:
-        """P = Aᵀ, σ(z) = ½z², S = v, Q = 1 summed over the hidden units."""
+        """Return the form with P = Aᵀ, σ(z) = ½z², S = v, Q = 1 summed over the hidden units."""
         return _quadratic_form(self, into=(self.A.T,), skip=(self.v.unsqueeze(-1),))
 
 
@@ -139,15 +139,15 @@ class quadraticICNNLayer(hessQuikLayer):
             uniform_(parameter, self.input_dim)
 
     def input_widths(self) -> tuple[int, ...]:
-        """(p, d), or (d,) if there is no u."""
+        """Return (p, d), or (d,) if there is no u."""
         return (*(() if self.in_features is None else (self.in_features,)), self.input_dim)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(1,)."""
+        """Return (1,)."""
         return (1,)
 
     def form(self) -> Form:
-        """P = (0, Aᵀ), σ(z) = ½z², S = (w⁺, v), Q = 1 summed over the hidden units."""
+        """Return the form with P = (0, Aᵀ), σ(z) = ½z², S = (w⁺, v), Q = 1 summed over the hidden units."""
         into, skip = (self.A.T,), (self.v.unsqueeze(-1),)
         if self.w is None:
             return _quadratic_form(self, into, skip)

@@ -67,11 +67,11 @@ class resnetLayer(hessQuikLayer):
         return self.layer.bias
 
     def input_widths(self) -> tuple[int, ...]:
-        """(width,)."""
+        """Return (width,)."""
         return (self.width,)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(width,)."""
+        """Return (width,)."""
         return (self.width,)
 
     def form(self) -> Form:

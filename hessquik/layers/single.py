@@ -64,13 +64,13 @@ class singleLayer(hessQuikLayer):
         uniform_(self.b, self.in_features)
 
     def input_widths(self) -> tuple[int, ...]:
-        """(p,)."""
+        """Return (p,)."""
         return (self.in_features,)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(q,)."""
+        """Return (q,)."""
         return (self.out_features,)
 
     def form(self) -> Form:
-        """P = K, Q = 1."""
+        """Return the form with P = K, Q = 1."""
         return Form(self.act, self.input_widths(), into=(self.K,), bias=self.b)

@@ -1,4 +1,4 @@
-"""A layer with a way around it: what residual, dense and input-convex blocks of any library become."""
+"""A layer with a skip connection; residual, dense and input-convex blocks of other libraries are imported as it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["skipLayer"]
 
 
 class skipLayer(hessQuikLayer):
-    """The layer y = uS + σ(uK + b)M + μ, behind which the last c features of u may go out as they came in.
+    """The layer y = uS + σ(uK + b)M + μ, after which the last c features of u may be passed on unchanged.
 
-    Its gradient is ∇y = ∇u (S + K diag(σ'(uK + b)) M). The features that go out are [y v] with u = [· v].
+    Its gradient is ∇y = ∇u (S + K diag(σ'(uK + b)) M). The output features are [y v] with u = [· v].
 
     Args:
         in_features: Width p of u.
@@ -27,7 +27,7 @@ class skipLayer(hessQuikLayer):
         skip: S: ``"matrix"`` has one; ``"identity"`` is 1 on the p − c features that are not carried; ``None`` is 0.
         mix: Whether there is an M; without it M = 1 and q = w.
         offset: Whether there is a μ.
-        carried: Number c of features that go out behind y.
+        carried: Number c of features that are passed on after y.
         device: Device of the weights.
         dtype: Dtype of the weights.
 
@@ -75,7 +75,7 @@ class skipLayer(hessQuikLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Create the weights, uniformly distributed within one over the root of what enters."""
+        """Create the weights, uniformly distributed within ±1/√(number of their inputs)."""
         super().__init__()
         if carried > in_features:
             raise ShapeError(f"carried must be at most the {in_features} features that come in, got {carried}")
@@ -112,15 +112,15 @@ class skipLayer(hessQuikLayer):
             uniform_(weights, fan_in)
 
     def input_widths(self) -> tuple[int, ...]:
-        """(p − c, c), without a part of no width."""
+        """Return (p − c, c), without a part of no width."""
         return tuple(width for width in (self.in_features - self.carried, self.carried) if width)
 
     def output_widths(self) -> tuple[int, ...]:
-        """(q, c), or (q,) if nothing is carried."""
+        """Return (q, c), or (q,) if nothing is carried."""
         return (self.out_features, self.carried) if self.carried else (self.out_features,)
 
     def form(self) -> Form:
-        """P = K, S, Q = M, with the carried features as a part of their own."""
+        """Return the form with P = K, S, Q = M, with the carried features as a part of their own."""
         widths = self.input_widths()
 
         def parts(matrix: Tensor) -> tuple[Tensor, ...]:

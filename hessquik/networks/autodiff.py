@@ -33,7 +33,7 @@ class NNPytorchAD(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, do_gradient: bool = False, do_Hessian: bool = False, **kwargs: Any) -> Triple:
-        """Evaluate f (n, m), its gradient (n, d, m) and Hessian (n, d, d, m); ``x`` is left as it was."""
+        """Evaluate f (n, m), its gradient (n, d, m) and Hessian (n, d, d, m); ``x`` is unchanged."""
         if not (do_gradient or do_Hessian):
             return self.net(x)[0], None, None
         with torch.enable_grad():
@@ -69,7 +69,7 @@ class NNPytorchHessian(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, do_gradient: bool = False, do_Hessian: bool = False, **kwargs: Any) -> Triple:
-        """Evaluate f (n, m), its gradient (n, d, m) and Hessian (n, d, d, m); ``x`` is left as it was."""
+        """Evaluate f (n, m), its gradient (n, d, m) and Hessian (n, d, d, m); ``x`` is unchanged."""
         f = self.net(x)[0]
         if not (do_gradient or do_Hessian):
             return f, None, None
@@ -91,7 +91,7 @@ class NNPytorchHessian(nn.Module):
 
 
 def _gradient(scalar: Tensor, x: Tensor) -> Tensor:
-    """∂scalar/∂x shaped like x, zero where x has no part in it."""
+    """Return ∂scalar/∂x, shaped like x; zero where the scalar does not depend on x."""
     if not scalar.requires_grad:
         return torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(scalar, x, create_graph=True, allow_unused=True, materialize_grads=True)

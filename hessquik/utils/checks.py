@@ -27,7 +27,7 @@ __all__ = [
 
 Function = Callable[..., tuple[Any, ...]]
 
-#: Steps of a Taylor test, at least.
+#: Fewest steps that a Taylor test judges by.
 JUDGED_STEPS = 15
 
 
@@ -49,13 +49,13 @@ def input_derivative_check(
     Args:
         f: A network, a layer, an activation, or a function called like one.
         x: Points (n, d).
-        do_Hessian: Whether the Hessian is checked.
-        forward_mode: Handed to ``f``.
-        num_test: Number of steps h = base⁻ᵏ that are printed. To judge, at least 15 are tried: fewer do not
-            show a derivative that is off by a percent.
+        do_Hessian: Whether to check the Hessian.
+        forward_mode: Passed to ``f``.
+        num_test: Number of steps h = base⁻ᵏ that are printed. The verdict uses at least 15: fewer do not
+            reveal a derivative that is wrong by a percent.
         base: Ratio of two steps.
-        tol: How far below 2 and 3 the orders may be at which the errors fall.
-        verbose: Whether a table is printed.
+        tol: How far the observed orders of the errors may be below 2 and 3.
+        verbose: Whether to print a table.
 
     Returns:
         Whether the gradient passes, and whether the Hessian does (``None`` if it was not checked).
@@ -106,12 +106,12 @@ def input_derivative_check_finite_difference(
     Args:
         f: A network, a layer, or a function called like one.
         x: Points (n, d).
-        do_Hessian: Whether the Hessian is checked.
-        forward_mode: Handed to ``f``.
+        do_Hessian: Whether to check the Hessian.
+        forward_mode: Passed to ``f``.
         eps: Step ε.
         atol: Bound of the norm of the difference.
         rtol: Bound of that norm relative to the derivative's.
-        verbose: Whether the errors are printed.
+        verbose: Whether to print the errors.
 
     Returns:
         Whether the gradient passes, and whether the Hessian does (``None`` if it was not checked).
@@ -159,11 +159,11 @@ def input_derivative_check_finite_difference_laplacian(
     Args:
         f: A network, a layer, or a function called like one.
         x: Points (n, d).
-        do_Laplacian: Whether the Laplacian is checked.
+        do_Laplacian: Whether to check the Laplacian.
         eps: Step ε.
         atol: Bound of the norm of the difference.
         rtol: Bound of that norm relative to the derivative's.
-        verbose: Whether the errors are printed.
+        verbose: Whether to print the errors.
 
     Returns:
         Whether the gradient passes, and whether the Laplacian does (``None`` if it was not checked).
@@ -200,7 +200,7 @@ def directional_derivative_check(
         x: Points (n, d).
         k: Number of directions.
         tol: Bound of the norm of the difference.
-        verbose: Whether the errors are printed.
+        verbose: Whether to print the errors.
 
     Returns:
         Whether these pass: the forward gradient and Hessian, the backward gradient and Hessian.
@@ -232,7 +232,7 @@ def directional_derivative_laplacian_check(
         x: Points (n, d).
         k: Number of directions.
         tol: Bound of the norm of the difference.
-        verbose: Whether the errors are printed.
+        verbose: Whether to print the errors.
 
     Returns:
         Whether the gradient passes and whether the Laplacian does.
@@ -265,18 +265,18 @@ def network_derivative_check(
 
         Φ(θ) = ½‖f(x)‖² + ½‖∇f(x)‖² + ½‖∇²f(x)‖²        Φ(θ + hp) ≈ Φ(θ) + h p·∇Φ(θ)
 
-    The weights and their ``grad`` are afterwards what they were before.
+    The weights and their ``grad`` are unchanged afterwards.
 
     Args:
         f: A network or layer.
         x: Points (n, d).
         do_Hessian: Whether Φ has the Hessian's term.
-        forward_mode: Handed to ``f``.
-        num_test: Number of steps h = base⁻ᵏ that are printed. To judge, at least 15 are tried: fewer do not
-            show a derivative that is off by a percent.
+        forward_mode: Passed to ``f``.
+        num_test: Number of steps h = base⁻ᵏ that are printed. The verdict uses at least 15: fewer do not
+            reveal a derivative that is wrong by a percent.
         base: Ratio of two steps.
-        tol: How far below 2 the order may be at which the error falls.
-        verbose: Whether a table is printed.
+        tol: How far the observed order of the error may be below 2.
+        verbose: Whether to print a table.
 
     Returns:
         Whether the gradient passes.
@@ -321,7 +321,7 @@ def network_derivative_check(
 def _taylor_test(
     f: Callable[[float], Tensor], terms: list[Tensor], num_test: int, base: float, tol: float, verbose: bool
 ) -> list[bool]:
-    """Return whether the errors with the first, second, … derivative fall as they have to."""
+    """Return whether the errors of the Taylor polynomials of degree 1, 2, … decrease at the expected orders."""
     steps = [base**-k for k in range(max(num_test, JUDGED_STEPS))]
     found = taylor.errors(f, terms, steps)
     if verbose:
@@ -339,7 +339,7 @@ def _taylor_test(
 def _are_close(
     name: str, derivative: Tensor, difference: Tensor, eps: float, atol: float, rtol: float, verbose: bool
 ) -> bool:
-    """Return whether a derivative is as near to its central difference as both bounds require."""
+    """Return whether a derivative is within both bounds of its central difference."""
     error = float(torch.linalg.vector_norm(derivative - difference))
     relative = error / max(float(torch.linalg.vector_norm(derivative)), eps)
     passed = error < atol and relative < rtol
@@ -352,7 +352,7 @@ def _are_close(
 def _compare(
     mode: str, pairs: tuple[tuple[str, Tensor, Tensor], tuple[str, Tensor, Tensor]], tol: float, verbose: bool
 ) -> tuple[bool, bool]:
-    """Return whether the first and the second derivative are within ``tol`` of what they have to be."""
+    """Return whether the first and the second derivative are within ``tol`` of their expected values."""
     (_, *first), (second_name, *second) = pairs
     first_error, second_error = (float(torch.linalg.vector_norm(a - b)) for a, b in (first, second))
     passed = first_error < tol, second_error < tol
