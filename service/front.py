@@ -368,7 +368,7 @@ class Front:
             version = names.get("version") or query.get("version")
             head.target = target = target._replace(version=version, query=query, time_s=time_s, encoding=encoding)
         if operation.computes and (head.length is None or head.length > SHORT_BYTES):
-            self.core.scheduler.queue.expect_room()  # or the body need not be sent
+            self.core.scheduler.queue.expect_room()  # refuse before the body is sent
             if target.model:
                 self.core.repository.ready(target.model, target.version)
 
@@ -413,7 +413,7 @@ class Front:
             methods = target.operation.methods
             allowed = methods | {"HEAD"} if "GET" in methods else methods
             headers.append((b"allow", ", ".join(sorted(allowed)).encode()))
-        # Of a body that did not arrive whole only the pieces were there.
+        # If the body did not arrive completely, only its pieces took memory (held_bytes).
         was_large = max(len(request.body), request.held_bytes) > RETURNED_BYTES
         self.finish(request, Reply(status, dialect.media_type, [body], headers))
         if was_large:

@@ -1,4 +1,4 @@
-"""The documentation: every block is run, what it prints is what it says, and it builds without a warning."""
+"""The documentation: every block is run, its output is the documented one, and the site builds without warnings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 URL = "http://127.0.0.1:8000"
 #: Indentation, language, text, and the text that a Python block is said to print.
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```\n(?=(\n```text\n(.*?)^```\n)?)", flags=re.M | re.S)
-#: What readers leave running in another terminal; the fixture does it for all pages.
+#: The command that readers leave running in another terminal; the fixture starts one server for all pages.
 SERVE = re.compile(r"(HESSQUIK_\w+=\S+ )*hessquik serve models")
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if "```" in page.read_text())
 
@@ -67,7 +67,7 @@ def test_blocks_do_what_the_page_says(
 
 
 def run(language: str, text: str, expected: str | None, namespace: dict[str, object], server: LiveServer) -> None:
-    """Do what a block says."""
+    """Run a block, and check its output."""
     match language:
         case "python":
             printed = io.StringIO()

@@ -22,7 +22,7 @@ from tests import oracle
 from tests.live import ROOT, LiveServer
 
 EXAMPLES = ROOT / "examples"
-#: The heights of the hills and hollows of the function itself; the network's are theirs to its own accuracy.
+#: Heights of the maxima and minima of the function; those of the network differ by at most NETWORK_ERROR.
 HILLS_AND_HOLLOWS = {"hill": (3.5925, 3.7766, 8.1062), "hollow": (-6.5511, -3.0498, -0.0649)}
 NETWORK_ERROR = 5e-3
 
@@ -44,7 +44,7 @@ def run(script: str, *arguments: str) -> str:
 
 @pytest.fixture
 def fitting(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module that the training scripts share."""
+    """Return the module that the training scripts share."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import fitting
 
@@ -52,7 +52,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def fitted(fitting: ModuleType, rounds: int) -> NN:
-    """A small network fitted to x₀² + x₀x₁ on [−1, 3] × [0, 2], its input scaled."""
+    """Return a small network with scaled inputs, fitted to x₀² + x₀x₁ on [−1, 3] × [0, 2]."""
     target = fitting.Target(
         name="parabola",
         description="",

@@ -1,4 +1,4 @@
-"""The floor: bare ASGI on uvicorn, httptools and uvloop that always sends the same reply and computes nothing.
+"""A lower bound for the contenders: ASGI on uvicorn, httptools and uvloop with one fixed reply and no computation.
 
 python -m benchmarks.contenders.echo MODEL PORT
 """

@@ -106,7 +106,7 @@ def ordered(outputs: Iterable[Node], until: Collection[Node] = ()) -> list[Node]
     """Return the outputs and all that they are computed from, each value after its parents.
 
     Args:
-        outputs: Where to begin.
+        outputs: The values to begin with.
         until: Values whose parents are left out.
     """
     found: dict[Node, None] = {}

@@ -29,15 +29,15 @@ def from_torch(
 ) -> NN:
     """Return a torch module as a network with exact derivatives.
 
-    The module is captured by ``torch.export`` and is left as it is. Its values are compared with the network's
-    before that is returned.
+    The module is captured by ``torch.export`` and is not changed. Its values are compared with the network's before
+    the network is returned.
 
     Args:
         module: A module that takes points (n, d), in evaluation mode if it has dropout or batch normalisation.
         example_input: A point (d,) or points (n, d); not needed where the first layer tells d.
-        allow_kinks: Whether ReLU, LeakyReLU and other functions whose first derivatives jump are let through; they
-            are named in the metadata of the file that :func:`hessquik.save` writes.
-        dtype: Of the weights; the module's if not given.
+        allow_kinks: Whether ReLU, LeakyReLU and other functions whose first derivatives jump are accepted; they are
+            named in the metadata of the file that :func:`hessquik.save` writes.
+        dtype: Dtype of the weights; the module's if not given.
         bounds: Lower and upper bounds of the inputs, within which values are compared; near 0 if not given.
         scaling: ``input_mean``, ``input_scale``, ``output_mean``, ``output_scale``, or bounds in their place, as
             :class:`hessquik.importing.scaling.Scaling` has them: folded into the weights.
@@ -79,5 +79,5 @@ def import_module(
 
 
 def _source(program: Program, evaluate: Any, runtime: str) -> Source:
-    """Return a program as a source."""
+    """Return the :class:`Source` of a program: its sizes, how to read it, and how to evaluate it."""
     return Source(program.width, program.dtype, runtime, lambda point: read(program, point), evaluate)

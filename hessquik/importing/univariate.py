@@ -118,7 +118,7 @@ def _product(
 
 
 def _unscaled(node: Node) -> list[tuple[Node, Map]]:
-    """Return the ways to write a value as a node times a map: as itself, and as the term that it scales, if it does."""
+    """Return the ways to write a value as a node times a map: as itself and, if it scales a term, as that term."""
     found: list[tuple[Node, Map]] = [(node, 1.0)]
     if isinstance(node, Affine) and len(node.terms) == 1 and node.offset is None:
         ((term, matrix),) = node.terms

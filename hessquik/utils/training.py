@@ -33,7 +33,7 @@ def train_one_epoch(
         f: The network, d inputs and m outputs.
         x: Points (N, d).
         y: Targets (N, m + dm + d²m): the columns y₀, y₁, y₂ side by side, each a value, gradient or Hessian flattened
-            from axis 1. Columns of what is not asked for may be there or be left out at the end.
+            from axis 1. Columns of derivatives that are not fitted may be left out at the end.
         optimizer: Holds the network's parameters.
         batch_size: Samples of a batch; the last one may have fewer.
         do_gradient: Whether the gradient is fitted.
@@ -107,7 +107,7 @@ def print_headers(
     Args:
         do_gradient: Whether there are columns for the gradient's loss.
         do_Hessian: Whether there are columns for the Hessian's loss.
-        verbose: Whether the head is printed, too.
+        verbose: Whether to print the header, too.
         loss_weights: Shown above their columns.
 
     Returns:

@@ -130,7 +130,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-#: Descriptions of a dialect's errors that has no words of its own for them.
+#: Default descriptions of a dialect's errors, by status.
 _FAULTS = {
     400: "The request does not fit.",
     401: "A key is needed.",

@@ -1,10 +1,10 @@
-"""``hessquik serve`` with a fault planted, so that tests are seen to catch it. Only tests run it.
+"""``hessquik serve`` with a planted fault, which tests must detect. Only tests run it.
 
 mixed, untiled, oom, spoiled    faults of the workers, see faulty_worker
-auditing                        no fault: says which files the front opens
-leaky                           the front keeps CHAOS_LEAK_BYTES of every request
-counting                        no fault: says at the end how many requests were accepted and answered
-hanging                         SIGUSR1 holds the event loop for HANG_S
+auditing                        no fault: prints the files that the front end opens
+leaky                           the front end keeps CHAOS_LEAK_BYTES of every request
+counting                        no fault: prints at exit how many requests were accepted and answered
+hanging                         SIGUSR1 blocks the event loop for HANG_S
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HANG_S = 3.0
 
 
 def audit() -> None:
-    """Say every file that is opened, as it is opened."""
+    """Print the name of every file to standard error when it is opened."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -35,7 +35,7 @@ def audit() -> None:
 
 
 def leak() -> None:
-    """Keep something of every request, however it ends."""
+    """Plant a leak: keep some bytes for every request."""
     kept: list[bytearray] = []
     finish = Application.finish
     size = int(os.environ["CHAOS_LEAK_BYTES"])
@@ -48,7 +48,7 @@ def leak() -> None:
 
 
 def count() -> None:
-    """Count the questions that came whole, and those that were answered."""
+    """Count the POST requests that arrive completely and those that are answered, and print both at exit."""
     counts = {"accepted": 0, "answered": 0}
     handle, respond = Application.handle, Connection.respond
 

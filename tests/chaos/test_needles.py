@@ -1,4 +1,4 @@
-"""Batch-mates do not change a bit: a row alone, and the same row in any company, over HTTP."""
+"""A row's answer has the same bits alone and together with any other rows, over HTTP."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.live import LiveServer
 from tests.whole import Note, choose
 
 QUANTITIES = ["value", "gradient", "hessian", "laplacian"]
-#: Sizes of the company, and what it is made of.
+#: Numbers of rows of a request, and kinds of the other rows.
 SIZES = (2, 7, 8, 9, 33)
 KINDS = ("others", "zeros", "large", "denormal", "copies")
 
 
 def company(needle: np.ndarray, size: int, kind: str, random_: np.random.Generator) -> tuple[np.ndarray, int]:
-    """Rows with the needle among them, and its place."""
+    """Return rows with the needle among them, and its index."""
     rows = {
         "others": random_.uniform(0.5, 1.5, (size, len(needle))) * needle,
         "zeros": np.zeros((size, len(needle))),
@@ -76,7 +76,7 @@ def test_company_changes_no_bit(busy: LiveServer, note: Note) -> None:
 
 @pytest.mark.whole
 def test_bits_that_depend_on_company_are_caught(start: Start, note: Note) -> None:
-    """The control: workers that compute rows as they come, without the fixed tiles."""
+    """Control: workers that compute rows as they come, without fixed tiles, are found."""
     server = start("untiled")
     compared, bytes_ = run(differing(server.port, 5, 25, seed=11))
     note(f"control: {compared} answers compared, {bytes_} bytes differ")
@@ -85,7 +85,7 @@ def test_bits_that_depend_on_company_are_caught(start: Start, note: Note) -> Non
 
 @pytest.mark.parametrize("model", ["borehole", "ising_ring"])
 def test_bulk_and_single_points_agree_bit_for_bit(busy: LiveServer, shipped_models: Path, model: str) -> None:
-    """Requests of a thousand rows are cut into batches and tiles, and put together again."""
+    """Requests of a thousand rows are split into batches and tiles, and their results joined again."""
     from tests.chaos.traffic import questions
 
     bulk = [

@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def interface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """PyNumero's interface to AMPL's library, built from the source that Pyomo ships, as docs/tools/pyomo.md says."""
+    """Build PyNumero's interface to AMPL's library from the source that Pyomo ships, as docs/tools/pyomo.md says."""
     library = tmp_path_factory.mktemp("lib") / "libpynumero_ASL.so"
     source = Path(pyomo.contrib.pynumero.__path__[0]) / "src"
     includes = [f"-I{HEADERS}", f"-I{source}"]
@@ -43,7 +43,7 @@ def interface(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def block(client: Client, name: str, lower: list[float], upper: list[float]) -> pyo.ConcreteModel:
-    """A Pyomo model with a model of the service, within bounds, as a block."""
+    """Return a Pyomo model that has a model of the service, with bounds on its inputs, as a block."""
     model = pyo.ConcreteModel()
     model.surrogate = ExternalGreyBoxBlock()
     model.surrogate.set_external_model(RemoteGreyBox(client.model(name)))
@@ -54,7 +54,7 @@ def block(client: Client, name: str, lower: list[float], upper: list[float]) -> 
 
 
 def solve(model: pyo.ConcreteModel) -> np.ndarray:
-    """Solve with Ipopt and return the point."""
+    """Solve with Ipopt and return the solution."""
     solver = pyo.SolverFactory("cyipopt")
     solver.config.options.update(tol=1e-9, sb="yes")
     assert solver.solve(model).solver.termination_condition == "optimal"
@@ -74,7 +74,7 @@ def test_the_lowest_point_of_peaks_is_found(zoo: Zoo) -> None:
 
 
 def test_several_outputs_in_constraints_and_objective(zoo: Zoo) -> None:
-    """The weighted Hessian has a part of each; SciPy finds the same point in process."""
+    """The weighted Hessian has terms of objective and constraints; SciPy finds the same solution in this process."""
     with Client(zoo.url) as client:
         model = block(client, "vector", [-3] * 3, [3] * 3)
         x, y = model.surrogate.inputs, list(model.surrogate.outputs.values())

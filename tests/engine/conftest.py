@@ -7,7 +7,7 @@ from hessquik.quantities import QUANTITIES, Quantity, register
 
 @pytest.fixture
 def registered():
-    """Register quantities for the length of a test: its own ones by name, axes, order and formula."""
+    """Return a function that registers a quantity until the end of the test."""
     before = set(QUANTITIES)
     yield lambda *quantity: register(Quantity(*quantity))
     for name in set(QUANTITIES) - before:

@@ -1,4 +1,4 @@
-"""An activation as a user writes it in a file of their own."""
+"""An activation as users write it, in a file of their own."""
 
 import torch
 

@@ -11,18 +11,18 @@ from hessquik.activations import ACTIVATIONS, hessQuikActivationFunction, softpl
 
 DIMENSIONS = (1, 2, 5, 17)
 ALL = tuple(sorted(ACTIVATIONS))
-#: Convex and not decreasing, so that what is made of them is convex.
+#: Convex, non-decreasing activations, from which convex networks are made.
 CONVEX = ("expActivation", "identityActivation", "softplusActivation")
 
 
 def activation(draw: random.Random, names=ALL) -> hessQuikActivationFunction:
-    """Any activation, softplus with any β."""
+    """Return a random activation; softplus with a random β."""
     name = draw.choice(names)
     return softplusActivation(draw.choice((0.5, 1.0, 2.0))) if name == "softplusActivation" else ACTIVATIONS[name]()
 
 
 def blocks(draw: random.Random, p: int, nesting: int) -> list[nn.Module]:
-    """One layer, or a few that belong together, for p incoming features; any number may go out."""
+    """Return a random layer, or a few that belong together, with p input and any number of output features."""
     q, w, bias = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 4)), draw.random() < 0.7
     act = activation(draw)
     kinds = [
@@ -47,12 +47,12 @@ def blocks(draw: random.Random, p: int, nesting: int) -> list[nn.Module]:
 
 
 def features(module: nn.Module) -> int:
-    """Width of what goes on to the next layer: with the x of a convex layer, unlike ``dim_output()``."""
+    """Return the number of features that the next layer gets, which include the x of a convex layer."""
     return module.layers()[-1].dim_output() if isinstance(module, net.NN) else module.dim_output()
 
 
 def network(draw: random.Random, d: int, m: int | None, nesting: int = 2) -> net.NN:
-    """A network with d inputs and m outputs, or any number of outputs if m is ``None``."""
+    """Return a random network with d inputs and m outputs, or any number of outputs if m is ``None``."""
     parts: list[nn.Module] = []
     for _ in range(draw.choice((0, 1, 2)) if m else draw.choice((1, 2))):
         parts += blocks(draw, features(parts[-1]) if parts else d, nesting)
@@ -68,7 +68,7 @@ def network(draw: random.Random, d: int, m: int | None, nesting: int = 2) -> net
 
 
 def convex_network(draw: random.Random, d: int) -> net.NN:
-    """A network that is convex in x, with one output or a few."""
+    """Return a random network that is convex in x, with one output or several."""
     widths = [None, *(draw.choice((1, 2, 4)) for _ in range(draw.choice((1, 2, 3))))]
     act = activation(draw, CONVEX)
     body = net.ICNN(d, widths, act)
@@ -90,7 +90,7 @@ def tame(module: nn.Module, seed: int, scale: float = 0.6) -> nn.Module:
 
 
 def shapes() -> list[tuple[int, int]]:
-    """All (d, m)."""
+    """Return all pairs (d, m) of dimensions."""
     return [(d, m) for d in DIMENSIONS for m in DIMENSIONS]
 
 

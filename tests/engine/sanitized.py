@@ -3,8 +3,8 @@
 python tests/engine/sanitized.py KERNEL CASES THREADS
 
 KERNEL is a module that was built with sanitizers and whose runtime is preloaded (``tools/sanitize.py`` does both). It
-takes the place of the kernel that is installed. Numbers are not looked at here, other tests do that; a fault ends the
-process with the sanitizer's report.
+replaces the installed kernel. Results are not checked here, since other tests do that; a fault ends the process with
+the sanitizer's report.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def load_kernel(path: str) -> None:
-    """Load a file as the module of the kernel."""
+    """Import a file as the kernel's module."""
     name = "hessquik.backends.cpu._kernel"
     spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
     assert spec is not None
@@ -48,14 +48,14 @@ def main(path: str, cases: int, threads: int) -> None:
     )
 
     def mixed(array: torch.Tensor, draw: Random) -> torch.Tensor:
-        """Return an array, now and then with numbers that are not finite or far out."""
+        """Return an array, sometimes with some numbers replaced by NaN, infinite or extreme ones."""
         if draw.random() < 0.5 or not array.numel():
             return array.clone()
         places = torch.rand(array.shape) < 0.1
         return torch.where(places, hostile[torch.randint(len(hostile), array.shape)].to(array.dtype), array)
 
     def together(work) -> None:  # type: ignore[no-untyped-def]
-        """Do the same on all threads."""
+        """Call a function on all threads at once."""
         others = [threading.Thread(target=work) for _ in range(threads - 1)]
         for thread in others:
             thread.start()

@@ -1,4 +1,4 @@
-"""Programs by their definition, in float64 with torch, and random programs to compare backends on.
+"""A reference interpreter of programs, in float64 with torch, and random programs to compare backends on.
 
 case = random_case(seed)
 inputs = case.inputs(n)
@@ -41,19 +41,19 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], n: int, tile_rows:
 
     Args:
         program: The program.
-        inputs: By name, (rows, …), or without rows if all rows share them.
-        n: Rows.
+        inputs: Arrays by name, (rows, …), or without rows if all rows share them.
+        n: Number of rows.
         tile_rows: Rows of a tile.
     """
     arrays = {name: array.double().reshape(-1) for name, array in inputs.items()}
     arrays |= {name: torch.full((n * size,), math.nan).double() for name, size in outputs_of(program).items()}
-    # What nobody has written is not a number, so that reading it shows.
+    # Memory is filled with NaN, so that reading a number that was not written shows in the results.
     tile = torch.full((program.tile_size * tile_rows,), math.nan, dtype=torch.float64)
     common = torch.full((program.shared_size,), math.nan, dtype=torch.float64)
 
     def run(step: Step, first: int, rows: int) -> None:
         def find(view: View, more: int = 0) -> Tensor:
-            """The array (rows, outer, inner, columns), with some numbers behind the columns."""
+            """Return the array (rows, outer, inner, columns), with ``more`` numbers after the columns."""
             buffer = view.buffer
             memory, offset = tile, buffer.offset * tile_rows
             if buffer.space is Space.SHARED:
@@ -151,12 +151,12 @@ MOST_NUMBERS = 4000
 
 @dataclass
 class Case:
-    """A random program and what it is run on.
+    """A random program with the sizes of its inputs.
 
     Attributes:
         program: The program.
-        shared: Inputs that all rows share: name and numbers.
-        each: Inputs that every row has: name and numbers.
+        shared: Inputs that all rows share, by name: how many numbers.
+        each: Inputs per row, by name: how many numbers.
     """
 
     program: Program
@@ -164,7 +164,7 @@ class Case:
     each: dict[str, int]
 
     def inputs(self, n: int, seed: int = 0) -> dict[str, Tensor]:
-        """Return random inputs for some rows, float64; a row's do not depend on how many there are."""
+        """Return random inputs for n rows, float64; those of a row do not depend on n."""
         generator = torch.Generator().manual_seed(seed)
         found = {name: torch.randn(size, generator=generator).double() for name, size in self.shared.items()}
         rows = [
@@ -176,7 +176,7 @@ class Case:
 
 @dataclass
 class _Writer:
-    """Writes a random program; entries that may be large go through tanh."""
+    """Writes a random program; arrays whose entries may be large are passed through tanh."""
 
     random: Random
     vector: int
@@ -194,11 +194,11 @@ class _Writer:
         return all(view is None or view.buffer.is_shared for view in views)
 
     def size(self, *views: View | None) -> float:
-        """Product of how large the entries of some arrays are, about."""
+        """Return the product of the approximate magnitudes of the entries of some arrays."""
         return math.prod(self.magnitudes.get(id(view.buffer), 2.0) for view in views if view is not None)
 
     def emit(self, step: Step, *magnitudes: float) -> None:
-        """Add a step; what it writes can be read from now on, unless it is an output."""
+        """Add a step; later steps may read the arrays that it writes, unless they are outputs."""
         is_once = self.is_shared(*step.writes()) or (
             self.is_shared(*step.reads()) and all(view.buffer.space is Space.TILE for view in step.writes())
             and self.random.random() < 0.3
@@ -218,7 +218,7 @@ class _Writer:
         return -(-columns // self.vector) * self.vector
 
     def new(self, shape: tuple[int, int, int], is_shared: bool = False) -> View:
-        """Dense memory, or that of an array nobody reads any more; sometimes scattered, or an output."""
+        """Return an array to write: new memory or that of a retired array, sometimes scattered, or an output."""
         random = self.random
         if not is_shared and random.random() < 0.15:
             return self.output(shape)
@@ -240,7 +240,7 @@ class _Writer:
         return View(buffer, shape, tuple(strides[axes.index(i)] for i in range(3)))  # type: ignore[arg-type]
 
     def output(self, shape: tuple[int, int, int]) -> View:
-        """An output, its axes in any order."""
+        """Return a new output with its axes stored in random order."""
         axes = [0, 1, 2]
         if self.random.random() < 0.5:
             self.random.shuffle(axes)
@@ -251,7 +251,7 @@ class _Writer:
         return View(buffer, shape, tuple(strides[axes.index(i)] for i in range(3)))  # type: ignore[arg-type]
 
     def constant(self, shape: tuple[int, int, int], scale: float = 1.0) -> View:
-        """Random numbers, stored in any order of axes, repeated along some."""
+        """Return a constant of random numbers with its axes stored in random order, repeated along some of them."""
         random = self.random
         extents = [extent if random.random() < 0.8 else 1 for extent in shape[:2]] + [shape[2]]
         axes = [0, 1, 2]
@@ -268,7 +268,7 @@ class _Writer:
         return view.repeated(*shape)
 
     def retire(self) -> None:
-        """Free the memory of an array."""
+        """Retire a random array, so that its memory can be used again."""
         candidates = [
             view for view in self.known if view.buffer.space is Space.TILE and id(view.buffer) not in self.kept
         ]
@@ -282,7 +282,7 @@ class _Writer:
         return self.random.choice(found) if found else None
 
     def like(self, shape: tuple[int, int, int], is_shared: bool = False) -> View:
-        """An array of a shape: one that is there, perhaps repeated or with its axes exchanged, or a constant."""
+        """Return an array of a shape: an existing one, perhaps broadcast or with axes exchanged, or a constant."""
         candidates = []
         for view in self.known:
             for turned in (view, view.permuted(0, 2, 1), view.permuted(1, 0, 2), view.permuted(2, 1, 0)):
@@ -413,7 +413,7 @@ class _Writer:
         self.emit(Map(inputs, tuple(instructions), tuple(outputs)), *(magnitudes[register] for register in kept))
 
     def dense(self) -> View | None:
-        """An array that whole vectors may be read of."""
+        """Return a random array that may be read in whole vectors, or ``None``."""
         return self.pick(lambda view: view.strides[2] == 1 and view.buffer.space in {Space.TILE, Space.SHARED})
 
     def sum_products(self) -> None:
@@ -436,7 +436,7 @@ class _Writer:
         self.emit(SumProducts(a, b, self.new(shape, self.is_shared(a, b))), a.shape[1] ** 0.5 * self.size(a, b))
 
     def pair(self) -> tuple[View, View] | None:
-        """Two arrays of one width, for sums over it."""
+        """Return two arrays with the same number of columns, to sum over them, or ``None``."""
         a = self.dense()
         if a is None or a.shape[0] > 1:
             return None
@@ -482,12 +482,12 @@ class _Writer:
 
 
 def random_case(seed: int, vector: int = 16, count: int = 14) -> Case:
-    """Return a valid program of random steps; every array that nobody else reads is copied to an output.
+    """Return a valid program of random steps; all arrays that are left at the end are copied to outputs.
 
     Args:
-        seed: Of everything random.
-        vector: Numbers that arrays are padded to.
-        count: Steps, about.
+        seed: Seed of everything random.
+        vector: Columns of arrays are padded to a multiple of this.
+        count: Approximate number of steps.
     """
     random = Random(seed)
     writer = _Writer(random, vector, torch.Generator().manual_seed(seed))

@@ -20,7 +20,7 @@ COMPANIONS = [pytest.param(value, id=name) for name, value in HOSTILE.items()]
 
 
 def bits(out, row=slice(None)):
-    """All quantities of some rows as integers, so that equal means equal bits."""
+    """Return all quantities of some rows as integers, so that comparisons are bit for bit."""
     integer = {4: torch.int32, 8: torch.int64}
     found = [getattr(out, name)[row] for name in QUANTITIES]
     return [part.view(integer[part.element_size()]) for part in found]
@@ -58,7 +58,7 @@ def test_a_row_alone_and_among_others_has_the_same_bits(widths, dtype, backend):
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("quantity", ["jvp", "hvp", "curvature", "laplacian"])
 def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, backend):
-    """It has a plan of its own, and directions of all rows or of each."""
+    """A quantity alone has its own plan; directions are shared by all rows or given for each."""
     for width, m in SHAPES:
         evaluate = Evaluator(network(width, 5, m, dtype), backend=backend)
         n = 2 * evaluate.ladder[-1] + 3

@@ -38,7 +38,7 @@ def lower_triangle(hessian):
 
 
 def expected_quantities(value, gradient, hessian, weights, v):
-    """Every quantity by its definition; v (n, k, d)."""
+    """Return every quantity by its definition; v (n, k, d)."""
     if weights is not None:
         value = (value * weights).sum(-1, keepdim=True)
         gradient = (gradient * weights[:, None]).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of the original: its own files, its own figures, and files that are something else."""
+"""Conversion of the original's checkpoints: its results are reproduced, and other files are refused."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent.parent / "fixtures" / "original"
 FIGURES = load_file(FOLDER / "figures.safetensors")
 NAMES = ("connected", "convex", "nested", "resnet", "shared")
 MODES = {"automatic": {}, "forward": {"forward_mode": True}, "backward": {"forward_mode": False}}
-#: The same sums in another order.
+#: Tolerances for the same sums in another order.
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 
@@ -136,7 +136,7 @@ def test_a_family_whose_layers_were_changed_is_read_layer_by_layer(tmp_path):
 
 
 class Harmful:
-    """Would run a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -268,7 +268,7 @@ def test_a_state_dict_of_something_else_is_refused(state, tmp_path):
 
 
 def test_fixtures_are_read_without_the_original(tmp_path):
-    """In a process that cannot import it, whatever is installed here."""
+    """The fixtures are read in a process that cannot import the original."""
     program = (
         "import sys; sys.modules['hessQuik'] = None\n"
         "from hessquik.conversion import convert\n"

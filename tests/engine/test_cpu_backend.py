@@ -91,7 +91,7 @@ def test_rows_beside_the_wanted_ones_are_left_alone(vector_bytes):
 
 
 def test_numbers_behind_the_callers_arrays_are_neither_read_nor_written(vector_bytes):
-    """Every array ends where a page does, and the next page must not be touched."""
+    """Every array ends at the end of a page, and the next page is protected."""
     script = f"""
 import ctypes, mmap, torch
 from tests.engine.step_reference import outputs_of, random_case
@@ -143,7 +143,7 @@ def test_threads_run_one_program_at_once():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_programs_run_after_a_fork():
-    """In a process of its own: others load libraries whose threads forbid to fork."""
+    """The test forks in a new process, since other tests load libraries with threads, which makes fork unsafe."""
     done = subprocess.run(
         [sys.executable, "-c", FORK], cwd=ROOT, check=False, timeout=120, capture_output=True, text=True
     )
@@ -197,7 +197,7 @@ MOST_ULPS = 4.0
 
 
 def apply(op, operands, dtype, vector_bytes):
-    """Apply a primitive to numbers of one axis, which become rows with a few columns that fill no vector."""
+    """Apply a primitive to vectors of numbers, arranged in rows of 13 columns, which fill no whole SIMD vector."""
     columns = 13
     count = operands[0].numel()
     rows = -(-count // columns)

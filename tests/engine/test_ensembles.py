@@ -37,7 +37,7 @@ def points(n: int) -> Tensor:
 
 
 def expected(network: Ensemble, x: Tensor) -> dict[str, Tensor]:
-    """Means and standard deviations of the members' results by torch.func."""
+    """Return means and standard deviations of the members' results by torch.func."""
     members = zip(*(oracle.derivatives(member, x) for member in network.members), strict=True)
     found = {}
     for name, parts in zip(("value", "gradient", "hessian"), members, strict=True):

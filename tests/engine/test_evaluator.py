@@ -39,7 +39,7 @@ NETWORKS = {
 
 
 def expected(network, x, weights=None, directions=None):
-    """All quantities from the oracle's value, gradient and Hessian."""
+    """Return all quantities, computed from the oracle's value, gradient and Hessian."""
     value, gradient, hessian = oracle.derivatives(network, x.double(), network.dim_output())
     if weights is not None:
         weights = weights.double().expand(len(x), -1)
@@ -63,7 +63,7 @@ def expected(network, x, weights=None, directions=None):
 
 
 def agree(out, found, quantities):
-    """Everything that was asked for is right, and nothing else is there."""
+    """Check that the requested quantities are right, and that there are no others."""
     for name in QUANTITIES:
         got = getattr(out, name)
         if name in quantities:
@@ -184,7 +184,7 @@ def test_results_stay_what_they_were_when_more_is_computed(backend):
 
 
 def assert_threads_agree(evaluate, rows):
-    """Four threads, each with points of its own, get what they get alone."""
+    """Check that four threads at once, each with its own points, get the same results as one after the other."""
     points = [torch.randn(rows, evaluate.d) for _ in range(4)]
     alone = [evaluate(x, ("value", "hessian")).hessian for x in points]
     wrong = []

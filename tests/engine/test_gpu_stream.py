@@ -1,4 +1,4 @@
-"""Staging under a driver that does as little as events allow, or everything at once: results never depend on luck."""
+"""Staging with a fake driver that runs queued work as late as the events allow, or at once: results are the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hessquik.backends.gpu_stream import Stages
 
 @dataclass
 class Stream:
-    """Work in order; what is done of it."""
+    """A queue of work, and how much of it is done."""
 
     work: list[Callable[[], object]] = field(default_factory=list)
     done: int = 0
@@ -30,7 +30,7 @@ class Stream:
 
 @dataclass
 class Event:
-    """A place in a stream."""
+    """An event, recorded at a place in a stream."""
 
     stream: Stream | None = None
     place: int = 0
@@ -41,7 +41,7 @@ class Event:
 
 
 class FakeDriver:
-    """A driver whose streams work only when somebody waits for them, or at once."""
+    """A driver whose streams run their work when an event of theirs is waited for or, if eager, at once."""
 
     def __init__(self, is_eager: bool) -> None:
         self.is_eager, self.own, self.pinned_bytes = is_eager, Stream(), 0
@@ -94,7 +94,7 @@ def driver(request: pytest.FixtureRequest) -> FakeDriver:
 
 
 def launch_on(driver: FakeDriver) -> gpu_stream.Launch:
-    """Compute y = 2 x + s."""
+    """Return a launch function that queues the computation of y = 2 x + s."""
 
     def launch(arrays: Mapping[str, Tensor], start: int, stop: int, stream: Stream) -> None:
         given = {name: array[start:stop] if name != "s" else array for name, array in arrays.items()}

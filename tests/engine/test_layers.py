@@ -148,7 +148,7 @@ def test_weights_backward(name, per_sample):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_derivatives_of_what_comes_before_and_after_are_carried_through(name):
-    """The layer between two others, by the chain rule on either side."""
+    """A layer between two others gives the derivatives that the chain rule gives."""
     middle = tame(LAYERS[name](), 0)
     before = tame(lay.singleLayer(3, middle.dim_input(), tanhActivation()), 2)
     after = tame(lay.singleLayer(middle.dim_output(), 2, tanhActivation()), 3)

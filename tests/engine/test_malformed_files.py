@@ -76,7 +76,7 @@ METADATA = {
 
 
 def leaves(value, way=()):
-    """The places of all values inside a JSON value, containers included."""
+    """Yield the paths of all values inside a JSON value, containers included."""
     yield way
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
@@ -84,7 +84,7 @@ def leaves(value, way=()):
 
 
 def replaced(value, way, text):
-    """The JSON text of a value with one place replaced by a JSON text."""
+    """Return the JSON text of a value in which the value at a path is replaced by another JSON text."""
     if not way:
         return text
     value = copy.deepcopy(value)
@@ -303,7 +303,7 @@ def test_a_damaged_file_is_corrupted():
 
 
 def test_refusing_is_as_quick_as_reading():
-    """The work is bounded by the bytes of the file: no description builds more layers than there are tensors."""
+    """The size of the file bounds the work: no description builds more layers than the file has tensors."""
     layer = {"type": "resnetNN", "width": 1, "depth": 1024}
     bombs = [
         {"type": "NN", "layers": [{"type": "resnetNN", "width": 1, "depth": -(10**9)}, *[layer] * 1000]},

@@ -1,4 +1,4 @@
-"""Memory of large results is used again, never while somebody holds it; what a call needs besides is bounded."""
+"""Memory of large results is reused, but never while a result is alive; a call's other memory is bounded."""
 
 import gc
 import subprocess

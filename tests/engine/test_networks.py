@@ -112,7 +112,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_networks_chained_by_hand_are_the_network_of_both(name):
-    """Backward in two steps, and forward with dudx: after a convex network too, which hands on [u x]."""
+    """Backward mode in two steps and forward mode with dudx, also after a convex network, which passes on [u x]."""
     first, second = (tame(make(), seed) for seed, make in enumerate(CHAINS[name]))
     whole, x = net.NN(first, second), randn(5, 4)
     m = whole.dim_output()
@@ -245,7 +245,7 @@ def test_directions_and_weights(name, per_sample):
 
 @pytest.mark.parametrize("widths", [[2, 3, 4], [4, 3, 2], [3, 4, 3]], ids=str)
 def test_directions_alone_are_read_as_documented(widths):
-    """Forward exactly if d < m, so that what v means never depends on a count of operations."""
+    """The mode is forward exactly if d < m, so that the meaning of v does not depend on operation counts."""
     network, x = tame(net.fullyConnectedNN(widths, T), 0), randn(5, widths[0])
     forward = widths[0] < widths[-1]
     v = randn(3, widths[0]) if forward else randn(widths[-1], 3)
@@ -382,7 +382,7 @@ def test_a_layer_may_stand_in_two_places():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_are_differentiable_with_respect_to_the_weights(mode):
-    """Of every layer, through value, gradient and Hessian: against torch.func through the oracle's own formulas."""
+    """Weight derivatives of value, gradient and Hessian, for every layer, agree with torch.func on the oracle."""
     network = tame(
         net.NN(
             lay.singleLayer(3, 4, T),
@@ -418,7 +418,7 @@ def test_derivatives_are_differentiable_with_respect_to_the_weights(mode):
 
 
 class Oracle(torch.nn.Module):
-    """The oracle's value as a module, so that torch can swap the weights."""
+    """The oracle's value as a module, so that ``torch.func`` can replace the weights."""
 
     def __init__(self, network):
         super().__init__()
@@ -432,7 +432,7 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_may_share_a_network(mode):
-    """Four threads, each with points of its own, get what one alone gets, every time."""
+    """Four threads at once, each with its own points, get the same results as one alone."""
     network = tame(net.NN(net.resnetNN(6, 4, 0.5, T), net.ICNN(6, [None, 8], S), lay.quadraticICNNLayer(6, 8, 2)), 0)
     points = [randn(n, 6, seed=n) for n in (1, 3, 5, 7)]
 

@@ -198,7 +198,7 @@ def test_l_the_callers_tensor_is_left_as_it_was(wrapper):
 
 
 def test_checks_that_fail_are_seen_to():
-    """The original's own tests drop what its checks return; and a check that passes noise would be no check."""
+    """The original's tests ignore the results of its checks, which accept noise; ours refuse it."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(x, do_gradient=False, do_Hessian=False, **_):

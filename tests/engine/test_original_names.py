@@ -109,7 +109,7 @@ def test_hessquik_compat_runs_documented_code():
 
 
 def test_the_original_comes_first_where_it_is_installed_too(tmp_path):
-    """In one folder, as in site-packages: they share no file, and the original's package is found."""
+    """With both in one folder, as in site-packages, no file collides, and the original's package is imported."""
     (tmp_path / "hessQuik.py").write_bytes((ROOT / "compat" / "hessQuik.py").read_bytes())
     (tmp_path / "hessQuik").mkdir()
     (tmp_path / "hessQuik" / "__init__.py").write_text("original = True\n")
@@ -118,7 +118,7 @@ def test_the_original_comes_first_where_it_is_installed_too(tmp_path):
 
 
 def built(folder, project):
-    """The names in the wheel that a project builds, without compiling anything."""
+    """Return the names of the files in a project's wheel, built without compiling anything."""
     command = [
         sys.executable,
         "-m",

@@ -1,7 +1,7 @@
-"""The C kernel on processors that this machine is not: compiled for them, run under QEMU, programs from here.
+"""The C kernel on other processors: it is cross-compiled and run under QEMU on programs that this machine prepares.
 
-The structures hold addresses. An image of them is written with offsets in place of addresses, which
-``emulated.c`` makes addresses again.
+The kernel's structures hold addresses. They are written with offsets in place of the addresses, and ``emulated.c``
+turns the offsets into addresses again.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from tests.whole import choose
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 KERNEL = ROOT / "hessquik" / "backends" / "cpu"
-#: The short form is compiled in an eighth of the time.
+#: Without optimisation the kernel compiles in an eighth of the time.
 OPTIMISATION = choose(["-O0"], [])
 SEEDS = range(choose(12, 400))
 ROWS = 7
@@ -77,7 +77,7 @@ def image(translation):
 
 
 def request(case, dtype, inputs, n):
-    """Return the bytes that ask for all rows of a program, and how its outputs are found in the answer."""
+    """Return the input that runs a program for all rows, the arrays in the order of the answer, and the outputs."""
     translation = cpu.CpuProgram(case.program, dtype, 3, 16)._translation
     outputs = {name: torch.full((n, size), math.nan, dtype=dtype) for name, size in outputs_of(case.program).items()}
     arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()} | outputs

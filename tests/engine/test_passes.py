@@ -1,4 +1,4 @@
-"""Tracing and passes: every rule alone keeps the results and does what its name says."""
+"""Tracing and passes: every rule alone keeps the results and has the effect that its name states."""
 
 import random
 
@@ -36,7 +36,7 @@ def run(graph, inputs):
 
 
 def graph_of(*inputs, **outputs):
-    """Trace functions of arrays: ``graph_of(("z", (1, 3)), y=lambda z: z + 0)``."""
+    """Return the graph of functions of arrays, such as ``graph_of(("z", (1, 3)), y=lambda z: z + 0)``."""
     builder = Builder()
     arrays = [Array(builder, builder.input(name, shape)) for name, shape in inputs]
     return builder.finish({name: formula(*arrays).index for name, formula in outputs.items()})
@@ -47,7 +47,7 @@ def ops(graph):
 
 
 def questions(seed):
-    """A random network, a question, the graphs of it that there are, and its inputs with the expected results."""
+    """Return the graphs of random quantities of a random network, with inputs and expected results."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     d, m, n, k = draw.choice((1, 2, 5, 17)), draw.choice((1, 2, 3, 20)), 5, draw.choice((1, 3))

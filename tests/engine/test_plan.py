@@ -133,7 +133,7 @@ def test_adjoints_of_x_and_the_last_value_are_not_computed_for_a_laplacian():
 
 
 def test_scalings_and_biases_are_part_of_the_products_that_they_follow():
-    """All but those of a first layer, whose tangents are constant."""
+    """A first layer is the exception, since its tangents are constant."""
     program = Evaluator(network(10, 32, 1)).plan(("hvp",), directions=(2, 10)).program
     tangents = [step for step in program.steps if isinstance(step, Product) and step.a.shape[1] == 2]
     assert [step.scaling is not None for step in tangents].count(True) >= 3
@@ -147,7 +147,10 @@ def test_scalings_and_biases_are_part_of_the_products_that_they_follow():
 
 
 def test_the_steps_of_a_network_are_few():
-    """Five hidden layers: a product and a map for the value, one for tangents, two for adjoints, one congruence."""
+    """Each of five hidden layers has a product and a map for the value, one step for tangents, two for adjoints.
+
+    One congruence is added.
+    """
     layers = [singleLayer(10, 64, TANH), *(singleLayer(64, 64, TANH) for _ in range(4)), singleLayer(64, 1)]
     program = Evaluator(NN(*layers)).plan(ALL_SECOND).program
     assert len(program.steps) <= 6 * 5 + 3

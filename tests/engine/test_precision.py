@@ -1,4 +1,4 @@
-"""Float64 results are accurate to float64, whatever dtype the weights are kept in."""
+"""Float64 results have float64 accuracy, also if the weights are stored in float32."""
 
 import pytest
 import torch

@@ -47,7 +47,7 @@ def test_shipped_models_pass(path):
 
 
 def test_bounds_say_where_points_and_steps_are():
-    """A network for inputs of about 10⁶ is bent there and nowhere near 0; with its bounds it passes all the same."""
+    """A network for inputs of about 10⁶ is curved there and not near 0; with its bounds it passes."""
     f = net.fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
     with torch.no_grad():
         f[0].K.div_(1e6)
@@ -100,7 +100,7 @@ def test_each_wrong_quantity_is_refused(quantity, change, monkeypatch):
 
 
 def test_a_wrong_hessian_of_a_network_that_is_zero_is_refused(monkeypatch):
-    """There is no size that the error could be relative to."""
+    """The network is zero, so there is no size that the error could be relative to."""
     f = network()
     for parameter in f.parameters():
         torch.nn.init.zeros_(parameter)
@@ -188,7 +188,7 @@ def test_what_overflows_in_float32_only_is_refused_in_float32_only():
 
 
 def test_single_precision_is_judged_by_what_single_precision_can():
-    """A steep network is off by 1e-2 in float32, however it is computed; a wrong formula is off by more."""
+    """A steep network has errors of 1e-2 in float32 with any formula; a wrong formula has larger ones."""
     f = net.fullyConnectedNN([2, 6, 1], sinActivation(), dtype=torch.float32)
     with torch.no_grad():
         f[0].K.mul_(3e4)
@@ -260,7 +260,7 @@ def test_a_function_of_ones_own_that_makes_weights_positive_is_followed():
 
 
 def test_the_reference_knows_nothing_of_forms(monkeypatch):
-    """Every form is wrong while the reference is computed: it does not notice."""
+    """The reference is the same if every form is wrong while it is computed."""
     right = Form.linearize
 
     def linearize(self, features, order):
@@ -276,7 +276,7 @@ def test_the_reference_knows_nothing_of_forms(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_the_reference_has_every_activation(name):
-    """Its values and first two derivatives are those of the documented formulas, far out too."""
+    """Its values and first two derivatives are those of the documented formulas, also at large arguments."""
     act = ACTIVATIONS[name]()
     z = torch.linspace(-30.1, 30.2, 121, dtype=torch.float64).requires_grad_()
     value = SIGMA[name](z, act)

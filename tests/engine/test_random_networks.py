@@ -1,4 +1,4 @@
-"""Random networks of every kind: all ways to their derivatives agree with each other and with torch.func."""
+"""Random networks of every kind: all methods to compute derivatives agree with each other and with torch.func."""
 
 import random
 
@@ -19,7 +19,7 @@ LARGEST = 1e4
 
 
 def case(seed):
-    """A network, points and the oracle's value, gradient and Hessian."""
+    """Return a random network, points and the oracle's value, gradient and Hessian."""
     draw = random.Random(seed)
     d, m = draws.shapes()[seed % 16]
     n = SAMPLES[seed // 16 % 4]

@@ -1,4 +1,4 @@
-"""The proof can fail: every pass, every decision of layout and every backend is made wrong in turn, and it notices.
+"""The proof can fail: an error is planted in every pass, layout decision and backend in turn, and each is found.
 
 Each sabotage is a small error that leaves programs within their memory: a factor of 1.01, a term that is left out, an
 entry that is read in another's place.
@@ -22,7 +22,7 @@ ON_CPU = pytest.mark.skipif("cpu" not in names(), reason="needs the CPU kernel: 
 
 
 def networks():
-    """Networks that together have every operation."""
+    """Return networks that together use every operation."""
     torch.manual_seed(0)
     tanh = tanhActivation()
     yield net.NN(lay.singleLayer(4, 6, tanh), net.resnetNN(6, 2, 0.5, siluActivation()), lay.singleLayer(6, 2))

@@ -1,4 +1,4 @@
-"""The proof of the Triton kernel, interpreted, can fail: what the kernel reads is made wrong in turn."""
+"""The proof of the interpreted Triton kernel can fail: errors planted in the kernel's table are found."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserW
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    """The interpreter is a backend of the CPU."""
+    """Make the interpreted kernel the CPU's only backend."""
     monkeypatch.setattr(choice, "names", lambda device="cpu": ("triton",))
 
 
@@ -45,7 +45,7 @@ def test_the_interpreted_kernel_is_proven(monkeypatch):
     assert not refused(monkeypatch, "value", "gradient", "hessian", "laplacian")
 
 
-#: The size that is made 0, by kind of step: the depth, the inner entries, the columns.
+#: The size that is set to 0, by kind of step: the depth, the inner entries or the columns.
 CHANGES = {
     Product: (("value",), 5),
     SumProducts: (("laplacian",), 3),

@@ -1,4 +1,4 @@
-"""The C kernel under AddressSanitizer and UBSan, for a few programs; ``make sanitize`` runs all."""
+"""The C kernel under AddressSanitizer and UBSan for a few programs; ``make sanitize`` runs all of them."""
 
 import shutil
 import subprocess

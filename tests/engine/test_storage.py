@@ -1,4 +1,4 @@
-"""Networks to files and back; and everything that is no such file is refused by what is wrong with it."""
+"""Networks are saved and loaded unchanged, and any other file is refused with its fault."""
 
 import json
 import random
@@ -156,7 +156,7 @@ def test_metadata_that_do_not_fit_are_refused(metadata, message):
 
 
 def file(described=None, tensors=None, **header):
-    """The bytes of a file with parts of it replaced."""
+    """Return the bytes of a file with parts of it replaced."""
     f = net.fullyConnectedNN([2, 3, 1], T)
     texts = {
         "format": "hessquik",
@@ -266,7 +266,7 @@ def test_what_is_no_saved_network_is_refused(fault, tmp_path):
 
 
 def test_a_mangled_file_is_refused_or_right():
-    """Every byte of a small file changed in turn: a FormatError or a network, never another exception."""
+    """Each byte of a small file is changed in turn: the result is a FormatError or a network, no other exception."""
     data = file()
     header = 8 + struct.unpack("<Q", data[:8])[0]
     generator, refused = random.Random(0), 0

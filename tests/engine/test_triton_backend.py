@@ -44,7 +44,7 @@ TILES = (Unrolling(rows=1, instances=4), Unrolling(rows=4, instances=2), Unrolli
 def run(
     program: Program, inputs: dict[str, Tensor], n: int, dtype: torch.dtype, tiles: Unrolling | None = None
 ) -> dict[str, Tensor]:
-    """Run a program into outputs that hold NaN before, on the table kernel or on one of its own."""
+    """Run a program on the table kernel, or on a plan kernel if ``tiles`` are given; outputs are NaN before."""
     arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()}
     out = {name: torch.full((n, size), float("nan"), dtype=dtype) for name, size in outputs_of(program).items()}
     ready = TritonProgram(program, dtype, CPU) if tiles is None else UnrolledProgram(program, dtype, CPU, tiles)
@@ -81,7 +81,7 @@ def test_kernels_made_for_random_programs(seed: int) -> None:
 
 
 def _map_of(op: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
-    """Apply one primitive with the kernel."""
+    """Return the results of a primitive on the kernel."""
     columns = operands[0].numel()
     inputs = tuple(
         View(Buffer(Space.INPUT, columns, f"x{i}"), (1, 1, columns), (0, 0, 1)) for i in range(len(operands))
@@ -340,12 +340,12 @@ def test_backend_names_its_kernel_once() -> None:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the CPU the backend, and no time to compile anything after an Evaluator is made."""
+    """Make the Triton backend available on the CPU."""
     monkeypatch.setattr(choice, "names", lambda device: ("triton", "torch"))
 
 
 def _kernel(evaluate: Evaluator, *quantities: str, **given: Tensor) -> type[TritonProgram]:
-    """Return the class of what answers a call."""
+    """Return the class of the program that computes some quantities."""
     runner = evaluate._runner(evaluate._ask(quantities, given.get("weights"), given.get("directions")))
     return type(runner.run.__self__)  # type: ignore[attr-defined]
 
@@ -360,7 +360,7 @@ def test_common_questions_have_kernels_of_their_own_for_as_long_as_the_evaluator
     monkeypatch.setattr(evaluator, "MAX_PLANS", 1)
     for quantities in (*COMMON, COMMON[0]):
         assert _kernel(evaluate, *quantities) is _kernel(evaluate, *quantities[::-1]) is UnrolledProgram
-        # Another question is pushed out of what is kept, and not these.
+        # Of the kept plans, other ones are dropped, but never these.
         assert _kernel(evaluate, "value", weights=torch.ones(2)) is TritonProgram
     assert _kernel(evaluate, "gradient") is TritonProgram
     x = torch.randn(1, 2, dtype=torch.float64)
@@ -395,7 +395,7 @@ def test_only_questions_that_can_be_asked_are_compiled() -> None:
 
 
 class _Compiled:
-    """The state of a GPU without one: kernels take a moment, and are counted."""
+    """A stand-in for the compiler of a GPU: it records the kernels, and waits until six are compiled at once."""
 
     def __init__(self) -> None:
         self.names: list[object] = []

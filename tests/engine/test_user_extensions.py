@@ -51,7 +51,7 @@ def test_a_users_activation_and_layer_are_proven_on_every_backend():
 
 @pytest.mark.parametrize("backend", backends())
 def test_a_users_activation_runs_in_the_backend_that_was_asked_for(backend):
-    """No backend hands a user's activation to another one."""
+    """No backend falls back to another one because of a user's activation."""
     evaluate = Evaluator(network(), backend=backend)
     assert evaluate.backend == backend
     x = torch.randn(40, 3, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_a_users_activation_runs_in_the_backend_that_was_asked_for(backend):
 
 @pytest.fixture
 def squared_slope(registered):
-    """A quantity: ‖∇f‖² of every output."""
+    """Register the quantity ‖∇f‖² of every output."""
     registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
 
 
@@ -81,7 +81,7 @@ def test_a_users_quantity_on_every_backend(backend, dtype):
 
 
 def test_a_users_quantities_are_proven_on_every_backend(registered):
-    """One of first and one of second order, one along directions."""
+    """The quantities are of first and second order, and one is along directions."""
     registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
     registered("trace", "m", 2, lambda at: at.hessian_diagonal.sum(-2, keepdim=True))
     registered("twice_bent", "km", 2, lambda at: 2.0 * at.curvature)
@@ -113,7 +113,7 @@ def test_a_users_quantity_that_a_backend_computes_wrongly_is_refused(monkeypatch
 
 
 def test_a_formula_that_only_the_calculus_can_compute_has_no_independent_reference(registered):
-    """It reads what automatic differentiation does not have."""
+    """The formula reads attributes that the automatic differentiation does not have."""
     registered("curved", "m", 2, lambda at: at.laplacian * at._question.x.shape[-1])
     f = NN(singleLayer(3, 6, tanhActivation()), singleLayer(6, 2)).double()
     assert {row.reference for row in prove(f) if row.quantity == "curved"} == {
@@ -128,7 +128,7 @@ def test_a_formula_of_another_shape_than_its_axes_is_refused(registered):
 
 
 def test_second_derivatives_in_every_mode_are_what_a_users_formula_reads(registered):
-    """Forward mode carries as many pairs of tangents as any formula may read."""
+    """Forward mode propagates all pairs of tangents that a formula may read."""
     registered("mean_curvature", "m", 2, lambda at: at.laplacian - at.hessian_diagonal.sum(-2, keepdim=True) / 2)
     registered("along_and_across", "km", 2, lambda at: at.curvature + at.laplacian)
     f = fullyConnectedNN([2, 4, 30], tanhActivation(), dtype=torch.float64)

@@ -53,7 +53,7 @@ def case(name, n=5):
 
 
 def wrong(network, place, change):
-    """The network with one of its results changed."""
+    """Return a function that evaluates the network and changes one of its results."""
 
     def f(x, **asked):
         results = list(network(x, **asked))
@@ -161,7 +161,7 @@ def test_taylor_refuses_a_wrong_hessian(name, kind):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_taylor_refuses_a_gradient_that_is_nearly_right(seed):
-    """By 0.1 percent: with large steps its error falls as fast as an exact one's."""
+    """A gradient that is wrong by 0.1 % is refused, although for large steps its error decreases as an exact one's."""
     torch.manual_seed(seed)
     f, x = case("resnet")
     assert utils.input_derivative_check(wrong(f, GRADIENT, scaled(1.001)), x)[0] is False
@@ -192,7 +192,7 @@ def test_differences_refuse_a_wrong_laplacian(kind):
 
 
 def test_differences_refuse_a_small_wrong_gradient():
-    """One that is below the absolute bound, but not below the relative one."""
+    """The gradient's error is below the absolute bound, but not below the relative one."""
     f = net.NN(lay.singleLayer(4, 1, identityActivation(), dtype=torch.float64))
     with torch.no_grad():
         f[0].K.mul_(1e-6)
@@ -230,7 +230,7 @@ def test_directional_laplacians_refuse_what_is_wrong(place, kind):
 
 
 class Detached(torch.nn.Module):
-    """Derivatives that are right but forget how they depend on the weights."""
+    """A network whose derivatives are right, but detached from the weights."""
 
     def __init__(self, network, place):
         super().__init__()
@@ -334,7 +334,7 @@ def test_the_observed_order_is_that_of_the_smallest_readable_steps(errors, expec
 
 
 def peaks_by_hand(points):
-    """The formula of MATLAB's documentation."""
+    """Return peaks by the formula in MATLAB's documentation."""
     x, y = points[:, 0], points[:, 1]
     return (
         3 * (1 - x) ** 2 * torch.exp(-(x**2) - (y + 1) ** 2)
@@ -404,7 +404,7 @@ def test_the_loss_is_the_documented_one(m):
 
 
 def test_an_epoch_sees_every_sample_once():
-    """With a step size of zero the running loss is the loss, whatever the batches; 7 samples make 2, 2, 2 and 1."""
+    """With a step size of zero the running loss equals the loss; 7 samples make batches of 2, 2, 2 and 1."""
     x, y = data(7)
     f = tame(net.fullyConnectedNN([2, 8, 1]), 0)
     running = utils.train_one_epoch(f, x, y, torch.optim.SGD(f.parameters(), lr=0.0), batch_size=2, do_gradient=True)

@@ -1,6 +1,7 @@
-"""Triton's interpreter, made to add as a GPU does: import this before ``hessquik.backends.triton``.
+"""Triton's interpreter with a GPU's order of summation: import this before ``hessquik.backends.triton``.
 
-Its products go through a library that adds in another order for every shape; a GPU adds over ascending indices.
+The interpreter multiplies matrices by NumPy, whose order of summation depends on the shape; a GPU sums over ascending
+indices.
 """
 
 from __future__ import annotations

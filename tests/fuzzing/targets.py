@@ -1,4 +1,4 @@
-"""Whatever reads bytes of others: each takes any bytes, and raises nothing but what is declared."""
+"""Fuzz targets: the readers of untrusted bytes. A target takes any bytes and raises none but the declared errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.simulation.test_leaks import LIMITS
 Target = Callable[[bytes], None]
 CORPUS = Path(__file__).parents[1] / "corpus"
 JSON, BINARY = b"application/json", b"application/octet-stream"
-#: Requests whose bodies are made up: the number of one of them is the first byte.
+#: Paths and media types of requests with fuzzed bodies; the first byte of an input selects one.
 ROUTES = [
     (b"/v1/models/a/evaluate", JSON),
     (b"/v1/models/a/hvp", JSON),
@@ -47,7 +47,7 @@ ROUTES = [
     (b"/tesseract/a/abstract_eval", JSON),
 ]
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
-#: Longest input: what is longer is cut.
+#: Longest input; longer ones are truncated.
 MOST_BYTES = 1 << 16
 
 
@@ -60,7 +60,7 @@ def _front() -> Front:
 
 
 def talk(pieces: list[bytes]) -> list[bytes]:
-    """Send pieces over a connection and return the statuses; none is that of an internal error, and nothing stays."""
+    """Send pieces over a connection and return the statuses; check that none is 500, and that nothing is held."""
     front = _front()
     client = front.connect()
     for piece in pieces:
@@ -82,20 +82,20 @@ def talk(pieces: list[bytes]) -> list[bytes]:
 
 
 def connection(data: bytes) -> None:
-    """The HTTP parser, and all behind it: the first byte says in what pieces the rest arrives."""
+    """Send bytes to the HTTP parser and the application; the first byte gives the size of the packets."""
     if data:
         size, rest = data[0] * data[0] + 1, data[1:]
         talk([rest[start : start + size] for start in range(0, len(rest), size)])
 
 
 def dialects(data: bytes) -> None:
-    """The codecs of every dialect: the first byte names a route, the second the length of a JSON header."""
+    """Send a body to the codecs of all dialects; the first byte selects a route, the second a header's length."""
     if len(data) > 1:
         talk([request(data)])
 
 
 def request(data: bytes) -> bytes:
-    """Return the request that bytes stand for."""
+    """Return the HTTP request that the bytes of an input describe."""
     path, media_type = ROUTES[data[0] % len(ROUTES)]
     body = data[2:]
     fields = b"inference-header-content-length: %d\r\n" % data[1] if data[1] else b""
@@ -104,14 +104,14 @@ def request(data: bytes) -> bytes:
 
 
 def frames(data: bytes) -> None:
-    """Frames between processes: the first byte says in what pieces they arrive."""
+    """Read frames between processes; the first byte gives the size of the pieces in which they arrive."""
     reader, rest = wire.FrameReader(), memoryview(data[1:])
     with contextlib.suppress(wire.WireError):
         while rest:
             space = reader.space()
             assert len(space), "there is room for what comes"
             if len(space) > MOST_BYTES:
-                return  # it waits for more than will ever come
+                return  # the frame is longer than any input
             size = min(len(space), len(rest), data[0] + 1)
             space[:size] = rest[:size]
             rest = rest[size:]
@@ -120,7 +120,7 @@ def frames(data: bytes) -> None:
 
 
 def json_reader(data: bytes) -> None:
-    """JSON bodies: what is read a slice at a time is what is read at once."""
+    """Read a JSON body in slices and at once, and compare the results."""
     with contextlib.suppress(ServiceError):
         with patch.multiple(json_reader_module, SHORT_BYTES=64, SLICE_BYTES=64):
             reading = json_reader_module.read_long_json(data, 4000)
@@ -147,13 +147,13 @@ def _plain(value: Any) -> Any:
 
 
 def model_files(data: bytes) -> None:
-    """Saved networks."""
+    """Parse a saved network."""
     with contextlib.suppress(HessQuikError):
         storage.parse(data)
 
 
 def onnx_files(data: bytes) -> None:
-    """ONNX models."""
+    """Import an ONNX model."""
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(data)
         file.flush()
@@ -196,7 +196,7 @@ WORDS = [
 
 
 def mutated(seeds: list[bytes], draw: random.Random) -> bytes:
-    """Return one of the seeds with some changes."""
+    """Return one of the seeds with random mutations."""
     data = bytearray(draw.choice(seeds))
     for _ in range(draw.choice((1, 1, 2, 4))):
         at, kind = draw.randrange(len(data) + 1), draw.randrange(6)

@@ -1,4 +1,4 @@
-"""The kept corpora, and mutations of them; ``make fuzz`` looks for more, guided by coverage."""
+"""Fuzzing with the stored corpora and random mutations; ``make fuzz`` searches further, guided by coverage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_nothing_but_what_is_declared_is_raised(name: str, note: Note) -> None:
 
 @pytest.mark.parametrize("path", sorted((CORPUS / "dialects").glob("[!x]*")), ids=lambda path: path.name)
 def test_the_seeds_of_dialects_are_answered(path: Path) -> None:
-    """Mutations of what is refused at once would not get far."""
+    """Seeds are valid requests, since mutations of invalid ones would be refused early."""
     assert talk([request(path.read_bytes())]) == [b"200"]
 
 

@@ -17,7 +17,7 @@ Run = Callable[[int], Any]
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Keep what the service logs of simulated failures out of the way."""
+    """Disable logging, since the service logs every simulated failure."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -25,7 +25,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture
 def run_worlds(note: Note) -> Callable[[Run], Counter[str]]:
-    """Return a function that runs worlds for a while and returns how their requests ended."""
+    """Return a function that runs simulations for a fixed time and counts how their requests ended."""
 
     def run_worlds(run: Run) -> Counter[str]:
         events, ends, seed, began_s = 0, Counter[str](), 0, time.process_time()
@@ -41,7 +41,7 @@ def run_worlds(note: Note) -> Callable[[Run], Counter[str]]:
 
 @pytest.fixture
 def find(note: Note) -> Callable[[Run, int], None]:
-    """Return a function that fails unless worlds show a fault within so many events."""
+    """Return a function that fails unless simulations raise an error within a number of events."""
 
     def find(run: Run, most_events: int) -> None:
         events = seed = 0

@@ -1,4 +1,4 @@
-"""A folder of models in memory, which stands where the module ``os`` does in a copy of the repository."""
+"""A folder of models in memory, which replaces the module ``os`` in a copy of ``service.repository``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class File:
-    """A file, or what has a file's name."""
+    """A file, a pipe or a link."""
 
     data: bytes
     number: int
@@ -65,16 +65,16 @@ def status(file: File) -> Status:
 
 
 class Folder:
-    """The folder, and those in it; each is listed in an order that the file system chooses.
+    """A folder with its subfolders, each listed in random order.
 
     Args:
-        root: Its path.
-        shuffle: Changes the order of a list.
+        root: Path of the folder.
+        shuffle: Shuffles a list.
 
     Attributes:
-        files: By path under the root.
+        files: The files by path under the root.
         unreadable: Folders that cannot be listed, and files that cannot be opened; the root is "".
-        refused: What files held that could not be opened.
+        refused: Contents of the files that could not be opened.
     """
 
     O_RDONLY, O_NONBLOCK, O_CLOEXEC = os.O_RDONLY, os.O_NONBLOCK, os.O_CLOEXEC
@@ -89,12 +89,12 @@ class Folder:
         self._numbers = 0
 
     def put(self, path: str, data: bytes, **kind: Any) -> None:
-        """Write a file, in place of one that may be there."""
+        """Write or replace a file."""
         self._numbers += 1
         self.files[path] = File(data, self._numbers, **kind)
 
     def touch(self, path: str) -> None:
-        """Give a file another time."""
+        """Change the modification time of a file."""
         self.put(path, self.files[path].data)
 
     # The module's functions.

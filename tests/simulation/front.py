@@ -1,4 +1,4 @@
-"""The whole front in one process: its application, connections and scheduler, with simulated sockets and workers."""
+"""The front end in one process: application, connections and scheduler, with simulated sockets and workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FACTS = {
 
 
 class Node:
-    """Models in a table, which nobody loads."""
+    """A stand-in for the node: a table of models, without workers to load them."""
 
     def __init__(self) -> None:
         self.repository = Table(Path("/models"))
@@ -38,7 +38,7 @@ class Node:
         self.load("a")
 
     def load(self, name: str) -> None:
-        """Serve a model, in place of one that may be served."""
+        """Add a model to the table, and retire the one that it replaces, if any."""
         served = Served(ModelFile(name, 1, Path(f"/models/{name}")), next(self.numbers), facts=dict(FACTS))
         replaced = self.repository._table.setdefault(name, {}).get(1)
         self.repository._table[name][1] = served
@@ -54,7 +54,7 @@ class Node:
 
 
 class Socket:
-    """A worker's end of a link; answers when it is told to."""
+    """The worker's end of a link; it replies when :meth:`answer` is called."""
 
     def __init__(self, _: Any, on_frame: Any, on_lost: Any, on_head: Any) -> None:
         self.on_frame, self.on_lost = on_frame, on_lost
@@ -73,7 +73,7 @@ class Socket:
         self.on_frame = self.on_lost = lambda *_: None  # as Channel does
 
     def answer(self, error: str | None = None) -> None:
-        """Answer everything that was asked."""
+        """Reply to all requests that have arrived."""
         asked, self.asked = self.asked, []
         for head, k, is_weighted in asked:
             reply: dict[str, Any] = {"op": "done", "number": head["number"]}
@@ -97,7 +97,7 @@ class Transport:
 
     Attributes:
         sent: Bytes that were sent to the client.
-        takes: Whether the client takes them.
+        takes: Whether the client reads them.
     """
 
     def __init__(self, front: Front) -> None:
@@ -115,7 +115,7 @@ class Transport:
         self.write(b"".join(pieces))
 
     def write_eof(self) -> None:
-        """The sending side is closed."""
+        """Do nothing: tests look at ``sent`` alone."""
 
     def is_closing(self) -> bool:
         return self.is_over
@@ -181,7 +181,7 @@ class Front:
         self.loop.run(self.core.links.add, None)
 
     def connect(self, data: bytes = b"", takes: bool = True) -> Transport:
-        """Return the socket of a new client that has sent this."""
+        """Return the socket of a new client that has sent ``data``."""
         transport = Transport(self)
         transport.takes = takes
         transport.connection = self.loop.run(self.listener.connect, self.state)
@@ -195,19 +195,19 @@ class Front:
             self.call(transport.connection.data_received, data)
 
     def call(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Run something, and what follows from it."""
+        """Call a function, and run all callbacks that are due then."""
         self.loop.run(work, *arguments)
         self.settle()
 
     def settle(self) -> None:
-        """Run what is due, and forget timers that were cancelled."""
+        """Run all callbacks that are due, and drop cancelled timers."""
         while self.loop.next_s() is not None and self.loop.next_s() <= self.loop.now:  # type: ignore[operator]
             self.loop.step()
         self.loop._timers = [timer for timer in self.loop._timers if not timer[2].cancelled()]
         heapq.heapify(self.loop._timers)
 
     def pass_time(self, seconds: float) -> None:
-        """Move the time on."""
+        """Advance the time, and run the callbacks that become due."""
         end_s = self.loop.now + seconds
         while (next_s := self.loop.next_s()) is not None and next_s <= end_s:
             self.loop.step()
@@ -215,7 +215,7 @@ class Front:
         self.settle()
 
     def answer(self, error: str | None = None) -> None:
-        """Answer everything that the worker was asked."""
+        """Let the worker reply to all requests that have arrived."""
         self.call(self.worker.answer, error)
 
     def lose_worker(self) -> None:

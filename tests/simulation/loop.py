@@ -20,7 +20,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         delay_s: Returns the time that a call in another thread takes.
 
     Attributes:
-        errors: Errors that nobody caught.
+        errors: Uncaught errors.
     """
 
     def __init__(self, delay_s: Callable[[], float]) -> None:
@@ -64,7 +64,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return task
 
     def run_in_executor(self, executor: Any, func: Any, *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Call a function, all of it in one moment a little later."""
+        """Call a function after a delay, in one callback."""
         future = self.create_future()
 
         def call() -> None:
@@ -81,7 +81,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self.errors.append(context)
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers are passed over when they are due."""
+        """Do nothing: cancelled timers are skipped when they are due."""
 
     def next_s(self) -> float | None:
         """Return when the next callback is due, if there is one."""
@@ -104,7 +104,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return True
 
     def abandon(self) -> None:
-        """Close what has not ended: a world that a fault broke off leaves nothing to the collector."""
+        """Close unfinished coroutines, so that a simulation that ended with an error leaves none to the collector."""
         for task in list(self._tasks):
             if not task.done():
                 task.get_coro().close()  # type: ignore[union-attr]
@@ -112,7 +112,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something as if a callback did."""
+        """Call a function as a callback would, with this loop as the running one."""
         events._set_running_loop(self)
         try:
             return work(*arguments)

@@ -1,12 +1,13 @@
-"""A world of workers and models drawn from one seed: processes, sockets, files, operators and time are simulated.
+"""Simulation of a node: processes, sockets, files, operators and times are drawn from one seed.
 
-Processes die, hang, start slowly or never, answer nonsense, run out of memory, cannot be started or connected, or
-cannot be killed. Files appear, change, vanish, claim each other's version, end or hang whoever loads them. Operators
-load and unload, and requests hold versions meanwhile.
+Processes die, hang, start slowly or never, send invalid frames, run out of memory, cannot be started or connected, or
+cannot be killed. Files are added, changed and removed; two may have the same version, and some kill or hang the
+worker that loads them. Operators load and unload models while requests hold versions.
 
-After every event the ledger is checked: no worker that is well is killed, and none that is not is kept; one that is
-used has all that is served; nothing waits for one that is dead; what is replaced is served until its successor is.
-When the world has been quiet for a while, the table is what the folder says, and the workers hold just that.
+After every event the invariants (the ledger) are checked. No healthy worker is killed, and no faulty one is kept. A
+worker that is in use has all models that are served. Nothing waits for a dead worker. A replaced version is served
+until its successor is ready. After a while without faults, the table equals the folder, and each worker has exactly
+the models that are in the table or held by requests.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Process:
 
     Attributes:
         models: Files that it has loaded, by number.
-        fault: Its fault, for which it may be killed.
-        under_way: Frames that are under way in either direction.
+        fault: Its fault, for which it may be killed; empty if it is healthy.
+        under_way: Number of frames in transit, in both directions.
     """
 
     def __init__(self, world: NodeWorld, module: str, arguments: list[str], *calls: Any) -> None:
@@ -100,7 +101,7 @@ class Process:
         self.say({"op": "ready"})
 
     def fail(self, fault: str) -> None:
-        """Have a fault, unless there is one already."""
+        """Record a fault, unless the process has one already."""
         if not self.fault:
             self.fault, self.fault_s = fault, self.world.loop.now
             self.world.ends[fault] += 1
@@ -144,7 +145,7 @@ class Process:
     # The process's side.
 
     def send(self, way: str, work: Callable[[], None]) -> None:
-        """Have something arrive a little later, after what was sent before."""
+        """Call a function when a frame arrives: after a random delay, in the order of sending."""
         world = self.world
         self.under_way += 1
         self.arrives_s[way] = max(self.arrives_s[way], world.loop.now + world.random.uniform(0, 0.01))
@@ -203,7 +204,7 @@ class Process:
                 self.say({**PONG, "busy_s": busy_s, "stalled_s": busy_s if is_stuck else 0.0})
 
     def load(self) -> None:
-        """Begin what the loading thread does next."""
+        """Begin the next load or unload of the loading thread."""
         draw, world = self.world.random, self.world
         if not self.loads:
             return
@@ -268,7 +269,7 @@ class Process:
             self.send("out", self.links[0].end)
 
     def spoil(self) -> None:
-        """Note that a model may be refused since its worker is lost while it is loaded."""
+        """Record that models may be refused because their worker is lost while it loads them."""
         for model, data in self.loads:
             self.world.spoil(model, data)
 
@@ -301,7 +302,7 @@ class Link:
 
 
 class NodeWorld:
-    """A node, its folder, its processes, and those who operate and ask it."""
+    """A node with a simulated folder, simulated processes, operators and requests."""
 
     def __init__(self, seed: int, modules: dict[str, ModuleType]) -> None:
         self.random = random.Random(seed)
@@ -357,7 +358,7 @@ class NodeWorld:
         return self.is_faulty and self.random.random() < share
 
     def spoil(self, model: int, data: bytes | None) -> None:
-        """Note that a model, and what its file holds, may be refused."""
+        """Record that a model, and files with the same contents, may be refused."""
         if data is not None:
             self.spoiled |= {model, data}
 
@@ -380,7 +381,7 @@ class NodeWorld:
             del folder.files[path]
 
     def operate(self) -> None:
-        """Load or unload a model."""
+        """Start to load or unload a model, as an operator does."""
         name, version = self.random.choice("aaabbcd"), self.random.choice([None, 1, 2, 3])
         if self.random.random() < 0.5:
             operation = self.loop.create_task(self.load(name))
@@ -448,7 +449,7 @@ class NodeWorld:
     # Time.
 
     def step(self) -> None:
-        """Run the next event, and check the ledger."""
+        """Run the next event, and check the invariants."""
         if self.has_stopped or (self.starting.done() and self.starting.exception() is not None):
             self.loop.step()
             return
@@ -535,7 +536,7 @@ class NodeWorld:
     # The ledger.
 
     def check(self) -> None:
-        """Compare the node's books with what was seen from outside."""
+        """Check the node's state against what was observed from outside."""
         now, workers = self.loop.now, self.node.workers
         expect(not self.loop.errors, f"every error is caught, got {self.loop.errors}")
         if self.has_given_up:
@@ -588,7 +589,7 @@ class NodeWorld:
             expect(late_s < ROOM_S + 0.5 or process.is_closed, f"a worker is replaced, of which {process.fault}")
 
     def check_table(self) -> set[int]:
-        """Check what became of what was ready; return the numbers of all that workers must have."""
+        """Check the versions that were ready before; return the numbers of the models that workers must have."""
         table = self.table()
         for key, before in self.ready.items():
             after = table.get(key)
@@ -615,7 +616,7 @@ class NodeWorld:
         }
 
     def complaints(self) -> Iterator[str]:
-        """Yield what is not yet as it should be in a quiet world."""
+        """Yield a sentence for each property of a node without faults that does not hold yet."""
         workers = self.node.workers
         if self.operations or not self.starting.done():
             yield "every load, unload and start ends"
@@ -651,7 +652,7 @@ class NodeWorld:
                 yield f"{key} is not what the folder has: {one.reason}"
 
     def is_sure(self, key: tuple[str, int]) -> bool:
-        """Return whether it is known if a version was unloaded."""
+        """Return whether the simulation knows if a version was unloaded."""
         return key not in self.unsure and (key[0], None) not in self.unsure
 
     def wanted(self) -> dict[tuple[str, int], Any]:
@@ -669,7 +670,7 @@ class NodeWorld:
 
 
 def run_node(seed: int, steps: int, modules: dict[str, ModuleType]) -> NodeWorld:
-    """Run the world of workers and models of a seed."""
+    """Run the simulation of a node with a seed."""
     replays = f"tests.simulation.node_world.run_node({seed}, {steps}, make_modules())"
     world = NodeWorld(seed, modules)
     try:

@@ -86,7 +86,7 @@ CONNECTION_BUGS = {
     "a connection that ended is not forgotten": ("        self._server_state.connections.discard(self)\n", ""),
 }  # fmt: skip
 
-#: The same for the modules of a node: which of them, what, and its replacement.
+#: The same for the modules of a node: the module, a piece of its source, and the replacement.
 NODE_BUGS = {
     "nobody is asked how it is": ("workers", '            self._write({"op": "ping"})', "            pass"),
     "a worker is asked only once": ("workers", "settings, self._is_asked = self._workers.settings, False", "settings = self._workers.settings"),
@@ -128,7 +128,7 @@ NODE_BUGS = {
     "the folder is followed once": ("node", "        while True:\n            await asyncio.sleep(self.settings.watch_s)", "        if True:\n            await asyncio.sleep(self.settings.watch_s)"),
 }  # fmt: skip
 
-#: Bugs that show after more than 80,000 events of a node, or 300,000 of connections: looked for by ``make chaos`` alone.
+#: Bugs that are found after more than 80,000 events of a node, or 300,000 of connections: only ``make chaos`` tests them.
 RARE = {
     "a client that may not send is waited for",
     "half a request is waited for",

@@ -1,4 +1,4 @@
-"""Nothing is left of a request, however it ends: objects are counted with the collector off."""
+"""No request leaks memory, however it ends: objects are counted with the garbage collector off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMITS: dict[str, Any] = {
 
 
 def post(path: str = "/v1/models/a/evaluate", body: Any = None, rows: int = 2, **fields: str) -> bytes:
-    """Return a request."""
+    """Return a POST request with a JSON body."""
     body = {"inputs": [[0.25, 0.5]] * rows, "quantities": ["value", "gradient"]} if body is None else body
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
@@ -342,7 +342,7 @@ ENDINGS = [
 
 @pytest.fixture(scope="module")
 def front() -> Iterator[Front]:
-    """A front that has answered for a while: its counters and caches take what they need."""
+    """Return a front end that has answered 300 requests, so that its counters and caches no longer grow."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("service.front._return_memory", lambda: None)
         made = Front(monkeypatch, **LIMITS)
@@ -357,20 +357,20 @@ def front() -> Iterator[Front]:
 
 
 def objects() -> Counter[str]:
-    """Count what is alive and may be part of a cycle, by type."""
+    """Return the number of live objects that the garbage collector tracks, by type."""
     return Counter(type(one).__name__ for one in gc.get_objects())
 
 
 def blocks() -> int:
-    """Count the blocks of memory in use when cycles are collected and the interpreter's spare ones are freed."""
+    """Return the number of allocated blocks of memory after a garbage collection, which also clears free lists."""
     gc.collect()
     return sys.getallocatedblocks()
 
 
 def growth(work: Callable[[], object]) -> tuple[dict[str, int], float]:
-    """Return the objects, by type, that each repetition leaves to the collector, and the blocks that it leaves.
+    """Return the tracked objects, by type, and the blocks of memory that each repetition of a call leaves.
 
-    Numbers of counters and tables that fill up take memory, too, at first; a leak takes it every time.
+    Several rounds are measured: counters and tables grow at first, but a leak grows in every round.
     """
     objects()
     for _ in range(ROUNDS):
@@ -399,7 +399,7 @@ def test_nothing_is_left_of_a_request(front: Front, ending: Ending) -> None:
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 def test_what_is_left_is_seen(front: Front, ending: Ending, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: connections that refer to themselves, and a few bytes that are kept of each."""
+    """Control: connections with planted reference cycles, and a few bytes kept of each, are found."""
     connect = front.listener.connect
     kept_bytes: list[bytes] = []
 

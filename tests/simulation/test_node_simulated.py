@@ -1,4 +1,4 @@
-"""Workers and models in simulated worlds, and bugs planted into them that these worlds must find."""
+"""Simulations of workers and models, and planted bugs that they must find."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDS = {
     ),
     *("its load hangs", "its model ends it", "its batch is stuck", "it cannot be connected"),
 }
-#: A world that a fault breaks off leaves tasks that never began.
+#: A simulation that ends with an error leaves tasks that never began.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 

@@ -1,4 +1,4 @@
-"""The scheduler in simulated worlds, and bugs planted into it that these worlds must find."""
+"""Simulations of the scheduler, and planted bugs that they must find."""
 
 from __future__ import annotations
 

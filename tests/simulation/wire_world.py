@@ -1,8 +1,9 @@
-"""A world of connections drawn from one seed: any packets, pauses, resets, slow readers, late answers, and time.
+"""Simulation of HTTP connections: packets, pauses, resets, slow readers and late answers are drawn from one seed.
 
-Each client has a script of requests and knows their replies. After every event the ledger is checked: replies come in
-order, each the one of its request; what the application was given ends once; bytes held are those of requests and
-replies under way; a connection that is open has a timer, and one that has ended holds nothing.
+Each client has a list of requests and knows their replies. After every event the invariants (the ledger) are checked.
+Replies arrive in order, each with the result of its request. Every request that the application handles ends once.
+The bytes held are those of unfinished requests and replies. An open connection has a timer, and a closed one holds
+nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.simulation.world import expect, play
 
 RECEIVE_S, SEND_S, KEEP_S = 3.0, 2.0, 5.0
 MOST_BODY, BUDGET, HIGH_WATER = 150_000, 400_000, 64 << 10
-#: Room for the resolution of timers, and for looks that a connection takes at a quarter of a limit.
+#: Slack for the resolution of timers, and for checks that a connection makes at a quarter of a limit.
 LATE_S = 0.01
 KINDS = ["small"] * 8 + ["large", "body", "chunks", "refused", "head", "broken", "upgrade", "huge", "last"]
 _REPLY = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\n(.*?)\r\n\r\n", re.DOTALL)
@@ -47,7 +48,7 @@ class Loop:
 
 
 class Transport:
-    """A socket whose other end takes what it likes, when it likes."""
+    """A socket whose peer reads any amount at any time."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -101,7 +102,7 @@ class Transport:
 
 
 class Peer:
-    """A client: sends its script in pieces, and takes replies; or stalls, leaves, resets."""
+    """A client that sends requests in packets and reads replies; it may stall, half-close or reset its connection."""
 
     def __init__(self, world: WireWorld) -> None:
         self.world, draw = world, world.random
@@ -128,7 +129,7 @@ class Peer:
         self.send_soon()
 
     def cut(self, data: bytes) -> list[bytes]:
-        """Cut what is sent into packets."""
+        """Split data into packets."""
         draw = self.world.random
         if draw.random() < 0.3:
             return [data] if data else []
@@ -164,7 +165,7 @@ class Peer:
             self.later(self.pace_s, self.take)
 
     def take(self) -> None:
-        """Take a part of what was sent."""
+        """Read a part of the data that was sent to the client."""
         self.is_taking = False
         transport = self.transport
         if self.is_lost or self.has_left:
@@ -201,7 +202,7 @@ class Peer:
             self.world.ended(self)
 
     def check(self) -> None:
-        """Compare what arrived with the script."""
+        """Compare the replies that arrived with the expected ones."""
         data = bytes(self.received).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
         while (found := _REPLY.match(data)) is not None:
             status, fields = int(found[1]), found[2]
@@ -225,7 +226,7 @@ class Peer:
 
 
 class WireWorld:
-    """Connections, an application that answers late or never, and time."""
+    """Connections to an application that answers late or never, on simulated time."""
 
     def __init__(self, seed: int, module: ModuleType) -> None:
         self.random = random.Random(seed)
@@ -317,7 +318,7 @@ class WireWorld:
         return b"%b %b HTTP/1.1\r\nHost: x\r\n%b\r\n%b" % (method, path, fields, data), expected
 
     def ended(self, peer: Peer) -> None:
-        """Check what a connection leaves behind."""
+        """Check that a connection that has ended holds nothing, and that its client got all replies."""
         self.peers.remove(peer)
         peer.check()
         connection = peer.connection
@@ -373,7 +374,7 @@ class WireWorld:
         expect(self.budget.held_bytes == 0, "no bytes are held for clients that are gone")
 
     def check(self) -> None:
-        """Compare the connections' books with what was seen from outside."""
+        """Check the connections' state against what was observed from outside."""
         now, held = self.clock.now, 0
         for peer in self.peers:
             connection = peer.connection
@@ -400,7 +401,7 @@ class WireWorld:
 
 
 def run_wire(seed: int, steps: int, module: ModuleType) -> WireWorld:
-    """Run the world of connections of a seed."""
+    """Run the simulation of connections with a seed."""
     replays = f"tests.simulation.wire_world.run_wire({seed}, {steps}, make_module())"
     world: WireWorld = play(WireWorld(seed, module), steps, replays)
     return world

@@ -1,8 +1,8 @@
-"""A world in which everything that the scheduler meets is drawn from one seed: requests, departures, workers, time.
+"""Simulation of the scheduler: requests, disconnects, workers and times are drawn from one seed.
 
-After every event the ledger is checked: each accepted job ends exactly once, by its deadline, with its own numbers
-or with an error that it deserves; the queue's counters equal what waits; closed jobs hold nothing; for what waits
-there is a worker or a timer.
+After every event the invariants (the ledger) are checked. Each accepted job ends exactly once, by its deadline, with
+its own results or with an error that has a cause. The queue's counters equal what waits. Jobs that have ended hold
+nothing. For everything that waits there is a worker or a timer.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FAILURES = {"lost": 0.02, "late": 0.01, "memory": 0.02, "error": 0.02}
 
 
 class Fault(AssertionError):
-    """The ledger does not hold."""
+    """An invariant is violated."""
 
 
 def expect(holds: bool, sentence: str) -> None:
-    """Raise a fault with this sentence unless it holds."""
+    """Raise a :class:`Fault` with a sentence unless a condition holds."""
     if not holds:
         raise Fault(sentence)
 
 
 class Worker:
-    """Computes at a fixed speed; dies, hangs and fails as the seed says; a dead one is replaced after a while."""
+    """A simulated worker with a fixed speed; it dies, hangs or fails at random, and restarts after a delay."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -47,7 +47,7 @@ class Worker:
 
     @property
     def has_only_preemptible(self) -> bool:
-        """Return whether a small batch may be given to it."""
+        """True if a small batch may be given to it besides those that run."""
         return bool(self.running) and all(batch.is_preemptible for batch in self.running)
 
     def run(self, batch: Batch) -> None:
@@ -74,7 +74,7 @@ class Worker:
 
     def end(self, batch: Batch, reason: str | None, sent: list[Any]) -> None:
         if batch not in self.running:
-            return  # it died meanwhile, and may live again
+            return  # it died meanwhile, and may have restarted
         if reason in {"lost", "late"}:
             self.die(reason)
             return
@@ -86,7 +86,7 @@ class Worker:
         self.world.scheduler.dispatch()
 
     def die(self, reason: str) -> None:
-        """Lose all that runs; the worker that takes its place needs a while to start."""
+        """Lose all running batches, and restart after a delay."""
         world = self.world
         self.is_alive = False
         lost, self.running = self.running, []
@@ -117,10 +117,10 @@ class Worker:
 
 
 class World:
-    """A scheduler, its workers and its users.
+    """A scheduler with simulated workers and clients.
 
     Args:
-        seed: Of everything.
+        seed: Seed of everything random.
         module: ``service.scheduler``, or a copy of it with a planted bug.
     """
 
@@ -175,7 +175,7 @@ class World:
     # Events.
 
     def fate(self, batch: Batch) -> str | None:
-        """Return why a batch will fail, if it does: a poisoned row fails whoever computes it."""
+        """Return the reason why a batch will fail, or ``None``; a batch with a poisoned row always fails."""
         for job, start, stop in batch.slices:
             if any(start <= row < stop for row in self.is_poisoned[job]):
                 return "error"
@@ -193,7 +193,7 @@ class World:
         self.scheduler.fail(batch, reason)
 
     def submit(self) -> None:
-        """Post a request that may be refused."""
+        """Submit a random request, which may be refused."""
         draw = self.random
         if draw.random() < 0.02:
             self.keys[draw.randrange(len(self.keys))] = self.new_key()
@@ -230,7 +230,7 @@ class World:
             self.scheduler.abandon(job, ClientGone("the client left"))
 
     def ended(self, job: Job) -> None:
-        """Check a job's end, when it ends."""
+        """Check the result or error of a job when it ends."""
         expect(job in self.open, "a job ends once")
         inputs = self.open.pop(job)
         error = job.error
@@ -259,13 +259,13 @@ class World:
         self.lately_ended.append(job)
 
     def failed_alone_of(self, job: Job) -> int:
-        """Return how often that row of a job failed alone which did so most often."""
+        """Return the largest number of failures that a row of a job has had alone."""
         return max((count for (one, _), count in self.failed_alone.items() if one is job), default=0)
 
     # Time.
 
     def step(self) -> None:
-        """Run the next event, and check the ledger."""
+        """Run the next event, and check the invariants."""
         self.events += 1
         clock, drawn = self.clock, self.random.random()
         if drawn < self.rate:
@@ -288,7 +288,7 @@ class World:
         self.check()
 
     def drain(self) -> None:
-        """Run until every request and process that is to end has ended."""
+        """Run until no event is left; all jobs must have ended then."""
         while self.clock._events:
             self.events += 1
             self.clock.now, _, timer, callback = heappop(self.clock._events)
@@ -298,7 +298,7 @@ class World:
         expect(not self.open, "every job ends")
 
     def check(self) -> None:
-        """Compare the scheduler's books with what was seen from outside."""
+        """Check the scheduler's state against what was observed from outside."""
         scheduler, queue = self.scheduler, self.scheduler.queue
         expect(scheduler._open == self.open.keys(), "open jobs are those that were accepted and have not ended")
         expect(queue.requests == len(self.open), "the queue counts the jobs that have not ended")
@@ -329,7 +329,7 @@ class World:
             expect(not job.parts and not job.answers, "a job that has ended holds no results")
 
     def check_rows(self) -> None:
-        """Every row of an open job waits, runs, is to run again or is answered: exactly one of them."""
+        """Check that every row of an open job is in one state: waiting, running, to be retried, or answered."""
         places: Counter[Job] = Counter()
         batches = [*self.scheduler.queue._retries, *(batch for one in self.workers for batch in one.running)]
         for batch in batches:
@@ -341,7 +341,7 @@ class World:
 
 
 def play(world: Any, steps: int, replays: str) -> Any:
-    """Run a world and let it drain; a fault says the event, and what replays it."""
+    """Run a simulation to its end; an error gets a note with the event's number and the call that replays it."""
     try:
         for _ in range(steps):
             world.step()
@@ -354,6 +354,6 @@ def play(world: Any, steps: int, replays: str) -> Any:
 
 
 def run(seed: int, steps: int, module: Any = scheduler_module) -> World:
-    """Run the world of a seed."""
+    """Run the simulation of the scheduler with a seed."""
     world: World = play(World(seed, module), steps, f"tests.simulation.world.run({seed}, {steps})")
     return world
