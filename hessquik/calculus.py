@@ -110,23 +110,23 @@ class Backward:
 
     @property
     def value(self) -> Tensor:
-        """F (n, 1, m)."""
+        """The value f (n, 1, m)."""
         weights = self._question.weights
         return self._y if weights is None else self._y @ weights.mT
 
     @property
     def gradient(self) -> Tensor:
-        """∂f/∂x (n, d, m)."""
+        """The gradient ∂f/∂x (n, d, m)."""
         return self._adjoints[1].mT
 
     @property
     def jvp(self) -> Tensor:
-        """J v (n, k, m)."""
+        """Derivatives along the directions, ∇f·v (n, k, m)."""
         return self._question.along() @ self.gradient
 
     @property
     def hessian(self) -> Tensor:
-        """∂²f/∂x² (n, d, d, m): Σ dzᵀ diag(c) dz."""
+        """The Hessian ∂²f/∂x² (n, d, d, m): Σ dzᵀ diag(c) dz."""
         basis, middle = self._question.basis, self._middle
         if basis is None:
             return middle
@@ -136,17 +136,17 @@ class Backward:
 
     @property
     def hessian_packed(self) -> Tensor:
-        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        """The lower triangle of the Hessian, row by row (n, d(d+1)/2, m)."""
         return pack(self.hessian)
 
     @property
     def laplacian(self) -> Tensor:
-        """Δf (n, 1, m): Σ c · ‖dz‖²."""
+        """The Laplacian Δf (n, 1, m): Σ c · ‖dz‖²."""
         return _total((dz * dz).sum(-2, keepdim=True) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
 
     @property
     def hessian_diagonal(self) -> Tensor:
-        """∂²f/∂x_a² (n, d, m): Σ c · dz²."""
+        """The Hessian's diagonal ∂²f/∂x_a² (n, d, m): Σ c · dz²."""
         basis = self._question.basis
         if basis is None:
             return _total((dz * dz) @ c.mT for dz, c in zip(self._units, self._c, strict=True))
@@ -275,25 +275,25 @@ class Forward:
 
     @property
     def value(self) -> Tensor:
-        """F (n, 1, m)."""
+        """The value f (n, 1, m)."""
         return self._weighted(self._y)
 
     @property
     def gradient(self) -> Tensor:
-        """∂f/∂x (n, d, m)."""
+        """The gradient ∂f/∂x (n, d, m)."""
         self._expect(is_along=False)
         basis = self._question.basis
         return self._dy if basis is None else basis @ self._dy
 
     @property
     def jvp(self) -> Tensor:
-        """J v (n, k, m)."""
+        """Derivatives along the directions, ∇f·v (n, k, m)."""
         self._expect(is_along=True)
         return self._weighted(self._dy)
 
     @property
     def hessian(self) -> Tensor:
-        """∂²f/∂x² (n, d, d, m)."""
+        """The Hessian ∂²f/∂x² (n, d, d, m)."""
         self._expect(is_along=False)
         basis, middle = self._question.basis, unpack(self._d2y)
         if basis is None:
@@ -304,13 +304,13 @@ class Forward:
 
     @property
     def hessian_packed(self) -> Tensor:
-        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        """The lower triangle of the Hessian, row by row (n, d(d+1)/2, m)."""
         self._expect(is_along=False)
         return self._d2y if self._question.basis is None else pack(self.hessian)
 
     @property
     def laplacian(self) -> Tensor:
-        """Δf (n, 1, m)."""
+        """The Laplacian Δf (n, 1, m)."""
         self._expect(is_along=False)
         if self._products is pairs:
             return torch.diagonal(unpack(self._d2y), dim1=-3, dim2=-2).mT.sum(-2, keepdim=True)
@@ -318,7 +318,7 @@ class Forward:
 
     @property
     def hessian_diagonal(self) -> Tensor:
-        """∂²f/∂x_a² (n, d, m)."""
+        """The Hessian's diagonal ∂²f/∂x_a² (n, d, m)."""
         self._expect(is_along=False)
         if self._question.basis is not None or self._products is pairs:
             return torch.diagonal(self.hessian, dim1=-3, dim2=-2).mT

@@ -155,7 +155,7 @@ class ReferenceDerivatives:
 
     @property
     def jvp(self) -> Tensor:
-        """J v (n, k, m)."""
+        """Derivatives along the directions, ∇f·v (n, k, m)."""
         return self._along @ self.gradient
 
     @property
@@ -170,23 +170,23 @@ class ReferenceDerivatives:
 
     @cached_property
     def hessian(self) -> Tensor:
-        """∂²f/∂x² (n, d, d, m)."""
+        """The Hessian ∂²f/∂x² (n, d, d, m)."""
         return self._products(torch.eye(self._x.shape[1], dtype=self._x.dtype).expand(len(self._x), -1, -1))
 
     @property
     def hessian_packed(self) -> Tensor:
-        """The lower triangle of ∂²f/∂x², row by row (n, d(d+1)/2, m)."""
+        """The lower triangle of the Hessian, row by row (n, d(d+1)/2, m)."""
         a, b = torch.tril_indices(self.hessian.shape[1], self.hessian.shape[1])
         return self.hessian[:, a, b]
 
     @property
     def hessian_diagonal(self) -> Tensor:
-        """∂²f/∂x_a² (n, d, m)."""
+        """The Hessian's diagonal ∂²f/∂x_a² (n, d, m)."""
         return self.hessian.diagonal(dim1=1, dim2=2).mT
 
     @property
     def laplacian(self) -> Tensor:
-        """Δf (n, 1, m)."""
+        """The Laplacian Δf (n, 1, m)."""
         return self.hessian_diagonal.sum(1, keepdim=True)
 
     @property

@@ -161,7 +161,7 @@ def test_taylor_refuses_a_wrong_hessian(name, kind):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_taylor_refuses_a_gradient_that_is_nearly_right(seed):
-    """A gradient that is wrong by 0.1 % is refused, although for large steps its error decreases as an exact one's."""
+    """A gradient that is wrong by 0.1 % is refused, although for large steps its error decreases as expected."""
     torch.manual_seed(seed)
     f, x = case("resnet")
     assert utils.input_derivative_check(wrong(f, GRADIENT, scaled(1.001)), x)[0] is False
