@@ -85,7 +85,7 @@ class hessQuikActivationFunction(nn.Module):
         """Return σ' and, with ``do_Hessian``, σ'' (else ``None``).
 
         Args:
-            args: What :meth:`evaluate` returned beside the value.
+            args: The tensors that :meth:`evaluate` returned with the value.
             do_Hessian: Whether σ'' is wanted.
         """
         raise NotImplementedError(f"{type(self).__name__} must define compute_derivatives(*args, do_Hessian)")

@@ -197,7 +197,7 @@ def build_activation(architecture: Any, place: str = "act") -> hessQuikActivatio
 def count_layers(architecture: Any, nesting: int = MAX_NESTING) -> int:
     """Return the number of layers that a description asks for, without building any.
 
-    What is not a description counts as one layer, so that a wrong part never hides others.
+    A part that is not a valid description counts as one layer, so that an invalid part never hides others.
 
     Example:
         >>> count_layers({"type": "NN", "layers": [{"type": "resnetNN", "width": 4, "depth": 3}, {}]})

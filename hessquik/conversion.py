@@ -134,7 +134,7 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a broken or hostile pickle makes of the reader
+    except Exception as error:  # any error that a broken or hostile pickle causes
         name = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and name:
             raise FormatError(
@@ -218,7 +218,7 @@ _FAMILIES: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
 
 
 def _tensors(module: Any, prefix: str = "", nesting: int = MAX_NESTING + 1) -> dict[str, torch.Tensor]:
-    """Return the state dict of a stand-in; a layer may have one module inside it."""
+    """Return the state dict of a stand-in; a layer may contain one module."""
     if nesting < 0:
         raise FormatError(f"layers and networks must be nested at most {MAX_NESTING} deep, got more at {prefix:.60}")
     found = {prefix + name: value for name, value in _parts(module, "_parameters").items() if value is not None}

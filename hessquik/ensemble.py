@@ -34,7 +34,7 @@ class EnsembleEvaluator:
         dtype: ``torch.float32`` or ``torch.float64``; the members' own if not given.
         threads: Threads that share a large call.
         backend: A name out of :func:`hessquik.backends.names`.
-        compiled: Quantities of calls that get kernels of their own.
+        compiled: Sets of quantities for which kernels are compiled.
 
     Attributes:
         members: The members' evaluators.

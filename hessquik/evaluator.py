@@ -63,7 +63,7 @@ class Evaluator:
         d: Number of inputs.
         m: Number of outputs.
         backend: What runs the programs.
-        compiled: Sets of quantities whose calls have kernels of their own.
+        compiled: Sets of quantities for which kernels are compiled.
 
     Raises:
         ShapeError: the dtype is neither float32 nor float64, or quantities to compile are unknown or need directions.
@@ -246,7 +246,7 @@ class Evaluator:
 
     @staticmethod
     def _ask(quantities: Sequence[str], weights: Given, directions: Given) -> Ask:
-        """Return what is asked as the key of a plan."""
+        """Return the key of the plan for quantities, weights and directions."""
 
         def rows(given: Given, shared_axes: int) -> tuple[str | None, tuple[int, ...]]:
             if given is None:
@@ -273,7 +273,7 @@ class Evaluator:
         return runner
 
     def _compile(self, compiled: Sequence[Sequence[str]]) -> dict[Ask, backends.Runner]:
-        """Return runners with kernels of their own; they are kept, so that a call's kernel never changes."""
+        """Return runners on kernels compiled for their plans; they are kept, so a call's kernel never changes."""
         for names in compiled:
             undirected = [name for name in QUANTITIES if not needs_directions([name])]
             if not names or not set(names) <= set(undirected):
@@ -326,7 +326,7 @@ class Evaluator:
             future.result()
 
     def _results(self, quantities: Sequence[str], runner: backends.Runner, n: int, x: Tensor) -> dict[str, Tensor]:
-        """Return arrays for the results, where the points are; those of few rows like earlier ones, for speed."""
+        """Return arrays for the results on the points' device; those of few rows are made from stored templates."""
         key = (tuple(quantities), n)
         known = runner.templates.get(key)
         if known is not None and x.is_cpu:
@@ -341,7 +341,7 @@ class Evaluator:
     def _check_out(
         self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device, out: dict[str, Tensor]
     ) -> None:
-        """Raise :class:`ShapeError` for results' places that do not fit."""
+        """Raise :class:`ShapeError` if the given output arrays do not fit."""
         if out.keys() != set(quantities):
             raise ShapeError(f"expected places for {', '.join(quantities)}, got {', '.join(out)}")
         for name, place in out.items():

@@ -2,7 +2,7 @@
 
 A formula is ``"z"``, a number, or a list ``[operation, formula, …]`` with an operation of :data:`UNARY` or
 :data:`BINARY`, or ``["power", formula, k]`` with a whole k or ±0.5; ``["mul", "z", ["sigmoid", "z"]]`` is SiLU. All
-operations are smooth where they are defined, and so is whatever they make up.
+operations are smooth where they are defined, and so is every formula.
 
 Derivatives follow by the chain rule, operation by operation: with u the inner function, (f ∘ u)' = f'(u) u' and
 (f ∘ u)'' = f''(u) u'² + f'(u) u''.

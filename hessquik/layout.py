@@ -202,7 +202,7 @@ class _Layout:
         return next(iter(uses)) if len(uses) == 1 and i not in self.results else None
 
     def other(self, step: int, i: int) -> int:
-        """Return the operand of ``step`` beside ``i``."""
+        """Return the other operand of ``step`` than ``i``."""
         left, right = self.nodes[step].inputs
         return right if left == i else left
 
@@ -257,7 +257,7 @@ class _Layout:
         return Strided(self.externals[name], shape, tuple(reversed(strides)))
 
     def place_outputs(self) -> None:
-        """Place the node behind each output directly in the output, through the views between them."""
+        """Place the node that computes each output directly in the output, through the views between them."""
         for name, output in self.graph.outputs.items():
             i = output
             place: Strided | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
@@ -271,7 +271,7 @@ class _Layout:
                 self.destination[i] = place
 
     def undone(self, view: int, place: Strided) -> Strided | None:
-        """Return where the input of a permutation or reshape lies, if its result lies at ``place``."""
+        """Return the array of the input of a permutation or reshape whose result is in ``place``."""
         node = self.nodes[view]
         if node.op == "reshape":
             return place.reshaped(self.nodes[node.inputs[0]].shape)

@@ -63,7 +63,7 @@ class Arena:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an array like ``torch.empty``; a large one is placed behind the last one."""
+        """Return an array like ``torch.empty``; a large one is placed in memory after the previous one."""
         size = -(-prod(shape) * dtype.itemsize // 64) * 64
         if size < SMALL_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype)

@@ -32,7 +32,7 @@ def compute_node(node: Node, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _aligned(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Insert axes behind the rows, so that arrays of different ranks broadcast."""
+    """Insert axes after that of the rows, so that arrays of different ranks broadcast."""
     rank = max(array.ndim for array in inputs)
     return [array[(slice(None), *(None,) * (rank - array.ndim))] for array in inputs]
 
@@ -48,7 +48,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _whole(array: Tensor) -> Tensor:
-    """Return an array with columns of zeros behind its own, up to a whole vector."""
+    """Return an array with its columns padded with zeros to whole vectors."""
     return pad(array, (0, -array.shape[-1] % WHOLE))
 
 

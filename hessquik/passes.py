@@ -134,7 +134,7 @@ def compose_views(builder: Builder, node: Node) -> int | None:
 
 
 def sink_reshapes(builder: Builder, node: Node) -> int | None:
-    """Move a reshape that removes axes of length 1 from behind a pointwise operation to its inputs."""
+    """Move a reshape that removes axes of length 1 from the result of a pointwise operation to its inputs."""
     if node.op != "reshape" or not builder.nodes[node.inputs[0]].is_pointwise:
         return None
     source = builder.nodes[node.inputs[0]]

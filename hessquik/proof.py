@@ -483,7 +483,7 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
         return torch.cat([v @ natural, natural.diagonal(dim1=1, dim2=2).unsqueeze(1)], dim=1)
 
     def packed_sections(packed: Tensor) -> Tensor:
-        # Entry (a, b) of the lower triangle stands at a(a+1)/2 + b.
+        # Entry (a, b) of the lower triangle has the index a(a+1)/2 + b.
         a = torch.arange(len(scale))
         high, low = torch.maximum(a, a.unsqueeze(-1)), torch.minimum(a, a.unsqueeze(-1))
         return sections(packed[:, high * (high + 1) // 2 + low])

@@ -1,9 +1,9 @@
-"""Values of a network computed a second, independent way: what the proof of its derivatives differentiates.
+"""An independent implementation of a network's values, which the proof of its derivatives differentiates.
 
-The formulas of the documented layers and activations stand here once more, by type name, on torch's own functions.
-They read constructor arguments and the state dict; no form, no ``forward`` and no activation object of the package
-takes part, so that an error there shows as a difference. Layers and activations of a user's own are evaluated by
-their own ``forward``; :func:`user_defined` names them.
+The formulas of the documented layers and activations are repeated here, by type name, with torch's own functions.
+They use constructor arguments and the state dict, but no form, no ``forward`` and no activation object of the
+package, so that an error there shows as a difference. User-defined layers and activations are evaluated by their own
+``forward``; :func:`user_defined` names them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ReferenceNetwork:
     """
 
     def __init__(self, network: NN, dtype: torch.dtype) -> None:
-        """Convert the weights, and copies of what is user-defined."""
+        """Convert the weights, and copies of user-defined layers and activations."""
         self._network = network
         state = network.state_dict()
         self._weights = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in state.items()}

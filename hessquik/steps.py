@@ -17,7 +17,7 @@ Invariants that layout establishes and backends keep:
 * A view has the full shape of its step; where one entry serves several, the stride is 0.
 * Arrays in TILE and SHARED memory have unit column stride unless a product or a map scatters into them. Their
   offsets, sizes and outer and inner strides are multiples of the program's vector, and the numbers between the last
-  column and the next multiple of the vector are zero: whoever writes the columns writes these zeros too
+  column and the next multiple of the vector are zero: the step that writes the columns writes these zeros too
   (:meth:`Program.padding`). ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of
   their inputs, which are TILE, SHARED or CONSTANT arrays of unit column stride.
 * A step never writes what it reads, except that a map may write an output onto one of its inputs, entry by entry, and

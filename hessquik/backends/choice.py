@@ -119,9 +119,9 @@ def compiles_plans(backend: str) -> bool:
 
 
 def make_runners(backend: str, plans: Sequence[Plan], dtype: torch.dtype, device: torch.device) -> list[Runner]:
-    """Return plans ready to run, on kernels of their own unless they are too large for that.
+    """Return plans ready to run, each on a kernel compiled for it, unless that would be too large.
 
-    What all other plans need is compiled, too.
+    The kernel that runs all other plans is compiled, too.
 
     Args:
         backend: One that compiles plans.

@@ -105,7 +105,7 @@ class TorchProgram:
 
     @torch.inference_mode()
     def _is_same_in_all_tiles(self) -> bool:
-        """Return whether equal rows have equal bits in tiles of every size, wherever they stand."""
+        """Return whether equal rows have equal bits in tiles of every size and at every index."""
         found: dict[str, list[Tensor]] = {name: [] for name in self._graph.outputs}
         for rows in self.tile_rows:
             generator = torch.Generator().manual_seed(0)

@@ -66,7 +66,7 @@ def capture(module: nn.Module, example: Tensor) -> Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(module, (example,))
-    except Exception as error:  # whatever the module's code makes of the tracer
+    except Exception as error:  # any error that the module's code causes
         raise UnsupportedError(_fault(module, error)) from None
     return _program(exported)
 

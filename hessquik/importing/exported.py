@@ -145,7 +145,7 @@ def _call(node: Mapping[str, Any]) -> Call:
     return Call(target, tuple(args), kwargs, tuple(outputs), _place(node.get("metadata", {})))
 
 
-#: Kinds of arguments that stand for themselves.
+#: Kinds of arguments whose value is used as it is.
 _PLAIN = {"as_int", "as_bool", "as_ints", "as_bools", "as_string", "as_strings"}
 #: Devices, layouts and memory formats, none of which changes a number.
 _IGNORED = {"as_none", "as_device", "as_layout", "as_memory_format"}

@@ -57,7 +57,7 @@ def readable(place: str) -> Iterator[None]:
         yield
     except UnsupportedError:
         raise
-    except Exception as error:  # whatever a call with wrong arguments makes of torch or of the standard's reference
+    except Exception as error:  # any error that wrong arguments cause in torch or the standard's reference
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise refuse(
             place,

@@ -100,7 +100,7 @@ def _load(path_or_model: Any) -> Any:
             _load_weights(model, path)
         except (OSError, FormatError):
             raise
-        except Exception as error:  # whatever a damaged file makes of the parser
+        except Exception as error:  # any error that a damaged file causes
             raise FormatError(f"{path.name}: the file must be an ONNX model ({str(error)[:100]})") from None
     if not isinstance(model, onnx.ModelProto) or not model.graph.node:
         raise FormatError("the model must be an ONNX model with at least one node")

@@ -136,7 +136,7 @@ _REASONS = (
         "LinearClassifier SVMClassifier ZipMap ArrayFeatureExtractor",
     ),
 )
-#: Operators that are refused for a reason of their own: what they do and what to do instead.
+#: Operators that are refused with a specific message: what they do and what to do instead.
 REFUSED: dict[str, tuple[str, str]] = {
     name: (does, instead) for does, instead, names in _REASONS for name in names.split()
 }

@@ -151,7 +151,7 @@ def _weights(tensor: Any) -> Tensor:
 
     try:
         weights: Tensor = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # any error that a damaged file causes
         name = tensor.name[:64]
         raise FormatError(f"tensor {name!r} must have numbers of its type and shape ({str(error)[:100]})") from None
     return weights

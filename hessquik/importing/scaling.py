@@ -22,7 +22,7 @@ class Scaling:
     """The scaling of the data that a network was trained on.
 
     The network g of the source was trained on u = (x − input_mean) / input_scale and on targets
-    v = (y − output_mean) / output_scale; what is served is y = output_mean + output_scale · g(u). Instead of mean and
+    v = (y − output_mean) / output_scale; the import gives y = output_mean + output_scale · g(u). Instead of mean and
     scale there may be bounds: [lower, upper] was then mapped to [0, 1], or to ``onto``.
 
     Attributes:

@@ -116,7 +116,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # whatever a broken or hostile pickle makes of the reader
+    except Exception:  # any error that a broken or hostile pickle causes
         raise FormatError(
             f"{path.name}: the file must be a state dict that torch.save wrote, which holds tensors alone; a whole "
             "module is a pickle of code: save module.state_dict(), or torch.export.save the module to a .pt2 file"

@@ -175,7 +175,7 @@ _NORM = "use nn.BatchNorm1d, whose evaluation mode is an affine map, or scale th
 _INTEGER = "import the part of the network behind the table, which takes real numbers"
 _EVAL = "call module.eval() before"
 
-#: Operations that are refused for a reason of their own: what they do, what to do instead, and their names.
+#: Operations that are refused with a specific message: what they do, what to do instead, and their names.
 _REASONS = (
     (
         "is a convolution, which is not kept as one here",

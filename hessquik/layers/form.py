@@ -49,7 +49,7 @@ class Form:
         skip: Sᵢ, one per part, (pᵢ, q); zero if not given.
         out: Q (w, q).
         offset: μ (q,).
-        carries: Whether the last input part is also the last output part, behind y.
+        carries: Whether the last input part is also the last output part, after y.
 
     Raises:
         ShapeError: the maps do not fit each other.

@@ -211,14 +211,14 @@ class NN(nn.Sequential):
             d2ud2x: Hessian of x (n, d', d', d), or its Laplacian (n, 1, d); forward mode only.
             v: Forward: directions (k, d) or (n, k, d). Backward: weights (m, k) or (n, m, k). Because it decides
                 what v means, the mode is forward exactly if d < m when only ``v`` is given.
-            hand_on: Whether the input x that a convex last layer hands on is returned too, behind the m outputs, as
-                the next network of a chain needs it. By default exactly with ``forward_mode=None``, which is there
-                for chaining by hand.
+            hand_on: Whether the input x that a convex last layer passes on is returned too, after the m outputs, as
+                the next network of a chain needs it. By default only with ``forward_mode=None``, which is meant for
+                chaining by hand.
             kwargs: ``forward_mode``, see :meth:`setup_forward_mode`.
 
         Returns:
             f (n, m), gradient (n, d, m) or ``None``, Hessian (n, d, d, m) or Laplacian (n, 1, m) or ``None``, where
-            m counts what is handed on too. With ``v``, gradient (n, k, m) and Hessian (n, k, k, m) forward,
+            m counts the features passed on too. With ``v``, gradient (n, k, m) and Hessian (n, k, k, m) forward,
             (n, d, k) and (n, d, d, k) backward.
 
         Raises:

@@ -65,19 +65,19 @@ def rounding(terms: Sequence[Tensor]) -> float:
 
 
 def observed_order(found: Sequence[float], order: int, base: float, noise: float) -> float:
-    """Return the power of the step with which errors at steps 1, 1/base, 1/base², … fall.
+    """Return the power of the step at which errors at steps 1, 1/base, 1/base², … decrease.
 
-    The last steps that rounding leaves readable decide: there a wrong derivative shows, while with large steps even
-    one that is only nearly right falls fast.
+    The smallest steps whose errors exceed rounding decide: a wrong derivative shows there, while for large steps even
+    the errors of a nearly right one decrease fast.
 
     Args:
         found: The errors, at least :data:`LEAST_STEPS`.
-        order: The power that is expected.
+        order: The expected power.
         base: Ratio of two steps.
         noise: Error that is rounding alone, see :func:`rounding`.
 
     Returns:
-        The power; ∞ if there is nothing but rounding from the start, 0 if no error stands out from it or is finite.
+        The power; ∞ if all errors are rounding from the first step on, 0 if no error exceeds rounding or is finite.
 
     Raises:
         ValueError: there are too few errors.

@@ -408,7 +408,7 @@ class NodeWorld:
                 return  # the folder could not be read
         except asyncio.CancelledError:
             self.ends["cancelled"] += 1
-            self.unsure |= {key for key, _ in before}  # it goes on, and may not find the model
+            self.unsure |= {key for key, _ in before}  # the load continues, and may not find the model
         else:
             expect(all(one.state == "ready" for one in loaded), "what was loaded is ready")
             self.ends["loaded"] += 1

@@ -1,7 +1,7 @@
 """The CPU backend: a compiled kernel that runs a program in one call, for any number of rows.
 
-It is built when the package is installed, where there is a C compiler (GCC or clang). A row's arithmetic is the same
-wherever it stands and whatever stands beside it, so its bits are, too.
+It is built when the package is installed, if there is a C compiler (GCC or clang). A row's arithmetic does not depend
+on its index or on the other rows, so neither do its bits.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CpuProgram:
         self.packed_bytes = self._translation.packed_bytes
 
     def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop``; other rows are left alone.
+        """Compute rows ``start`` to ``stop``; other rows are unchanged.
 
         Args:
             arrays: Contiguous inputs and outputs by name, of the program's dtype.

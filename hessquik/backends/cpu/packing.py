@@ -29,7 +29,7 @@ def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int) -> Tensor:
 
 
 def pad_columns(array: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
-    """Return an array (outer, inner, columns) with zeros behind its columns.
+    """Return an array (outer, inner, columns) with its columns padded with zeros.
 
     Example:
         >>> pad_columns(torch.ones(1, 1, 3), torch.float32, 4).tolist()

@@ -15,7 +15,7 @@ __all__ = ["CONSTANTS", "KERNEL", "make"]
 
 
 def _load() -> ModuleType | None:
-    """Return the kernel if it was built, and from the sources beside it."""
+    """Return the kernel if it was built from the sources in this folder, else ``None``."""
     try:
         kernel = importlib.import_module("hessquik.backends.cpu._kernel")
     except ImportError:

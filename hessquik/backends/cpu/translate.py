@@ -339,7 +339,7 @@ class Translation:
         )  # fmt: skip
 
     def _reduced(self, view: View | None) -> Any:
-        """Return the structure of a view that is read in whole vectors and has zeros behind its columns."""
+        """Return the structure of a view that is read in whole vectors, its columns padded with zeros."""
         is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
         if view is not None and (not is_dense or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
             raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
@@ -373,7 +373,7 @@ def _has_plain_columns(view: View) -> bool:
 
 
 def _is_run(view: View, width: int) -> bool:
-    """Return whether the entries of all rows lie in memory at a constant distance of ``width``."""
+    """Return whether the entries of all rows have the constant distance ``width`` in memory."""
     extents = view.shape[:2]
     strides = (view.buffer.row_stride, *(s for e, s in zip(extents, view.strides[:2], strict=True) if e > 1))
     inside = (prod(extents), *(prod(extents[i + 1 :]) for i, e in enumerate(extents) if e > 1))
