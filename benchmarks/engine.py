@@ -91,7 +91,7 @@ def paper(what: str, d: int, m: int = 1) -> list[Row]:
 
 
 def wide(what: str, largest: bool) -> list[Row]:
-    """The wide networks at one point and at many."""
+    """Return the cases of wide networks, at one point and at many."""
     found = [
         *rows(what, "10-64×5-1", lambda: residual(10, 64, 5), 1, 256),
         *rows(what, "32-128×5-1", lambda: residual(32, 128, 5), 1, 256),
@@ -162,7 +162,7 @@ def seconds(call: Callable[[], object], repeats: int = 1) -> float:
 
 
 def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest difference of any answer at the first points, relative to its largest entry."""
+    """Return the largest difference of any answer at the first points, relative to its largest entry."""
     largest = 0.0
     for a, b in zip(found, wanted, strict=True):
         first = a[: len(b)]
@@ -257,7 +257,7 @@ def floors() -> dict[str, float]:
 
 
 def measure_part(name: str, only: str, compile_s: float, path: Path) -> None:
-    """All rows of a part, written after each one; the floors before and after them."""
+    """Measure all rows of a part, and the lower bounds before and after them; save the results after each row."""
     torch.set_num_threads(len(CORES))
     before = floors()
     found: dict[str, dict[str, Any]] = {}
@@ -306,7 +306,7 @@ print((peak_kib() - before) * 1024 - size, size)
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most memory that a process of its own held, beyond inputs and results."""
+    """Return the peak memory of a separate process, without inputs and results."""
     found = []
     for d, w, depth, n in ((10, 64, 5, 65536), (10, 256, 7, 16384), (256, 16, 4, 4096), (100, 128, 5, 16384)):
         program = MEMORY.format(d=d, w=w, depth=depth, n=n)

@@ -40,7 +40,7 @@ def write(parts: Iterable[str], folder: Path) -> None:
 
 
 def line(row: dict[str, Any], floors: dict[str, float], suffix: str = "") -> str:
-    """A row of the table; the floor is the slower of computing and of writing the results."""
+    """Return a row of the table; the floor is the slower of computing and of writing the results."""
     rate = row["operations"] / row["ours_s"]
     floor = max(row["operations"] / floors[row["dtype"]], row["bytes"] / floors["write"])
     found = best(row)
@@ -53,19 +53,19 @@ def line(row: dict[str, Any], floors: dict[str, float], suffix: str = "") -> str
 
 
 def missing(row: dict[str, Any], name: str) -> str:
-    """Why a contender has no figure, if there is more to say than that it does not exist."""
+    """Return the text in place of a contender's figure: wrong, too slow, or – if there is no more to say."""
     said = {note for full, note in row["notes"].items() if full.startswith(name)}
     return "wrong" if any(note.startswith("wrong") for note in said) else "too slow" if said else "–"
 
 
 def best(row: dict[str, Any]) -> dict[str, list[float]]:
-    """Quartiles of the ratios by contender, the original in the better of its modes."""
+    """Return the quartiles of the ratios by contender, the original in the better of its modes."""
     ordered = sorted(row["ratios"].items(), key=lambda item: -item[1][1])
     return {next(name for name in NAMES if full.startswith(name)): ratio for full, ratio in ordered}
 
 
 def figures(rows: list[dict[str, Any]]) -> list[str]:
-    """The least and the geometric mean of the median ratios, beside what was to be reached."""
+    """Return the smallest and the geometric mean of the median ratios, and the targets."""
     hessian = [row for row in rows if row["what"] == "hessian"]
     paper = [row for row in hessian if row["title"].startswith("paper") and row["dtype"] == "float32"]
     scalar = [row for row in paper if "m =" not in row["title"]]
@@ -111,7 +111,7 @@ def at_one_point(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def rates(parts: list[dict[str, Any]]) -> list[str]:
-    """The floors that were measured in each part, and how long compiling took."""
+    """Return the lower bounds that were measured in each part, and the compile times."""
     lines = [
         "| part | threads | product, float32 | float64 | writing | copying | torch.compile, s |",
         f"|{'---|' * 7}",
@@ -130,7 +130,7 @@ def rates(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def memory(rows: list[dict[str, Any]]) -> list[str]:
-    """Peak memory."""
+    """Return the section about peak memory."""
     lines = ["| value, gradient, Hessian | inputs and results | beyond them |", "|---|---|---|"]
     for row in rows:
         sizes = (row["result_bytes"], max(0, row["beyond_bytes"]))
@@ -139,7 +139,7 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Median ratios with their quartiles, one line of marks per row."""
+    """Draw the median ratios with their quartiles, one line per row."""
     figure, axes = plt.subplots(figsize=(8, 0.19 * len(rows) + 1.2), layout="constrained")
     for name, marker in zip(NAMES, "osDX^v", strict=True):
         found = [(i, best(row)[name]) for i, row in enumerate(rows) if name in best(row)]

@@ -93,7 +93,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def describe(case: Case, arch: int) -> dict[str, Any]:
-    """Compile a case and return what it compiles to."""
+    """Compile a case and return the properties of its kernel."""
     began = time.perf_counter()
     kernel, written = compiled(case, arch)
     row = {
@@ -178,7 +178,7 @@ def write(row: dict[str, Any], path: Path) -> None:
 
 
 def compile_all(path: Path, arches: Sequence[int], processes: int) -> None:
-    """Compile all cases in several processes and write what they compile to."""
+    """Compile all cases in several processes and save the properties of their kernels."""
     path.unlink(missing_ok=True)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(describe, case, arch): case for arch in arches for case in COMPILED}

@@ -47,14 +47,14 @@ class Residual(nn.Module):
 
 
 def imported(d: int, w: int, depth: int) -> NN:
-    """A network of torch, imported."""
+    """Return a network of torch, imported."""
     torch.manual_seed(0)
     blocks = [Residual(w) for _ in range(depth - 1)]
     return hessquik.from_torch(nn.Sequential(nn.Linear(d, w), nn.Tanh(), *blocks, nn.Linear(w, 1)))
 
 
 def written(d: int, w: int, depth: int, weights: dict[str, Tensor]) -> NN:
-    """The same network, written with our layers."""
+    """Return the same network, written with our layers."""
     blocks = [resnetLayer(w, 0.5, tanhActivation()) for _ in range(depth - 1)]
     network = NN(singleLayer(d, w, tanhActivation()), *blocks, singleLayer(w, 1))
     network.load_state_dict(weights)
@@ -69,7 +69,7 @@ def seconds(evaluate: Evaluator, x: Tensor, asked: tuple[str, ...], repeats: int
 
 
 def measure(d: int, w: int, depth: int, n: int, asked: tuple[str, ...]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     network = imported(d, w, depth)
     both = Evaluator(network, threads=1), Evaluator(written(d, w, depth, network.state_dict()), threads=1)
     assert str(both[0].plan(asked)) == str(both[1].plan(asked))

@@ -68,11 +68,11 @@ class Peer:
     compile_s: float = 0.0
 
     def arrays(self, *tensors: Tensor) -> tuple[Any, ...]:
-        """The inputs as it takes them."""
+        """Return the inputs in the implementation's own types."""
         return tuple(jnp.array(tensor.numpy()) for tensor in tensors) if self.takes_jax else tensors
 
     def read(self, out: Any, what: str) -> list[Tensor]:
-        """Its answer, in our layout and float64, in the order of QUANTITIES."""
+        """Return an answer in our layout and float64, in the order of QUANTITIES."""
         found = [torch.from_numpy(np.array(part)) if self.takes_jax else part for part in out]
         # How many axes of inputs stand behind the outputs.
         axes = {"hessian": (0, 1, 2), "hvp": (1,)}.get(what, (0,))
@@ -121,7 +121,7 @@ def function(network: NN, xp: Any, array: Callable[[Tensor], Any]) -> Callable[[
 
 
 def of_one_point(f: Callable[[Any], Any], what: str, transforms: Any) -> Callable[[Any, Any], Any]:
-    """The derivatives of f at x, as torch.func's or JAX's transforms give them; forward over reverse."""
+    """Return the derivatives of f at x by torch.func's or JAX's transforms, forward over reverse mode."""
     jacfwd, jacrev, jvp = transforms.jacfwd, transforms.jacrev, transforms.jvp
 
     def with_gradient(x: Any) -> Any:
@@ -156,7 +156,7 @@ def exact(network: NN, what: str, x: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def in_original(network: NN) -> Any:
-    """The same network in hessQuik 0.0.6; every layer with an activation object of its own, which it needs."""
+    """Return the same network in hessQuik 0.0.6, which needs a separate activation object for each layer."""
 
     def copy(module: Any) -> Any:
         act = getattr(getattr(module, "layer", module), "act", None)
@@ -178,7 +178,7 @@ def in_original(network: NN) -> Any:
 
 
 def originals(network: NN, what: str, n: int) -> dict[str, Peer]:
-    """The original's ways, each under its name and mode."""
+    """Return the original's implementations by name and mode."""
     if original_networks is None or what not in {"hessian", "laplacian"}:
         return {}
     copy, found = in_original(network), {}
@@ -203,7 +203,7 @@ def originals(network: NN, what: str, n: int) -> dict[str, Peer]:
 
 
 def compiled(way: Callable[[Any, Any], Any], x: Tensor, v: Tensor) -> Peer:
-    """Torch's compiler on what its tracer makes of ``way``; on the transforms themselves it fails."""
+    """Return ``way``, traced and then compiled by torch; its compiler fails on the transforms themselves."""
     begin = time.perf_counter()
     torch._dynamo.reset()
     graph = torch.compile(make_fx(way)(x, v), dynamic=False, fullgraph=True)
@@ -217,7 +217,7 @@ def compiled(way: Callable[[Any, Any], Any], x: Tensor, v: Tensor) -> Peer:
 
 
 def peers(network: NN, what: str, x: Tensor, v: Tensor, may_compile: bool) -> dict[str, Peer]:
-    """Every way there is by its name; those of the original by its modes' names."""
+    """Return all implementations by name; those of the original are named by its modes."""
     found = originals(network, what, len(x))
     way = torch.func.vmap(of_one_point(function(network, torch, lambda tensor: tensor), what, torch.func), (0, None))
     found["torch.func"] = Peer(way)

@@ -91,7 +91,7 @@ class Server:
             raise NotServing(f"{Path(command[0]).name} does not run: {error.strerror}") from None
 
     def url(self, path: str | None = None) -> str:
-        """The address of requests."""
+        """Return the address of requests."""
         return f"http://127.0.0.1:{self.port}{self.contender.path if path is None else path}"
 
     def wait_until_serving(self, points: Array) -> Server:
@@ -114,7 +114,7 @@ class Server:
         raise NotServing(f"{why} within {START_S:g} s: {self._last_words()}")
 
     def ask(self, points: Array) -> dict[str, Array]:
-        """One request.
+        """Send one request and return the answer.
 
         Raises:
             NotServing: there is no answer.
@@ -122,7 +122,7 @@ class Server:
         return self.contender.read(self.post(self.contender.path, self.contender.body(points), "application/json"))
 
     def post(self, path: str, body: bytes, media_type: str) -> bytes:
-        """One request's reply.
+        """Send one request and return the reply.
 
         Raises:
             NotServing: there is none.
@@ -141,7 +141,7 @@ class Server:
         return data
 
     def error(self, points: Array, expected: Mapping[str, Array]) -> float:
-        """The largest error over all quantities, relative to the largest entry, of requests sent all at once.
+        """Return the largest error over all quantities, relative to the largest entry, of requests sent all at once.
 
         Raises:
             NotServing: an answer is missing or has another shape.
@@ -157,7 +157,7 @@ class Server:
         return worst
 
     def processor_s(self) -> float:
-        """Processor time that it and its children have used."""
+        """Return the processor time that the process and its children have used."""
         used = 0.0
         for process in (self._process, *self._children()):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -215,7 +215,7 @@ class Server:
             return []
 
     def _last_words(self) -> str:
-        """The end of its log, without this machine's paths."""
+        """Return the last lines of the server's log, without this machine's paths."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
         return " / ".join(lines[-2:])[-300:].replace(str(ROOT), ".").replace(str(Path.home()), "~")
@@ -244,7 +244,7 @@ def make_peers_environment() -> None:
 
 
 def _free_port() -> int:
-    """A port that is free together with the two after it, which Triton takes too."""
+    """Return a free port such that the two after it are free, too, since Triton uses all three."""
     while True:
         with contextlib.ExitStack() as held, contextlib.suppress(OSError, OverflowError):
             first = held.enter_context(socket.socket())
@@ -306,7 +306,7 @@ def _start_triton(model: Path, port: int, tuning: Tuning) -> Command:
 
 
 def _grid(*waits_ms: float, unbatched: bool = True) -> tuple[Tuning, ...]:
-    """Batching with each wait by one worker, with the first by two, and none."""
+    """Return the tunings to try: each waiting time with one worker, the first with two, and no batching."""
     batched: list[dict[str, Any]] = [{"max_batch_size": 64, "wait_ms": wait, "workers": 1} for wait in waits_ms]
     more = {"max_batch_size": 64, "wait_ms": waits_ms[0], "workers": 2}
     alone = {"max_batch_size": 1, "wait_ms": waits_ms[0], "workers": 1}

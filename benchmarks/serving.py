@@ -90,7 +90,7 @@ class Benchmark:
     # Parts of the run.
 
     def compare(self) -> dict[str, Any]:
-        """Every contender at every number of connections, in turns."""
+        """Measure every contender at every number of connections, in turns."""
         failed: dict[str, str] = {}
         tuned: dict[str, dict[str, Tuning]] = {}
         for contender in CONTENDERS:
@@ -163,7 +163,7 @@ class Benchmark:
         return rows_per_second
 
     def workers(self) -> dict[str, dict[str, list[Measured]]]:
-        """One row at 64 connections and a mixed load of 1 to 256 rows at 16, with one worker and with two."""
+        """Measure one row at 64 connections and 1 to 256 rows at 16, with one worker and with two."""
         rows = np.rint(np.exp(self._random.uniform(0, np.log(256), 128))).astype(int)
         mixed = self._write("mixed", [OURS.body(self._random.uniform(-1, 1, (n, SMALL_D))) for n in rows])
         found: dict[str, dict[str, list[Measured]]] = {}
@@ -182,7 +182,7 @@ class Benchmark:
         return found
 
     def beside_bulk(self) -> dict[str, list[Measured]]:
-        """One-row requests one after the other, alone and beside a bulk load."""
+        """Measure one-row requests one after the other, alone and during a bulk load."""
         found: dict[str, list[Measured]] = {"alone": [], "beside_bulk": []}
         bodies = self._write("bulk", self._bulk_bodies(SAFETENSORS))
         with self._ours() as server:
@@ -201,7 +201,7 @@ class Benchmark:
     # What they are made of.
 
     def _tune(self, contender: Contender) -> dict[str, Tuning]:
-        """The tuning with the shortest p50 at one connection, and the one with the most answers at 64."""
+        """Return the tuning with the shortest p50 at one connection, and the one with the most answers at 64."""
         grid = contender.grid[:1] if self.is_quick else contender.grid
         if contender.command(self.model, 0, grid[0])[0][0].startswith(str(PEERS)):
             make_peers_environment()
@@ -226,7 +226,7 @@ class Benchmark:
         return {"latency": min(tried, key=lambda one: one[0])[2], "throughput": max(tried, key=lambda one: one[1])[2]}
 
     def _check(self, server: Server) -> float:
-        """The error of a contender's answers against autodiff in float64.
+        """Return the error of a contender's answers against autodiff in float64.
 
         Raises:
             NotServing: it is too large.
@@ -237,7 +237,7 @@ class Benchmark:
         return error
 
     def _check_bulk(self, server: Server, path: str) -> None:
-        """Every 256th Hessian of a bulk reply against autodiff, in both media types."""
+        """Compare every 256th Hessian of a bulk reply with autodiff, in both media types."""
         points = self._random.uniform(-1, 1, (BULK_ROWS, BULK_D))
         shown = slice(0, None, 256)
         expected = self._derivatives("bulk", points[shown])["hessian"]
@@ -252,7 +252,7 @@ class Benchmark:
                 raise NotServing(f"expected bulk answers within {TOLERANCE:g} of autodiff, got {error:.1e}")
 
     def _derivatives(self, name: str, points: Array) -> dict[str, Array]:
-        """By autodiff, without the engine."""
+        """Return the derivatives by autodiff, without the engine."""
         found = oracle.derivatives(self.networks[name], torch.from_numpy(points))
         return {
             quantity: tensor.numpy() for quantity, tensor in zip(("value", "gradient", "hessian"), found, strict=True)
@@ -266,7 +266,7 @@ class Benchmark:
             yield server
 
     def _one_row(self, server: Server, connections: int) -> Measured:
-        """A load of one row per request, after a short one to warm up."""
+        """Return a load of one row per request, after a short one to warm up."""
         bodies = self._write(
             f"one-{server.contender.name}",
             [server.contender.body(self._random.uniform(-1, 1, (1, SMALL_D))) for _ in range(256)],
@@ -295,7 +295,7 @@ class Benchmark:
         return float(done.stdout)
 
     def _bulk_rate(self, server: Server, path: str, media_type: str) -> float:
-        """Rows per second of bulk requests.
+        """Return rows per second of bulk requests.
 
         wrk counts nothing of what is under way when its time is over, which may be a tenth of so few requests; so
         this is the service's own load generator, which waits for the last answer.
@@ -380,7 +380,7 @@ def _background(command: list[str], environment: dict[str, str]) -> Iterator[Non
 
 
 def _network(d: int) -> NN:
-    """The network of all comparisons: ResNet d-64×5-1."""
+    """Return the network of all comparisons: ResNet d-64×5-1."""
     f64 = torch.float64
     return NN(singleLayer(d, 64, dtype=f64), resnetNN(64, 4, dtype=f64), singleLayer(64, 1, dtype=f64))
 

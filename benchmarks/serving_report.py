@@ -90,7 +90,7 @@ def _comparison(contenders: dict[str, Any]) -> list[str]:
 
 
 def _targets(results: dict[str, Any]) -> list[tuple[str, str, float, float]]:
-    """Goal, direction, what is wanted, what was measured."""
+    """Return for each goal its name, direction, target and measured value."""
     rows: list[tuple[str, str, float, float]] = []
     contenders = results.get("compare", {}).get("contenders", {})
     best = _best(contenders, "1", "p50_ms", shortest=True)
@@ -175,7 +175,7 @@ def _median(of: dict[str, Any], connections: str, figure: str) -> float:
 
 
 def _ratio(contenders: dict[str, Any], above: str, below: str, connections: str, figure: str) -> float:
-    """The median of the rounds' ratios."""
+    """Return the median of the rounds' ratios."""
     of_round = [
         {one["round"]: one[figure] for one in contenders[name]["connections"][connections]} for name in (above, below)
     ]
@@ -184,7 +184,7 @@ def _ratio(contenders: dict[str, Any], above: str, below: str, connections: str,
 
 
 def _best(contenders: dict[str, Any], connections: str, figure: str, shortest: bool) -> str | None:
-    """The best of the servers that batch, other than ours."""
+    """Return the best of the other servers that batch."""
     there = [name for name in BATCHING if _has(contenders, name, connections)]
     choose = min if shortest else max
     return choose(there, key=lambda name: _median(contenders[name], connections, figure)) if there else None

@@ -37,7 +37,7 @@ class Pin(NamedTuple):
 
 
 def read_lock(text: str) -> list[Pin]:
-    """The pins of a lock file as ``uv pip compile --generate-hashes`` writes it."""
+    """Return the pins of a lock file as ``uv pip compile --generate-hashes`` writes it."""
     return [
         Pin(
             match["name"],
@@ -52,7 +52,7 @@ def read_lock(text: str) -> list[Pin]:
 
 
 def describe(pin: Pin) -> Component:
-    """A locked package as a component; every file that the lock admits by its hash."""
+    """Return a locked package as a component; every file that the lock admits by its hash."""
     # A local version such as 2.13.0+cpu is no release of the Python package index.
     qualifiers = {"repository_url": PYTORCH_CPU} if pin.version.endswith("+cpu") else {}
     address = PackageURL("pypi", None, pin.name, pin.version, qualifiers)
@@ -72,7 +72,7 @@ def describe(pin: Pin) -> Component:
 
 
 def write_bill(lock: str) -> str:
-    """The bill of materials of a lock file's text, as JSON."""
+    """Return the bill of materials of a lock file's text, as JSON."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     root = Component(
         type=ComponentType.APPLICATION, name=project["name"], version=project["version"], bom_ref=project["name"]

@@ -62,7 +62,7 @@ class Target:
         return torch.tensor([low for low, _ in self.inputs.values()], dtype=torch.float64)
 
     def upper(self) -> Tensor:
-        """Upper bounds (d,)."""
+        """Return upper bounds (d,)."""
         return torch.tensor([high for _, high in self.inputs.values()], dtype=torch.float64)
 
     def unit(self, x: Tensor) -> Tensor:
@@ -72,17 +72,17 @@ class Target:
         return torch.where(logarithmic, x * torch.log(upper / lower), upper - lower) / 2
 
     def spread_points(self, n: int, seed: int) -> Tensor:
-        """Points (n, d) that fill the box evenly: a scrambled Sobol sequence."""
+        """Return points (n, d) that fill the box evenly: a scrambled Sobol sequence."""
         unit = SobolEngine(len(self.inputs), scramble=True, seed=seed).draw(n, dtype=torch.float64)
         return self.lower() + (self.upper() - self.lower()) * unit
 
     def random_points(self, n: int, seed: int) -> Tensor:
-        """Points (n, d) drawn from the uniform distribution on the box."""
+        """Return points (n, d) drawn from the uniform distribution on the box."""
         unit = torch.rand(n, len(self.inputs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return self.lower() + (self.upper() - self.lower()) * unit
 
     def derivatives(self, x: Tensor) -> Derivatives:
-        """Exact value (n, 1), gradient (n, d, 1) and Hessian (n, d, d, 1) of f by torch.func."""
+        """Return exact value (n, 1), gradient (n, d, 1) and Hessian (n, d, d, 1) of f by torch.func."""
         gradient = torch.func.grad(self.function)
         wanted = (self.function, gradient, torch.func.jacrev(gradient))
         found = (torch.func.vmap(of)(x).unsqueeze(-1) for of in wanted)
@@ -90,7 +90,7 @@ class Target:
 
 
 def affine_layer(scale: Tensor, offset: Tensor) -> singleLayer:
-    """The layer y = scale ⊙ x + offset, which training leaves alone."""
+    """Return the layer y = scale ⊙ x + offset, which training does not change."""
     layer = singleLayer(len(scale), len(scale), dtype=torch.float64)
     layer.load_state_dict({"K": torch.diag(scale), "b": offset})
     return layer.requires_grad_(False)
@@ -174,7 +174,7 @@ def fit(network: NN, target: Target, x: Tensor, rounds: int) -> None:
 
 
 def relative_errors(found: Derivatives, exact: Derivatives, unit: Tensor) -> dict[str, Tensor]:
-    """The errors ‖found − exact‖ / ‖exact‖ over all points, by quantity.
+    """Return the errors ‖found − exact‖ / ‖exact‖ over all points, by quantity.
 
     Derivatives are taken per unit step, not per metre or year: otherwise those by the inputs with the smallest
     numbers would drown all others.

@@ -85,7 +85,7 @@ def minimise(model: Model, centre: np.ndarray, half_width: np.ndarray, limit: fl
 
 
 def borehole(x: np.ndarray) -> float:
-    """The function itself, in closed form; NaN where there is no such borehole."""
+    """Return the borehole function in closed form; NaN outside its domain."""
     rw, r, Tu, Hu, Tl, Hl, L, Kw = x
     if min(rw, Tu, Tl, L, Kw) <= 0 or r <= rw:
         return float("nan")

@@ -63,7 +63,7 @@ def newton(model: Model, starts: Array, lower: Array, upper: Array) -> tuple[Arr
 
 
 def distinct(points: Array) -> tuple[Array, NDArray[np.intp]]:
-    """The different ones among points (n, d), and for each point the number of its own (n,)."""
+    """Return the distinct points among points (n, d), and for each point the index of its distinct one (n,)."""
     found: list[Array] = []
     number = np.empty(len(points), dtype=np.intp)
     for place, point in enumerate(points):

@@ -36,7 +36,7 @@ class Posterior:
         self.centre, self.half_width = (lower + upper) / 2, (upper - lower) / 2
 
     def __call__(self, s: Array) -> tuple[float, float, Array]:
-        """The flow, log p and its gradient; outside of the box nothing is asked and p is 0."""
+        """Return the flow, log p and its gradient; outside of the box p is 0 and no request is sent."""
         if (abs(s) > 1).any():
             return 0.0, -np.inf, np.zeros_like(s)
         x = (self.centre + self.half_width * s).tolist()
@@ -47,7 +47,7 @@ class Posterior:
 
 
 def sample(posterior: Posterior, seed: int, steps: int, step: float) -> tuple[Array, float]:
-    """One chain: the flows of its second half, and the share of accepted proposals."""
+    """Return one chain: the flows of its second half, and the share of accepted proposals."""
     dice = np.random.default_rng(seed)
     s = np.clip(dice.normal(0, PRIOR, len(posterior.centre)), -0.9, 0.9)
     flow, log_p, slope = posterior(s)

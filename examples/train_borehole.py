@@ -16,7 +16,7 @@ SEED = 2
 
 
 def borehole(x: Tensor) -> Tensor:
-    """2π Tu (Hu−Hl) / (ln(r/rw) (1 + Tu/Tl) + 2 L Tu / (rw² Kw)) at one point."""
+    """Return 2π Tu (Hu−Hl) / (ln(r/rw) (1 + Tu/Tl) + 2 L Tu / (rw² Kw)) at one point."""
     rw, r, Tu, Hu, Tl, Hl, L, Kw = x
     return 2 * torch.pi * Tu * (Hu - Hl) / (torch.log(r / rw) * (1 + Tu / Tl) + 2 * L * Tu / (rw**2 * Kw))
 
@@ -45,7 +45,7 @@ RADIUS_UNITS = 8
 
 
 def points_near_small_radii(n: int, seed: int) -> Tensor:
-    """Points (n, 8), half of them with ln r instead of r spread evenly: f bends most where r is small."""
+    """Return points (n, 8), half of them with ln r instead of r spread evenly: f bends most where r is small."""
     x = TARGET.spread_points(n, seed)
     r, low, high = x[: n // 2, 1], TARGET.lower()[1], TARGET.upper()[1]
     r.copy_(low * (high / low) ** ((r - low) / (high - low)))

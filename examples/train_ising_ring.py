@@ -21,7 +21,7 @@ SPINS = 6
 
 
 def observables(spins: int) -> Tensor:
-    """Of all 2^N states of a ring (2^N, 4): Σ sᵢ, Σ (−1)ⁱ sᵢ, Σ sᵢ sᵢ₊₁ and Σ sᵢ sᵢ₊₂."""
+    """Return for all 2^N states of a ring (2^N, 4): Σ sᵢ, Σ (−1)ⁱ sᵢ, Σ sᵢ sᵢ₊₁ and Σ sᵢ sᵢ₊₂."""
     s = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=spins)), dtype=torch.float64)
     alternating = (-1.0) ** torch.arange(spins)
     return torch.stack([s, alternating * s, s * s.roll(-1, 1), s * s.roll(-2, 1)], dim=-1).sum(1)

@@ -15,7 +15,7 @@ SEED = 1
 
 
 def peaks(x: Tensor) -> Tensor:
-    """3(1−x)² exp(−x²−(y+1)²) − 10(x/5−x³−y⁵) exp(−x²−y²) − ⅓ exp(−(x+1)²−y²) at one point (x, y)."""
+    """Return 3(1−x)² exp(−x²−(y+1)²) − 10(x/5−x³−y⁵) exp(−x²−y²) − ⅓ exp(−(x+1)²−y²) at one point (x, y)."""
     x, y = x
     hill = 3 * (1 - x) ** 2 * torch.exp(-(x**2) - (y + 1) ** 2)
     ring = 10 * (x / 5 - x**3 - y**5) * torch.exp(-(x**2) - y**2)

@@ -53,13 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def shipped_models() -> Path:
-    """The folder of models that ship with the project."""
+    """Return the folder of models that ship with the project."""
     return ROOT / "models"
 
 
 @pytest.fixture(scope="session")
 def server(shipped_models: Path) -> Iterator[LiveServer]:
-    """A server of the shipped models, for tests that leave it as it was."""
+    """Yield a server of the shipped models, for tests that do not change it."""
     with LiveServer(shipped_models, workers=1, settings={"admin_keys": "admin"}) as live:
         yield live
 

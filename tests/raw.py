@@ -92,7 +92,7 @@ def ask(port: int, data: bytes, timeout_s: float = 30.0) -> Reply:
 
 
 def check_error(reply: Reply) -> None:
-    """Assert that an error is documented, is problem details, and discloses nothing of the machine or the input.
+    """Assert that an error is documented, has the problem-details format, and discloses neither machine nor input.
 
     Raises:
         AssertionError: one of these does not hold.

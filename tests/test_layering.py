@@ -84,7 +84,7 @@ NOT_FOR_THE_CLIENT = {"torch", "fastapi", "starlette", "uvicorn", "pydantic"}
 
 
 def sources(package):
-    """The files of a package by module name."""
+    """Yield the files of a package by module name."""
     folder = ROOT / package.replace(".", "/")
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -119,7 +119,7 @@ def is_type_checking(node):
 
 
 def imported_modules(package):
-    """For every module of a package, the modules of the same package that it imports."""
+    """Return for every module of a package the modules of the same package that it imports."""
     files = dict(sources(package))
     return {
         name: {
@@ -132,7 +132,7 @@ def imported_modules(package):
 
 
 def level(module, lines):
-    """The line that names the module or what it is inside of, the longest name first."""
+    """Return the line of the layering that names the module or its nearest enclosing package."""
     matches = [
         (len(name), number)
         for number, line in enumerate(lines)
@@ -145,7 +145,7 @@ def level(module, lines):
 
 
 def upward(graph, lines):
-    """The imports of something on a higher line."""
+    """Return the imports of modules on a higher line."""
     return [
         f"{module} imports {imported}"
         for module, found in graph.items()
@@ -155,7 +155,7 @@ def upward(graph, lines):
 
 
 def circle(graph):
-    """Modules that import each other in a circle, if there are any."""
+    """Return modules that form an import cycle, or an empty list."""
     done, way = set(), []
 
     def visit(module):

@@ -51,7 +51,7 @@ def borehole(x: Tensor) -> Tensor:
 
 
 def ising_ring(x: Tensor) -> Tensor:
-    """(ln Z)/6 by transfer matrices between neighbouring pairs of spins: Z = tr ∏ Tᵢ."""
+    """Return (ln Z)/6 by transfer matrices between neighbouring pairs of spins: Z = tr ∏ Tᵢ."""
     field, staggered, first, second = x
     spin = torch.tensor([-1.0, 1.0], dtype=x.dtype)
     a, b, c = spin[:, None, None, None], spin[None, :, None, None], spin[None, None, None, :]
@@ -100,13 +100,13 @@ def fresh_points(saved: SavedNetwork, n: int = FRESH_SAMPLES) -> Tensor:
 
 
 def exact(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (n,), gradient (n, d) and Hessian (n, d, d) by torch.func."""
+    """Return value (n,), gradient (n, d) and Hessian (n, d, d) by torch.func."""
     vmap, grad, jacrev = torch.func.vmap, torch.func.grad, torch.func.jacrev
     return vmap(function)(x), vmap(grad(function))(x), vmap(jacrev(grad(function)))(x)
 
 
 def evaluate(network: NN | Ensemble, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a network or ensemble with one output by the engine."""
+    """Return the same of a network or ensemble with one output by the engine."""
     out = evaluator_of(network)(x, QUANTITIES)
     assert out.value is not None
     assert out.gradient is not None

@@ -38,23 +38,23 @@ class Engine:
             self(np.zeros((rows, self.d)))
 
     def __call__(self, points: Array) -> dict[str, Array]:
-        """Value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) at the points (n, d)."""
+        """Return value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) at the points (n, d)."""
         found = self._evaluate(torch.from_numpy(points), QUANTITIES)
         return {name: getattr(found, name).numpy() for name in QUANTITIES}
 
     def each(self, batch: list[Array]) -> list[dict[str, Array]]:
-        """The answers to several requests of one point each, computed together."""
+        """Return the answers to several requests of one point each, computed together."""
         found = self(np.concatenate(batch))
         return [{name: array[i : i + 1] for name, array in found.items()} for i in range(len(batch))]
 
 
 def decode(document: dict[str, Any]) -> Array:
-    """The points of a request."""
+    """Return the points of a request."""
     return np.asarray(document["inputs"], dtype=np.float64)
 
 
 def encode(answers: dict[str, Array]) -> bytes:
-    """The JSON of a reply, by the fastest encoder there is."""
+    """Return a reply as JSON, by the fastest encoder."""
     flat = {name: np.ascontiguousarray(array) for name, array in answers.items()}
     return orjson.dumps({"model": "bench", "version": "1", **flat}, option=orjson.OPT_SERIALIZE_NUMPY)
 

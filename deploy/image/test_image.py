@@ -79,7 +79,7 @@ def mount_image() -> Iterator[Path]:
 
 
 def confine(root: Path, config: dict[str, Any], command: list[str], port: int) -> dict[str, Any]:
-    """The runtime's configuration for the image's own user and environment and the compose file's limits."""
+    """Return the runtime's configuration for the image's own user and environment and the compose file's limits."""
     uid, gid = map(int, config["User"].split(":"))
     (tmp,) = COMPOSE["tmpfs"]
     place, options = tmp.split(":")
@@ -130,7 +130,7 @@ def start(root: Path, config: dict[str, Any], bundle: Path, *command: str) -> Co
 
 @contextlib.contextmanager
 def running(root: Path, config: dict[str, Any], bundle: Path) -> Iterator[Container]:
-    """A container whose server is ready."""
+    """Yield a container whose server is ready."""
     container = start(root, config, bundle)
     try:
         began = time.monotonic()
@@ -161,13 +161,13 @@ def share_container(
 
 @pytest.fixture(name="mortal")
 def run_container(root: Path, config: dict[str, Any], tmp_path: Path) -> Iterator[Container]:
-    """A container that its test may stop."""
+    """Yield a container that its test may stop."""
     with running(root, config, tmp_path) as container:
         yield container
 
 
 def differentiate(path: Path, x: np.ndarray, directions: np.ndarray) -> dict[str, np.ndarray]:
-    """Every quantity from the network's value alone, by torch's own differentiation in float64."""
+    """Return every quantity from the network's value alone, by torch's own differentiation in float64."""
     network = hessquik.load(path).double()
 
     def value(point: torch.Tensor) -> torch.Tensor:

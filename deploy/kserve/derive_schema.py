@@ -33,7 +33,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 
 def read_models(wheel: str) -> dict[str, tuple[dict[str, str], dict[str, str], set[str]]]:
-    """Class → (types by attribute, JSON keys by attribute, attributes that must not be missing)."""
+    """Return by class: types by attribute, JSON keys by attribute, and required attributes."""
     models = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():

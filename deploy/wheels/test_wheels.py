@@ -55,7 +55,7 @@ def test_source_distribution_has_all_that_tests_need() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean environment with the wheel alone, and what it requires."""
+    """Return a clean environment with the wheel alone, and what it requires."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     wheel = wheel_for(platform.machine())

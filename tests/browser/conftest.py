@@ -33,7 +33,7 @@ def playwright() -> Iterator[Playwright]:
 
 @pytest.fixture(scope="module")
 def context(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    """One browser with a new and empty profile."""
+    """Yield one browser with a new and empty profile."""
     profile = tmp_path_factory.mktemp("profile")
     context = playwright.chromium.launch_persistent_context(
         profile, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1440, "height": 1000}
@@ -65,7 +65,7 @@ class Watched:
 
 @contextmanager
 def opened(context: BrowserContext, url: str, expected_error: str | None = None) -> Iterator[Watched]:
-    """A page that in the end may not have failed but as expected, nor have asked anybody but its own server."""
+    """Yield a page; check at the end that it had only expected errors and contacted only its own server."""
     watched = Watched(context.new_page())
     watched.page.goto(url)
     yield watched

@@ -1,4 +1,4 @@
-"""The page at /: what it shows is what the API answers, whatever happens to the server."""
+"""The page at /: it shows the answers of the API, whatever happens to the server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loaded(server: LiveServer, context: BrowserContext) -> Iterator[Watched]:
 
 @pytest.fixture
 def explorer(loaded: Watched) -> Watched:
-    """The page as it opens, but for the model: each test chooses its own."""
+    """Return the page as it opens, except for the model, which each test chooses."""
     page = loaded.page
     page.set_viewport_size({"width": 1440, "height": 1000})
     page.emulate_media(color_scheme="light")
@@ -53,7 +53,7 @@ def explorer(loaded: Watched) -> Watched:
 
 
 def settled(page: Page) -> Page:
-    """Wait until what was asked for is drawn."""
+    """Wait until the requested slice is drawn."""
     page.locator("#plot:not(.stale)").wait_for()
     return page
 
@@ -82,14 +82,14 @@ def look(page: Page, x: float, y: float) -> None:
 
 
 def walk(page: Page, method: str) -> str:
-    """Follow a path to its end and return what is said of it."""
+    """Follow a path to its end and return its description."""
     page.click(f"#{method}")
     page.locator(f"#{method}:enabled").wait_for()
     return page.inner_text("#path-outcome")
 
 
 def grid(x: tuple[float, float], y: tuple[float, float], base: list[float], axes: tuple[int, int]) -> np.ndarray:
-    """The slice's points, row by row, by the page's own formula: low + (high - low) k / 100."""
+    """Return the slice's points, row by row, by the page's own formula: low + (high - low) k / 100."""
     steps = np.arange(SIDE)
     points = np.tile(np.array(base), (SIDE * SIDE, 1))
     points[:, axes[0]] = np.tile(x[0] + (x[1] - x[0]) * steps / (SIDE - 1), SIDE)
@@ -345,7 +345,7 @@ def test_light_and_dark_differ(explorer: Watched) -> None:
 
 @pytest.fixture(scope="module")
 def strange_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of one input and two outputs; the first says strange things about itself."""
+    """Return a folder of two models with one input and two outputs; the metadata of the first contain HTML."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     network = hessquik.networks.fullyConnectedNN([1, 8, 2], act=hessquik.activations.tanhActivation())
@@ -435,7 +435,7 @@ def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, con
 
 @pytest.fixture(scope="module")
 def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight models: ``flat`` and ``bowl`` state no bounds."""
+    """Return a folder of eight models, of which ``flat`` and ``bowl`` have no bounds."""
     folder = tmp_path_factory.mktemp("several")
     torch.manual_seed(1)
     tanh = hessquik.activations.tanhActivation

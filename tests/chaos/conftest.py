@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def asked(shipped_models: Path) -> list[Question]:
-    """Questions to all shipped models, with their right answers."""
+    """Return requests to all shipped models, with their right answers."""
     return questions(shipped_models, 96, seed=1)
 
 
@@ -48,7 +48,7 @@ def start(shipped_models: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def busy(shipped_models: Path) -> Iterator[LiveServer]:
-    """A server with two workers, which are killed now and then; those who ask wait until all are ready again."""
+    """Yield a server with two workers, which some tests kill; its users wait until all are ready again."""
     with LiveServer(shipped_models, workers=2, settings={"batch_timeout_s": BATCH_TIMEOUT_S}) as live:
         yield live
 

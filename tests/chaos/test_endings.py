@@ -1,4 +1,4 @@
-"""The front keeps nothing of requests, whatever way they end, each on a connection of its own."""
+"""The front end keeps nothing of requests, however they end, each on its own connection."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def closed(connection: socket.socket, given: bytes) -> None:
 
 
 def reset(connection: socket.socket, given: bytes) -> None:
-    """Break the connection off instead of taking the reply."""
+    """Reset the connection instead of reading the reply."""
     connection.sendall(post(PATH, given, **KEEP))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def late(connection: socket.socket, given: bytes) -> None:
-    """Want the reply sooner than it can be there."""
+    """Send a request with a deadline that cannot be met."""
     connection.sendall(post(PATH, given, X_Deadline_Ms="1"))
     assert receive_all(connection)[9:12] in (b"504", b"200")
 
@@ -60,7 +60,7 @@ def refused(connection: socket.socket, given: bytes) -> None:
 
 
 def malformed(connection: socket.socket, given: bytes) -> None:
-    """Send what is no JSON, or no HTTP after a request that is."""
+    """Send a body that is not JSON, or a valid request followed by bytes that are not HTTP."""
     if given is LONG:
         connection.sendall(post(PATH, given[:-40]))
         assert receive_all(connection).startswith((b"HTTP/1.1 400", b"HTTP/1.1 422"))
@@ -93,7 +93,7 @@ ENDINGS = (closed, reset, late, refused, malformed, disconnected, pipelined, lar
 
 
 def end(server: LiveServer, ending: Callable[[socket.socket, bytes], None], times: int) -> None:
-    """Have requests end in one way."""
+    """Send requests that end in one way."""
     for number in range(times):
         with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
             ending(connection, SMALL if number % 4 else LONG)
@@ -130,6 +130,6 @@ def test_requests_leave_no_memory_behind_however_they_end(start: Start, note: No
 
 @pytest.mark.whole
 def test_what_is_left_behind_is_seen(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a front that keeps a little of every request."""
+    """Control: a front end with a planted leak per request is found."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))
     assert growth(start("leaky"), note) > GROWTH_BYTES

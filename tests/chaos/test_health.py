@@ -19,7 +19,7 @@ TIMES = 5
 
 
 def probe(server: LiveServer, path: str) -> int:
-    """The status, or 0 if there is none within a second."""
+    """Return the status, or 0 if there is none within a second."""
     try:
         return httpx.get(server.url + path, timeout=1).status_code
     except httpx.TransportError:
@@ -52,7 +52,7 @@ def break_worker(server: LiveServer, fault: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(start: Start) -> LiveServer:
-    """One worker, so that it matters, and no quick replacement."""
+    """Return a server with one worker, which is not replaced quickly."""
     return start("hanging-worker", batch_timeout_s=6)
 
 
@@ -95,7 +95,7 @@ def test_a_hung_loop_is_not_alive(start: Start, note: Note) -> None:
 
 
 def test_load_alone_makes_nothing_unready(server: LiveServer) -> None:
-    """The control: bulk work does not turn readiness off."""
+    """Control: bulk work does not turn readiness off."""
     server.wait_until_ready()
     inputs = [[0.1, 0.2]] * 60_000
     for _ in range(3):

@@ -35,7 +35,7 @@ ADMIN = {"Authorization": "Bearer admin"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path) -> Iterator[LiveServer]:
-    """A server that lacks everything."""
+    """Yield a server with 64 descriptors, a full disk, and a clock that jumps."""
     folder = tmp_path_factory.mktemp("host") / "models"
     folder.mkdir()
     shutil.copy(shipped_models / "peaks.safetensors", folder)

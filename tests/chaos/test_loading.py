@@ -1,4 +1,4 @@
-"""Large, many and hostile models are loaded beside those that are served; heavy rows cost their callers only."""
+"""Large, many and hostile models are loaded while others are served; expensive rows delay only their callers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save_small(path: Path, seed: int = 0) -> None:
 
 
 def save_large(path: Path, mib: int) -> None:
-    """A network of a few wide layers with so many MiB of weights."""
+    """Save a network of a few wide layers with weights of a given size in MiB."""
     width = int((mib * 2**20 / 4 / 4) ** 0.5)
     torch.manual_seed(0)
     hessquik.save(resnetNN(width, 4, act=tanhActivation()), path)
@@ -96,7 +96,7 @@ def test_many_models_are_ready_soon(start: Start, tmp_path: Path, note: Note) ->
 
 @pytest.fixture
 def heavy(start: Start, tmp_path: Path) -> LiveServer:
-    """A model whose Hessian of one row takes longer than a batch may, beside a small one."""
+    """Return a server of a model whose Hessian of one row exceeds a batch's time limit, and of a small model."""
     save_small(tmp_path / "small.safetensors")
     torch.manual_seed(1)
     network = fullyConnectedNN([HEAVY_D, 1024, 1024, 1], tanhActivation(), dtype=torch.float64)

@@ -33,7 +33,7 @@ LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def save_wide_network(folder: Path) -> None:
-    """One whose derivatives take long to compute and not long to write."""
+    """Save a network whose derivatives take long to compute but not to write."""
     torch.manual_seed(0)
     act, double = tanhActivation(), torch.float64
     first, last = singleLayer(10, 256, act, dtype=double), singleLayer(256, 1, dtype=double)

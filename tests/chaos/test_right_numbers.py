@@ -1,4 +1,4 @@
-"""Nobody gets another caller's numbers, and every request has one end, whatever breaks."""
+"""No caller gets another caller's numbers, and every request ends exactly once, whatever fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REQUESTS, KILLS, LIMIT_S = choose((2000, 1, 60), (50_000, 10, 900))
 
 
 async def kill_workers(server: LiveServer, killed: list[int], until: asyncio.Event) -> None:
-    """SIGKILL a worker again and again, each time when all are ready again, and note which."""
+    """Kill a random worker repeatedly, each time after all are ready again, and record its pid."""
     random_ = random.Random(4)
     while not until.is_set():
         try:
@@ -65,7 +65,7 @@ def test_every_answer_is_right_while_workers_are_killed(busy: LiveServer, asked:
 
 @pytest.mark.whole
 def test_rows_that_change_places_are_caught(start: Start, asked: list[Question], note: Note) -> None:
-    """The control: a worker that now and then answers with another row's numbers."""
+    """Control: a worker that sometimes answers with another row's numbers is found."""
     server = start("mixed")
     ledger = run(Traffic(server.port, asked, seed=3).run(clients=8, requests=500))
     note(f"control: {ledger}")
@@ -76,7 +76,7 @@ def test_rows_that_change_places_are_caught(start: Start, asked: list[Question],
 
 @asynccontextmanager
 async def bad_network(port: int, swaps: int, drops: int) -> AsyncIterator[int]:
-    """A proxy that changes a digit of one answer in so many, and swallows another; yields its port."""
+    """Yield the port of a proxy that changes a digit of some answers, and drops others."""
     seen = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -109,7 +109,7 @@ async def bad_network(port: int, swaps: int, drops: int) -> AsyncIterator[int]:
 
 @pytest.mark.whole
 def test_changed_and_swallowed_answers_are_caught(busy: LiveServer, asked: list[Question], note: Note) -> None:
-    """The control: a network that changes one digit in 50 answers, and loses one in 80."""
+    """Control: a proxy that changes a digit of one answer in 50, and drops one in 80, is found."""
 
     async def work() -> Ledger:
         async with bad_network(busy.port, swaps=50, drops=80) as port:

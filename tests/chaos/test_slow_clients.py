@@ -1,4 +1,4 @@
-"""Slow clients cannot hold the door, nor keep others from their answers."""
+"""Slow clients cannot hold connections for ever, nor delay the answers of others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = (
 
 
 async def slow(port: int, kind: tuple[bytes, bytes]) -> float:
-    """Be slow until cut off; return after how long."""
+    """Act as a slow client until the server closes the connection; return how long it took."""
     began = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -45,7 +45,7 @@ async def slow(port: int, kind: tuple[bytes, bytes]) -> float:
 
 
 async def stalled(port: int) -> float:
-    """Ask for much and take nothing; return how long it took until the connection was broken off."""
+    """Request a large reply and read nothing; return how long it took until the server closed the connection."""
     body = json.dumps({"inputs": [[0.1, 0.2]] * 40_000, "quantities": ["value", "gradient", "hessian"]}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
     writer.write(http_post("/v1/models/peaks/evaluate", body))

@@ -78,7 +78,7 @@ def test_the_second_signal_ends_at_once(start: Start) -> None:
 
 @pytest.mark.whole
 def test_what_a_killed_server_loses_is_seen(start: Start, asked: list[Question]) -> None:
-    """The control: SIGKILL loses what was accepted."""
+    """Control: SIGKILL loses accepted requests."""
     server = start("counting")
 
     async def work() -> Ledger:

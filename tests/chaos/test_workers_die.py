@@ -1,4 +1,4 @@
-"""Workers that are killed, stopped, crash, run out of memory or spoil their device cost nobody an answer."""
+"""No answer is lost when workers are killed, are stopped, crash, run out of memory or break their device."""
 
 from __future__ import annotations
 

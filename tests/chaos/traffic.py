@@ -134,7 +134,7 @@ class Ledger:
             self.codes[f"{status} {json.loads(body).get('code')}" if body else str(status)] += 1
 
     def __str__(self) -> str:
-        """One line."""
+        """Return the result as one line."""
         names = ("sent", "right", "wrong", "refused", "failed", "expired", "malformed", "cancelled", "closed", "lost")
         counts = ", ".join(
             f"{name} {getattr(self, name)}" for name in names if getattr(self, name) or name == "wrong"
@@ -142,7 +142,7 @@ class Ledger:
         return counts + (f"; p50 {1e3 * self.p(50):.1f} ms, p99 {1e3 * self.p(99):.1f} ms" if self.seconds else "")
 
     def p(self, percentile: float) -> float:
-        """A percentile of the seconds until a right answer."""
+        """Return a percentile of the latencies of right answers, in seconds."""
         return float(np.percentile(self.seconds, percentile)) if self.seconds else 0.0
 
 
@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, port: int) -> Connection:
-        """A new connection."""
+        """Open a new connection."""
         _, protocol = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return protocol
 

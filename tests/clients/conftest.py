@@ -32,14 +32,15 @@ class Zoo:
         return self.server.url
 
     def derivatives(self, name: str, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Value, gradient and Hessian at (n, d) points by autodiff in float64, with axes as the service's."""
+        """Return value, gradient and Hessian at (n, d) points by autodiff in float64, with axes as the service's."""
         parts = derivatives(self.networks[name], torch.as_tensor(x, dtype=torch.float64))
         return dict(zip(("value", "gradient", "hessian"), (part.numpy() for part in parts), strict=True))
 
 
 def build_networks() -> dict[str, NN | Ensemble]:
-    """``vector/1`` and ``/2`` have three inputs and four outputs; ``single`` is float32; ``steep`` overflows.
+    """Return networks by name.
 
+    ``vector/1`` and ``/2`` have three inputs and four outputs, ``single`` is float32, ``steep`` overflows, and
     ``trio`` is an ensemble of networks like ``vector``.
     """
     torch.manual_seed(0)
@@ -59,7 +60,7 @@ def build_networks() -> dict[str, NN | Ensemble]:
 
 @pytest.fixture(scope="session")
 def zoo(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
-    """A server for tests that leave it as it was."""
+    """Yield a server for tests that do not change it."""
     folder = tmp_path_factory.mktemp("zoo")
     built = build_networks()
     for name, network in built.items():

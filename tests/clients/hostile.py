@@ -120,28 +120,28 @@ class HostileServer:
 
 
 def document(value: Any) -> bytes:
-    """A value as JSON."""
+    """Return a value as JSON."""
     return json.dumps(value).encode()
 
 
 def reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
-    """A whole reply."""
+    """Return a complete HTTP reply."""
     lines = (f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers, "", "")
     return "\r\n".join(lines).encode() + body
 
 
 def tensors(metadata: dict[str, str] | None = None, **arrays: np.ndarray) -> bytes:
-    """A safetensors body, by default of the model ``toy``."""
+    """Return a safetensors body, by default of the model ``toy``."""
     return safetensors.numpy.save(arrays, {"model": "toy", "version": "1"} if metadata is None else metadata)
 
 
 def header(text: bytes, data: bytes = b"") -> bytes:
-    """A safetensors body with any header."""
+    """Return a safetensors body with any header."""
     return struct.pack("<Q", len(text)) + text + data
 
 
 def facts(**changes: Any) -> bytes:
-    """A description with changes; ``...`` takes a member away."""
+    """Return a description with changes; ``...`` removes a member."""
     changed = {**FACTS, **changes}
     return document({name: value for name, value in changed.items() if value is not ...})
 

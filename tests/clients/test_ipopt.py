@@ -146,7 +146,7 @@ def vector(zoo: Zoo) -> Iterator[Model]:
 
 
 def control(heights: casadi.MX, p: casadi.MX, u: casadi.MX) -> dict[str, casadi.MX]:
-    """A car from (−2, −2) to (2, 2) in 100 steps that keeps low in the landscape: p' = p + u."""
+    """Return the optimal control of a car, p' = p + u, from (−2, −2) to (2, 2) in 100 steps at low heights."""
     ends = [p[:, 0] - casadi.DM([-2, -2]), p[:, -1] + u[:, -1] - casadi.DM([2, 2])]
     steps = p[:, 1:] - p[:, :-1] - u[:, :-1]
     cost = casadi.sumsqr(u) + HEIGHT * casadi.sum2(heights)

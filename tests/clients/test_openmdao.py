@@ -22,7 +22,7 @@ X = np.random.default_rng(5).normal(size=(7, 3))
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMDAO leaves a folder of reports where it runs."""
+    """Run each test in a temporary folder, since OpenMDAO writes reports into the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENMDAO_REPORTS", "0")
 

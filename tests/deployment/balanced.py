@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def free_ports(count: int, host: str = HOST) -> list[int]:
-    """Return ports that nobody listens on, all of them different."""
+    """Return different ports that are free."""
     probes = [socket.create_server((host, 0)) for _ in range(count)]
     try:
         return [probe.getsockname()[1] for probe in probes]
@@ -51,7 +51,7 @@ class Balancer:
         raise AssertionError(log.read_text())
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self._process.kill()
         self._process.wait()
         self._log.close()

@@ -24,7 +24,7 @@ POINTS = [[0.1, 0.2], [0.3, -0.4]]
 
 
 class Load:
-    """Plain clients that ask for the Hessian at two points, again and again, and try nothing again themselves.
+    """Plain clients that request the Hessian at two points repeatedly, without retries.
 
     Args:
         url: Where they ask.

@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kserve_validator(kind: str) -> Draft7Validator:
-    """KServe's own types from its SDK, Kubernetes' from its schema, unknown fields refused in both."""
+    """Return a strict validator with KServe's types from its SDK and Kubernetes' from its schema."""
     schemas = importlib.resources.files("kubernetes_validate") / "kubernetes-json-schema" / "v1.37.0-local-strict"
     definitions = json.loads((schemas / "_definitions.json").read_text())["$defs"]
     definitions |= json.loads((DEPLOY / "kserve" / "kserve.schema.json").read_text())["$defs"]

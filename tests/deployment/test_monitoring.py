@@ -77,7 +77,7 @@ class Alertmanager:
         return {(one["alertname"], one["instance"]) for one in labels}
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self._process.terminate()
         self._process.wait(20)
         self._log.close()
@@ -113,7 +113,7 @@ class Prometheus:
         self.url = ""
 
     def wait(self, ask: Callable[[], object]) -> None:
-        """Until it has scraped the target several times, which is asked in between."""
+        """Wait until Prometheus has scraped the target several times, and send it requests meanwhile."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self._process.poll() is None, (self._folder / "log").read_text()
@@ -132,7 +132,7 @@ class Prometheus:
         return list(reply["data"]["result"])
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self._process.terminate()
         self._process.wait(20)
         self._log.close()

@@ -89,7 +89,7 @@ def test_lock_keeps_to_the_constraints(pins: dict[str, Version]) -> None:
 
 
 def closure(names: list[str], extras: frozenset[str] = frozenset()) -> set[str]:
-    """The named packages and all that they need, as the installed ones say."""
+    """Return the named packages and all of their dependencies, by the metadata of the installed ones."""
     found: set[str] = set()
     waiting = [(canonicalize_name(name), extras) for name in names]
     while waiting:
@@ -138,7 +138,7 @@ def test_bill_of_materials_is_the_lock(path: Path, sbom: ModuleType) -> None:
 
 
 def bill_validator() -> Draft7Validator:
-    """For CycloneDX 1.6, whose schema refers to two more."""
+    """Return a validator for CycloneDX 1.6, whose schema refers to two others."""
     schemas = importlib.resources.files("cyclonedx.schema") / "_res"
     names = ("bom-1.6", "spdx", "jsf-0.82")
     contents = [json.loads((schemas / f"{name}.SNAPSHOT.schema.json").read_text()) for name in names]

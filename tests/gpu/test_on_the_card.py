@@ -36,7 +36,7 @@ def networks() -> dict[str, NN]:
 
 
 def _with_changed_weights(network: NN, relative: float) -> NN:
-    """A copy whose weights are off by up to ``relative``, as after rounding."""
+    """Return a copy whose weights have relative errors of up to ``relative``."""
     changed, generator = deepcopy(network), torch.Generator().manual_seed(3)
     for parameter in changed.parameters():
         shift = 2 * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) - 1

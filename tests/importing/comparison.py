@@ -9,7 +9,7 @@ TOLERANCE = 1e-10
 
 
 def derivatives(f, x):
-    """Value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of a function of torch tensors."""
+    """Return value (n, m), gradient (n, d, m) and Hessian (n, d, d, m) of a function of torch tensors."""
     x = x.clone().requires_grad_()
     value = f(x).reshape(len(x), -1)
     gradients, hessians = [], []
@@ -27,13 +27,13 @@ def _gradient(total, x):
 
 
 def error(got, expected):
-    """The largest difference, relative to the largest of 1 and what is expected."""
+    """Return the largest difference, relative to 1 or to the largest expected entry."""
     assert got.shape == expected.shape
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def worst_error(network, f, x, backend=None):
-    """The largest error of value, gradient and Hessian, by the layers or by a backend of the Evaluator."""
+    """Return the largest error of value, gradient and Hessian, by the layers or by a backend of the Evaluator."""
     expected = derivatives(f, x)
     if backend is None:
         got = network(x, do_gradient=True, do_Hessian=True)

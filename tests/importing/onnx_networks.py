@@ -46,7 +46,7 @@ class Graph:
         return name
 
     def add(self, operator, inputs, f, constants=(), attributes=None):
-        """A node: its inputs are values (name, width) and then constants; ``f`` is the same in torch."""
+        """Return a node: its inputs are values (name, width) and then constants; ``f`` is the same in torch."""
         name = f"v{len(self.nodes)}"
         names = [value for value, _ in inputs] + [self.constant(array) for array in constants]
         self.nodes.append(helper.make_node(operator, names, [name], f"node_{name}", **(attributes or {})))
@@ -92,7 +92,7 @@ class Graph:
         return self.add("BatchNormalization", [value], f, arrays, {"epsilon": 1e-5}), w
 
     def gelu(self, value):
-        """0.5 x (1 + erf(x / √2)), as older opsets have it."""
+        """Add 0.5 x (1 + erf(x / √2)), the form of older opsets."""
         root = self.dtype(2**0.5)
         inner = self.add("Div", [value], lambda u: u / float(root), (root,)), value[1]
         erf = self.add("Erf", [inner], torch.erf), value[1]
@@ -139,7 +139,7 @@ class Graph:
 
 
 def model(seed, kinds=SMOOTH, dtype=np.float64):
-    """A model, its number of inputs, and the same function of float64 tensors."""
+    """Return a model, its number of inputs, and the same function of float64 tensors."""
     graph = Graph(seed, dtype)
     value = ("x", graph.d)
     for _ in range(graph.draw.choice((1, 2, 3))):

@@ -27,7 +27,7 @@ def _tensor(array):
 
 
 def estimator(seed, activations=("identity", "logistic", "tanh")):
-    """A fitted estimator, its number of inputs, and the function of float64 tensors that it predicts by."""
+    """Return a fitted estimator, its number of inputs, and the function of float64 tensors that it predicts by."""
     draw, rng = random.Random(seed), np.random.default_rng(seed)
     d, m = draw.choice((1, 2, 3, 4)), draw.choice((1, 1, 2))
     x = rng.normal(3.0, 2.0, (12, d))
@@ -56,7 +56,7 @@ def estimator(seed, activations=("identity", "logistic", "tanh")):
 
 
 def _predict(model, u):
-    """The estimator's prediction, written with its fitted numbers."""
+    """Return the estimator's prediction, written with its fitted numbers."""
     match model:
         case TransformedTargetRegressor():
             inner, scaler = _predict(model.regressor_, u), model.transformer_

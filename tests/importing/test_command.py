@@ -199,7 +199,7 @@ def test_the_place_to_write_is_checked_first(exported, tmp_path):
 
 
 def beside(tmp_path, location):
-    """A model whose weights are in another file."""
+    """Return a model whose weights are in another file."""
     model, d, f = onnx_networks.model(1)
     for tensor in model.graph.initializer:
         onnx.external_data_helper.set_external_data(tensor, location)

@@ -27,7 +27,7 @@ EXPORTED = sorted((Path(__file__).parents[1] / "fixtures" / "exported").glob("*.
 
 
 def points(d, seed=0):
-    """Three points."""
+    """Return three points."""
     return torch.randn(3, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -51,7 +51,7 @@ def test_activations_that_keras_and_jax_spread_over_nodes_are_one_activation():
 
 
 def exported(module, d, dynamo=True):
-    """A module as torch.onnx exports it; its logs tell of packages that are not needed."""
+    """Return a module as torch.onnx exports it, without its log lines about optional packages."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm1d):
             part.eps = float(np.float32(part.eps))  # ONNX has it in float32
@@ -97,7 +97,7 @@ def test_random_modules_exported_by_torch():
 
 
 def choice(bound="z", argument="z", factor=1.0):
-    """Where(2z > 20, z, softplus(2z) / 2), or something like it."""
+    """Return where(2z > 20, z, softplus(2z) / 2), or a variant of it."""
     helper = onnx.helper
     nodes = [
         helper.make_node("Mul", ["x", "two"], ["twice"], "twice"),

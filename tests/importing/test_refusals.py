@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 @torch.library.custom_op("hessquik_tests::cubed", mutates_args=())
 def cubed(x: torch.Tensor) -> torch.Tensor:
-    """An operator of the user's own."""
+    """Return x³; this is a user-defined operator."""
     return x**3
 
 
@@ -66,17 +66,17 @@ def _(x):
 
 
 def on(shape, module):
-    """A module that takes rows of another shape."""
+    """Return a module that takes rows of another shape."""
     return nn.Sequential(nn.Unflatten(1, shape), module)
 
 
 def first(module):
-    """The first result of a recurrent module, on two steps of two features."""
+    """Return the first result of a recurrent module, on two steps of two features."""
     return on((2, 2), nn.Sequential(module, Function(lambda result: result[0])))
 
 
 def square(f):
-    """A function of 2 × 2 matrices."""
+    """Return a function of 2 × 2 matrices."""
     return Function(lambda x: f(x.reshape(-1, 2, 2)))
 
 
@@ -350,7 +350,7 @@ def test_modules_with_kinks_have_their_derivatives_if_these_are_allowed():
 
 
 def onnx_model(node, kind=onnx.TensorProto.DOUBLE, opsets=(("", 20), ("ai.onnx.ml", 3), ("mine", 1)), constants=()):
-    """A model of one node behind a tanh."""
+    """Return a model of one node after a tanh."""
     inputs = [helper.make_tensor_value_info("x", kind, ["n", WIDTH])]
     outputs = [helper.make_tensor_value_info("y", kind, None)]
     nodes = [helper.make_node("Tanh", ["x"], ["t"], "first"), node]
@@ -359,7 +359,7 @@ def onnx_model(node, kind=onnx.TensorProto.DOUBLE, opsets=(("", 20), ("ai.onnx.m
 
 
 def node_of(operator):
-    """A node with as many inputs as the standard asks for."""
+    """Return a node with as many inputs as the standard requires."""
     for domain in ("", "ai.onnx.ml"):
         if onnx.defs.has(operator, domain):
             count = max(1, onnx.defs.get_schema(operator, domain).min_input)

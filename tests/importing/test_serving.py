@@ -21,7 +21,7 @@ COUNT = choose(5, 25)
 
 
 def sample():
-    """By name: an imported network, its number of inputs, and the source's function in torch."""
+    """Return by name an imported network, its number of inputs, and the source's function in torch."""
     found = {}
     for seed in range(COUNT):
         module, d = torch_networks.module(seed)
@@ -42,7 +42,7 @@ MODULE = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ELU(), nn
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory):
-    """A server of all of them, and of one with kinks."""
+    """Yield a server of all imported networks, and of one with kinks."""
     folder = tmp_path_factory.mktemp("imported")
     for name, (network, *_) in NETWORKS.items():
         hessquik.save(network, folder / f"{name}.safetensors")
@@ -89,7 +89,7 @@ def test_kinks_are_in_the_metadata_of_the_model(http):
 
 
 def network_by_hand(module):
-    """The same network written with the engine's own layers."""
+    """Return the same network written with the engine's own layers."""
     from hessquik.activations import siluActivation, tanhActivation
     from hessquik.layers import resnetLayer, singleLayer
     from hessquik.networks import NN

@@ -14,7 +14,7 @@ from tests.whole import choose
 
 
 def points(d, seed=0):
-    """Three points."""
+    """Return three points."""
     return 3 + 2 * torch.randn(3, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 

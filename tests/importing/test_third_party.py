@@ -72,7 +72,7 @@ def listed(table):
 
 @cache
 def first_words(name):
-    """The message with which a file is refused, or none."""
+    """Return the message with which a file is refused, or an empty string."""
     try:
         hessquik.from_onnx(FILES[name])
     except UnsupportedError as refusal:
@@ -100,7 +100,7 @@ def close(network, x, y):
 
 
 def computed(model, feeds):
-    """The outputs by onnxruntime, or by the standard's reference for operators of versions that it lacks."""
+    """Return the outputs by onnxruntime, or by the standard's reference for operators of versions that it lacks."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:

@@ -127,7 +127,7 @@ def activation(draw, kinds=SMOOTH):
 
 
 def block(draw, p, kinds=SMOOTH, nesting=1):
-    """A module with p inputs, and its number of outputs."""
+    """Return a module with p inputs, and its number of outputs."""
     q = draw.choice((1, 2, 3, 5))
     plain = nn.Sequential(nn.Linear(p, q, bias=draw.random() < 0.8), activation(draw, kinds))
     choices = [lambda: (plain, q)] * 3 + [
@@ -147,7 +147,7 @@ def block(draw, p, kinds=SMOOTH, nesting=1):
 
 
 def module(seed, kinds=SMOOTH):
-    """A module in float64 and evaluation mode, and its number of inputs."""
+    """Return a module in float64 and evaluation mode, and its number of inputs."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     d = draw.choice((1, 2, 3, 4))

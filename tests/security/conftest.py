@@ -23,6 +23,6 @@ LIMITS = {
 
 @pytest.fixture(scope="session")
 def narrow(shipped_models: Path) -> Iterator[LiveServer]:
-    """A server with :data:`LIMITS`."""
+    """Yield a server with :data:`LIMITS`."""
     with LiveServer(shipped_models, settings=LIMITS) as live:
         yield live

@@ -79,7 +79,7 @@ class Request:
 
 
 def allowed(schema: Schema, document: Document) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one per kind
-    """Values that a schema allows."""
+    """Return values that a schema allows."""
     match schema:
         case {"$ref": str(reference)}:
             return allowed(document["components"]["schemas"][reference.rsplit("/", 1)[1]], document)
@@ -112,7 +112,7 @@ def allowed(schema: Schema, document: Document) -> st.SearchStrategy[Any]:  # no
 
 @st.composite
 def spoiled(draw: st.DrawFn, good: st.SearchStrategy[Any]) -> Any:
-    """A good value of which one part, at any depth, is replaced, left out, doubled or joined by another."""
+    """Return a valid value with one part, at any depth, replaced, removed, repeated or extended."""
     whole = [draw(good)]
     at: Any = whole
     key: Any = 0
@@ -135,7 +135,7 @@ def spoiled(draw: st.DrawFn, good: st.SearchStrategy[Any]) -> Any:
 
 @st.composite
 def fitting(draw: st.DrawFn, models: list[Model], action: str) -> tuple[Model, dict[str, Any]]:
-    """A model, and a question that fits it: arrays in float32, which both dtypes hold."""
+    """Return a model, and a question that fits it: arrays in float32, which both dtypes hold."""
     model = draw(st.sampled_from([one for one in models if action in ("evaluate", *one.quantities)]))
 
     def array(*shape: int) -> Any:
@@ -166,7 +166,7 @@ def fitting(draw: st.DrawFn, models: list[Model], action: str) -> tuple[Model, d
 
 @st.composite
 def questions(draw: st.DrawFn, document: Document, path: str, models: list[Model]) -> Request:
-    """A request for derivatives."""
+    """Return a request for derivatives."""
     action = path.rsplit("/", 1)[1]
     operation = document["paths"][path]["post"]
     schema = operation["requestBody"]["content"][JSON]["schema"]
@@ -205,7 +205,7 @@ def questions(draw: st.DrawFn, document: Document, path: str, models: list[Model
 
 @st.composite
 def other_requests(draw: st.DrawFn, document: Document, path: str, method: str, names: list[str]) -> Request:
-    """A request that has no body; ``names`` are those of models that it may name."""
+    """Return a request that has no body; ``names`` are those of models that it may name."""
     found = draw(parameters(document, document["paths"][path][method]))
     name = draw(st.sampled_from([*names, found["path"].get("model", "")]))
     key = draw(st.sampled_from((*KEYS, *KEYS, "x", "")))
@@ -216,7 +216,7 @@ def other_requests(draw: st.DrawFn, document: Document, path: str, method: str, 
 
 @st.composite
 def parameters(draw: st.DrawFn, document: Document, operation: Schema) -> dict[str, dict[str, str]]:
-    """An operation's parameters by place, allowed ones and others."""
+    """Return an operation's parameters by location, allowed ones and others."""
     found: dict[str, dict[str, str]] = {"path": {}, "query": {}, "header": {}}
     for parameter in operation["parameters"]:
         if not parameter.get("required") and draw(st.booleans()):
@@ -230,7 +230,7 @@ def parameters(draw: st.DrawFn, document: Document, operation: Schema) -> dict[s
 
 @st.composite
 def damaged(draw: st.DrawFn, body: bytes) -> bytes:
-    """Bytes of which a few are others, more or fewer."""
+    """Return bytes with a few changed, inserted or removed."""
     at = draw(st.integers(0, max(0, len(body) - 1)))
     gone, new = draw(st.integers(0, 4)), draw(st.binary(max_size=4))
     return body[:at] + new + body[at + gone :]

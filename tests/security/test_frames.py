@@ -1,4 +1,4 @@
-"""Frames between processes: whatever comes is a frame, or ends the connection; the front goes on."""
+"""Frames between processes: invalid bytes end the connection, and the front end continues."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_a_desync_vector_smuggles_nothing(server: LiveServer, data: bytes) -> No
 
 
 def test_a_request_that_follows_is_seen(server: LiveServer) -> None:
-    """The control: were a vector taken for less than it is, the rest would be answered like this."""
+    """Control: were a vector taken for less than it is, the rest would be answered like this."""
     with socket.create_connection(("127.0.0.1", server.port), 1.0) as connection:
         connection.sendall(vector(b"Content-Length: 0") + SMUGGLED)
         answered = replies(receive_all(connection))
@@ -127,7 +127,7 @@ def test_a_request_that_follows_is_seen(server: LiveServer) -> None:
 
 
 def mutations(seed: int, count: int) -> list[bytes]:
-    """Well-formed requests with bytes changed, cut, doubled or moved."""
+    """Return well-formed requests with bytes changed, cut, doubled or moved."""
     random_ = random.Random(seed)
     seeds = [
         post(VALUE, BODY),

@@ -47,20 +47,20 @@ KEYS = {"api_keys": "user-key-1,user-key-2", "admin_keys": "admin-key"}
 
 @pytest.fixture(scope="module")
 def locked(shipped_models: Path) -> Iterator[LiveServer]:
-    """A server that needs keys."""
+    """Yield a server that needs keys."""
     with LiveServer(shipped_models, settings=KEYS) as live:
         yield live
 
 
 def paths() -> list[str]:
-    """Every path of the application, with a model's name in it."""
+    """Return every path of the application, with a model's name in it."""
     found = create_app(Settings(device="cpu")).table()
     filled = {re.sub(r"\{[^}]*\}", "1", path.replace("{model}", "peaks")) for path in found}
     return sorted(filled | {"/openapi.json", "/docs", "/metrics", "/nothing", "/"})
 
 
 def flood(port: int, asked: list[tuple[str, str, str]]) -> Iterator[tuple[tuple[str, str, str], Reply]]:
-    """The reply to each (verb, path, host), over connections that are kept."""
+    """Yield the reply to each (verb, path, host), over persistent connections."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
         for verb, path, host in asked:
             connection.putrequest(verb, path, skip_host=True, skip_accept_encoding=True)
@@ -95,7 +95,7 @@ def test_no_route_answers_without_a_key(locked: LiveServer, note: Note) -> None:
 
 
 def test_open_paths_need_none_and_keys_open_the_others(locked: LiveServer) -> None:
-    """The control: the same flood finds what is let in."""
+    """Control: the same requests find a route without a key."""
     asked = [("GET", path, "x") for path in sorted(OPEN)]
     assert {reply.status for _, reply in flood(locked.port, asked)} == {200}
     for key in ("user-key-1", "user-key-2", "admin-key"):

@@ -1,4 +1,4 @@
-"""Hostile bodies leave no memory behind: what the service takes, before and after."""
+"""Hostile bodies leak no memory: the service's memory is compared before and after."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Start = Callable[[str], LiveServer]
 
 
 def chunked(body: bytes, size: int) -> bytes:
-    """A body in chunks of one size."""
+    """Return a body in chunks of one size."""
     pieces = (body[start : start + size] for start in range(0, len(body), size))
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
 def hostile(random_: random.Random) -> tuple[bytes, set[int]]:
-    """A request of up to some megabytes that must not be answered with numbers, and the statuses that it may get."""
+    """Return an invalid request of up to some megabytes, and the statuses that it may get."""
     size = random_.randrange(1, choose(2, 12)) * MIB + random_.randrange(MIB)
     coded = post(VALUE, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     kinds: list[Callable[[], tuple[bytes, set[int]]]] = [
@@ -62,7 +62,7 @@ def hostile(random_: random.Random) -> tuple[bytes, set[int]]:
 
 
 def memory(server: LiveServer) -> int:
-    """Resident bytes of the front and the workers."""
+    """Return the resident bytes of the front end and the workers."""
     processes = [psutil.Process(server.process.pid), *server.workers()]
     return sum(process.memory_info().rss for process in processes)
 
@@ -116,7 +116,7 @@ def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None
 
 @pytest.mark.whole
 def test_memory_that_is_left_behind_is_caught(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a front that keeps a little of every request."""
+    """Control: a front end with a planted leak per request is found."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))
     grown = growth(start("leaky"))
     note(f"control: {grown / MIB:+.1f} MiB")

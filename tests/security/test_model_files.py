@@ -24,7 +24,7 @@ SECONDS = 1.0
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and tensors of a file."""
+    """Return header and tensors of a file."""
     (size,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
@@ -35,14 +35,14 @@ def join(header: dict[str, Any], tensors: bytes) -> bytes:
 
 
 def without_checksum(data: bytes) -> bytes:
-    """The file as other programs write it, so that the other checks are met."""
+    """Return the file without its checksum, as other programs write it, so that the other checks are reached."""
     header, tensors = split(data)
     del header["__metadata__"][storage.CHECKSUM]
     return join(header, tensors)
 
 
 def mutated(data: bytes, random_: random.Random) -> bytes:
-    """The file with a few bytes changed, cut, put in or doubled; mostly in its header."""
+    """Return the file with a few bytes changed, removed, inserted or repeated, mostly in its header."""
     (size,) = struct.unpack("<Q", data[:8])
     damaged = bytearray(data)
     for _ in range(random_.choice((1, 1, 2, 5))):
@@ -93,7 +93,7 @@ def test_a_damaged_file_never_loads(shipped_models: Path, note: Note) -> None:
 
 
 def test_without_a_checksum_damage_to_weights_would_load(shipped_models: Path) -> None:
-    """The control: what the checksum is for. Nothing but a :class:`FormatError` is raised here either."""
+    """Control: without the checksum some changes are not found; only :class:`FormatError` is raised here, too."""
     data = without_checksum((shipped_models / "peaks.safetensors").read_bytes())
     whole, random_, others = storage.parse(data), random.Random(2), 0
     for _ in range(500):

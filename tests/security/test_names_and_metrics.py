@@ -63,7 +63,7 @@ def test_no_file_is_opened_for_a_name(shipped_models: Path, note: Note) -> None:
 
 
 def opened(live: LiveServer) -> list[str]:
-    """The files that the front has opened so far."""
+    """Return the files that the front end has opened so far."""
     time.sleep(0.2)  # until its last lines are read
     return [line for line in live.log if line.startswith("opened ")]
 

@@ -60,7 +60,7 @@ class Reference:
     domains: dict[str, Domain] = field(default_factory=dict)
 
     def answers(self, model: str, given: dict[str, Any], action: str) -> dict[str, Any]:
-        """The right answer to a question, an array per quantity."""
+        """Return the right answer to a question, an array per quantity."""
         asked = given.get("quantities", ["value"]) if action == "evaluate" else [action]
         dtype = given.get("dtype", "float64")
         asked = [name for name in QUANTITIES if name in asked]
@@ -82,7 +82,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(shipped_models: Path) -> Iterator[Reference]:
-    """The shipped models, compared with automatic differentiation at the points that requests take."""
+    """Yield the answers of the shipped models at the points of requests, compared with automatic differentiation."""
     found, threads = Reference(), torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers
     for number, path in enumerate(sorted(shipped_models.glob("*.safetensors"))):
@@ -118,7 +118,7 @@ def reference(shipped_models: Path) -> Iterator[Reference]:
 
 @pytest.fixture(scope="module")
 def locked(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server with keys, and a model that may be loaded and unloaded."""
+    """Yield a server with keys, and a model that may be loaded and unloaded."""
     folder = tmp_path_factory.mktemp("models")
     for path in shipped_models.glob("*.safetensors"):
         shutil.copy(path, folder)
@@ -129,7 +129,7 @@ def locked(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def connection(locked: LiveServer) -> Iterator[http.client.HTTPConnection]:
-    """One connection for all."""
+    """Yield one connection for all tests."""
     connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=30)
     yield connection
     connection.close()
@@ -140,7 +140,7 @@ def send(connection: http.client.HTTPConnection, request: Request) -> Reply:
 
 
 def strict(data: bytes) -> Any:
-    """JSON as it has to be, without NaN."""
+    """Parse strict JSON, which has no NaN."""
 
     def refuse(word: str) -> NoReturn:
         raise AssertionError(f"expected JSON, got {word}")
@@ -166,7 +166,7 @@ VALIDATORS = validators()
 
 
 def check(path: str, method: str, request: Request, reply: Reply, reference: Reference) -> None:
-    """Assert that an answer is declared, fits its schema, tells nothing of the machine, and is right."""
+    """Assert that an answer is declared, fits its schema, discloses nothing of the machine, and is right."""
     media_type = reply.headers["content-type"].partition(";")[0]
     what = (path, method, str(reply.status), media_type)
     assert what in VALIDATORS, f"not declared: {what}, {reply}"
@@ -241,7 +241,7 @@ def test_every_answer_is_declared_and_right(
 
 
 def test_wrong_answers_are_caught(connection: http.client.HTTPConnection, reference: Reference) -> None:
-    """The control: the answer to a good request, changed in one thing at a time."""
+    """Control: the answer to a good request, changed in one thing at a time."""
     model = reference.models[0]
     path = "/v1/models/{model}/hessian"
     body = json.dumps({"inputs": model.points[:2].tolist()}).encode()

@@ -26,7 +26,7 @@ BANNED_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.syste
 
 
 def faults(tree: ast.AST) -> list[str]:
-    """Forbidden imports and calls."""
+    """Return the forbidden imports and calls of a module."""
     found = []
     for node in ast.walk(tree):
         match node:

@@ -1,4 +1,4 @@
-"""Every vector gets its own answer, which names what is wrong, and the server goes on."""
+"""Every vector gets its own answer, which names the fault, and the server continues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.whole import Note
 
 @pytest.fixture(scope="module")
 def connection(server: LiveServer) -> Iterator[http.client.HTTPConnection]:
-    """One connection for all, so that whatever is left over of one request spoils the next."""
+    """Yield one connection for all tests, so that leftovers of one request break the next."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     yield connection
     connection.close()
@@ -29,7 +29,7 @@ def send(connection: http.client.HTTPConnection, vector: Vector) -> Reply:
 
 
 def check(vector: Vector, reply: Reply) -> None:
-    """Assert that the answer is the vector's, and says what was expected of which field and what came."""
+    """Assert that the answer is the vector's, and names the field, the expected value and the received one."""
     assert reply.status == vector.status, reply
     if vector.status == 200:
         return

@@ -17,7 +17,7 @@ SLOW_S = 0.5
 
 
 class FaultyWorker(worker.Worker):
-    """Does what the points ask for, and what the real one does with all others."""
+    """Triggers the fault that the points encode, and evaluates all others as the real worker does."""
 
     def _evaluate(self, head: dict[str, Any], fields: dict[str, Any], places: Any = None) -> wire.Frame:
         asked = set(fields["inputs"][:, 0].tolist())

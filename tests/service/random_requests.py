@@ -68,7 +68,7 @@ class Drawn:
 
 
 def draw(random: Random, number: int) -> Drawn:
-    """Draw a request; every one has an id of its own, which refusals repeat."""
+    """Draw a request; each has a unique id, which refusals repeat."""
     make = random.choice((_native, _native, _native, _binary, _inference, _bridge, _tesseract, _tesseract, _other))
     request = make(random)
     headers = {"x-request-id": f"drawn-{number}", **request.headers}

@@ -46,7 +46,7 @@ def expected(model: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, the last one smaller."""
+    """Make tiles small, so that there are several and the last one is smaller."""
     monkeypatch.setattr(bulk, "TILE_BYTES", 1 << 14)
 
 

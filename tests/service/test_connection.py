@@ -37,14 +37,14 @@ LIMITS = {"send_timeout_s": 1, "receive_timeout_s": 3, "max_held_bytes": 24 << 2
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[LiveServer]:
-    """A server with short times."""
+    """Yield a server with short time limits."""
     with LiveServer(ROOT / "models", settings=LIMITS) as live:
         yield live
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server whose worker is slow on demand."""
+    """Yield a server whose worker is slow on demand."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "peaks.safetensors").write_bytes((ROOT / "models" / "peaks.safetensors").read_bytes())
     with LiveServer(folder, command=("-m", "tests.service.faulty_serve")) as live:
@@ -56,7 +56,7 @@ def connect(live: LiveServer, timeout_s: float = 10.0) -> socket.socket:
 
 
 def final(data: bytes) -> list[Any]:
-    """The replies without interim ones."""
+    """Return the replies without interim ones."""
     return replies(data.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""))
 
 
@@ -570,7 +570,7 @@ def test_an_empty_list_in_a_long_body_is_refused() -> None:
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """Stores the data that is written."""
 
     def __init__(self) -> None:
         super().__init__()

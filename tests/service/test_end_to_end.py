@@ -24,19 +24,19 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 def derivatives(network: NN, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The four quantities by autodiff in float64."""
+    """Return the four quantities by autodiff in float64."""
     value, gradient, hessian = oracle.derivatives(network.double(), x.double())
     laplacian = hessian.diagonal(dim1=1, dim2=2).sum(-1)
     return {"value": value, "gradient": gradient, "hessian": hessian, "laplacian": laplacian}
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error, measured by the largest entry."""
+    """Return the largest error, measured by the largest entry."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
 def points(path: Path, n: int, seed: int) -> torch.Tensor:
-    """Points within the model's own bounds."""
+    """Return points within the model's own bounds."""
     metadata = storage.parse(path.read_bytes()).metadata
     lower, upper = (torch.tensor(metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds"))
     uniform = torch.rand(n, len(lower), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -45,7 +45,7 @@ def points(path: Path, n: int, seed: int) -> torch.Tensor:
 
 @functools.cache
 def usual_size(path: Path) -> dict[str, torch.Tensor]:
-    """All quantities at points all over the domain."""
+    """Return all quantities at 200 points of the domain, whose sizes errors are compared with."""
     return derivatives(hessquik.load(path), points(path, 200, seed=0))
 
 

@@ -15,7 +15,7 @@ KINDS = [kind for kind in ServiceError.__subclasses__() if kind.code]
 
 
 class Array:
-    """Stands for what a frame of a failed request holds."""
+    """A stand-in for an object in a frame of a failed request."""
 
 
 def fail() -> tuple[ServiceError, weakref.ref[Array]]:

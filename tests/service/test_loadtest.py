@@ -28,7 +28,7 @@ FACTS = {
 
 
 def bench(url: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """The command's status, output and errors."""
+    """Return the command's status, output and errors."""
     done = subprocess.run(
         [sys.executable, "-m", "service", "bench", url, *arguments],
         capture_output=True,

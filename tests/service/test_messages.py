@@ -1,4 +1,4 @@
-"""Messages that name the fault: what is misspelt, and where models were looked for."""
+"""Messages name the fault: a misspelt name, or the folder in which models were searched."""
 
 from __future__ import annotations
 

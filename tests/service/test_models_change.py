@@ -39,14 +39,14 @@ def write_first(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server that the tests of this file share."""
+    """Yield a server that the tests of this file share."""
     with LiveServer(write_first(tmp_path_factory.mktemp("models")), settings={"admin_keys": "admin"}) as live:
         yield live
 
 
 @pytest.fixture
 def server(served: LiveServer) -> LiveServer:
-    """The shared server, with one model of one version, whatever the test before left."""
+    """Return the shared server, with one model of one version, whatever earlier tests left."""
     write_first(served.models)
     reply = httpx.post(f"{served.url}/v1/models/net/load", headers=ADMIN, timeout=60)
     assert reply.status_code == 200, reply.text
@@ -55,7 +55,7 @@ def server(served: LiveServer) -> LiveServer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder for a test that starts a server of its own."""
+    """Return a folder for a test that starts its own server."""
     return write_first(tmp_path)
 
 

@@ -118,14 +118,14 @@ def start(folder: Path) -> LiveServer:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server that tests share which leave it well."""
+    """Yield a server for tests that leave it in working order."""
     with start(write_first(tmp_path_factory.mktemp("models"))) as live:
         yield live
 
 
 @pytest.fixture
 def server(served: LiveServer) -> LiveServer:
-    """The shared server, with one model of one version, whatever the test before left."""
+    """Return the shared server, with one model of one version, whatever earlier tests left."""
     write_first(served.models)
     served.wait_until_ready()
     front = Front(served.port)
@@ -137,13 +137,13 @@ def server(served: LiveServer) -> LiveServer:
 
 @pytest.fixture
 def folder(server: LiveServer) -> Path:
-    """The folder that the shared server serves."""
+    """Return the folder that the shared server serves."""
     return server.models
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[LiveServer]:
-    """A server of the test's own, which may end it."""
+    """Yield a server for one test, which may end it."""
     with start(write_first(tmp_path)) as live:
         yield live
 

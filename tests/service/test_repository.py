@@ -1,4 +1,4 @@
-"""The folder and the table, with workers that load or refuse as they are told."""
+"""The folder and the table, with fake workers that load or refuse models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACTS = {"d": 2, "m": 1, "dtype": "float64"}
 
 
 class SimulatedWorkers:
-    """Load what is not refused; a gate may hold loads up."""
+    """Fake workers, which load models unless these are refused; an event can hold loads up."""
 
     def __init__(self) -> None:
         self.held: dict[int, bytes] = {}

@@ -75,7 +75,7 @@ def inference_binary(client: httpx.Client, x: np.ndarray) -> Numbers:
 
 
 def umbridge(client: httpx.Client, x: np.ndarray) -> Numbers:
-    """One point at a time: values, and gradients in the direction of the only output."""
+    """Return values and gradients of the only output, requested one point at a time."""
     about = {"name": MODEL, "config": {}}
     values = [json.loads(send(client, "/Evaluate", {**about, "input": [row]}))["output"] for row in x.tolist()]
     asked = {**about, "outWrt": 0, "inWrt": 0, "sens": [1.0]}

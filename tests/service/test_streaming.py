@@ -28,7 +28,7 @@ KEEP = {"Connection": "keep-alive"}
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server whose worker fails on demand."""
+    """Yield a server whose worker fails on demand."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "peaks.safetensors").write_bytes((ROOT / "models" / "peaks.safetensors").read_bytes())
     with LiveServer(folder, command=("-m", "tests.service.faulty_serve")) as live:

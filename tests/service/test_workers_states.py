@@ -24,7 +24,7 @@ FACTS = {"d": 2, "m": 1, "dtype": "float64"}
 
 
 class Process:
-    """Stands where a worker's process does; answers as it is told.
+    """A stand-in for a worker's process, with prepared answers.
 
     Attributes:
         mute: Operations that are not answered.

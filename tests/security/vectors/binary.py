@@ -13,7 +13,7 @@ BINARY = {"Content-Type": "application/x-safetensors"}
 
 
 def every() -> Iterator[Vector]:
-    """All of them."""
+    """Yield all vectors."""
     point = ("F64", [1, 2], struct.pack("<2d", 0, 0))
     yield Vector("good", VALUE, _file(inputs=point), 200, headers=BINARY)
     weights, direction = ("F64", [1], struct.pack("<d", 1)), ("F32", [1, 2], struct.pack("<2f", 1, 0))
@@ -101,7 +101,7 @@ def _raw(header: dict[str, Any], data: bytes) -> bytes:
 
 
 def _file(**tensors: tuple[str, list[int], bytes]) -> bytes:
-    """A safetensors body."""
+    """Return a safetensors body."""
     header, data = {}, b""
     for name, (dtype, shape, bytes_) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(bytes_)]}

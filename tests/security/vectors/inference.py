@@ -56,7 +56,7 @@ UNDER = {
 
 
 def every() -> Iterator[Vector]:
-    """All of them."""
+    """Yield all vectors."""
     good = {"inputs": [TENSOR]}
     for path in PATHS:
         yield Vector("good", path, as_json(good), 200)

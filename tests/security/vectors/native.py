@@ -159,7 +159,7 @@ QUERIES = {
 
 
 def _numbers() -> Iterator[Vector]:
-    """One number is none."""
+    """Yield vectors in which one number is not a number."""
     for path, template, about, row in NUMBERS:
         for text in NO_NUMBERS:
             if about == "weights" and row is None and text == "[1]":
@@ -178,7 +178,7 @@ def _numbers() -> Iterator[Vector]:
 
 
 def _fields() -> Iterator[Vector]:
-    """One field is not what it should be."""
+    """Yield vectors in which one field is wrong."""
     for about, wrong in WRONG.items():
         for path in (
             ROUTES
@@ -206,7 +206,7 @@ def _fields() -> Iterator[Vector]:
 
 
 def _bodies() -> Iterator[Vector]:
-    """The body is no JSON object."""
+    """Yield vectors whose body is not a JSON object."""
     for text in NO_OBJECTS:
         yield Vector(f"{text} for an object", VALUE, text.encode(), 400)
     for kind, body in NO_BODIES.items():
@@ -217,7 +217,7 @@ def _bodies() -> Iterator[Vector]:
 
 
 def _heads() -> Iterator[Vector]:
-    """A header or the query is not what it should be."""
+    """Yield vectors in which a header or the query is wrong."""
     body = as_json(GOOD_BODY)
     for text in MEDIA_TYPES:
         yield Vector(f"type {text}", VALUE, body, 415, headers={"Content-Type": text})
@@ -234,7 +234,7 @@ def _heads() -> Iterator[Vector]:
 
 
 def every() -> Iterator[Vector]:
-    """All of them."""
+    """Yield all vectors."""
     yield from GOOD
     yield from _numbers()
     yield from _fields()

@@ -33,7 +33,7 @@ OPERANDS: dict[str, list[Any]] = {
 
 
 def every() -> Iterator[Vector]:
-    """All of them."""
+    """Yield all vectors."""
     for path, good in OPERATIONS.items():
         yield Vector("good", path, as_json(good), 200)
         for about in good:
