@@ -130,7 +130,7 @@ class Persistence:
         can_help = (
             isinstance(error, ConnectionLost)
             or (isinstance(error, ServiceError) and error.status in {503, 504})
-            # A proxy's own word that it lost the server behind it: Ray Serve says 500, most others 502.
+            # The status with which a proxy reports a lost server: 500 for Ray Serve, 502 for most others.
             or (isinstance(error, UnexpectedReply) and error.status >= 500)
         )
         with self._lock:
@@ -188,7 +188,7 @@ def post(model: str, action: str, persistence: Persistence) -> Steps[dict[str, A
 
 
 class Conversation:
-    """The calls to one model, with what is known about it.
+    """The calls to one model, with its cached description.
 
     Args:
         model: Name of the model.

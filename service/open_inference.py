@@ -85,7 +85,7 @@ def describe_outputs(d: int, m: int, dtype: str, members: int) -> list[dict[str,
 
 
 def split(body: bytes, json_bytes: bytes) -> tuple[bytes, memoryview]:
-    """Split a body into its JSON and the bytes behind it.
+    """Split a body into its JSON and the bytes after it.
 
     Args:
         body: The whole body.
@@ -107,7 +107,7 @@ def parse(document: Mapping[str, Any], rest: memoryview, may_be_booleans: bool, 
 
     Args:
         document: The JSON object; long lists may be arrays already.
-        rest: The bytes behind the JSON.
+        rest: The bytes after the JSON.
         may_be_booleans: Whether the JSON may hold booleans, which numpy would convert to numbers.
         shape: The sizes and limits of the model.
 
@@ -201,7 +201,7 @@ def parse_raw(body: bytes, shape: Shape) -> Inference:
 
 
 def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[str, Array]:
-    """Return the tensors of a request by name, from its JSON and from the bytes behind it."""
+    """Return the tensors of a request by name, from its JSON and from the bytes after it."""
     if not isinstance(listed, list) or not all(isinstance(tensor, dict) for tensor in listed):
         raise InvalidInput.of("inputs", "a list of tensors", "something else")
     arrays: dict[str, Array] = {}

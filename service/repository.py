@@ -1,4 +1,4 @@
-"""Models and versions: the files in a folder and what is served of them.
+"""Models and versions: the files in a folder, and the table of the versions that are served.
 
 ``NAME.safetensors`` is version 1 of NAME, ``NAME/VERSION.safetensors`` another. Each file is read whole and handed to
 the workers as bytes, so that a later change of the file has no effect until it is loaded again. A model's name in a

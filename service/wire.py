@@ -47,7 +47,7 @@ MAX_HEAD_BYTES = 4 << 20
 MAX_BODY_BYTES = 4 << 30
 #: Bytes of a frame up to which its pieces are joined, and of a receiver's scratch buffer.
 SMALL_BYTES = 64 << 10
-#: Heads are padded to multiples of this many bytes, so that the arrays behind them are aligned.
+#: Heads are padded to multiples of this many bytes, so that the arrays after them are aligned.
 ALIGNMENT = 64
 #: Most pieces that one system call sends.
 MOST_PIECES = 64

@@ -70,7 +70,7 @@ async def call(app: ASGI, request: Request, state: object = None) -> Reply:
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": "GET" if head.method == "HEAD" else head.method,  # whoever sends the reply leaves out its body
+        "method": "GET" if head.method == "HEAD" else head.method,  # the sender of the reply omits the body
         "scheme": "http",
         "path": head.path,
         "raw_path": head.path.encode("utf-8", "surrogatepass"),

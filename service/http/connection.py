@@ -389,7 +389,7 @@ class Connection(asyncio.Protocol):
         length: int | None = int(headers.get(b"content-length", b"0"))
         coding = headers.get(b"transfer-encoding")
         if coding is not None:
-            # A list of codings is one that ends in chunked, but it is read by nobody here.
+            # A list of codings may end in chunked, but this server does not decode the other codings.
             if coding.lower() != b"chunked" or version == "1.0":
                 raise _Refused
             length = None

@@ -85,11 +85,11 @@ class Body:
 
     Args:
         call: The request, whose model is found and whose JSON object is read.
-        endpoint: What is asked, which says what members the object has.
+        endpoint: The endpoint, which determines the members of the object.
 
     Attributes:
-        inputs: The points, and what is asked of them.
-        is_base64: Whether arrays are wanted in base64; if the head does not say so, as the first one came.
+        inputs: The points and the other inputs of the endpoint.
+        is_base64: Whether the reply has arrays in base64; by default, whether the first array of the request has.
     """
 
     def __init__(self, call: Call, endpoint: Endpoint) -> None:
