@@ -56,7 +56,7 @@ ACT = tanhActivation()
 
 @dataclass(frozen=True)
 class Row:
-    """A network, how many points, and what is asked."""
+    """A network, a number of points, and the requested quantities."""
 
     what: str
     title: str

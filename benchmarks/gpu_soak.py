@@ -42,7 +42,7 @@ ENTRIES = 1 << 22
 
 
 class Server:
-    """The service in a process of its own."""
+    """The service in a separate process."""
 
     def __init__(self, models: Path, device: str) -> None:
         """Start it and wait until it is ready."""

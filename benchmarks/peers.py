@@ -53,7 +53,7 @@ QUANTITIES = {
 
 @dataclass
 class Peer:
-    """One way to compute what is asked.
+    """One implementation that computes the requested quantities.
 
     Attributes:
         call: (x, v) ↦ its answer.

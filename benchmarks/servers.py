@@ -61,7 +61,7 @@ class Contender:
 
 
 class Server:
-    """A contender's process with all its children, in a session of its own.
+    """A contender's process with all its children, in a separate session.
 
     Args:
         contender: Which.
@@ -222,7 +222,7 @@ class Server:
 
 
 def make_peers_environment() -> None:
-    """Make the peers' environment unless it is there: their packages, and behind them this environment's.
+    """Create the peers' environment unless it exists: their packages first, then this environment's.
 
     Raises:
         NotServing: it cannot be made.

@@ -51,7 +51,7 @@ def guess(name: str, seconds: int, found: Path) -> None:
 
 
 def main() -> int:
-    """Run each target in a process of its own, and return how many failed."""
+    """Run each target in a separate process, and return how many failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")

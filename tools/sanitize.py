@@ -89,7 +89,7 @@ def _runtime(compiler: str, library: str) -> str:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the requested checks."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--short", action="store_true")
     compiler = shutil.which("gcc")

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 class Node:
-    """Two servers, each with a worker of its own, behind HAProxy."""
+    """Two servers, each with its own worker, behind HAProxy."""
 
     def __init__(self, models: Path, folder: Path) -> None:
         self.servers = [LiveServer(models) for _ in range(2)]
@@ -75,7 +75,7 @@ def test_server_that_ends_costs_plain_clients_nothing(
 
 
 def test_front_end_that_is_killed_costs_clients_its_connections_alone(shipped_models: Path, tmp_path: Path) -> None:
-    """One server with two front ends behind the balancer, as on a machine whose front end is the limit."""
+    """One server with two front ends behind the balancer, for a machine on which one front end is the bottleneck."""
     expected = hessian(shipped_models / "peaks.safetensors")
     with LiveServer(shipped_models, settings={"processes": 2}) as server:
         address = f"127.0.0.1:{server.port}"

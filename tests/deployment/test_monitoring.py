@@ -139,7 +139,7 @@ class Prometheus:
 
 
 class Watched(NamedTuple):
-    """A service that is asked, one that is not, and what watches them."""
+    """A service with requests, one without, and the monitoring of both."""
 
     prometheus: Prometheus
     alertmanager: Alertmanager

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, each with a loopback address of its own, as ``ray start`` makes it."""
+"""A Ray cluster of two nodes on this machine, each with its own loopback address, started by ``ray start``."""
 
 from __future__ import annotations
 

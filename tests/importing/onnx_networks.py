@@ -33,7 +33,7 @@ KINKED = {
 
 
 class Graph:
-    """An ONNX graph that grows node by node, and the torch function that it stands for."""
+    """An ONNX graph that is built node by node, with the equivalent torch function."""
 
     def __init__(self, seed, dtype=np.float64):
         self.draw, self.rng = random.Random(seed), np.random.default_rng(seed)

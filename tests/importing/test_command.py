@@ -171,7 +171,7 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
 
 @pytest.mark.usefixtures("one_backend")
 def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
-    """The sample inputs are a pickle that nobody reads; weights that are pickles are refused."""
+    """The pickle of sample inputs is not read; weights that are pickles are refused."""
     import zipfile
 
     hostile, pickled = tmp_path / "hostile.pt2", tmp_path / "pickled.pt2"

@@ -81,7 +81,7 @@ def first_words(name):
 
 
 def compare(name, network):
-    """Compare with a runtime, and with the outputs beside the file."""
+    """Compare with a runtime, and with the outputs that are stored with the file."""
     model = onnx.load(FILES[name])
     taken = model.graph.input[0]
     kind = taken.type.tensor_type
