@@ -127,7 +127,7 @@ def test_a_choice_is_softplus_or_is_refused():
 
 
 def test_pipelines_exported_by_skl2onnx():
-    """It cannot export transformed targets, and concatenates the outputs of a network."""
+    """skl2onnx cannot export transformed targets, and reshapes several outputs of a network to one column."""
     found = 0
     for seed in range(choose(60, 1000)):
         with warnings.catch_warnings():
