@@ -16,6 +16,7 @@ BATCH_TIMEOUT_S = 3
 Start = Callable[..., LiveServer]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run chaos in one process: two kinds of chaos at once would measure each other."""
     for item in items:
