@@ -51,12 +51,20 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 MOST_BYTES = 1 << 16
 
 
+_patch = pytest.MonkeyPatch()
+
+
 @cache
 def _front() -> Front:
     logging.disable(logging.CRITICAL)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("service.front._return_memory", lambda: None)
-    return Front(monkeypatch, **LIMITS)
+    _patch.setattr("service.front._return_memory", lambda: None)
+    return Front(_patch, **LIMITS)
+
+
+def close_front() -> None:
+    """Undo the changes that the simulated front end makes to the modules, which other tests use."""
+    _patch.undo()
+    _front.cache_clear()
 
 
 def talk(pieces: list[bytes]) -> list[bytes]:

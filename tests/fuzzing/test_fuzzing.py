@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzzing.targets import CORPUS, MOST_BYTES, TARGETS, corpus, mutated, request, talk
+from tests.fuzzing.targets import CORPUS, MOST_BYTES, TARGETS, close_front, corpus, mutated, request, talk
 from tests.whole import Note, choose
 
 #: Mutations for each target; reading ONNX takes longest.
 COUNTS = {"onnx_files": (60, 2000), "model_files": (200, 20_000)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unpatched() -> Iterator[None]:
+    """Restore the modules of the service after the last test."""
+    yield
+    close_front()
 
 
 @pytest.fixture(autouse=True)
