@@ -40,7 +40,7 @@ FLOAT64_BOUND = 1e-8
 FLOAT32_BOUND, FLOAT32_FACTOR = 1e-4, 50.0
 #: Steps ε of finite differences, and bounds of relative errors: truncation ε² plus rounding divided by ε or ε².
 DIFFERENCES = {"gradient": (1e-5, 1e-6), "curvature": (1e-3, 1e-4)}
-#: How far the observed orders of Taylor errors may be below 2 and 3.
+#: Tolerance of the observed orders of Taylor errors, below 2 and 3.
 TAYLOR_SLACK = 0.1
 TAYLOR_STEPS = tuple(2.0**-k for k in range(15))
 #: Fraction of the value's size below which a derivative, in units of the value, counts as 0.

@@ -51,7 +51,7 @@ FORMAT, FORMAT_VERSION = "hessquik", "1"
 CHECKSUM = "sha256"
 #: Metadata key of the result of :func:`hessquik.activations.kinks` for the network.
 KINKS = "kinks"
-#: What a file contains.
+#: The content of a file.
 Network = NN | Ensemble
 MAX_FILE_BYTES = 512 << 20
 MAX_HEADER_BYTES = 256 << 10

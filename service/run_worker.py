@@ -1,11 +1,16 @@
-"""Entry point of a worker process; imports run with the garbage collector off, which is faster."""
+"""Runs a worker process; its modules are imported with the garbage collector off, which is faster."""
 
 import gc
 import sys
 
-gc.disable()
 
-from .worker import main  # noqa: E402
+def run() -> None:
+    """Import and run the worker, which turns the collector on again."""
+    gc.disable()
+    from .worker import main
+
+    main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run()

@@ -310,7 +310,7 @@ class Channel:
         if self.is_closed:
             return
         self.is_closed = True
-        # Who is called holds the channel: nothing is left to the collector.
+        # The callbacks' owners hold the channel; without them there is no cycle for the collector.
         self._on_frame, self._on_lost, self._on_head = _ignore, _ignore, None
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())

@@ -81,7 +81,7 @@ CHECKED_ROWS = 256
 SPOILED = 71
 _PR_SET_PDEATHSIG = 1
 
-#: How a request's rows are written as text, by the form of the answer.
+#: Functions that arrange a request's rows before they are written as text, by the form of the answer.
 _VIEWS: dict[str, Callable[[wire.Array], wire.Array]] = {
     "json": lambda rows: rows,
     "flat": lambda rows: rows.reshape(-1),

@@ -42,7 +42,7 @@ class TwoNodes:
             "HESSQUIK_MODELS": str(models),
             "HESSQUIK_PORT": str(self.port),
         }
-        #: Where programs join the cluster.
+        #: The address at which programs join the cluster.
         self.address = f"{FIRST}:{gcs}"
         self._nodes: list[psutil.Process] = []
         try:

@@ -19,7 +19,7 @@ QUANTITIES = (
 )  # fmt: skip
 #: Rows of the longest bodies, which are read slice by slice.
 LONG_ROWS = 3000
-#: What stands where something else is expected.
+#: Values of wrong types and sizes.
 WRONG: tuple[Any, ...] = (
     None, True, 0, -1.5, 1e400, 10**400, float("nan"), "", "x", [], [[]], [[[1]]], {}, {"a": 1}, [True],
     ["1", 2], [[1], [2, 3]],

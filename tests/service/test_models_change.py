@@ -8,33 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 import hessquik
-from hessquik.activations import tanhActivation
-from hessquik.networks import NN, fullyConnectedNN
 from tests.live import LiveServer
+from tests.service.seeded import network, value, write_first
 from tests.whole import choose
 
 ADMIN = {"Authorization": "Bearer admin"}
 SWAPS = choose(48, 200)
-
-
-def network(seed: int) -> NN:
-    torch.manual_seed(seed)
-    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
-
-
-def value(seed: int) -> float:
-    return float(network(seed)(torch.ones(1, 2, dtype=torch.float64))[0].detach())
-
-
-def write_first(folder: Path) -> Path:
-    (folder / "net").mkdir(exist_ok=True)
-    for path in folder.rglob("*.safetensors"):
-        path.unlink()
-    hessquik.save(network(1), folder / "net" / "1.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,27 +17,16 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 import hessquik
-from hessquik.activations import tanhActivation
-from hessquik.networks import NN, fullyConnectedNN
 from service.supervisor import add_up
 from tests.live import LiveServer
 from tests.service.faulty_worker import SLOW, SLOW_S
+from tests.service.seeded import network, value, write_first
 
 ADMIN = {"Authorization": "Bearer admin"}
 FAULTY = ("-m", "tests.service.faulty_serve")
 WAIT_S = 60.0
-
-
-def network(seed: int) -> NN:
-    torch.manual_seed(seed)
-    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
-
-
-def value(seed: int) -> float:
-    return float(network(seed)(torch.ones(1, 2, dtype=torch.float64))[0].detach())
 
 
 #: Connections of the test that runs.
@@ -101,14 +90,6 @@ def connect(server: LiveServer, count: int = 2) -> list[Front]:
         if len(found) == count:
             return list(found.values())
     raise AssertionError(f"expected connections to {count} front ends, got {len(found)}")
-
-
-def write_first(folder: Path) -> Path:
-    (folder / "net").mkdir(exist_ok=True)
-    for path in folder.rglob("*.safetensors"):
-        path.unlink()
-    hessquik.save(network(1), folder / "net" / "1.safetensors")
-    return folder
 
 
 def start(folder: Path) -> LiveServer:

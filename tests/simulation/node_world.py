@@ -341,7 +341,7 @@ class NodeWorld:
             self.change_file()
         self.starting = self.loop.create_task(self.node.start(self))
 
-    # What uses the node.
+    # The events of the node's users.
 
     def attach(self, worker: Any) -> None:
         link = worker.connect()

@@ -172,24 +172,23 @@ def queue_of_requests_full(front: Front) -> Transport:
     return client
 
 
-def queue_of_rows_full(front: Front) -> Transport:
-    waiting = [front.connect(post(rows=1400)), front.connect(post(rows=1400))]
-    client = expect(front.connect(post(body={"inputs": [[0.5, 1]] * 3001}, path="/v1/models/a/value")), 503, "rows")
+def full(front: Front, rows: tuple[int, int], refused: bytes, reason: str) -> Transport:
+    """Refuse a request while two others wait, which are answered afterwards."""
+    waiting = [front.connect(post(rows=count)) for count in rows]
+    client = expect(front.connect(refused), 503, reason)
     for _ in range(4):
         front.answer()
     for one in waiting:
         expect(one, 200)
     return client
+
+
+def queue_of_rows_full(front: Front) -> Transport:
+    return full(front, (1400, 1400), post(body={"inputs": [[0.5, 1]] * 3001}, path="/v1/models/a/value"), "rows")
 
 
 def queue_of_bytes_full(front: Front) -> Transport:
-    waiting = [front.connect(post(rows=1500)), front.connect(post(rows=1400))]
-    client = expect(front.connect(post(rows=400)), 503, "bytes")
-    for _ in range(4):
-        front.answer()
-    for one in waiting:
-        expect(one, 200)
-    return client
+    return full(front, (1500, 1400), post(rows=400), "bytes")
 
 
 def too_much_held(front: Front) -> Transport:
