@@ -58,8 +58,7 @@ class _Actor:
         from hessquik_client.evaluators import TORCH_DTYPES
         from hessquik_client.question import make_question
 
-        found = [np.asarray(batch[name]) for name in self._columns]
-        points = found[0] if len(found) == 1 and found[0].ndim == 2 else np.stack(found, axis=1)
+        points = _join(batch, self._columns)
         given = {name: self._options.get(name) for name in ("weights", "directions")}
         arrays = {name: np.asarray(array) for name, array in given.items() if array is not None}
         asked = make_question(
@@ -72,6 +71,23 @@ class _Actor:
             if array is not None
         }
         return {**batch, **self._evaluators.evaluate(ready, TORCH_DTYPES[asked.dtype], asked.quantities)}
+
+
+def _join(batch: Mapping[str, Array], columns: Sequence[str]) -> Array:
+    """Return the points (n, d) of a column of lists or arrays, or of one column per input.
+
+    Raises:
+        InvalidInput: the lists of a column have different lengths.
+    """
+    from hessquik_client.errors import InvalidInput
+
+    found = [np.asarray(batch[name]) for name in columns]
+    if len(found) > 1 or found[0].ndim == 2:
+        return found[0] if len(found) == 1 else np.stack(found, axis=1)
+    try:
+        return np.stack([np.atleast_1d(row) for row in found[0]])  # Parquet's lists are arrays in an array
+    except ValueError:
+        raise InvalidInput(f"{columns[0]}: expected points of equal lengths, got different ones") from None
 
 
 def evaluate_dataset(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def run(language: str, text: str, expected: str | None, namespace: dict[str, obj
 def test_tables_of_quantities_have_all_of_them(page: str) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\(n.*?\)) \|", (DOCS / page).read_text(), flags=re.M))
     assert rows == {name: describe_shape(name) for name in QUANTITIES}
+
+
+def test_sizes_of_all_extras_are_listed() -> None:
+    """But of those for work on the project itself."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (table,) = re.findall(r"^\| extra \|.*\n((?:\|.*\n)+)", (DOCS / "clients.md").read_text(), flags=re.M)
+    listed = re.findall(r"`(\w+)`", table)
+    assert sorted(listed) == sorted(extras.keys() - {"dev", "deploy", "fuzz", "wheels", "bench"})
 
 
 def check_shell(text: str) -> None:

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -27,7 +30,7 @@ HILLS_AND_HOLLOWS = {"hill": (3.5925, 3.7766, 8.1062), "hollow": (-6.5511, -3.04
 NETWORK_ERROR = 5e-3
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, timeout_s: float = 120) -> str:
     """Return what a script prints."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -36,7 +39,7 @@ def run(script: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -127,9 +130,41 @@ def test_steps_limited_by_the_spread_end_where_the_ensemble_is_right(server: Liv
 
 def test_posterior_of_the_borehole_agrees_with_importance_sampling(server: LiveServer, shipped_models: Path) -> None:
     printed = run("sample_posterior.py", "--url", server.url, "--chains", "8", "--steps", "80")
+    # 320 correlated draws: about 40 independent ones, so that a mean has an error of a sixth of the spread.
+    check_posterior(printed, shipped_models)
+
+
+@pytest.mark.whole  # Ray takes half a minute to start and end
+def test_points_of_parquet_files_are_evaluated_by_ray(shipped_models: Path, tmp_path: Path) -> None:
+    points = np.random.default_rng(0).uniform(-3, 3, (5000, 2))
+    pyarrow.parquet.write_table(pyarrow.table({"x": list(points)}), tmp_path / "points.parquet")
+    model, target = shipped_models / "peaks.safetensors", tmp_path / "results"
+    options = (str(model), str(tmp_path / "points.parquet"), str(target), "--quantities", "value,gradient")
+    assert run("evaluate_with_ray.py", *options, timeout_s=300).endswith("results: 5000 points\n")
+    table = pyarrow.parquet.read_table(target)
+    found = {name: np.array(table[name].to_pylist()) for name in ("x", "value", "gradient")}
+    order, wanted = np.lexsort(found["x"].T), np.lexsort(points.T)
+    np.testing.assert_array_equal(found["x"][order], points[wanted])
+    value, gradient, _ = oracle.derivatives(load(model).double(), torch.from_numpy(points[wanted]))
+    np.testing.assert_allclose(found["value"][order].reshape(-1, 1), value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found["gradient"][order].reshape(-1, 2, 1), gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.whole  # half a minute of a core; test_pymc.py samples a posterior of one input
+def test_posterior_by_nuts_agrees_with_importance_sampling(
+    server: LiveServer, shipped_models: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "posterior.png"
+    options = ("--url", server.url, "--draws", "100", "--picture", str(picture))
+    check_posterior(run("sample_with_pymc.py", *options, timeout_s=600), shipped_models)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def check_posterior(printed: str, models: Path) -> None:
+    """Check the mean and the spread of the flow, which a script printed, by importance sampling."""
     match = re.search(r"posterior: ([\d.]+) ± ([\d.]+)", printed)
     assert match is not None
-    saved = storage.parse((shipped_models / "borehole.safetensors").read_bytes())
+    saved = storage.parse((models / "borehole.safetensors").read_bytes())
     lower, upper = (
         torch.tensor(saved.metadata[key], dtype=torch.float64) for key in ("lower_bounds", "upper_bounds")
     )
@@ -139,6 +174,5 @@ def test_posterior_of_the_borehole_agrees_with_importance_sampling(server: LiveS
     weight = torch.exp(-(((flow - 120) / 10) ** 2) / 2)
     mean = float((weight * flow).sum() / weight.sum())
     spread = float((weight * (flow - mean) ** 2).sum() / weight.sum()) ** 0.5
-    # 320 correlated draws: about 40 independent ones, so that a mean has an error of a sixth of the spread.
     assert float(match[1]) == pytest.approx(mean, abs=spread / 2)
     assert 0.5 * spread < float(match[2]) < 1.5 * spread

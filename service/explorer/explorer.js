@@ -48,7 +48,8 @@ function report(error) {
     if (!key.get()) return;
   } else if (!(error instanceof ApiError)) console.error(error);
   const about = [error.code, error.requestId && `request ${error.requestId}`].filter(Boolean).join(", ");
-  $("problem").textContent = error instanceof Unreachable ? `${error.message} Trying again.` : `${error.message}${about ? ` (${about})` : ""}`;
+  const message = error.status === 401 ? "The service does not accept this key." : error.message;
+  $("problem").textContent = error instanceof Unreachable ? `${message} Trying again.` : `${message}${about ? ` (${about})` : ""}`;
   $("problem").hidden = false;
   if (error.status === 401) key.set(""); // a refused key is not sent again and again
 }

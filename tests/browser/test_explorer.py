@@ -377,7 +377,7 @@ def use_keys(watched: Watched, guarded: LiveServer) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     give_key(page, "wrong")
-    expect(page.locator("#problem")).to_contain_text("(unauthorized, request ")
+    expect(page.locator("#problem")).to_contain_text("does not accept this key. (unauthorized, request ")
     give_key(page, "opensesame")
     expect(page.locator("#slice-note")).to_contain_text("in one request")
     expect(page.locator("#key-form")).to_be_hidden()
@@ -443,6 +443,8 @@ def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     hessquik.save(flat, folder / "flat.safetensors")
     for name in ("peaks", "borehole", "borehole_ensemble"):
         (folder / f"{name}.safetensors").write_bytes((shipped_models / f"{name}.safetensors").read_bytes())
+    bowl = hessquik.networks.NN(hessquik.layers.quadraticLayer(3, 3)).double()
+    hessquik.save(bowl, folder / "bowl.safetensors")
     many = hessquik.networks.fullyConnectedNN([30, 4, 1], act=tanh()).double()
     hessquik.save(many, folder / "many.safetensors", description="thirty inputs")
     curve = hessquik.networks.fullyConnectedNN([1, 8, 1], act=tanh()).double()
@@ -582,6 +584,28 @@ def test_paths_say_what_they_found(crowded: LiveServer, context: BrowserContext)
         values = [float(text) for text in page.locator("#path-rows tr td:nth-child(2)").all_inner_texts()]
         assert values == sorted(values, reverse=True)
         assert values[-1] < values[0]
+
+
+def test_a_single_step_is_one_step(crowded: LiveServer, context: BrowserContext) -> None:
+    """Newton's first step ends at the minimum of a quadratic function."""
+    with opened(context, f"{crowded.url}/#model=bowl") as watched:
+        first_picture(watched.page)
+        look(watched.page, 0.3, 0.2)
+        assert walk(watched.page, "newton").endswith(", 1 step")
+
+
+def test_buttons_leave_the_picture_visible(crowded: LiveServer, context: BrowserContext) -> None:
+    """They have no background, and are not there on phones."""
+    with opened(context, crowded.url) as watched:
+        page = watched.page
+        first_picture(page)
+        page.hover("#plot .nsewdrag")
+        expect(page.locator("#plot .modebar-group").first).to_have_css("background-color", "rgba(0, 0, 0, 0)")
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.reload()
+        first_picture(page)
+        page.hover("#plot .nsewdrag")
+        expect(page.locator("#plot .modebar-btn")).to_have_count(0)
 
 
 def test_slopes_of_a_path_are_those_it_goes_by(crowded: LiveServer, context: BrowserContext) -> None:

@@ -366,14 +366,16 @@ def test_pyomo_grey_box_has_exact_derivatives(zoo: Zoo, counting: tuple[Client, 
     box.set_output_constraint_multipliers(weights)
     expected = {name: part[0] for name, part in zoo.derivatives(name, x[None]).items()}
     before = transport.methods["POST"]
-    np.testing.assert_allclose(box.evaluate_outputs(), expected["value"], rtol=1e-10)
-    np.testing.assert_allclose(box.evaluate_jacobian_outputs().toarray(), expected["gradient"].T, rtol=1e-10)
+    np.testing.assert_allclose(box.evaluate_outputs(), expected["value"], rtol=TOLERANCE)
+    np.testing.assert_allclose(
+        box.evaluate_jacobian_outputs().toarray(), expected["gradient"].T, rtol=TOLERANCE, atol=TOLERANCE
+    )
     assert transport.methods["POST"] - before == 1
     hessian = box.evaluate_hessian_outputs()
     assert (hessian.row >= hessian.col).all()
     scale = abs(expected["hessian"]).max()
     np.testing.assert_allclose(
-        hessian.toarray(), np.tril(expected["hessian"] @ weights), rtol=1e-9, atol=1e-12 * scale
+        hessian.toarray(), np.tril(expected["hessian"] @ weights), rtol=TOLERANCE, atol=TOLERANCE * scale
     )
     # The structure stays as it is where weights, and so all entries, are zero.
     box.set_output_constraint_multipliers(0 * weights)
