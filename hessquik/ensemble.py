@@ -70,9 +70,9 @@ class EnsembleEvaluator:
         self.backend, self.compiled = first.backend, first.compiled
 
     @property
-    def ladder(self) -> tuple[int, ...]:
+    def tile_rows(self) -> tuple[int, ...]:
         """Row counts of the tiles of all members, ascending."""
-        return tuple(sorted({rows for member in self.members for rows in member.ladder}))
+        return tuple(sorted({rows for member in self.members for rows in member.tile_rows}))
 
     def operations(
         self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None

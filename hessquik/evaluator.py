@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import count, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -37,9 +38,6 @@ OPERATIONS_BETWEEN = 2e7
 #: Plans that are kept, and bytes of what they compute of the weights, in float64 and as a backend has it; those that
 #: were not used for longest make room for new ones. A plan that is larger alone is kept alone.
 MAX_PLANS, MAX_PLAN_BYTES = 256, 256 << 20
-#: Results of so few rows and bytes are made like earlier ones, of which a plan keeps so many.
-FEW_ROWS, FEW_BYTES, MAX_TEMPLATES = 16, 16 << 10, 32
-_empty_like = torch.empty_like
 _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 
 
@@ -111,15 +109,15 @@ class Evaluator:
         self._own_data = {part.untyped_storage().data_ptr() for part in own_parts}
         self._uses = count()
         self._runners: dict[Ask, backends.Runner] = {}
-        self._known: dict[Any, backends.Runner] = {}
+        self._known: dict[Any, tuple[backends.Runner, backends.Bound]] = {}
         self._compiled = self._compile(compiled)
         self.compiled = tuple(tuple(sorted(ask.quantities)) for ask in self._compiled)
         self._runner(_SECOND_ORDER)
 
     @property
-    def ladder(self) -> tuple[int, ...]:
+    def tile_rows(self) -> tuple[int, ...]:
         """Row counts of the tiles in which values, gradients and Hessians are computed, ascending."""
-        return self._runner(_SECOND_ORDER).ladder
+        return self._runner(_SECOND_ORDER).tile_rows
 
     def plan(self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None) -> Plan:
         """Return how the quantities are computed and what a row costs; printable.
@@ -170,7 +168,11 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
-        runner, arrays, n = self._prepare(x, quantities, weights, directions)
+        runner, bound = self._prepare(x, quantities, weights, directions)
+        found = bound(x, weights, directions) if out is None else None
+        if found is not None:
+            return Derivatives(**found)
+        n, arrays = x.shape[0], self._inputs(runner, x, quantities, weights, directions)
         if out is None:
             results = self._results(quantities, runner, n, x)
         else:
@@ -195,10 +197,11 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
-        runner, arrays, n = self._prepare(x, quantities, weights, directions)
+        runner, _ = self._prepare(x, quantities, weights, directions)
+        n, arrays = x.shape[0], self._inputs(runner, x, quantities, weights, directions)
         start = 0
         while start < max(n, 1):
-            rows = min(runner.ladder[-1], n - start)
+            rows = min(runner.tile_rows[-1], n - start)
             results = self._results(quantities, runner, rows, x)
             inputs = {
                 name: array if name in runner.shared else array[start : start + rows]
@@ -210,31 +213,52 @@ class Evaluator:
 
     def _prepare(
         self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None
-    ) -> tuple[backends.Runner, dict[str, Tensor], int]:
-        """Check everything and return what computes, with the arrays of the inputs and the number of points."""
-        key = (
-            tuple(quantities),
-            None if weights is None else weights.ndim,
-            None if directions is None else (directions.ndim, directions.shape[-2:]),
-        )
-        runner, shape = self._known.get(key), x.shape
-        is_known = runner is not None and weights is None and directions is None
-        if not is_known or len(shape) != 2 or shape[1] != self.d:
+    ) -> tuple[backends.Runner, backends.Bound]:
+        """Return what computes a call, and a function of the call's tensors that does; both are made once."""
+        key = _key(quantities, weights, directions)
+        known = self._known.get(key)
+        if known is None:
             self._check(x, quantities, weights, directions)
-        if runner is None:
             directed = directions if needs_directions(quantities) else None
             runner = self._runner(self._ask(quantities, weights, directed))
+            known = runner, self._bound(runner, quantities)
             with self._lock:
                 if len(self._known) >= 4 * MAX_PLANS:
                     self._known.clear()
-                self._known[key] = runner
-        runner.last_use = next(self._uses)
+                self._known[key] = known
+        known[0].last_use = next(self._uses)
+        return known
+
+    def _inputs(
+        self,
+        runner: backends.Runner,
+        x: Tensor,
+        quantities: Sequence[str],
+        weights: Tensor | None,
+        directions: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Check everything and return the arrays of the inputs."""
+        self._check(x, quantities, weights, directions)
         arrays = {"x": self._placed(x)}
         if weights is not None:
             arrays["weights"] = self._placed(weights)
         if directions is not None and runner.plan.ask.directions is not None:
             arrays["directions"] = self._placed(directions)
-        return runner, arrays, shape[0]
+        return arrays
+
+    def _bound(self, runner: backends.Runner, quantities: Sequence[str]) -> backends.Bound:
+        """Return a function for calls of one tile: of x, weights and directions, and ``None`` if it refuses them."""
+        ask, shapes = runner.plan.ask, runner.plan.shapes
+        of_weights: dict[str | None, tuple[int, ...]] = {None: (), "shared": (self.m,), "each": (-1, self.m)}
+        of_directions = {None: (), "shared": (ask.k, self.d), "each": (-1, ask.k, self.d)}
+        inputs = {
+            "x": (-1, self.d),
+            "weights": of_weights[ask.weights],
+            "directions": of_directions[ask.directions],
+        }
+        row_bytes = max(1, sum(prod(shapes[name]) for name in quantities)) * self.dtype.itemsize
+        most_rows = min(runner.tile_rows[-1], memory.LARGE_BYTES // row_bytes)
+        return runner.bind(inputs, {name: (-1, *shapes[name]) for name in quantities}, most_rows)
 
     def _placed(self, array: Tensor) -> Tensor:
         """Return an input as it is computed with: itself if it is so already; a GPU takes a host's array in tiles."""
@@ -314,10 +338,10 @@ class Evaluator:
     def _run(self, runner: backends.Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``, on several threads if there are tiles enough."""
         n = stop - start
-        if self._pool is None or n <= runner.ladder[-1]:
+        if self._pool is None or n <= runner.tile_rows[-1]:
             runner.run(arrays, start, stop)
             return
-        shares = min(self._threads, -(-n // runner.ladder[-1]))
+        shares = min(self._threads, -(-n // runner.tile_rows[-1]))
         cuts = [start + n * i // shares for i in range(shares + 1)]
         *others, own = pairwise(cuts)
         waiting = [self._pool.submit(runner.run, arrays, *cut) for cut in others]
@@ -326,17 +350,9 @@ class Evaluator:
             future.result()
 
     def _results(self, quantities: Sequence[str], runner: backends.Runner, n: int, x: Tensor) -> dict[str, Tensor]:
-        """Return arrays for the results on the points' device; those of few rows are made from stored templates."""
-        key = (tuple(quantities), n)
-        known = runner.templates.get(key)
-        if known is not None and x.is_cpu:
-            return {name: _empty_like(template) for name, template in known}
-        results = {name: memory.empty((n, *runner.plan.shapes[name]), self.dtype, x.device) for name in quantities}
-        if n <= FEW_ROWS and x.is_cpu and sum(array.nbytes for array in results.values()) <= FEW_BYTES:
-            if len(runner.templates) >= MAX_TEMPLATES:
-                runner.templates.clear()
-            runner.templates[key] = tuple((name, torch.empty_like(array)) for name, array in results.items())
-        return results
+        """Return arrays for the results on the points' device."""
+        shapes = runner.plan.shapes
+        return {name: memory.empty((n, *shapes[name]), self.dtype, x.device) for name in quantities}
 
     def _check_out(
         self, quantities: Sequence[str], runner: backends.Runner, n: int, device: torch.device, out: dict[str, Tensor]
@@ -373,6 +389,17 @@ class Evaluator:
             raise ShapeError(
                 f"expected directions of shape (k, {self.d}) or ({n}, k, {self.d}), got {tuple(directions.shape)}"
             )
+
+
+def _key(quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None) -> Any:
+    """Return the key of a call's plan and of the order of its results."""
+    if weights is None and directions is None:
+        return tuple(quantities)
+    return (
+        tuple(quantities),
+        None if weights is None else weights.ndim,
+        None if directions is None else (directions.ndim, directions.shape[-2:]),
+    )
 
 
 def _rows_between(plan: Plan, threads: int) -> int:

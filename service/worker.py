@@ -119,7 +119,7 @@ class Model(Evaluators):
     def warm_up(self) -> None:
         """Run a tile of every size once, so that no request is slowed by a first call, and measure the speed."""
         evaluate = self.evaluator(self.dtype)
-        for rows in evaluate.ladder:
+        for rows in evaluate.tile_rows:
             x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
             for asked in (("value", "gradient", "laplacian"), ("value", "gradient", "hessian"), *evaluate.compiled):
                 if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize > MAX_WARM_UP_BYTES and "hessian" in asked:
@@ -148,7 +148,7 @@ class Model(Evaluators):
             "device": str(self.device),
             "parameters": self.parameters,
             "members": self.members,
-            "tile_rows": evaluate.ladder[-1],
+            "tile_rows": evaluate.tile_rows[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
         }

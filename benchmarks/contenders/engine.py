@@ -34,7 +34,7 @@ class Engine:
         torch.set_num_threads(1)
         self._evaluate = hessquik.Evaluator(hessquik.load(path))
         self.d = self._evaluate.d
-        for rows in self._evaluate.ladder:
+        for rows in self._evaluate.tile_rows:
             self(np.zeros((rows, self.d)))
 
     def __call__(self, points: Array) -> dict[str, Array]:

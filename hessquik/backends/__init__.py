@@ -1,7 +1,6 @@
 """Backends, which run programs: one module each, and the choice among them."""
 
 from hessquik.backends.choice import (
-    Runner,
     chosen,
     compiles_plans,
     device_value,
@@ -10,5 +9,16 @@ from hessquik.backends.choice import (
     names,
     resolved,
 )
+from hessquik.backends.runner import Bound, Runner
 
-__all__ = ["Runner", "chosen", "compiles_plans", "device_value", "make_runner", "make_runners", "names", "resolved"]
+__all__ = [
+    "Bound",
+    "Runner",
+    "chosen",
+    "compiles_plans",
+    "device_value",
+    "make_runner",
+    "make_runners",
+    "names",
+    "resolved",
+]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from hessquik.backends.runner import Runner
 from hessquik.device import CPU, GPU, Device
 from hessquik.plan import Plan
 from hessquik.steps import Product
@@ -16,42 +16,7 @@ from hessquik.steps import Product
 if TYPE_CHECKING:
     from hessquik.backends.triton import TritonProgram
 
-__all__ = ["Runner", "chosen", "compiles_plans", "device_value", "make_runner", "make_runners", "names", "resolved"]
-
-
-class Runner:
-    """A plan that is ready to run; threads may share it.
-
-    Args:
-        plan: The plan.
-        run: Computes rows ``start`` to ``stop`` of the results; inputs and results are in ``arrays`` by name.
-        ladder: Returns the row counts of its tiles, ascending, which change when memory runs short.
-
-    Attributes:
-        shared: Names of the inputs that all rows share.
-        last_use: A number that grows with every use of a plan of the same evaluator.
-        templates: Arrays like the results of calls with few rows, by the quantities and the rows.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        run: Callable[[Mapping[str, Tensor], int, int], None],
-        ladder: Callable[[], tuple[int, ...]],
-    ) -> None:
-        """Name the shared inputs."""
-        self.plan = plan
-        self.run = run
-        given = {"weights": plan.ask.weights, "directions": plan.ask.directions}
-        self.shared = frozenset(name for name, how in given.items() if how == "shared")
-        self.last_use = 0
-        self.templates: dict[tuple[tuple[str, ...], int], tuple[tuple[str, Tensor], ...]] = {}
-        self._ladder = ladder
-
-    @property
-    def ladder(self) -> tuple[int, ...]:
-        """Row counts of the tiles, ascending."""
-        return self._ladder()
+__all__ = ["chosen", "compiles_plans", "device_value", "make_runner", "make_runners", "names", "resolved"]
 
 
 #: Columns of products from which a GPU computes them faster with torch's library, one launch for each.
@@ -102,7 +67,8 @@ def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.devi
     if backend == "cpu":
         from hessquik.backends.cpu import CpuProgram
 
-        return Runner(plan, CpuProgram(plan.program, dtype, plan.rows).run, lambda: tuple(sorted({1, plan.rows})))
+        on_cpu = CpuProgram(plan.program, dtype, plan.rows)
+        return Runner(plan, on_cpu.run, lambda: tuple(sorted({1, plan.rows})), on_cpu.bind)
     if backend == "triton" and _widest(plan) < WIDE:
         from hessquik.backends.triton import TritonProgram
 
@@ -140,7 +106,7 @@ def make_runners(backend: str, plans: Sequence[Plan], dtype: torch.dtype, device
 
 
 def _on_card(plan: Plan, program: TritonProgram) -> Runner:
-    return Runner(plan, program.run, lambda: program.ladder)
+    return Runner(plan, program.run, lambda: program.tile_rows)
 
 
 def _has_triton(device: torch.device) -> bool:

@@ -216,7 +216,7 @@ class TritonProgram:
         device: A CUDA device with its index, or the CPU if Triton interprets.
 
     Attributes:
-        ladder: Row counts of the tiles, ascending.
+        tile_rows: Row counts of the tiles, ascending.
 
     Raises:
         ValueError: the program has an array that is too large for the kernel's indices.
@@ -234,7 +234,7 @@ class TritonProgram:
         self._blocks = BLOCKS[dtype]
         self._keep: list[Tensor] = []
         self._arrays: Table | Unrolled = _retried(self._write, self._state)
-        self.ladder = (1, self._most_rows) if self._most_rows > 1 else (1,)
+        self.tile_rows = (1, self._most_rows) if self._most_rows > 1 else (1,)
         self._compile()
 
     def _compile(self) -> None:

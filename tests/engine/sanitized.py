@@ -36,7 +36,7 @@ def main(path: str, cases: int, threads: int) -> None:
 
     from hessquik import Evaluator
     from hessquik.backends.cpu import KERNEL, CpuProgram, vector_bytes
-    from hessquik.quantities import QUANTITIES
+    from hessquik.quantities import QUANTITIES, needs_directions
     from tests.engine import random_networks
     from tests.engine.step_reference import outputs_of, random_case
 
@@ -83,6 +83,8 @@ def main(path: str, cases: int, threads: int) -> None:
         x, v = mixed(torch.randn(n, d, dtype=dtype), draw), mixed(torch.randn(k, d, dtype=dtype), draw)
         weights = draw.choice((None, torch.randn(m, dtype=dtype), torch.randn(n, m, dtype=dtype)))
         together(lambda: evaluate(x, names, weights, v))  # noqa: B023
+        if not needs_directions(names):  # else one that does not need them gets none of its tensors bound
+            together(lambda: evaluate(x, names, weights))  # noqa: B023
     print(f"{cases} programs and networks, vectors of {vectors} bytes, {threads} threads: no fault")  # noqa: T201
 
 

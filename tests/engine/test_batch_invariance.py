@@ -61,7 +61,7 @@ def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, backend):
     """A quantity alone has its own plan; directions are shared by all rows or given for each."""
     for width, m in SHAPES:
         evaluate = Evaluator(network(width, 5, m, dtype), backend=backend)
-        n = 2 * evaluate.ladder[-1] + 3
+        n = 2 * evaluate.tile_rows[-1] + 3
         x, each = torch.randn(n, 5, dtype=dtype), torch.randn(n, k, 5, dtype=dtype)
         for v in (each[0], each):
             whole = getattr(evaluate(x, (quantity,), None, v), quantity)
@@ -75,11 +75,11 @@ def test_so_has_a_quantity_that_is_asked_alone(quantity, k, dtype, backend):
 @pytest.mark.parametrize("d", [1, 10, 33, 100])
 def test_counts_and_places_do_not_matter(d, dtype, backend):
     evaluate = Evaluator(network(37, d, 3, dtype), backend=backend)
-    tile = evaluate.ladder[-1]
+    tile = evaluate.tile_rows[-1]
     x = torch.randn(2 * tile + 3, d, dtype=dtype)
     v = torch.randn(2, d, dtype=dtype)
     whole = evaluate(x, QUANTITIES, None, v)
-    for count in sorted({1, 2, 3, 5, 8, 9, *evaluate.ladder, tile + 1}):
+    for count in sorted({1, 2, 3, 5, 8, 9, *evaluate.tile_rows, tile + 1}):
         some = x[-count:]
         assert same(bits(evaluate(some, QUANTITIES, None, v)), bits(whole, slice(len(x) - count, None))), count
     turned = torch.randperm(len(x))
@@ -102,7 +102,7 @@ def test_counts_and_places_do_not_matter(d, dtype, backend):
 def test_hostile_companions_leave_a_row_as_it_is(kind, companion, dtype, backend):
     net = kind(dtype)
     evaluate = Evaluator(net, backend=backend)
-    d, rows = net.dim_input(), 2 * evaluate.ladder[-1]
+    d, rows = net.dim_input(), 2 * evaluate.tile_rows[-1]
     row, v = torch.randn(1, d, dtype=dtype), torch.randn(2, d, dtype=dtype)
     alone = bits(evaluate(row, QUANTITIES, None, v))
     for place in (0, 3, rows - 1):

@@ -148,7 +148,7 @@ def test_tiles_are_the_rows_of_the_whole(n, backend):
     x, weights, directions = torch.randn(n, 4), torch.randn(n, 3), torch.randn(5, 4)
     whole = evaluate(x, QUANTITIES, weights, directions)
     tiles = list(evaluate.tiles(x, QUANTITIES, weights, directions))
-    assert all(tile.value.shape[0] <= evaluate.ladder[-1] for tile in tiles)
+    assert all(tile.value.shape[0] <= evaluate.tile_rows[-1] for tile in tiles)
     for name in QUANTITIES:
         assert torch.equal(torch.cat([getattr(tile, name) for tile in tiles]), getattr(whole, name))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hessquik.backends.cpu.structures import KERNEL
 from hessquik.backends.cpu.translate import Translation
+from hessquik.backends.runner import Bound, refuse
 from hessquik.steps import Program
 
 __all__ = ["CpuProgram", "is_available", "vector_bytes"]
@@ -63,3 +64,28 @@ class CpuProgram:
             stop: The row after the last one.
         """
         self._run(self._address, self._arrays, arrays, start, stop)
+
+    def bind(
+        self, inputs: Mapping[str, tuple[int, ...]], results: Mapping[str, tuple[int, ...]], most_rows: int
+    ) -> Bound:
+        """Return a function of tensors that runs the program for at most so many rows and returns new results.
+
+        Args:
+            inputs: Shapes of x, weights and directions, in this order, the number of rows as -1; () for ``None``.
+            results: Shapes of the results.
+            most_rows: The largest number of rows.
+        """
+        assert KERNEL is not None
+        index = {name: i for i, name in enumerate(self._arrays)}
+        try:
+            bound: Bound = KERNEL.bind(
+                self._translation,
+                self._address,
+                Tensor,
+                most_rows,
+                tuple((index.get(name, -1), shape) for name, shape in inputs.items()),
+                tuple((name, (index.get(name, -1), shape)) for name, shape in results.items()),
+            )
+        except (AttributeError, ValueError):  # a torch without DLPack's functions; more results than a call may have
+            return refuse
+        return bound

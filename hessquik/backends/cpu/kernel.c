@@ -56,7 +56,8 @@ typedef struct {
     I tile_rows, first, rows;
 } Call;
 
-#define FOR_EACH_ROW_COUNT_4(do, nv) do(1, nv) do(2, nv) do(3, nv) do(4, nv)
+#define FOR_EACH_ROW_COUNT_3(do, nv) do(1, nv) do(2, nv) do(3, nv)
+#define FOR_EACH_ROW_COUNT_4(do, nv) FOR_EACH_ROW_COUNT_3(do, nv) do(4, nv)
 #define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)
 #define FOR_EACH_ROW_COUNT_8(do, nv) FOR_EACH_ROW_COUNT_6(do, nv) do(7, nv) do(8, nv)
 
@@ -75,7 +76,9 @@ typedef struct {
 #endif
 #define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_8
 #define VECTOR_BYTES 64
+#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_4
 #define MR 8
+#define FEW_ROWS 4
 #define REAL float
 #define INT int32_t
 #define LANES 16
@@ -92,7 +95,9 @@ typedef struct {
 #include "steps.h"
 #undef VECTOR_BYTES
 #undef MR
+#undef FEW_ROWS
 #undef FOR_EACH_ROW_COUNT
+#undef FOR_EACH_FEW_ROWS
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -108,7 +113,9 @@ typedef struct {
 #endif
 #define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
 #define VECTOR_BYTES 32
+#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_3
 #define MR 6
+#define FEW_ROWS 3
 #define REAL float
 #define INT int32_t
 #define LANES 8
@@ -125,7 +132,9 @@ typedef struct {
 #include "steps.h"
 #undef VECTOR_BYTES
 #undef MR
+#undef FEW_ROWS
 #undef FOR_EACH_ROW_COUNT
+#undef FOR_EACH_FEW_ROWS
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -136,7 +145,9 @@ typedef struct {
 /* ---- Vectors of 16 bytes, which every processor has ---- */
 #define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
 #define VECTOR_BYTES GENERIC_BYTES
+#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_3
 #define MR 6
+#define FEW_ROWS 3
 #define REAL float
 #define INT int32_t
 #define LANES 4

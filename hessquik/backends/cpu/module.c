@@ -1,8 +1,6 @@
 /* The kernel as a module of Python: what a call costs beside the steps is a fraction of a microsecond. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
+#include "bound.h"
 #include "program.h"
 
 enum { MOST_ARRAYS = 32 };
@@ -93,6 +91,8 @@ failed:
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
      "run(program, names, arrays, start, stop)\n--\n\nCompute rows start to stop of the arrays, in the program's order."},
+    {"bind", hessquik_bind, METH_VARARGS,
+     "bind(owner, program, tensor, most_rows, inputs, results)\n--\n\nReturn a function of tensors for few rows."},
     {"vector_bytes", vector_bytes, METH_NOARGS,
      "vector_bytes()\n--\n\nReturn the bytes of this machine's vectors."},
     {"interface", interface, METH_NOARGS,

@@ -5,6 +5,7 @@
  *   NAME(x)         x with a suffix of its own
  *   VECTOR_BYTES    size of a vector register, and LANES numbers that it holds
  *   MR              rows of the matrix product's block, as many as its accumulators fit the registers
+ *   FEW_ROWS        rows of a block that is twice as wide, likewise
  *   MASKED_LOAD, MASKED_STORE   of the first `count` lanes, where the processor has them
  *
  * Every number of a row is computed by the same operations in the same order wherever the row stands: products
@@ -238,7 +239,7 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Matrices) *p, I i
 #define BLOCK_ENTRY(mr, nv) NAME(block_##mr##_##nv),
 FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 1)
 FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 2)
-FOR_EACH_ROW_COUNT_4(BLOCK_FUNCTION, 4)
+FOR_EACH_FEW_ROWS(BLOCK_FUNCTION, 4)
 BLOCK_FUNCTION(1, 8)
 
 /* Few rows take several panels at a time, so that there are sums enough to keep the multipliers busy. */
@@ -246,11 +247,11 @@ static void NAME(multiply)(const NAME(Matrices) *p) {
     static void (*const functions[4][MR])(const NAME(Matrices) *, I, I) = {
         {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 1)},
         {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 2)},
-        {FOR_EACH_ROW_COUNT_4(BLOCK_ENTRY, 4)},
+        {FOR_EACH_FEW_ROWS(BLOCK_ENTRY, 4)},
         {BLOCK_ENTRY(1, 8)},
     };
     /* Blocks of about the same height: 5 and 5 rows are faster than 8 and 2. */
-    const I blocks = (p->rows + MR - 1) / MR, most = p->rows == 1 ? 3 : p->rows <= 4 ? 2 : 1;
+    const I blocks = (p->rows + MR - 1) / MR, most = p->rows == 1 ? 3 : p->rows <= FEW_ROWS ? 2 : 1;
     for (I j = 0; j < p->columns;) {
         const I left = p->columns - j;
         I size = most;

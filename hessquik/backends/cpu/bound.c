@@ -1,0 +1,186 @@
+/* A program bound to the tensors of a call with few rows: one call of C checks the inputs, allocates the results and
+ * computes them. In Python, the same takes as long as a small network does.
+ */
+
+#include "bound.h"
+
+#include <stdlib.h>
+
+#include "dlpack.h"
+#include "program.h"
+
+enum { MOST_INPUTS = 3, MOST_RESULTS = 16, MOST_AXES = 6, OF_ROWS = -1, UNREAD = -1 };
+
+/* Shapes may have OF_ROWS as their first extent. */
+typedef struct {
+    int external, ndim;
+    int64_t shape[MOST_AXES];
+} Slot;
+
+typedef struct {
+    PyObject *owner, *tensor, *names[MOST_RESULTS];
+    const DlpackFunctions *functions;
+    const Program *program;
+    int64_t most_rows;
+    int inputs, results;
+    Slot input[MOST_INPUTS], result[MOST_RESULTS];
+} Bound;
+
+/* A result: what torch is told about it, and 64 bytes aligned behind it the numbers. */
+typedef struct {
+    DlpackManaged managed;
+    int64_t shape[MOST_AXES], strides[MOST_AXES];
+} Result;
+
+static void free_result(DlpackManaged *managed) { free(managed->context); }
+
+/* A new tensor for a result, and where its numbers are; null with an error set if there is no memory. */
+static PyObject *new_result(const Bound *bound, const Slot *slot, int64_t rows, void **numbers) {
+    const size_t head = (sizeof(Result) + 63) & ~(size_t)63, real = bound->program->is_double ? 8 : 4;
+    int64_t shape[MOST_AXES], strides[MOST_AXES], count = 1;
+    for (int axis = slot->ndim - 1; axis >= 0; axis--) {
+        shape[axis] = slot->shape[axis] == OF_ROWS ? rows : slot->shape[axis];
+        strides[axis] = count;
+        count *= shape[axis];
+    }
+    Result *result = NULL;
+    if (posix_memalign((void **)&result, 64, head + (size_t)count * real)) return PyErr_NoMemory();
+    *numbers = (char *)result + head;
+    result->managed = (DlpackManaged){
+        {DLPACK_MAJOR, DLPACK_MINOR}, result, free_result, 0,
+        {*numbers, DLPACK_CPU, 0, slot->ndim, DLPACK_FLOAT, (uint8_t)(8 * real), 1, result->shape, result->strides, 0},
+    };
+    for (int axis = 0; axis < slot->ndim; axis++) result->shape[axis] = shape[axis], result->strides[axis] = strides[axis];
+    void *tensor = NULL;
+    return bound->functions->import_tensor(&result->managed, &tensor) ? NULL : tensor;
+}
+
+/* Whether an input is a dense tensor in main memory, of the program's numbers and of a shape that fits. */
+static int is_plain(const Bound *bound, const Slot *slot, PyObject *input, int64_t *rows, void **numbers) {
+    static PyObject *is_neg;
+    DlpackTensor t;
+    if (slot->ndim == 0) return input == Py_None;
+    if ((PyObject *)Py_TYPE(input) != bound->tensor || bound->functions->describe(input, &t)) return 0;
+    const int is_of_kind = t.device_type == DLPACK_CPU && t.code == DLPACK_FLOAT && t.lanes == 1 &&
+                           t.bits == (bound->program->is_double ? 64 : 32) && t.ndim == slot->ndim;
+    if (!is_of_kind) return 0;
+    int64_t count = 1;
+    for (int axis = t.ndim - 1; axis >= 0; axis--) {
+        if (slot->shape[axis] == OF_ROWS && *rows < 0) *rows = t.shape[axis];
+        const int64_t extent = slot->shape[axis] == OF_ROWS ? *rows : slot->shape[axis];
+        if (t.shape[axis] != extent || (extent != 1 && t.strides[axis] != count)) return 0;
+        count *= extent;
+    }
+    /* A lazily negated tensor has the numbers of another one. */
+    if (!is_neg && !(is_neg = PyUnicode_InternFromString("is_neg"))) return 0;
+    PyObject *found = PyObject_CallMethodObjArgs(input, is_neg, NULL);
+    Py_XDECREF(found);
+    *numbers = (char *)t.data + t.offset;
+    return found == Py_False;
+}
+
+/* bound(x, weights, directions): the results by name, or None if the inputs are not plain or have more rows. */
+static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count) {
+    const Bound *bound = PyCapsule_GetPointer(self, "bound");
+    if (!bound) return NULL;
+    if (count != bound->inputs) return PyErr_Format(PyExc_TypeError, "expected %d inputs", bound->inputs);
+    void *arrays[MOST_INPUTS + MOST_RESULTS] = {0}, *numbers = NULL;
+    int64_t rows = -1;
+    for (int i = 0; i < bound->inputs; i++) {
+        const Slot *slot = &bound->input[i];
+        if (!is_plain(bound, slot, inputs[i], &rows, &numbers)) {
+            PyErr_Clear(); /* of a tensor without memory; the caller reports it */
+            Py_RETURN_NONE;
+        }
+        if (slot->external != UNREAD) arrays[slot->external] = numbers;
+    }
+    if (rows > bound->most_rows) Py_RETURN_NONE;
+    PyObject *results = PyDict_New();
+    for (int i = 0; results && i < bound->results; i++) {
+        PyObject *tensor = new_result(bound, &bound->result[i], rows, &numbers);
+        if (bound->result[i].external != UNREAD) arrays[bound->result[i].external] = numbers;
+        if (!tensor || PyDict_SetItem(results, bound->names[i], tensor)) {
+            Py_DECREF(results);
+            results = NULL;
+        }
+        Py_XDECREF(tensor);
+    }
+    if (!results) return NULL;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = hessquik_run(bound->program, arrays, 0, rows);
+    Py_END_ALLOW_THREADS
+    if (!failed) return results;
+    Py_DECREF(results);
+    return PyErr_NoMemory();
+}
+
+static void free_bound(PyObject *capsule) {
+    Bound *bound = PyCapsule_GetPointer(capsule, "bound");
+    if (!bound) return;
+    for (int i = 0; i < bound->results; i++) Py_XDECREF(bound->names[i]);
+    Py_XDECREF(bound->tensor);
+    Py_XDECREF(bound->owner);
+    PyMem_Free(bound);
+}
+
+/* Read (external, shape) into a slot; 0, or -1 with an error set. */
+static int read_slot(const Program *program, PyObject *pair, Slot *slot) {
+    PyObject *shape;
+    if (!PyArg_ParseTuple(pair, "iO!", &slot->external, &PyTuple_Type, &shape)) return -1;
+    const Py_ssize_t ndim = PyTuple_Size(shape);
+    if (ndim > MOST_AXES || slot->external < UNREAD || slot->external >= program->arrays) {
+        PyErr_SetString(PyExc_ValueError, "expected at most 6 axes, and an array of the program or -1");
+        return -1;
+    }
+    slot->ndim = (int)ndim;
+    for (Py_ssize_t axis = 0; axis < ndim; axis++) slot->shape[axis] = PyLong_AsLongLong(PyTuple_GetItem(shape, axis));
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyMethodDef method = {
+    "bound", (PyCFunction)(void (*)(void))call, METH_FASTCALL,
+    "bound(x, weights, directions)\n--\n\nReturn the results by name, or None if the inputs are not plain or have "
+    "more rows."};
+
+PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
+    (void)module;
+    PyObject *owner, *address, *tensor, *inputs, *results;
+    long long most_rows;
+    if (!PyArg_ParseTuple(arguments, "OOOLO!O!", &owner, &address, &tensor, &most_rows, &PyTuple_Type, &inputs,
+                          &PyTuple_Type, &results))
+        return NULL;
+    const Program *program = PyLong_AsVoidPtr(address);
+    PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+    const DlpackFunctions *functions = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+    Py_XDECREF(capsule); /* the functions live as long as torch */
+    if (!program || !functions) return NULL;
+    const Py_ssize_t given = PyTuple_Size(inputs), wanted = PyTuple_Size(results);
+    if (functions->version.major != DLPACK_MAJOR || !functions->describe || given > MOST_INPUTS || wanted > MOST_RESULTS ||
+        program->arrays > MOST_INPUTS + MOST_RESULTS)
+        return PyErr_Format(PyExc_ValueError, "expected version 1 of DLPack, at most 3 inputs and 16 results");
+    Bound *bound = PyMem_Calloc(1, sizeof(Bound));
+    PyObject *held = bound ? PyCapsule_New(bound, "bound", free_bound) : NULL;
+    if (!held) {
+        PyMem_Free(bound);
+        return PyErr_NoMemory();
+    }
+    Py_INCREF(owner);
+    Py_INCREF(tensor);
+    bound->owner = owner, bound->tensor = tensor, bound->functions = functions, bound->program = program;
+    bound->most_rows = most_rows, bound->inputs = (int)given;
+    PyObject *function = NULL;
+    for (Py_ssize_t i = 0; i < given; i++)
+        if (read_slot(program, PyTuple_GetItem(inputs, i), &bound->input[i])) goto done;
+    for (Py_ssize_t i = 0; i < wanted; i++) {
+        PyObject *name, *slot;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(results, i), "UO!", &name, &PyTuple_Type, &slot)) goto done;
+        Py_INCREF(name);
+        bound->names[bound->results++] = name;
+        if (read_slot(program, slot, &bound->result[i])) goto done;
+    }
+    function = PyCFunction_New(&method, held);
+done:
+    Py_DECREF(held);
+    return function;
+}
