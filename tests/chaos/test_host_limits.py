@@ -18,7 +18,7 @@ import pytest
 from hessquik_client import Client
 from tests.live import LiveServer
 
-#: 64 descriptors; a disk that takes no byte; a clock of the day that jumps by a year to and fro.
+#: 64 descriptors; a disk that takes no byte, nor a line of the access log; a clock of the day that jumps by a year to and fro.
 SHORT = """
 import random, resource, runpy, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -35,12 +35,15 @@ ADMIN = {"Authorization": "Bearer admin"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path) -> Iterator[LiveServer]:
-    """Yield a server with 64 descriptors, a full disk, and a clock that jumps."""
+    """Yield a server with 64 descriptors, a full disk, also for its access log, and a clock that jumps."""
     folder = tmp_path_factory.mktemp("host") / "models"
     folder.mkdir()
     shutil.copy(shipped_models / "peaks.safetensors", folder)
-    settings = {"admin_keys": "admin", "watch_s": 0.2, "batch_timeout_s": 30}
-    with LiveServer(folder, settings=settings, command=("-c", SHORT)) as live:
+    settings = {"admin_keys": "admin", "watch_s": 0.2, "batch_timeout_s": 30, "access_log": True}
+    with (
+        Path("/dev/full").open("w", buffering=1) as full,
+        LiveServer(folder, settings=settings, command=("-c", SHORT), stdout=full) as live,
+    ):
         yield live
 
 

@@ -29,6 +29,7 @@ from tests.deployment.balanced import Balancer
 from tests.deployment.load import CALLS, POINTS, WAIT_S, Load, hessian, is_close
 from tests.deployment.two_nodes import FIRST, SECOND, TwoNodes
 from tests.live import ROOT, LiveServer
+from tests.ways import WAYS, Way, expect_same_bits_by, in_process
 from tests.whole import Note
 
 pytestmark = [
@@ -117,6 +118,16 @@ def test_each_node_answers_every_quantity(address: str, cluster: TwoNodes, model
         }
         for quantity, tensor in expected.items():
             assert oracle.difference(torch.from_numpy(answer[quantity]), tensor) <= TOLERANCE, (path.stem, quantity)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_each_dialect_and_encoding_gives_the_bits_of_the_engine_in_process(
+    way: Way, cluster: TwoNodes, shipped_models: Path
+) -> None:
+    for address in (FIRST, SECOND):
+        with httpx.Client(base_url=cluster.url(address), timeout=30) as client:
+            expect_same_bits_by(way, client, 7, in_process(shipped_models))
 
 
 DATASET = """
