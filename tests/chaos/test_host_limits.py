@@ -18,7 +18,7 @@ import pytest
 from hessquik_client import Client
 from tests.live import LiveServer
 
-#: 64 descriptors; a disk that takes no byte, nor a line of the access log; a clock of the day that jumps by a year to and fro.
+#: 64 descriptors; a disk that takes no byte, nor a line of the access log; a day's clock that jumps by a year.
 SHORT = """
 import random, resource, runpy, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
