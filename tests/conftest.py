@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of ``make quick``."""
     parser.addoption("--quick", action="store_true", help="the first case of each test that starts no process")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect tests with the garbage collector off: nothing of what is imported is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _is_quick(item: pytest.Item) -> bool:

@@ -132,7 +132,7 @@ FIELDS: dict[str, tuple[str, str, Callable[[Any], np.ndarray]]] = {
     ("model", "field"),
     [
         ("peaks", "value"),
-        ("ising_ring", "gradient"),
+        pytest.param("ising_ring", "gradient", marks=pytest.mark.whole),
         pytest.param("peaks", "laplacian", marks=pytest.mark.whole),
         ("borehole", "eigenvalue"),
     ],

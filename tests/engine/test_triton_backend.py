@@ -52,7 +52,7 @@ def run(
     return out
 
 
-@pytest.mark.parametrize("seed", choose(range(2), range(4)))
+@pytest.mark.parametrize("seed", choose(range(1), range(4)))
 def test_random_programs(seed: int) -> None:
     dtype = (torch.float32, torch.float64)[seed % 2]
     case = random_case(seed, vector=4, count=8)
@@ -164,9 +164,9 @@ def _networks() -> dict[str, NN]:
 ALL = ("value", "gradient", "hessian", "laplacian", "jvp", "hvp", "curvature")
 
 
-#: Two networks in one dtype each, or all in both.
+#: One network in one dtype, or all in both.
 CASES = choose(
-    [("residual", torch.float64), ("convex", torch.float32)],
+    [("convex", torch.float64)],
     [(name, dtype) for name in ("full", "residual", "convex") for dtype in (torch.float32, torch.float64)],
 )
 
@@ -269,7 +269,7 @@ def test_maps_with_more_values_than_registers() -> None:
     torch.testing.assert_close(found, sum(x.exp() for x in given.values()))
 
 
-@pytest.mark.parametrize("failures", [1, 4])
+@pytest.mark.parametrize("failures", choose([4], [1, 4]))
 def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     evaluate = Evaluator(fullyConnectedNN([2, 4, 1]), dtype=torch.float64)
     program = TritonProgram(evaluate.plan(("value",)).program, torch.float64, CPU)
@@ -300,8 +300,8 @@ _COMPILE = """
 import json, sys, torch
 from hessquik.backends.triton import BLOCKS, compile_kernel
 found = {}
-for arch in map(int, sys.argv[1:]):
-    for dtype in BLOCKS:
+for arch in map(int, sys.argv[2:]):
+    for dtype in list(BLOCKS)[:int(sys.argv[1])]:
         kernel = compile_kernel(dtype, arch)
         shared, code = kernel.metadata.shared, len(kernel.kernel)
         found[f"{arch} {dtype}"] = {"shared": shared, "code": code, "tf32": "tf32" in kernel.asm["ptx"]}
@@ -312,7 +312,7 @@ print(json.dumps(found))
 def test_it_compiles_for_a_gpu_without_one() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _COMPILE, "90"],
+        [sys.executable, "-W", "ignore", "-c", _COMPILE, *choose(("1", "90"), ("2", "80", "90"))],
         env=environment,
         capture_output=True,
         text=True,

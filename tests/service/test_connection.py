@@ -387,6 +387,7 @@ def test_replies_that_are_not_taken_are_bounded_in_total(live: LiveServer) -> No
     assert ask(live.port, post(EVALUATE, LARGE)).status == 200, "what was held is given back"
 
 
+@pytest.mark.whole
 def test_memory_does_not_grow_with_connections_that_end(live: LiveServer) -> None:
     """Large replies, each on its own connection, ended in each possible way."""
     front = psutil.Process(live.process.pid)
