@@ -16,7 +16,7 @@ from hessquik_client.errors import ClientError
 from hessquik_client.messages import Reply
 from hessquik_client.models import AsyncModel, Model
 from hessquik_client.progress import bar
-from hessquik_client.steps import Pause, Persistence, Send, Steps, Together, list_models, post
+from hessquik_client.steps import Gather, Pause, RetryPolicy, Send, Steps, list_models, post
 from hessquik_client.transport import LIMITS, Body, DeadlineTransport, options, too_late, translate
 
 __all__ = ["AsyncClient", "AsyncModel", "Client", "Model"]
@@ -37,7 +37,7 @@ class _Service(Generic[DocumentT, DocumentsT]):
         if concurrency < 1:
             raise ValueError(f"concurrency: expected a number from 1 on, got {concurrency}")
         self._url = url
-        self._persistence = Persistence(deadline_s, retries)
+        self._policy = RetryPolicy(deadline_s, retries)
         self._concurrency = concurrency
         key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._options: dict[str, Any] = {
@@ -54,16 +54,16 @@ class _Service(Generic[DocumentT, DocumentsT]):
 
     def models(self) -> DocumentsT:
         """Return the service's description of every model, as in ``GET /v1/models``."""
-        return self._run(list_models(self._persistence))  # type: ignore[no-any-return]
+        return self._run(list_models(self._policy))  # type: ignore[no-any-return]
 
     def load(self, name: str) -> DocumentT:
         """Make the service load a model's files again; needs an admin key."""
-        return self._run(post(name, "load", self._persistence))  # type: ignore[no-any-return]
+        return self._run(post(name, "load", self._policy))  # type: ignore[no-any-return]
 
     def unload(self, name: str, version: int | str | None = None) -> DocumentT:
         """Make the service drop a model, or one version of it, until it is loaded again; needs an admin key."""
         action = "unload" if version is None else f"unload?version={version}"
-        return self._run(post(name, action, self._persistence))  # type: ignore[no-any-return]
+        return self._run(post(name, action, self._policy))  # type: ignore[no-any-return]
 
     def _run(self, steps: Steps[Any]) -> Any:
         """Run steps and return their result, or for the asynchronous client an awaitable of it."""
@@ -104,7 +104,7 @@ class Client(_Service[dict[str, Any], list[dict[str, Any]]]):
 
     def model(self, name: str, version: str | int | None = None) -> Model:
         """Return a model of the service; nothing is sent yet."""
-        return Model(self._run, self._url, name, version, self._persistence)
+        return Model(self._run, self._url, name, version, self._policy)
 
     def close(self) -> None:
         """Close the connections."""
@@ -130,8 +130,8 @@ class Client(_Service[dict[str, Any], list[dict[str, Any]]]):
                     outcome = self._send(step)
                 case Pause(seconds):
                     time.sleep(seconds)
-                case Together():
-                    self._run_together(step)
+                case Gather():
+                    self._gather(step)
 
     def _send(self, step: Send) -> Reply | ClientError:
         end_s = time.monotonic() + step.within_s
@@ -148,7 +148,7 @@ class Client(_Service[dict[str, Any], list[dict[str, Any]]]):
         except httpx.RequestError as error:
             return translate(error, step)
 
-    def _run_together(self, step: Together) -> None:
+    def _gather(self, step: Gather) -> None:
         with (
             bar(step) as advance,
             ThreadPoolExecutor(min(self._concurrency, len(step.conversations))) as executor,
@@ -185,7 +185,7 @@ class AsyncClient(_Service[Awaitable[dict[str, Any]], Awaitable[list[dict[str, A
 
     def model(self, name: str, version: str | int | None = None) -> AsyncModel:
         """Return a model of the service; nothing is sent yet."""
-        return AsyncModel(self._run, self._url, name, version, self._persistence)
+        return AsyncModel(self._run, self._url, name, version, self._policy)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -211,8 +211,8 @@ class AsyncClient(_Service[Awaitable[dict[str, Any]], Awaitable[list[dict[str, A
                     outcome = await self._send(step)
                 case Pause(seconds):
                     await asyncio.sleep(seconds)
-                case Together():
-                    await self._run_together(step)
+                case Gather():
+                    await self._gather(step)
 
     async def _send(self, step: Send) -> Reply | ClientError:
         try:
@@ -228,7 +228,7 @@ class AsyncClient(_Service[Awaitable[dict[str, Any]], Awaitable[list[dict[str, A
         except httpx.RequestError as error:
             return translate(error, step)
 
-    async def _run_together(self, step: Together) -> None:
+    async def _gather(self, step: Gather) -> None:
         room = asyncio.Semaphore(self._concurrency)
         with bar(step) as advance:
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hessquik_client.client import Model
 from hessquik_client.domain import Outside
-from hessquik_client.memo import LastPoint
+from hessquik_client.last_point import LastPoint
 from hessquik_client.messages import Array
 
 __all__ = ["RemoteFunction"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openmdao.api as om
 
-from hessquik_client.memo import LastPoint
+from hessquik_client.last_point import LastPoint
 
 __all__ = ["RemoteComponent"]
 

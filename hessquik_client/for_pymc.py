@@ -23,7 +23,7 @@ from pytensor.graph.op import Op
 
 from hessquik_client.client import Model
 from hessquik_client.domain import Outside
-from hessquik_client.memo import LastPoint
+from hessquik_client.last_point import LastPoint
 
 __all__ = ["remote_function"]
 

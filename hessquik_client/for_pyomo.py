@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 
 from hessquik_client.client import Model
 from hessquik_client.domain import Outside
-from hessquik_client.memo import LastPoint
+from hessquik_client.last_point import LastPoint
 from hessquik_client.messages import Array, ArrayLike
 
 __all__ = ["RemoteGreyBox"]

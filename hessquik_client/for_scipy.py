@@ -15,7 +15,7 @@ from scipy import optimize
 
 from hessquik_client.client import Model
 from hessquik_client.domain import Outside
-from hessquik_client.memo import LastPoint
+from hessquik_client.last_point import LastPoint
 from hessquik_client.messages import Array, ArrayLike
 
 __all__ = ["Objective", "bounds", "constraint", "minimize_from"]

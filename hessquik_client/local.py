@@ -16,7 +16,7 @@ from hessquik_client.messages import Answer, Array, Facts, Question
 from hessquik_client.models import Model
 from hessquik_client.progress import bar
 from hessquik_client.question import Shape, make_question
-from hessquik_client.steps import Conversation, Persistence, Steps, Together
+from hessquik_client.steps import Conversation, Gather, RetryPolicy, Steps
 
 __all__ = ["LocalModel"]
 
@@ -44,7 +44,7 @@ class LocalModel(Model):
     ) -> None:
         """Load the file, and check its derivatives."""
         evaluators = Evaluators(storage.parse(data), torch.device(device), threads)
-        super().__init__(_run, url, name, facts.version, Persistence())
+        super().__init__(_run, url, name, facts.version, RetryPolicy())
         self._conversation = _LocalConversation(name, document, facts, evaluators)
 
 
@@ -52,7 +52,7 @@ class _LocalConversation(Conversation):
     """A conversation whose answers are computed in this process."""
 
     def __init__(self, name: str, document: dict[str, Any], facts: Facts, evaluators: Evaluators) -> None:
-        super().__init__(name, facts.version, Persistence())
+        super().__init__(name, facts.version, RetryPolicy())
         self.facts = facts
         self._document, self._evaluators = document, evaluators
         assert facts.d is not None
@@ -90,7 +90,7 @@ def _run(steps: Steps[T]) -> T:
             step = next(steps)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-        assert isinstance(step, Together)
+        assert isinstance(step, Gather)
         with bar(step) as advance:
             for conversation, size in zip(step.conversations, step.sizes, strict=True):
                 _run(conversation)

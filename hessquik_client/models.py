@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hessquik_client import progress as bars
 from hessquik_client.domain import Outside
 from hessquik_client.messages import Answer, Array, ArrayLike, Question, ask
-from hessquik_client.steps import Conversation, Persistence, Steps
+from hessquik_client.steps import Conversation, RetryPolicy, Steps
 
 if TYPE_CHECKING:
     from hessquik_client.local import LocalModel
@@ -59,13 +59,13 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
         url: str,
         name: str,
         version: str | int | None,
-        persistence: Persistence,
+        policy: RetryPolicy,
     ) -> None:
         """Create the model; nothing is requested yet."""
         self._options: Options = {}
         self._run = run
         self._url = url
-        self._conversation = Conversation(name, None if version is None else str(version), persistence)
+        self._conversation = Conversation(name, None if version is None else str(version), policy)
 
     def __repr__(self) -> str:
         name, version, facts = self._conversation.model, self._conversation.version, self._conversation.facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hessquik_client.steps import Together
+from hessquik_client.steps import Gather
 
 __all__ = ["bar", "check"]
 
@@ -26,7 +26,7 @@ def check(shows_progress: bool) -> None:
 
 
 @contextmanager
-def bar(step: Together) -> Iterator[Callable[[int], None]]:
+def bar(step: Gather) -> Iterator[Callable[[int], None]]:
     """Show a progress bar if the step asks for one; yield the function that advances it."""
     if not step.shows_progress:
         yield lambda size: None

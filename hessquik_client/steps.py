@@ -38,12 +38,12 @@ from hessquik_client.parts import Part, Result, cut
 
 __all__ = [
     "Conversation",
+    "Gather",
     "OutsideDomainWarning",
     "Pause",
-    "Persistence",
+    "RetryPolicy",
     "Send",
     "Steps",
-    "Together",
     "exchange",
     "list_models",
     "post",
@@ -70,7 +70,7 @@ class Pause(NamedTuple):
     seconds: float
 
 
-class Together(NamedTuple):
+class Gather(NamedTuple):
     """Run several generators of steps concurrently; there is no outcome.
 
     Attributes:
@@ -87,11 +87,11 @@ class Together(NamedTuple):
 
 
 T = TypeVar("T")
-Steps = Generator[Send | Pause | Together, Any, T]
+Steps = Generator[Send | Pause | Gather, Any, T]
 
 
 @dataclass
-class Persistence:
+class RetryPolicy:
     """The limits of a call: time and number of tries.
 
     Lost connections, 503, 504 and a proxy's 5xx are retried, since evaluating twice is safe. Before retry
@@ -141,19 +141,19 @@ class Persistence:
         return float(asked_s + random.uniform(0, min(2.0, 0.05 * 2**attempt)))
 
 
-def exchange(request: Request, persistence: Persistence, end_s: float | None = None) -> Steps[Reply]:
+def exchange(request: Request, policy: RetryPolicy, end_s: float | None = None) -> Steps[Reply]:
     """Send a request, with retries, and return the reply.
 
     Args:
         request: The request.
-        persistence: Time limit and number of retries.
+        policy: Time limit and number of retries.
         end_s: Deadline on the monotonic clock; by default that of a call that starts now.
 
     Raises:
         ClientError: no reply is received, or the reply is an error.
     """
-    end_s = persistence.end_s() if end_s is None else end_s
-    persistence.earn()
+    end_s = policy.end_s() if end_s is None else end_s
+    policy.earn()
     attempt = 0
     while True:
         outcome: Reply | ClientError = yield Send(request, max(0.001, end_s - time.monotonic()))
@@ -161,26 +161,26 @@ def exchange(request: Request, persistence: Persistence, end_s: float | None = N
         if isinstance(outcome, Reply) and error is None:
             return outcome
         assert error is not None
-        pause_s = persistence.pause_s(attempt, error)
+        pause_s = policy.pause_s(attempt, error)
         if pause_s is None or time.monotonic() + pause_s >= end_s:
             raise error
         yield Pause(pause_s)
         attempt += 1
 
 
-def list_models(persistence: Persistence) -> Steps[list[dict[str, Any]]]:
+def list_models(policy: RetryPolicy) -> Steps[list[dict[str, Any]]]:
     """Get the descriptions of all models."""
-    reply = yield from exchange(Request("GET", "/v1/models", most_bytes=LIST_BYTES), persistence)
+    reply = yield from exchange(Request("GET", "/v1/models", most_bytes=LIST_BYTES), policy)
     models = parse_document(reply).get("models")
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise unexpected(reply, "a list of models")
     return models
 
 
-def post(model: str, action: str, persistence: Persistence) -> Steps[dict[str, Any]]:
+def post(model: str, action: str, policy: RetryPolicy) -> Steps[dict[str, Any]]:
     """Make the service load or unload a model; ``action`` is the last part of the path, with its query."""
     request = Request("POST", f"/v1/models/{quote(model, safe='')}/{action}")
-    reply = yield from exchange(request, persistence)
+    reply = yield from exchange(request, policy)
     document = parse_document(reply)
     if document.get("name") != model:
         raise unexpected(reply, f"a reply about model {model}")
@@ -193,34 +193,34 @@ class Conversation:
     Args:
         model: Name of the model.
         version: A version, or ``None`` for the service's default.
-        persistence: Time limit and number of retries.
+        policy: Time limit and number of retries.
 
     Attributes:
         facts: The last description of the model, if one was received.
     """
 
-    def __init__(self, model: str, version: str | None, persistence: Persistence) -> None:
+    def __init__(self, model: str, version: str | None, policy: RetryPolicy) -> None:
         """Start without a description of the model."""
         self.model = model
         self.version = version
         self.facts: Facts | None = None
-        self._persistence = persistence
+        self._policy = policy
         self._has_warned = False
 
     def describe(self, end_s: float | None = None) -> Steps[dict[str, Any]]:
         """Request the service's description of the model."""
         query = "" if self.version is None else f"?version={quote(self.version)}"
         request = Request("GET", f"/v1/models/{quote(self.model, safe='')}{query}")
-        reply = yield from exchange(request, self._persistence, end_s)
+        reply = yield from exchange(request, self._policy, end_s)
         document, self.facts = parse_facts(reply, self.model, self.version)
         return document
 
     def fetch(self) -> Steps[tuple[dict[str, Any], bytes]]:
         """Request the service's description of the model, and the file of that version."""
-        end_s = self._persistence.end_s()
+        end_s = self._policy.end_s()
         document = yield from self.describe(end_s)
         request = file_request(self.model, str(document["version"]))
-        return document, parse_file((yield from exchange(request, self._persistence, end_s)))
+        return document, parse_file((yield from exchange(request, self._policy, end_s)))
 
     def quantity(self, question: Question, shows_progress: bool) -> Steps[Array]:
         """Evaluate one quantity."""
@@ -229,7 +229,7 @@ class Conversation:
 
     def evaluate(self, question: Question, shows_progress: bool) -> Steps[Answer]:
         """Evaluate quantities; a batch that is too large for one request is split, with one version for all parts."""
-        end_s = self._persistence.end_s()
+        end_s = self._policy.end_s()
         if self.facts is None:
             yield from self.describe(end_s)
         facts = self.facts
@@ -275,18 +275,18 @@ class Conversation:
         parts, result = cut(question, pinned), Result(question, pinned)
         sizes = [part.question.rows * max(1, part.question.k) for part in parts]
         unit = "points × directions" if question.k else "points"
-        yield Together([self._put(part, pinned, result) for part in parts], sizes, unit, shows_progress)
+        yield Gather([self._put(part, pinned, result) for part in parts], sizes, unit, shows_progress)
         return Answer(self.model, pinned.version, result.arrays)
 
     def _put(self, part: Part, facts: Facts, result: Result) -> Steps[None]:
         """Request a part from the version in ``facts``, and write the answer to the result."""
-        end_s = self._persistence.end_s()
+        end_s = self._policy.end_s()
         result.put(part, (yield from self._ask(facts.version, part.question, facts, end_s)))
 
     def _ask(self, version: str | None, question: Question, facts: Facts | None, end_s: float) -> Steps[Answer]:
         """Evaluate quantities in one request."""
         request = build_request(self.model, version, question, facts)
-        reply = yield from exchange(request, self._persistence, end_s)
+        reply = yield from exchange(request, self._policy, end_s)
         return parse_answer(reply, self.model, version, question, facts)
 
 

@@ -129,13 +129,13 @@ class Core:
 
     def shape(self, served: Served) -> Shape:
         """Return the sizes and limits for requests to a model."""
-        shape: Shape | None = served.kinds.get("shape")
+        shape: Shape | None = served.cache.get("shape")
         if shape is None:
             facts, settings = served.facts, self.settings
             domain = Domain.of(facts["metadata"])
             sizes = (facts["d"], facts["m"], facts["dtype"], settings.max_rows)
             shape = Shape(*sizes, domain, settings.outside, facts["members"])
-            served.kinds["shape"] = shape
+            served.cache["shape"] = shape
         return shape
 
     def why_not_ready(self) -> list[str]:
@@ -168,9 +168,9 @@ class Core:
             k,
             served.statistics,
         )
-        if len(served.kinds) >= MAX_KEYS:
-            del served.kinds[next(iter(served.kinds))]
-        served.kinds[question.dtype, question.quantities, is_weighted, k, form] = key
+        if len(served.cache) >= MAX_KEYS:
+            del served.cache[next(iter(served.cache))]
+        served.cache[question.dtype, question.quantities, is_weighted, k, form] = key
         return key
 
     async def _tidy(self) -> None:

@@ -177,7 +177,7 @@ class Call:
         core = self.core
         core.scheduler.queue.expect_room()
         served = self.served = core.repository.ready(name, version)
-        self.shape = served.kinds.get("shape") or core.shape(served)
+        self.shape = served.cache.get("shape") or core.shape(served)
         self.request.model = served.file.name
         return served
 
@@ -262,7 +262,7 @@ class Call:
         k = 0 if directions is None else directions.shape[1]
         known = (dtype, quantities, weights is not None, k, form)
         try:
-            key = served.kinds.get(known) or core.key(served, question, form)
+            key = served.cache.get(known) or core.key(served, question, form)
             rows = request.rows = len(inputs)
             reply_bytes, most = rows * key.row_bytes, core.settings.max_reply_bytes
             if reply_bytes > most:

@@ -33,7 +33,7 @@ class Keys:
         """Start with the keys of the settings."""
         self._settings = settings
         self.on_change: list[Callable[[], None]] = []
-        self._stamp = self._look()
+        self._known = self._fingerprints()
         self.replace(**_plain(settings))
 
     def replace(self, api_keys: Sequence[str], admin_keys: Sequence[str]) -> None:
@@ -59,12 +59,12 @@ class Keys:
 
     def follow(self) -> None:
         """Read the keys again if their files have changed."""
-        if self._settings.secrets is not None and self._look() != self._stamp:
+        if self._settings.secrets is not None and self._fingerprints() != self._known:
             self.reload()
 
     def reload(self) -> None:
         """Read the keys again; keep the present ones if the files cannot be read or hold no key."""
-        self._stamp = self._look()
+        self._known = self._fingerprints()
         if self._settings.secrets is None:
             logger.info("there is no folder of secrets to read keys from")
             return
@@ -79,7 +79,7 @@ class Keys:
         self.replace(**now)
         logger.info("keys read again: %d that may use the service, %d of admins", *map(len, now.values()))
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
+    def _fingerprints(self) -> list[tuple[int, int, int] | None]:
         """Return the fingerprints of the key files, which change when the files do."""
         folder, stamps = self._settings.secrets, list[tuple[int, int, int] | None]()
         for name in NAMES if folder is not None else ():

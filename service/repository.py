@@ -170,7 +170,7 @@ class Served:
         file: The file that it was loaded from.
         id: Its number in the workers; each load gets a new one.
         digest: SHA-256 of the file's bytes; a file with the same digest is not loaded again.
-        kinds: Cache of batch keys and shapes, filled by :class:`service.core.Core`.
+        cache: Cache of batch keys and shapes, filled by :class:`service.core.Core`.
         facts: Description by a worker (``d``, ``m``, ``dtype``, metadata …); empty until it is loaded.
         reason: Reason why it failed, or ``None``.
         users: Number of requests that hold it.
@@ -181,7 +181,7 @@ class Served:
     file: ModelFile
     id: int
     digest: bytes = b""
-    kinds: dict[Hashable, Any] = field(default_factory=dict)
+    cache: dict[Hashable, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     users: int = 0

@@ -40,7 +40,7 @@ LAYERS = {
         hessquik_client.progress
         hessquik_client.local hessquik_client.models hessquik_client.transport
         hessquik_client.client
-        hessquik_client.memo
+        hessquik_client.last_point
         hessquik_client.for_casadi hessquik_client.for_ipopt hessquik_client.for_jax hessquik_client.for_openmdao
         hessquik_client.for_pymc hessquik_client.for_pyomo hessquik_client.for_scipy hessquik_client.for_torch
         hessquik_client

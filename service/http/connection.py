@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
         # The reply that is being sent, and how the connection ends.
         self._is_writing_paused = self._is_last = self._is_half_closed = self._is_probed = False
         self._outgoing: deque[memoryview] = deque()
-        self._is_begun = self._is_pumping = self._is_closing_after = self._is_lingering_after = False
+        self._is_begun = self._is_slice_scheduled = self._is_closing_after = self._is_lingering_after = False
         self._owed_bytes = self._sending_bytes = self._written_bytes = self._taken_bytes = 0
         self._ignores_input = self._is_continue_due = False
         self._discard_left = math.inf
@@ -147,7 +147,7 @@ class Connection(asyncio.Protocol):
         connections = self._server_state.connections
         connections.add(self)
         self._receive_by_s = self._loop.time() + self._limits.receive_timeout_s
-        self._look_within(min(self._limits.receive_timeout_s, self._limits.keep_alive_s))
+        self._check_within(min(self._limits.receive_timeout_s, self._limits.keep_alive_s))
         most = self._limits.max_connections
         if len(connections) > most:
             self._stop_parsing(Overloaded(f"expected at most {most} connections; try again later"))
@@ -190,14 +190,14 @@ class Connection(asyncio.Protocol):
         self._feed(data)
         self._arrived = b""
         if self._receive_by_s < self._timer_s:
-            self._look_within(self._receive_by_s - self._loop.time())
+            self._check_within(self._receive_by_s - self._loop.time())
 
     def eof_received(self) -> bool:
         """Handle the end of the client's input: answer the requests received before, then close."""
         self._is_half_closed = True
         if self._linger_until_s < math.inf or self._is_idle():
             return False
-        self._look_within(PROBE_S)
+        self._check_within(PROBE_S)
         return True
 
     def pause_writing(self) -> None:
@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
         """Go on with the next request, now that the client has read enough of the last reply."""
         self._is_writing_paused = False
         if self._outgoing:
-            self._pump_on()
+            self._write_next_slice()
         elif not self._is_begun:
             self._release()
             self._idle_since_s = self._loop.time()
@@ -450,7 +450,7 @@ class Connection(asyncio.Protocol):
             self._is_reading_paused = False
             if not self._is_between:
                 self._receive_by_s = self._loop.time() + self._limits.receive_timeout_s
-                self._look_within(self._limits.receive_timeout_s)
+                self._check_within(self._limits.receive_timeout_s)
             self._transport.resume_reading()
 
     def _next(self) -> Request | None:
@@ -535,7 +535,7 @@ class Connection(asyncio.Protocol):
     def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
         self._owed_bytes -= sum(map(len, pieces))
         self._outgoing.extend(memoryview(piece) for piece in pieces if len(piece))
-        self._pump()
+        self._write_slice()
 
     def _write(self, transport: asyncio.Transport, request: Request, reply: Reply, rest_bytes: int) -> bool:
         """Write a reply, of whose body ``rest_bytes`` bytes follow; return whether the connection closes after it."""
@@ -568,7 +568,7 @@ class Connection(asyncio.Protocol):
             self._sending_bytes = size  # held until the client has taken them
             self._application.budget.held_bytes += size
             self._outgoing.extend(memoryview(piece) for piece in (text, *body) if len(piece))
-            self._pump()
+            self._write_slice()
         return is_last
 
     def _end_stream(self, request: Request, reply: Reply) -> bool:
@@ -601,10 +601,10 @@ class Connection(asyncio.Protocol):
         """Return whether no request waits for its reply and no reply is being written."""
         return self._current is None and not self._queue and not self._outgoing
 
-    def _pump(self) -> None:
+    def _write_slice(self) -> None:
         """Write a large reply in slices, one per turn of the event loop, so that it does not block the loop."""
         transport = self._transport
-        if not self._outgoing or self._is_writing_paused or self._is_pumping or transport is None:
+        if not self._outgoing or self._is_writing_paused or self._is_slice_scheduled or transport is None:
             return
         pieces, size = [], 0
         while self._outgoing and size < TURN_BYTES:
@@ -618,15 +618,15 @@ class Connection(asyncio.Protocol):
         transport.writelines(pieces)
         if self._outgoing:
             if not self._is_writing_paused:
-                self._is_pumping = True
-                self._loop.call_soon(self._pump_on)
+                self._is_slice_scheduled = True
+                self._loop.call_soon(self._write_next_slice)
         elif not self._is_begun and not self._is_writing_paused:
             self._release()
 
-    def _pump_on(self) -> None:
+    def _write_next_slice(self) -> None:
         """Write the next slice of a large reply, and finish the reply after the last."""
-        self._is_pumping = False
-        self._pump()
+        self._is_slice_scheduled = False
+        self._write_slice()
         if not self._outgoing and self._current is None and self._transport is not None:
             self._end_reply(self._is_closing_after, self._is_lingering_after)
 
@@ -655,7 +655,7 @@ class Connection(asyncio.Protocol):
             return
         transport.write_eof()
         self._linger_until_s = self._loop.time() + self._linger_s
-        self._look_within(self._linger_s)
+        self._check_within(self._linger_s)
 
     def _discard(self, size: int) -> None:
         self._discard_left -= size
@@ -665,17 +665,17 @@ class Connection(asyncio.Protocol):
     def _watch_sending(self) -> None:
         """Start checking periodically that the client reads its reply."""
         self._progress_s = self._loop.time()
-        self._look_within(self._limits.send_timeout_s / 4)
+        self._check_within(self._limits.send_timeout_s / 4)
 
-    def _look_within(self, seconds: float) -> None:
+    def _check_within(self, seconds: float) -> None:
         """Schedule a check of the timeouts within ``seconds``, unless an earlier one is scheduled."""
         due_s = self._loop.time() + seconds
         if due_s < self._timer_s - CLOCK_S:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer_s, self._timer = due_s, self._loop.call_later(max(seconds, 0.0), self._look)
+            self._timer_s, self._timer = due_s, self._loop.call_later(max(seconds, 0.0), self._check_timeouts)
 
-    def _look(self) -> None:
+    def _check_timeouts(self) -> None:
         """Close the connection if a timeout has passed, or schedule the next check."""
         self._timer_s, self._timer = math.inf, None
         transport, limits = self._transport, self._limits
@@ -699,7 +699,7 @@ class Connection(asyncio.Protocol):
             return
         if self._is_half_closed and is_answering:
             next_s = PROBE_S
-        self._look_within(min(next_s, due_s - now_s))
+        self._check_within(min(next_s, due_s - now_s))
 
     def _has_left(self, transport: asyncio.Transport) -> bool:
         """Return whether a client that closed its sending side has closed its receiving side too.

@@ -30,7 +30,7 @@ from hessquik_client import errors as service_errors
 from hessquik_client.errors import BY_CODE, ConnectionLost, DeadlineExceeded, UnexpectedReply
 from hessquik_client.messages import Reply, Request
 from hessquik_client.quantities import DIRECTIONAL, QUANTITIES
-from hessquik_client.steps import Pause, Persistence, Send, exchange
+from hessquik_client.steps import Pause, RetryPolicy, Send, exchange
 from tests.clients.conftest import ADMIN, Zoo
 from tests.fault_proxy import RARE, SHARES, FaultProxy
 from tests.whole import IS_WHOLE, Note, choose
@@ -434,9 +434,9 @@ def test_async_client_has_the_same_methods(zoo: Zoo, client: Client) -> None:
         assert (got == getattr(client.model("vector"), name)(X)).all()
 
 
-def _run(persistence: Persistence, replies: Iterator[Reply | ClientError]) -> tuple[Reply | ClientError, list[float]]:
+def _run(policy: RetryPolicy, replies: Iterator[Reply | ClientError]) -> tuple[Reply | ClientError, list[float]]:
     """Carry out an exchange without input, output or waiting: what came of it, and its pauses."""
-    conversation, outcome, pauses = exchange(Request("GET", "/"), persistence), None, []
+    conversation, outcome, pauses = exchange(Request("GET", "/"), policy), None, []
     while True:
         try:
             step = conversation.send(outcome)
@@ -463,33 +463,33 @@ FINAL = {"500": FAILED, "404": reply(404), "late": DeadlineExceeded("x", status=
 
 @pytest.mark.parametrize("fault", RETRIED.values(), ids=RETRIED)
 def test_what_may_pass_is_tried_again_with_growing_jitter(fault: Reply | ClientError) -> None:
-    outcome, pauses = _run(Persistence(), iter([fault, fault, fault, reply(200)]))
+    outcome, pauses = _run(RetryPolicy(), iter([fault, fault, fault, reply(200)]))
     assert isinstance(outcome, Reply)
     assert len(pauses) == 3
     assert all(0 <= pause <= 0.05 * 2**k for k, pause in enumerate(pauses))
-    outcome, pauses = _run(Persistence(), iter([fault] * 4))
+    outcome, pauses = _run(RetryPolicy(), iter([fault] * 4))
     assert isinstance(outcome, ClientError)
 
 
 @pytest.mark.parametrize("fault", FINAL.values(), ids=FINAL)
 def test_what_will_not_pass_is_not_tried_again(fault: Reply | ClientError) -> None:
-    outcome, pauses = _run(Persistence(), iter([fault]))
+    outcome, pauses = _run(RetryPolicy(), iter([fault]))
     assert isinstance(outcome, ClientError)
     assert pauses == []
 
 
 def test_retry_after_is_honoured_within_the_deadline() -> None:
-    _, pauses = _run(Persistence(), iter([reply(503, retry_after="2"), reply(200)]))
+    _, pauses = _run(RetryPolicy(), iter([reply(503, retry_after="2"), reply(200)]))
     assert 2 <= pauses[0] <= 2.05
-    outcome, pauses = _run(Persistence(deadline_s=1.5), iter([reply(503, retry_after="2"), reply(200)]))
+    outcome, pauses = _run(RetryPolicy(deadline_s=1.5), iter([reply(503, retry_after="2"), reply(200)]))
     assert isinstance(outcome, ClientError)
     assert pauses == []
 
 
 def test_an_outage_brings_a_tenth_more_requests_at_most() -> None:
-    persistence, sent = Persistence(), 0
+    policy, sent = RetryPolicy(), 0
     for _ in range(1000):
-        _, pauses = _run(persistence, iter([reply(503)] * 4))
+        _, pauses = _run(policy, iter([reply(503)] * 4))
         sent += 1 + len(pauses)
     assert 1000 < sent <= 1000 * 1.1 + 10
 

@@ -62,7 +62,7 @@ CONNECTION_BUGS = {
     "a closed connection keeps its queue": ("        self._queue.clear()\n", ""),
     "queued requests are not abandoned": ("(self._current, *self._queue, self._incoming)", "(self._current, self._incoming)"),
     "a request that is answered is not abandoned": ("(self._current, *self._queue, self._incoming)", "(*self._queue, self._incoming)"),
-    "the timer is not set again": ("        self._look_within(min(next_s, due_s - now_s))", "        pass"),
+    "the timer is not set again": ("        self._check_within(min(next_s, due_s - now_s))", "        pass"),
     "bytes of a request are kept": ("        self._application.budget.give(request.held_bytes)\n", ""),
     "bytes of a reply are kept": ("        self._release()\n        waiting", "        waiting"),
     "bytes of a chunked body are counted again": ("budget.take(size - request.held_bytes)", "budget.take(size)"),
