@@ -57,7 +57,7 @@ class hessQuikActivationFunction(nn.Module):
     A subclass defines :meth:`evaluate` and :meth:`compute_derivatives`; the other methods are defined here. One
     written for the original, which defines :meth:`forward` and :meth:`compute_derivatives`, works too.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class cubicActivation(hessQuikActivationFunction):
         ...     def evaluate(self, x):
@@ -93,7 +93,7 @@ class hessQuikActivationFunction(nn.Module):
     def jet(self, x: Tensor, order: int) -> Jet:
         """Return (σ, σ', σ'') at ``x`` up to ``order`` (0, 1 or 2); those above are ``None``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> tanhActivation().jet(torch.zeros(1), 2)
             (tensor([0.]), tensor([1.]), tensor([-0.]))
@@ -124,7 +124,7 @@ class hessQuikActivationFunction(nn.Module):
         Returns:
             (σ(x), σ'(x) or ``None``, σ''(x) or ``None``), each shaped like ``x``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> sigma, dsigma, d2sigma = tanhActivation()(torch.randn(10, 4), do_Hessian=True)
             >>> sigma.shape, dsigma, d2sigma.shape
@@ -166,7 +166,7 @@ class antiTanhActivation(hessQuikActivationFunction):
 
     The constant makes σ(0) = ln 2, as the weights of networks trained with the original expect.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in antiTanhActivation().jet(torch.tensor(1.0), 2)]
         [1.1269, 0.7616, 0.42]
@@ -186,7 +186,7 @@ class antiTanhActivation(hessQuikActivationFunction):
 class arctanActivation(hessQuikActivationFunction):
     """σ(x) = arctan x, σ' = 1 / (1 + x²), σ'' = −2xσ'².
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in arctanActivation().jet(torch.tensor(1.0), 2)]
         [0.7854, 0.5, -0.5]
@@ -212,7 +212,7 @@ class eluActivation(hessQuikActivationFunction):
     Args:
         alpha: α.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in eluActivation().jet(torch.tensor(-1.0), 2)]
         [-0.6321, 0.3679, 0.3679]
@@ -245,7 +245,7 @@ class eluActivation(hessQuikActivationFunction):
 class expActivation(hessQuikActivationFunction):
     """σ(x) = σ' = σ'' = exp x, which is ∞ beyond 88 in float32 and beyond 709 in float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in expActivation().jet(torch.tensor(1.0), 2)]
         [2.7183, 2.7183, 2.7183]
@@ -270,7 +270,7 @@ class expressionActivation(hessQuikActivationFunction):
     Raises:
         ValueError: it is no formula.
 
-    Example:
+    Examples:
         >>> import torch
         >>> act = expressionActivation(["mul", "z", ["sin", "z"]])
         >>> [round(part.item(), 4) for part in act.jet(torch.tensor(1.0), 2)]
@@ -305,7 +305,7 @@ def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
 class gaussianActivation(hessQuikActivationFunction):
     """σ(x) = exp(−x²), σ' = −2xσ, σ'' = (4x² − 2)σ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in gaussianActivation().jet(torch.tensor(1.0), 2)]
         [0.3679, -0.7358, 0.7358]
@@ -329,7 +329,7 @@ class geluActivation(hessQuikActivationFunction):
     Φ is the distribution function of the standard normal distribution and φ(x) = exp(−x²/2) / √(2π) its density.
     Source: Hendrycks & Gimpel 2016 (arXiv:1606.08415), the exact form.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in geluActivation().jet(torch.tensor(1.0), 2)]
         [0.8413, 1.0833, 0.242]
@@ -353,7 +353,7 @@ class geluTanhActivation(hessQuikActivationFunction):
     With v = 2√(2/π) (x + 0.044715 x³), c = 1 − s and s' = scv': σ' = s + xs', σ'' = 2s' + x sc((c − s)v'² + v'').
     Source: Hendrycks & Gimpel 2016 (arXiv:1606.08415), the approximation; torch's ``GELU(approximate="tanh")``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in geluTanhActivation().jet(torch.tensor(1.0), 2)]
         [0.8412, 1.083, 0.2421]
@@ -380,7 +380,7 @@ class geluTanhActivation(hessQuikActivationFunction):
 class identityActivation(hessQuikActivationFunction):
     """σ(x) = x, σ' = 1, σ'' = 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in identityActivation().jet(torch.tensor(1.0), 2)]
         [1.0, 1.0, 0.0]
@@ -401,7 +401,7 @@ class mishActivation(hessQuikActivationFunction):
     With s = 1 / (1 + exp(−x)) and c = 1 − s: t = s(1 + c) / (1 + c²), t' = 4c²s / (1 + c²)², σ' = t + xt',
     σ'' = 2t' + xt'(c − 2ts). Source: Misra 2019 (arXiv:1908.08681).
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in mishActivation().jet(torch.tensor(1.0), 2)]
         [0.8651, 1.049, 0.1847]
@@ -424,7 +424,7 @@ class mishActivation(hessQuikActivationFunction):
 class quadraticActivation(hessQuikActivationFunction):
     """σ(x) = x²/2, σ' = x, σ'' = 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in quadraticActivation().jet(torch.tensor(1.0), 2)]
         [0.5, 1.0, 1.0]
@@ -448,7 +448,7 @@ class reluActivation(hessQuikActivationFunction):
     Args:
         negative_slope: λ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [part.item() for part in reluActivation(0.25).jet(torch.tensor(-1.0), 2)]
         [-0.25, 0.25, 0.0]
@@ -481,7 +481,7 @@ class reluActivation(hessQuikActivationFunction):
 class sigmoidActivation(hessQuikActivationFunction):
     """σ(x) = 1 / (1 + exp(−x)), σ' = σ(1 − σ), σ'' = σ'(1 − 2σ).
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in sigmoidActivation().jet(torch.tensor(1.0), 2)]
         [0.7311, 0.1966, -0.0909]
@@ -504,7 +504,7 @@ class siluActivation(hessQuikActivationFunction):
 
     With c = 1 − s: σ' = s(1 + xc), σ'' = sc(2 + x(c − s)). Source: Elfwing, Uchibe & Doya 2017 (arXiv:1702.03118).
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in siluActivation().jet(torch.tensor(1.0), 2)]
         [0.7311, 0.9277, 0.3024]
@@ -525,7 +525,7 @@ class siluActivation(hessQuikActivationFunction):
 class sinActivation(hessQuikActivationFunction):
     """σ(x) = sin x, σ' = cos x, σ'' = −sin x.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in sinActivation().jet(torch.tensor(1.0), 2)]
         [0.8415, 0.5403, -0.8415]
@@ -552,7 +552,7 @@ class softplusActivation(hessQuikActivationFunction):
         beta: Steepness β > 0.
         threshold: βx above which σ is the identity.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in softplusActivation().jet(torch.tensor(1.0), 2)]
         [1.3133, 0.7311, 0.1966]
@@ -582,7 +582,7 @@ class softplusActivation(hessQuikActivationFunction):
 class softsignActivation(hessQuikActivationFunction):
     """σ(x) = x / (1 + |x|), σ' = 1 / (1 + |x|)², σ'' = ∓2 / (1 + |x|)³, which jumps at 0 and is 0 there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in softsignActivation().jet(torch.tensor(1.0), 2)]
         [0.5, 0.25, -0.25]
@@ -608,7 +608,7 @@ class softsignActivation(hessQuikActivationFunction):
 class tanhActivation(hessQuikActivationFunction):
     """σ(x) = tanh x, σ' = 1 − σ², σ'' = −2σσ'.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(part.item(), 4) for part in tanhActivation().jet(torch.tensor(1.0), 2)]
         [0.7616, 0.42, -0.6397]
@@ -661,7 +661,7 @@ KINKS = {
 def kinks(module: nn.Module) -> dict[str, str]:
     """Return the activations of a network without two continuous derivatives, each with the derivative that jumps.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> kinks(fullyConnectedNN([2, 4, 1], softsignActivation()))
         {'softsignActivation': 'the second derivative jumps where z = 0'}

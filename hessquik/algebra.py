@@ -39,7 +39,7 @@ def congruence(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (n, d, d, m), symmetric in i and j.
 
-    Example:
+    Examples:
         >>> congruence(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.ones(1, 1, 2)).squeeze()
         tensor([[5., 2.],
                 [2., 1.]])
@@ -60,7 +60,7 @@ def pairs(a: Tensor) -> Tensor:
     Returns:
         (n, k(k+1)/2, w).
 
-    Example:
+    Examples:
         >>> pairs(torch.tensor([[[2.0], [3.0]]])).flatten()
         tensor([4., 6., 9.])
     """
@@ -78,7 +78,7 @@ def pack(full: Tensor) -> Tensor:
     Returns:
         (n, k(k+1)/2, m).
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([[[[4.0], [6.0]], [[6.0], [9.0]]]])).flatten()
         tensor([4., 6., 9.])
     """
@@ -96,7 +96,7 @@ def unpack(packed: Tensor) -> Tensor:
     Returns:
         (n, k, k, m).
 
-    Example:
+    Examples:
         >>> unpack(torch.tensor([[[4.0], [6.0], [9.0]]])).squeeze()
         tensor([[4., 6.],
                 [6., 9.]])
@@ -114,7 +114,7 @@ def leading_shape(*arrays: Tensor) -> tuple[int, ...]:
 
     ``torch.broadcast_shapes`` is not used, because it imports hundreds of modules, which takes seconds.
 
-    Example:
+    Examples:
         >>> leading_shape(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))
         (5, 2)
     """

@@ -78,7 +78,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     Raises:
         ArchitectureError: a part has a type that files do not know, or an argument that they cannot hold.
 
-    Example:
+    Examples:
         >>> describe(resnetLayer(4, h=0.25))
         {'type': 'resnetLayer', 'width': 4, 'h': 0.25, 'act': {'type': 'identityActivation'}, 'bias': True}
     """
@@ -137,7 +137,7 @@ def build(
         ArchitectureError: the description is not one.
         CompositionError: its layers do not fit together.
 
-    Example:
+    Examples:
         >>> build({"type": "fullyConnectedNN", "widths": [2, 8, 1]}).dim_input()
         2
     """
@@ -184,7 +184,7 @@ def build_activation(architecture: Any, place: str = "act") -> hessQuikActivatio
     Raises:
         ArchitectureError: the description is not one.
 
-    Example:
+    Examples:
         >>> build_activation({"type": "softplusActivation", "beta": 2.0}).beta
         2.0
     """
@@ -199,7 +199,7 @@ def count_layers(architecture: Any, nesting: int = MAX_NESTING) -> int:
 
     A part that is not a valid description counts as one layer, so that an invalid part never hides others.
 
-    Example:
+    Examples:
         >>> count_layers({"type": "NN", "layers": [{"type": "resnetNN", "width": 4, "depth": 3}, {}]})
         4
     """

@@ -372,7 +372,7 @@ class Derivatives:
     (n, k, m), hvp (n, k, d, m), curvature (n, k, m), hessian_packed (n, d(d+1)/2, m), and what else
     :data:`hessquik.quantities.QUANTITIES` and :data:`hessquik.quantities.SPREADS` have.
 
-    Example:
+    Examples:
         >>> found = Derivatives(value=torch.zeros(5, 1))
         >>> found.value.shape, found.hessian
         (torch.Size([5, 1]), None)

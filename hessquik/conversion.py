@@ -74,7 +74,7 @@ def convert(
         CompositionError: its layers do not fit together.
         FormatError: the checkpoint holds something else than a network.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from hessquik.networks import fullyConnectedNN
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def read_checkpoint(checkpoint: str | Path, architecture: Mapping[str, Any] | No
         CompositionError: its layers do not fit together.
         FormatError: the checkpoint holds something else than a network.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from hessquik.networks import resnetNN
         >>> with tempfile.TemporaryDirectory() as folder:

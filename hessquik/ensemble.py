@@ -43,7 +43,7 @@ class EnsembleEvaluator:
         ShapeError: see :class:`hessquik.Evaluator`.
         ValueError: see :class:`hessquik.Evaluator`.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> f = Ensemble(fullyConnectedNN([2, 8, 1]), fullyConnectedNN([2, 16, 1]))
         >>> out = EnsembleEvaluator(f)(torch.zeros(5, 2), ("value", "value_std", "gradient_std"))
@@ -125,7 +125,7 @@ class EnsembleEvaluator:
 def evaluator_of(network: NN | Ensemble, *args: Any, **options: Any) -> Evaluator | EnsembleEvaluator:
     """Return an Evaluator or EnsembleEvaluator for a network or ensemble; the other arguments are passed on.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> f = fullyConnectedNN([2, 8, 1])
         >>> type(evaluator_of(f)).__name__, type(evaluator_of(Ensemble(f, f))).__name__

@@ -68,7 +68,7 @@ class Evaluator:
         TypeError: the network is an ensemble.
         ValueError: the device does not have the backend.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import fullyConnectedNN
         >>> evaluate = Evaluator(fullyConnectedNN([3, 16, 2]), dtype=torch.float64)
@@ -127,7 +127,7 @@ class Evaluator:
             weights: λ or its shape, as for a call.
             directions: Likewise.
 
-        Example:
+        Examples:
             >>> from hessquik.networks import fullyConnectedNN
             >>> plan = Evaluator(fullyConnectedNN([100, 16, 1])).plan(("laplacian",))
             >>> plan.start

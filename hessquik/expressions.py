@@ -136,7 +136,7 @@ def _apply(operation: str, a: Jet) -> Jet:
 def differentiate(formula: Formula, z: Tensor) -> Jet:
     """Return value, first and second derivative of a formula at z, each a tensor or, if it is constant, a number.
 
-    Example:
+    Examples:
         >>> value, first, second = differentiate(["mul", "z", ["exp", "z"]], torch.zeros(1))
         >>> value, first, second
         (tensor([0.]), tensor([1.]), tensor([2.]))
@@ -155,7 +155,7 @@ def differentiate(formula: Formula, z: Tensor) -> Jet:
 def fault(formula: Formula) -> str | None:
     """Return what is wrong with a formula, or ``None``.
 
-    Example:
+    Examples:
         >>> fault(["tanh", "z"])
         >>> fault(["tan", "z"])
         "'tan' is no operation of formulas"

@@ -35,7 +35,7 @@ _lock = threading.RLock()
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an array like ``torch.empty``; its memory is reused for later arrays or returned to the system.
 
-    Example:
+    Examples:
         >>> empty((1024, 1024, 2), torch.float32, torch.device("cpu")).shape
         torch.Size([1024, 1024, 2])
     """
@@ -52,7 +52,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 class Arena:
     """An allocator of large arrays in huge pages, which are freed together.
 
-    Example:
+    Examples:
         >>> arena = Arena()
         >>> arena.empty((256, 256), torch.float32).shape
         torch.Size([256, 256])

@@ -46,7 +46,7 @@ def register(package: str) -> None:
     Args:
         package: Name of the package, such as ``hessquik.layers``.
 
-    Example:
+    Examples:
         >>> from hessquik.layers.single_layer import singleLayer
         >>> singleLayer.__module__
         'hessquik.layers.single'

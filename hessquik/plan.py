@@ -155,7 +155,7 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
         Unavailable: the mode cannot compute one of the quantities.
         ShapeError: a quantity's formula returns an array whose shape differs from the quantity's axes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.activations import quadraticActivation
         >>> from hessquik.calculus import Backward

@@ -63,7 +63,7 @@ ALONG_AXES = ("value", "gradient", "hessian", "laplacian", "hessian_diagonal")
 def backends() -> dict[str, dict[str, Any]]:
     """Return the backends that an Evaluator may use on this machine, each with the arguments that choose it.
 
-    Example:
+    Examples:
         >>> "torch" in backends()
         True
     """
@@ -167,7 +167,7 @@ def prove(
     Returns:
         One row per comparison; the network is right if all have passed.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> rows = prove(ICNN(3, [None, 8, 2]))
         >>> all(row.passed for row in rows)
@@ -264,7 +264,7 @@ def prove_quickly(
     Raises:
         DerivativeError: some quantity disagrees, or is not finite.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> prove_quickly(ICNN(3, [None, 8, 2]))
     """

@@ -45,7 +45,7 @@ class Quantity:
     def shape(self, d: int, m: int, k: int = 0) -> tuple[int, ...]:
         """Return the shape at one point.
 
-        Example:
+        Examples:
             >>> QUANTITIES["hvp"].shape(d=10, m=1, k=3)
             (3, 10, 1)
         """
@@ -64,7 +64,7 @@ QUANTITIES: dict[str, Quantity] = {}
 def register(quantity: Quantity) -> None:
     """Make a quantity known to everything that evaluates or describes quantities.
 
-    Example:
+    Examples:
         >>> from hessquik.quantities import QUANTITIES, Quantity, register
         >>> register(Quantity("slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True) ** 0.5))
         >>> del QUANTITIES["slope"]

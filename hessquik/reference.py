@@ -79,7 +79,7 @@ class ReferenceNetwork:
         network: The network.
         dtype: Of the computation; weights are converted before anything is computed from them.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> f = ICNN(3, [None, 8, 2], dtype=torch.float64)
         >>> x = torch.zeros(1, 3, dtype=torch.float64)
@@ -132,7 +132,7 @@ class ReferenceDerivatives:
         weights: λ (n, m): derivatives of Σⱼ λⱼ fⱼ instead of every fⱼ.
         directions: (n, k, d).
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> f = ReferenceNetwork(ICNN(3, [None, 8, 2]), torch.float64)
         >>> ReferenceDerivatives(f, torch.zeros(1, 3, dtype=torch.float64)).hessian.shape
@@ -216,7 +216,7 @@ def slope(total: Tensor, x: Tensor) -> Tensor:
 def user_defined(network: NN) -> list[str]:
     """Return the type names of layers and activations that the package does not define, in alphabetical order.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> user_defined(ICNN(3, [None, 8, 2]))
         []

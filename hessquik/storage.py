@@ -94,7 +94,7 @@ def save(network: Network, path: str | Path, **metadata: Any) -> None:
         FileNotFoundError: the folder does not exist.
         FormatError: the weights or metadata are such that :func:`load` would refuse the file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from hessquik.networks import fullyConnectedNN
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def write(data: bytes, path: str | Path) -> None:
 def serialize(network: Network, **metadata: Any) -> bytes:
     """Return the bytes that :func:`save` writes; arguments and errors are those of :func:`save`.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> parse(serialize(fullyConnectedNN([2, 8, 1]))).network.widths
         [2, 8, 1]
@@ -225,7 +225,7 @@ def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> Network:
         CompositionError: its layers do not fit together.
         FormatError: the weights do not fit the description.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> f = fullyConnectedNN([2, 8, 1])
         >>> assemble(describe(f), f.state_dict()).widths

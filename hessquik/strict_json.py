@@ -26,7 +26,7 @@ def parse(what: str, text: str | bytes) -> Any:
     Raises:
         FormatError: it is not.
 
-    Example:
+    Examples:
         >>> parse("bounds", "[0, 1.5]")
         [0, 1.5]
         >>> parse("bounds", "[0, 1e999]")
@@ -59,7 +59,7 @@ def check(value: Any, what: str) -> None:
     Raises:
         FormatError: some part of it is not finite, not within 64 bits, not Unicode, of another type or too deep.
 
-    Example:
+    Examples:
         >>> check({"loss": [0.5, float("nan")]}, "training")
         Traceback (most recent call last):
         hessquik.errors.FormatError: training.loss[1] must be a finite number, got NaN
@@ -102,7 +102,7 @@ def _check_text(text: str, place: str) -> None:
 def plain(value: Any) -> Any:
     """Return a value with tuples, arrays and their scalars, of NumPy or torch, as lists and numbers.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> plain({"lower": np.zeros(2), "error": np.float32(0.5), "names": ("x", "y")})
         {'lower': [0.0, 0.0], 'error': 0.5, 'names': ['x', 'y']}
@@ -117,7 +117,7 @@ def plain(value: Any) -> Any:
 def shown(value: Any) -> str:
     """Return a value as JSON for a message, cut after :data:`MAX_SHOWN` characters.
 
-    Example:
+    Examples:
         >>> shown(None), shown([1, "a"]), shown(10**400)[-1]
         ('null', '[1, "a"]', '…')
     """

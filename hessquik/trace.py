@@ -31,7 +31,7 @@ class Array:
         builder: The graph.
         index: The node.
 
-    Example:
+    Examples:
         >>> builder = Builder()
         >>> z = Array(builder, builder.input("z", (1, 3)))
         >>> slope = 1 - torch.tanh(z) ** 2

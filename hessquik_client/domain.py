@@ -28,7 +28,7 @@ class Domain:
         upper: Upper bounds (d,), float64.
         names: Names of the inputs.
 
-    Example:
+    Examples:
         >>> domain = Domain.of({"lower_bounds": [0.0, -1.0], "upper_bounds": [2.0, 1.0]})
         >>> domain.distance(np.array([[1.0, 1.0], [3.0, 1.1], [0.0, -5.0]]))
         array([0. , 0.5, 2. ])

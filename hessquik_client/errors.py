@@ -127,7 +127,7 @@ class Failure(NamedTuple):
         detail: Message of the error.
         extra: Further members of its body.
 
-    Example:
+    Examples:
         >>> failure = Overloaded("expected at most 1024 requests waiting").failure
         >>> failure.error() is failure.error()
         False

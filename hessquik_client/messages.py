@@ -175,7 +175,7 @@ class Answer:
         version: The version that was evaluated.
         arrays: The quantities by name.
 
-    Example:
+    Examples:
         >>> answer = Answer("peaks", "1", {"value": np.zeros((5, 1))})
         >>> answer
         Answer(model='peaks', version='1', value=(5, 1))

@@ -75,7 +75,7 @@ class RemoteModel(Generic[ArrayT, AnswerT, FactsT]):
     def with_options(self, **options: Unpack[Options]) -> Self:
         """Return the same model with other defaults for the options of its calls.
 
-        Example:
+        Examples:
             ``careful = model.with_options(outside="refuse")``
         """
         _check_options(options)

@@ -39,7 +39,7 @@ def cut(question: Question, facts: Facts) -> list[Part]:
     without directions are requested only with the first directions. A part of one point and one direction can still
     exceed a limit; the service then refuses it.
 
-    Example:
+    Examples:
         >>> facts = Facts("1", 3, 1, "float64", rows=65536, directions=1024, body_bytes=1 << 24, reply_bytes=1 << 28)
         >>> question = Question(np.zeros((66, 3)), ("hvp",), directions=np.zeros((3000, 3)))
         >>> [(part.question.rows, part.question.k) for part in cut(question, facts)]
@@ -115,7 +115,7 @@ def _largest(most_bytes: int, size: Callable[[int], int]) -> int:
 def _evenly(count: int, most: int) -> list[slice]:
     """Return slices of nearly equal length, at most ``most``, that cover ``count``; one empty slice if it is 0.
 
-    Example:
+    Examples:
         >>> _evenly(7, 3)
         [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
     """

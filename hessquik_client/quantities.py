@@ -58,7 +58,7 @@ def quantities_of(members: int) -> tuple[str, ...]:
     Args:
         members: Number of its networks; 1 if it is not an ensemble.
 
-    Example:
+    Examples:
         >>> "value_std" in quantities_of(5), "value_std" in quantities_of(1)
         (True, False)
     """
@@ -68,7 +68,7 @@ def quantities_of(members: int) -> tuple[str, ...]:
 def describe_shape(quantity: str) -> str:
     """Return the shape of a quantity of a batch as text with the letters n, d, k and m.
 
-    Example:
+    Examples:
         >>> describe_shape("hessian_packed")
         '(n, d(d+1)/2, m)'
     """
@@ -79,7 +79,7 @@ def describe_shape(quantity: str) -> str:
 def row_shapes(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted: bool) -> tuple[tuple[int, ...], ...]:
     """Return the shape of each quantity at one point.
 
-    Example:
+    Examples:
         >>> row_shapes(("value", "hvp"), d=3, m=2, k=5, is_weighted=False)
         ((2,), (5, 3, 2))
     """
@@ -89,7 +89,7 @@ def row_shapes(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted:
 def floats_per_row(quantities: tuple[str, ...], d: int, m: int, k: int, is_weighted: bool) -> int:
     """Return the number of floats per point in a reply.
 
-    Example:
+    Examples:
         >>> floats_per_row(("value", "hvp"), d=3, m=2, k=5, is_weighted=False)
         32
     """

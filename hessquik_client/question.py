@@ -146,7 +146,7 @@ def misspelt(given: Iterable[str], known: Collection[str]) -> str | None:
 
     The hint does not repeat the given name, which is untrusted.
 
-    Example:
+    Examples:
         >>> misspelt(["value", "hesian"], QUANTITIES)
         'one like hessian'
     """

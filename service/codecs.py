@@ -95,7 +95,7 @@ def json_rows(array: Array) -> bytes:
 
     Every number has the shortest form that reads back as the same double; NaN and infinity become null.
 
-    Example:
+    Examples:
         >>> json_rows(np.array([[1.0, 0.5], [2.0, float("nan")]]))
         b'[1.0,0.5],[2.0,null]'
     """

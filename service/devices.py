@@ -25,7 +25,7 @@ def resolve_devices(device: str, workers: int, count_gpus: int | None = None) ->
     Raises:
         StartUpError: the machine does not have a device that is named.
 
-    Example:
+    Examples:
         >>> resolve_devices("cpu", 2)
         ['cpu', 'cpu']
         >>> resolve_devices("cuda:1", 1, count_gpus=2)

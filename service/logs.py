@@ -37,7 +37,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 def printable(text: str) -> str:
     r"""Return text with control characters and undecodable bytes escaped, so that it cannot forge a line.
 
-    Example:
+    Examples:
         >>> printable("a\nb\x1b[31m\udcff")
         'a\\nb\\x1b[31m\\udcff'
     """

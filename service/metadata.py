@@ -31,7 +31,7 @@ def changed(metadata: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
     Raises:
         ValueError: a key is unknown, or a value has the wrong type.
 
-    Example:
+    Examples:
         >>> changed({"description": "old"}, ["description=", "input_names=x,y", "training.value_relative_error=1e-3"])
         {'input_names': ['x', 'y'], 'training': {'value_relative_error': 0.001}}
     """

@@ -65,7 +65,7 @@ class Tally(Collector):
         text: Help text.
         labels: Names of the labels.
 
-    Example:
+    Examples:
         >>> requests = Tally("requests", "Requests.", ("route", "status"))
         >>> requests.add("/livez", 200)
         >>> [(sample.name, sample.labels, sample.value) for family in requests.collect() for sample in family.samples]
@@ -98,7 +98,7 @@ class Distribution(Collector):
         bounds: Upper bounds of the buckets.
         label: Name of the label; empty for a histogram without labels.
 
-    Example:
+    Examples:
         >>> rows = Distribution("rows", "Points.", (1.0, 2.0), "kind")
         >>> rows.observe("even", 2.0)
         >>> [(sample.labels["le"], sample.value) for family in rows.collect() for sample in family.samples[:3]]

@@ -155,7 +155,7 @@ def _entries(folder: Path, root: Path, left_out: dict[str, str]) -> list[os.DirE
 def printable(text: object) -> str:
     r"""Return text that is safe to print as one line on a terminal.
 
-    Example:
+    Examples:
         >>> printable("peaks.safetensors"), printable("a\nb\udcff")
         ('peaks.safetensors', "'a\\nb\\udcff'")
     """

@@ -146,7 +146,7 @@ class Settings(BaseSettings):
 def unknown_variables(environment: Iterable[str]) -> list[str]:
     """Return an error message for every variable ``HESSQUIK_…`` that is not a setting.
 
-    Example:
+    Examples:
         >>> unknown_variables(["HESSQUIK_MAX_ROW", "HESSQUIK_PORT", "HOME"])
         ['HESSQUIK_MAX_ROW is no setting; the nearest is HESSQUIK_MAX_ROWS']
     """

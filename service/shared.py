@@ -127,7 +127,7 @@ def _ignore(buffer: Buffer) -> None:
 def offsets(shapes: Sequence[tuple[int, ...]], itemsize: int) -> tuple[list[int], int]:
     """Return the offsets of arrays of these shapes in a buffer, and their total size in bytes.
 
-    Example:
+    Examples:
         >>> offsets([(3, 1), (3, 2)], 8)
         ([0, 64], 112)
     """

@@ -375,7 +375,7 @@ def bind(host: str, port: int) -> socket.socket:
 def add_up(texts: list[bytes]) -> bytes:
     r"""Return the sum of several processes' metrics, in Prometheus' text format.
 
-    Example:
+    Examples:
         >>> print(add_up([b"# TYPE a counter\na 1\n", b"# TYPE a counter\na 2\na{b=\"c\"} 3\n"]).decode(), end="")
         # TYPE a counter
         a 3.0

@@ -11,7 +11,7 @@ __all__ = ["versions"]
 def versions() -> dict[str, str]:
     """Return the versions of the service, Python and torch.
 
-    Example:
+    Examples:
         >>> list(versions())
         ['version', 'python', 'torch']
     """

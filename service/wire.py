@@ -123,7 +123,7 @@ def _decode(frame: Array, head_bytes: int) -> Frame:
 def cut(whole: Any, sizes: Iterable[int]) -> list[Any]:
     """Cut a sequence into consecutive slices of the given sizes.
 
-    Example:
+    Examples:
         >>> cut("abcdef", [1, 3, 2])
         ['a', 'bcd', 'ef']
     """

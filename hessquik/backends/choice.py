@@ -26,7 +26,7 @@ WIDE = 256
 def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Return the backends that a device has on this machine, the best first.
 
-    Example:
+    Examples:
         >>> "torch" in names("cpu")
         True
     """

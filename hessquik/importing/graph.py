@@ -83,7 +83,7 @@ Node = Input | Affine | Pointwise | Product
 def refuse(place: str, does: str, instead: str) -> UnsupportedError:
     """Return the error that names a node, what it does and what to do instead.
 
-    Example:
+    Examples:
         >>> print(refuse("layers.2 (conv1d)", "is a convolution", "use nn.Linear"))
         node layers.2 (conv1d) is a convolution; use nn.Linear
     """

@@ -36,7 +36,7 @@ class Scaling:
         output_upper: m numbers, or one.
         onto: The interval that bounds were mapped to.
 
-    Example:
+    Examples:
         >>> Scaling.of({"input_lower": [0.0, 10.0], "input_upper": [1.0, 30.0]}).input(2)
         (tensor([ 0., 10.], dtype=torch.float64), tensor([ 1., 20.], dtype=torch.float64))
     """

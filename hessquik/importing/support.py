@@ -13,7 +13,7 @@ __all__ = ["table"]
 def table() -> str:
     """Return what each source supports, as Markdown.
 
-    Example:
+    Examples:
         >>> table().splitlines()[0]
         '| source | kind | operations |'
     """

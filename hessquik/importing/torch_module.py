@@ -46,7 +46,7 @@ def from_torch(
         UnsupportedError: the module cannot be exact here; the message names the node.
         ShapeError: a scaling or the bounds do not fit.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> f = from_torch(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), input_scale=[1.0, 10.0])
         >>> value, gradient, hessian = f(torch.zeros(5, 2), do_gradient=True, do_Hessian=True)

@@ -220,7 +220,7 @@ def _multiple(factor: float, formula: Formula) -> Formula:
 def _substitute(formula: Formula, inner: Formula) -> Formula:
     """Return a formula with another in the place of z.
 
-    Example:
+    Examples:
         >>> _substitute(["mul", "z", ["tanh", "z"]], ["exp", "z"])
         ['mul', ['exp', 'z'], ['tanh', ['exp', 'z']]]
     """
@@ -237,7 +237,7 @@ def _size(formula: Formula) -> int:
 def _named(formula: Formula) -> hessQuikActivationFunction | Formula:
     """Return the activation that a formula is equal to, or the formula.
 
-    Example:
+    Examples:
         >>> _named(["mul", ["sigmoid", "z"], "z"])
         siluActivation()
     """

@@ -24,7 +24,7 @@ class hessQuikLayer(nn.Module):
     are those of :mod:`hessquik.layers.form`. In the interface below the layer's outputs are the last axis: gradients
     (n, d, q), Hessians (n, d, d, q).
 
-    Example:
+    Examples:
         >>> from hessquik.activations import sinActivation
         >>> class waveLayer(hessQuikLayer):
         ...     def form(self):  # y = u + sin(2u)

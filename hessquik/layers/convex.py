@@ -38,7 +38,7 @@ class ICNNLayer(hessQuikLayer):
         nonneg: The function that makes L⁺ of L, :func:`torch.nn.functional.softplus`. Another one may be set; a file
             cannot hold it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = ICNNLayer(4, None, 7)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)

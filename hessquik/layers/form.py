@@ -54,7 +54,7 @@ class Form:
     Raises:
         ShapeError: the maps do not fit each other.
 
-    Example:
+    Examples:
         >>> from hessquik.layers import resnetLayer
         >>> form = resnetLayer(4, h=0.5).form()
         >>> form.skip, form.out
@@ -119,7 +119,7 @@ class Linearization:
         slope: σ'(z) (n, 1, w); 1 if no derivatives are needed.
         d2sigma: σ''(z) (n, 1, w); 0 if no second derivatives are needed.
 
-    Example:
+    Examples:
         >>> from hessquik.layers import singleLayer
         >>> here = singleLayer(4, 7).form().linearize((torch.zeros(5, 1, 4),), order=2)
         >>> dz, (dy,) = here.push((torch.eye(4).unsqueeze(0),))
@@ -189,7 +189,7 @@ class Linearization:
 def join(parts: Parts) -> Tensor:
     """Concatenate the parts along the last axis.
 
-    Example:
+    Examples:
         >>> join((torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))).shape
         torch.Size([5, 2, 7])
     """
@@ -204,7 +204,7 @@ def join(parts: Parts) -> Tensor:
 def repartition(parts: Parts, widths: tuple[int, ...]) -> Parts:
     """Split the same columns into parts of other ``widths``, which have the same sum.
 
-    Example:
+    Examples:
         >>> [part.shape[-1] for part in repartition((torch.zeros(5, 1, 3), torch.zeros(5, 1, 4)), (1, 6))]
         [1, 6]
     """

@@ -32,7 +32,7 @@ class quadraticLayer(hessQuikLayer):
         A: Weights of the quadratic term (r, p).
         mu: Constant (1,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = quadraticLayer(4, 2)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)
@@ -98,7 +98,7 @@ class quadraticICNNLayer(hessQuikLayer):
         nonneg: The function that makes w⁺ of w, :func:`torch.nn.functional.softplus`. Another one may be set; a file
             cannot hold it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = quadraticICNNLayer(4, None, 2)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)

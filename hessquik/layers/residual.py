@@ -31,7 +31,7 @@ class resnetLayer(hessQuikLayer):
     Attributes:
         layer: The :class:`singleLayer` that holds K (width, width) and b (width,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = resnetLayer(4, h=0.25)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)

@@ -29,7 +29,7 @@ class singleLayer(hessQuikLayer):
         K: Weights (p, q).
         b: Bias (q,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = singleLayer(4, 7)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)

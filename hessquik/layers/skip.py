@@ -41,7 +41,7 @@ class skipLayer(hessQuikLayer):
     Raises:
         ShapeError: the widths do not fit each other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f = skipLayer(4, 7, 5, carried=2)
         >>> fx, dfdx, d2fd2x = f(torch.randn(10, 4), do_gradient=True, do_Hessian=True)

@@ -24,7 +24,7 @@ class fullyConnectedNN(NN):
         device: Device of the weights.
         dtype: Dtype of the weights.
 
-    Example:
+    Examples:
         >>> fullyConnectedNN([4, 8, 2]).dim_output()
         2
     """
@@ -66,7 +66,7 @@ class resnetNN(NN):
         device: Device of the weights.
         dtype: Dtype of the weights.
 
-    Example:
+    Examples:
         >>> len(resnetNN(8, depth=3, h=0.5))
         3
     """
@@ -119,7 +119,7 @@ class ICNN(NN):
         device: Device of the weights.
         dtype: Dtype of the weights.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ICNN(3, [None, 8, 5])(torch.zeros(2, 3))[0].shape
         torch.Size([2, 5])

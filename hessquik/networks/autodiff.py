@@ -19,7 +19,7 @@ class NNPytorchAD(nn.Module):
     Args:
         net: The network.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import fullyConnectedNN
         >>> _, gradient, _ = NNPytorchAD(fullyConnectedNN([3, 5, 2]))(torch.zeros(4, 3), do_gradient=True)
@@ -55,7 +55,7 @@ class NNPytorchHessian(nn.Module):
     Args:
         net: The network.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import fullyConnectedNN
         >>> _, _, hessian = NNPytorchHessian(fullyConnectedNN([3, 5, 2]))(torch.zeros(4, 3), do_Hessian=True)

@@ -31,7 +31,7 @@ class Ensemble(nn.Module):
     Raises:
         CompositionError: there are fewer than two, one is not a network, or their inputs or outputs differ.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> f = Ensemble(fullyConnectedNN([2, 8, 1]), fullyConnectedNN([2, 16, 1]))
         >>> value, gradient, hessian = f(torch.zeros(5, 2), do_gradient=True)

@@ -36,7 +36,7 @@ class NN(nn.Sequential):
         CompositionError: two neighbours do not fit, or there is no layer. ``append``, ``insert``, ``extend``, ``+=``,
             ``*=`` and setting or deleting a part raise it too, and then leave the network unchanged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.activations import quadraticActivation, softplusActivation, tanhActivation
         >>> from hessquik.layers import resnetLayer, singleLayer

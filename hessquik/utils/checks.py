@@ -60,7 +60,7 @@ def input_derivative_check(
     Returns:
         Whether the gradient passes, and whether the Hessian does (``None`` if it was not checked).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.activations import softplusActivation
         >>> from hessquik.layers import singleLayer
@@ -116,7 +116,7 @@ def input_derivative_check_finite_difference(
     Returns:
         Whether the gradient passes, and whether the Hessian does (``None`` if it was not checked).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.layers import quadraticLayer
         >>> f = quadraticLayer(4, 2, dtype=torch.float64)
@@ -168,7 +168,7 @@ def input_derivative_check_finite_difference_laplacian(
     Returns:
         Whether the gradient passes, and whether the Laplacian does (``None`` if it was not checked).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import ICNN
         >>> f = ICNN(4, [None, 8, 3], dtype=torch.float64)
@@ -205,7 +205,7 @@ def directional_derivative_check(
     Returns:
         Whether these pass: the forward gradient and Hessian, the backward gradient and Hessian.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import ICNN
         >>> directional_derivative_check(ICNN(4, [None, 8, 3], dtype=torch.float64), torch.randn(5, 4).double())
@@ -237,7 +237,7 @@ def directional_derivative_laplacian_check(
     Returns:
         Whether the gradient passes and whether the Laplacian does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import ICNN
         >>> f, x = ICNN(4, [None, 8, 3], dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
@@ -281,7 +281,7 @@ def network_derivative_check(
     Returns:
         Whether the gradient passes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.activations import tanhActivation
         >>> from hessquik.networks import resnetNN

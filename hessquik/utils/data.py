@@ -31,7 +31,7 @@ def peaks(y: Tensor, do_gradient: bool = False, do_Hessian: bool = False, forwar
         Flattened from axis 1 they are the columns (n, 2) and (n, 4) that
         :func:`hessquik.utils.train_one_epoch` takes as targets.
 
-    Example:
+    Examples:
         >>> import torch
         >>> f, gradient, hessian = peaks(torch.tensor([[0.0, 0.0]]), do_gradient=True, do_Hessian=True)
         >>> print(f"{f.item():.4f}", gradient.shape, hessian.shape)

@@ -21,7 +21,7 @@ def module_getattr(obj: nn.Module, names: str | Sequence[str]) -> Any:
         obj: The module.
         names: The names on the way to the attribute, as a sequence or joined by dots.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import resnetNN
         >>> f = resnetNN(4, depth=2)
         >>> module_getattr(f, ("1", "layer", "K")) is module_getattr(f, "1.layer.K") is f[1].layer.K
@@ -38,7 +38,7 @@ def module_setattr(obj: nn.Module, names: str | Sequence[str], val: Any) -> None
         names: The names on the way to the attribute, as a sequence or joined by dots.
         val: Its new value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import resnetNN
         >>> f = resnetNN(4, depth=2)
@@ -58,7 +58,7 @@ def extract_data(net: nn.Module, attr: str = "data") -> Tensor:
         attr: ``"data"`` for the parameters themselves or ``"grad"`` for their gradients, which are 0 where there
             are none.
 
-    Example:
+    Examples:
         >>> from hessquik.layers import singleLayer
         >>> extract_data(singleLayer(4, 7)).shape
         torch.Size([35])
@@ -80,7 +80,7 @@ def insert_data(net: nn.Module, theta: Tensor) -> None:
     Raises:
         ShapeError: ``theta`` has another length.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.layers import singleLayer
         >>> f = singleLayer(4, 7)

@@ -35,7 +35,7 @@ def errors(f: Callable[[float], Tensor], terms: Sequence[Tensor], steps: Sequenc
     Returns:
         For every step one error per term, each with all terms up to that one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> e = torch.tensor(1.0, dtype=torch.float64)
         >>> for found in errors(lambda h: math.exp(h) * e, (e, e), (1.0, 0.5)):
@@ -56,7 +56,7 @@ def errors(f: Callable[[float], Tensor], terms: Sequence[Tensor], steps: Sequenc
 def rounding(terms: Sequence[Tensor]) -> float:
     """Return the error below which subtracting the terms of a Taylor approximation leaves nothing but rounding.
 
-    Example:
+    Examples:
         >>> f"{rounding([torch.ones(4, dtype=torch.float64)]):.1e}"
         '4.4e-14'
     """
@@ -82,7 +82,7 @@ def observed_order(found: Sequence[float], order: int, base: float, noise: float
     Raises:
         ValueError: there are too few errors.
 
-    Example:
+    Examples:
         >>> f"{observed_order([4.0**-k for k in range(10)], order=2, base=2.0, noise=1e-12):.1f}"
         '2.0'
         >>> f"{observed_order([4.0**-k + 1e-3 * 2.0**-k for k in range(16)], order=2, base=2.0, noise=1e-12):.1f}"
@@ -111,7 +111,7 @@ def convert_to_base(a: Sequence[float], b: float = 2.0) -> tuple[float, ...]:
     Returns:
         c and e of every number, one after the other.
 
-    Example:
+    Examples:
         >>> convert_to_base((6.0, 0.375))
         (1.5, 2, 1.5, -2)
         >>> convert_to_base((300.0,), b=10.0)

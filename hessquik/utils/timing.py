@@ -47,7 +47,7 @@ def setup_device_and_gradient(
     Raises:
         ValueError: there is no such wrapper.
 
-    Example:
+    Examples:
         >>> type(setup_device_and_gradient(setup_resnet(2, 1), "PytorchAD")).__name__
         'NNPytorchAD'
     """
@@ -57,7 +57,7 @@ def setup_device_and_gradient(
 def setup_resnet(in_features: int, out_features: int, width: int = 16, depth: int = 4) -> NN:
     """Make a single layer, ``depth`` residual layers and a linear one, for timing.
 
-    Example:
+    Examples:
         >>> len(setup_resnet(3, 2).layers())
         6
     """
@@ -71,7 +71,7 @@ def setup_resnet(in_features: int, out_features: int, width: int = 16, depth: in
 def setup_fully_connected(in_features: int, out_features: int, width: int = 16, depth: int = 4) -> NN:
     """Make a fully-connected network with ``depth`` hidden layers, for timing.
 
-    Example:
+    Examples:
         >>> setup_fully_connected(3, 2).widths
         [3, 16, 16, 16, 16, 2]
     """
@@ -84,7 +84,7 @@ def setup_icnn(in_features: int, out_features: int, width: int = 16, depth: int 
     Raises:
         ValueError: there is more than one output.
 
-    Example:
+    Examples:
         >>> setup_icnn(3, 1).dim_output()
         1
     """
@@ -122,7 +122,7 @@ def setup_network(
     Raises:
         ValueError: there is no such type or wrapper.
 
-    Example:
+    Examples:
         >>> setup_network(3, 2, width=8, depth=2).dim_input()
         3
     """
@@ -142,7 +142,7 @@ def timing_test_cpu(f: nn.Module, x: Tensor, num_trials: int = 10, clear_memory:
     Returns:
         The seconds of each trial (num_trials,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> timing_test_cpu(setup_resnet(2, 1), torch.randn(10, 2), num_trials=3).shape
         torch.Size([3])
@@ -186,7 +186,7 @@ def timing_test(
         ``timing_trials_std`` over the trials, and the arguments ``in_feature_range``, ``out_feature_range``,
         ``nex`` and ``num_trials``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> timing_test(torch.tensor([1, 4]), torch.tensor([1, 2, 3]), num_trials=2)["timing_trials"].shape
         torch.Size([2, 3, 2])

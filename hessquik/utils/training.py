@@ -47,7 +47,7 @@ def train_one_epoch(
     Raises:
         ShapeError: ``y`` has too few columns.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import fullyConnectedNN
         >>> from hessquik.utils import peaks
@@ -81,7 +81,7 @@ def test(
 ) -> tuple[float, ...]:
     """Compute the loss and its parts as :func:`train_one_epoch` does, without training.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hessquik.networks import fullyConnectedNN
         >>> len(test(fullyConnectedNN([2, 8, 1]), torch.zeros(3, 2), torch.zeros(3, 3), do_gradient=True))
@@ -114,7 +114,7 @@ def print_headers(
         The two rows of names and the format of a row: epoch, seconds, and three times ``"|"`` with the losses of
         :func:`train_one_epoch` (running) and :func:`test` (of training and validation data).
 
-    Example:
+    Examples:
         >>> _, names, row = print_headers(do_gradient=False)
         >>> names
         ('epoch', 'time', '|', 'loss', 'loss_f', '|', 'loss', 'loss_f', '|', 'loss', 'loss_f')

@@ -147,7 +147,7 @@ class Budget:
     Args:
         limit_bytes: The limit; a single request may exceed it while nothing else is held.
 
-    Example:
+    Examples:
         >>> budget = Budget(100)
         >>> budget.take(60)
         >>> budget.take(60)

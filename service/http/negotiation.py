@@ -18,7 +18,7 @@ def best(header: bytes, offers: tuple[str, ...]) -> str | None:
     Returns:
         One of the offers, or ``None`` if the client accepts none of them.
 
-    Example:
+    Examples:
         >>> best(b"text/html, application/*;q=0.5", ("application/json",))
         'application/json'
         >>> best(b"*/*, application/json;q=0", ("application/json",)) is None

@@ -19,7 +19,7 @@ _known: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int) -> Tensor:
     """Return a matrix (depth, columns) as panels (panels, depth, panel), padded with zeros.
 
-    Example:
+    Examples:
         >>> pack_matrix(torch.ones(2, 3), torch.float32, 2).tolist()
         [[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]
     """
@@ -31,7 +31,7 @@ def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int) -> Tensor:
 def pad_columns(array: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
     """Return an array (outer, inner, columns) with its columns padded with zeros.
 
-    Example:
+    Examples:
         >>> pad_columns(torch.ones(1, 1, 3), torch.float32, 4).tolist()
         [[[1.0, 1.0, 1.0, 0.0]]]
     """
