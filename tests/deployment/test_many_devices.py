@@ -6,14 +6,21 @@ import contextlib
 import json
 import shutil
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+import safetensors.numpy
 
+from hessquik_client import Client, Model
+from hessquik_client.for_scipy import bounds
 from tests.deployment.balanced import Balancer
 from tests.deployment.load import CALLS, WAIT_S, Load, hessian, is_close
 from tests.live import LiveServer
@@ -23,6 +30,12 @@ pytestmark = [
     pytest.mark.xdist_group("many devices"),
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
 ]
+
+
+#: What the shipped configuration can send again.
+BUFFER_BYTES = 65_536
+#: Plain clients that read a large reply each.
+PLAIN = 6
 
 
 class Node:
@@ -59,6 +72,7 @@ def test_server_that_ends_costs_plain_clients_nothing(
     load.wait(CALLS)
     for server in node.servers:
         assert server.metric("hessquik_rows_total") > 0, "both are asked"
+    check_large(node, 2_000)
     node.servers[0].process.send_signal(end)
     node.servers[0].process.wait(WAIT_S)
     load.wait(2 * CALLS)
@@ -72,6 +86,77 @@ def test_server_that_ends_costs_plain_clients_nothing(
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.headers["content-type"] == "application/problem+json"
     assert reply.json()["status"] == 503
+
+
+def points(model: Model, n: int) -> np.ndarray:
+    within = bounds(model)
+    return np.random.default_rng(5).uniform(within.lb, within.ub, (n, len(within.lb)))
+
+
+def check_large(node: Node, n: int) -> None:
+    """Check that bodies and replies of many buffers' size pass unchanged, as JSON and in binary."""
+    with Client(node.balancer.url) as client, Client(node.servers[0].url) as direct:
+        model, same = client.model("borehole"), direct.model("borehole")
+        x = points(model, n)
+        assert model.hessian(x).tobytes() == same.hessian(x).tobytes()
+        body = {"inputs": x.tolist()}
+        replies = [
+            httpx.post(f"{url}/v1/models/borehole/gradient", json=body, timeout=60)
+            for url in (node.balancer.url, node.servers[0].url)
+        ]
+    assert {reply.status_code for reply in replies} == {200}
+    assert min(len(reply.request.content) for reply in replies) > BUFFER_BYTES
+    assert replies[0].json()["gradient"] == replies[1].json()["gradient"]
+
+
+@pytest.mark.whole
+def test_server_that_is_killed_amid_large_replies_is_noticed(node: Node, note: Note) -> None:
+    """Plain clients see that the reply was cut; ours asks again and gets every number."""
+    check_large(node, 20_000)
+    url = f"{node.balancer.url}/v1/models/borehole/hessian"
+    with Client(node.servers[1].url) as direct:
+        model = direct.model("borehole")
+        x = points(model, 40_000)  # 20 MB of results
+        expected = model.hessian(x)
+    frame = safetensors.numpy.save({"inputs": x})
+    headers = {"content-type": "application/x-safetensors", "accept": "application/x-safetensors"}
+    begun, is_killed = threading.Barrier(PLAIN + 1), threading.Event()
+    ends: Counter[str] = Counter()
+
+    def read() -> None:
+        received = bytearray()
+        try:
+            with httpx.stream("POST", url, content=frame, headers=headers, timeout=60) as reply:
+                if reply.status_code != 200:
+                    begun.wait(WAIT_S)
+                    ends[f"{reply.status_code}"] += 1
+                    return
+                chunks = reply.iter_bytes(4096)
+                received += next(chunks)
+                begun.wait(WAIT_S)
+                is_killed.wait(WAIT_S)
+                for chunk in chunks:
+                    received += chunk
+            assert safetensors.numpy.load(bytes(received))["hessian"].tobytes() == expected.tobytes()
+            ends["whole"] += 1
+        except httpx.RemoteProtocolError:
+            ends["cut"] += 1
+
+    with ThreadPoolExecutor(PLAIN + 1) as pool:
+        plain = [pool.submit(read) for _ in range(PLAIN)]
+        begun.wait(WAIT_S)
+        with Client(node.balancer.url, deadline_s=60) as client:
+            ours = pool.submit(client.model("borehole").hessian, x)
+            time.sleep(0.05)
+            node.servers[0].process.kill()
+            is_killed.set()
+            assert ours.result(WAIT_S).tobytes() == expected.tobytes()
+        for one in plain:
+            one.result(WAIT_S)
+    note(f"killed amid {PLAIN} replies of 20 MB: {json.dumps(ends)}")
+    assert ends["cut"] > 0, "the server that was killed had replies left"
+    assert ends["whole"] > 0
+    assert ends.keys() <= {"cut", "whole"}
 
 
 def test_front_end_that_is_killed_costs_clients_its_connections_alone(shipped_models: Path, tmp_path: Path) -> None:

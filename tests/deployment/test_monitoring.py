@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ class Prometheus:
             ],
             stderr=self._log,
         )
-        self._folder = folder
+        self._folder, self._targets = folder, len(targets)
         self.url = ""
 
     def wait(self, ask: Callable[[], object]) -> None:
@@ -120,7 +121,7 @@ class Prometheus:
             match = re.search(r'msg="Listening on" address=127\.0\.0\.1:(\d+)', (self._folder / "log").read_text())
             if match is not None:
                 self.url = f"http://127.0.0.1:{match[1]}"
-                if len(self.query('count_over_time(up{job="hessquik"}[1m]) >= 4')) == 2:
+                if len(self.query('count_over_time(up{job="hessquik"}[1m]) >= 4')) == self._targets:
                     return
             ask()
             time.sleep(0.1)
@@ -240,6 +241,64 @@ def wait_for(watched: Watched, expected: set[tuple[str, str]]) -> None:
         assert time.monotonic() < deadline, watched.alertmanager.alerts()
         time.sleep(0.2)
     assert {instance for _, instance in watched.alertmanager.alerts()} == {instance for _, instance in expected}
+
+
+@needs_prometheus
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_every_alert_fires_on_a_service_in_trouble(shipped_models: Path, tmp_path: Path) -> None:
+    """A worker hangs and dies again and again, two requests fill the queue, and at last the service is killed."""
+    models, expected, seen = tmp_path / "models", {rule["alert"] for rule in ALERTS}, set[str]()
+    models.mkdir()
+    shutil.copy(shipped_models / "peaks.safetensors", models)
+    (models / "broken.safetensors").write_bytes(b"no network")
+    settings = {"api_keys": "secret", "batch_timeout_s": 60, "max_queue_requests": 2}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(LiveServer(models, settings=settings))
+        alertmanager = Alertmanager(tmp_path)
+        stack.callback(alertmanager.close)
+        prometheus = Prometheus(tmp_path, [f"127.0.0.1:{server.port}"], alertmanager.address)
+        stack.callback(prometheus.close)
+        client = stack.enter_context(
+            httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"}, timeout=60)
+        )
+
+        def ask(deadline_s: float) -> int:
+            head = {"X-Deadline-Ms": str(int(1000 * deadline_s))}
+            return client.post("/v1/models/peaks/value", json={"inputs": [0.1, 0.2]}, headers=head).status_code
+
+        def until(names: set[str], act: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 3 * START_S
+            while not names <= seen:
+                assert time.monotonic() < deadline, (names - seen, server.log[-5:])
+                act()
+                seen.update(name for name, _ in alertmanager.alerts())
+                time.sleep(0.2)
+
+        def hang() -> None:
+            """Stop the worker while more requests come than may wait; one is too late, one slow."""
+            (worker,) = server.workers()
+            worker.suspend()
+            with ThreadPoolExecutor(4) as pool:
+                asked = [pool.submit(ask, seconds) for seconds in (30, 3, 30, 3)]
+                time.sleep(6)
+                worker.resume()
+            assert {one.result() for one in asked} == {200, 503, 504}
+
+        def die() -> None:
+            (worker,) = server.workers()
+            worker.kill()
+            server.wait_until_ready()
+
+        prometheus.wait(lambda: ask(30))
+        until({"HessquikModelFailed"}, lambda: None)
+        until({"HessquikQueueAge", "HessquikOverloaded", "HessquikErrors", "HessquikSlow"}, hang)
+        assert not seen & {"HessquikDown", "HessquikNoWorker", "HessquikWorkersDie"}
+        until({"HessquikNoWorker", "HessquikNotReady", "HessquikWorkersDie"}, die)
+        assert "HessquikDown" not in seen
+        server.process.kill()
+        until(expected, lambda: None)
+    assert seen == expected
 
 
 @needs_prometheus

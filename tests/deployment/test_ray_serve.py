@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +30,7 @@ from service.settings import Settings
 from tests import oracle
 from tests.deployment.balanced import Balancer
 from tests.deployment.load import CALLS, POINTS, WAIT_S, Load, hessian, is_close
-from tests.deployment.two_nodes import FIRST, SECOND, TwoNodes
+from tests.deployment.two_nodes import CPU_GROUPS, FIRST, SECOND, THIRD, TwoNodes, limited
 from tests.live import ROOT, LiveServer
 from tests.ways import WAYS, Way, expect_same_bits_by, in_process
 from tests.whole import Note
@@ -197,6 +200,75 @@ def test_requests_do_not_pay_for_ray(cluster: TwoNodes, models: Path, note: Note
     assert placed > alone / 1.5
 
 
+def rows(urls: list[str], seconds: float) -> float:
+    """Return how many rows a second the servers answer together, asked at the same time."""
+    facts = httpx.get(f"{urls[0]}/v1/models/borehole").raise_for_status().json()
+
+    async def work() -> float:
+        loads = [
+            build_load(url, facts, quantities=["hessian"], clients=2, rows=1000, seconds=seconds, is_binary=True)
+            for url in urls
+        ]
+        tallies = await asyncio.gather(*map(run, loads))
+        assert not any(tally.errors for tally in tallies)
+        return sum(1000 * tally.answers / tally.elapsed_s for tally in tallies)
+
+    return asyncio.run(work())
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(not os.access(CPU_GROUPS, os.W_OK), reason="needs root and shares of processor time")
+def test_a_second_node_doubles_the_rows(cluster: TwoNodes, note: Note) -> None:
+    """Each server has a fifth of a core, so that the machine has enough for both and for the load, outside of Ray."""
+    urls = [cluster.url(address) for address in (FIRST, SECOND)]
+    with limited(cluster.server(cluster.first), 0.2), limited(cluster.server(cluster.second), 0.2):
+        rounds = [(rows(urls[:1], 2.0), rows(urls, 2.0)) for _ in range(4)]
+    one, two = (max(found) for found in zip(*rounds, strict=True))
+    note(f"a fifth of a core each, 1000 rows: {one:.0f} rows/s from one node, {two:.0f} from two")
+    assert two > 1.5 * one
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(600)
+def test_a_node_is_added_when_requests_wait(cluster: TwoNodes, note: Note) -> None:
+    """The file wants another node above 64 requests in progress on each; more than 256 are kept waiting."""
+    cluster.add_third()
+    urls = [cluster.url(address) for address in (FIRST, SECOND)]
+    points = np.random.default_rng(0).uniform(-3, 3, (1000, 2)).tolist()
+    began, is_over, deadline = time.monotonic(), threading.Event(), time.monotonic() + 240
+
+    async def ask(client: httpx.AsyncClient, url: str) -> None:
+        while not is_over.is_set():
+            body = {"inputs": points, "quantities": ["laplacian"]}
+            reply = await client.post(
+                f"{url}/v1/models/peaks/evaluate", json=body, headers={"x-deadline-ms": "60000"}
+            )
+            assert reply.status_code == 200, reply.text
+
+    async def watch() -> None:
+        async with httpx.AsyncClient() as client:
+            while not is_over.is_set():
+                assert time.monotonic() < deadline, cluster.log()
+                await asyncio.sleep(0.5)
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get(f"{cluster.url(THIRD)}/readyz")).status_code == 200:
+                        is_over.set()
+
+    async def work() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(limits=limits, timeout=90) as client:
+            await asyncio.gather(watch(), *(ask(client, url) for url in urls for _ in range(160)))
+
+    asyncio.run(work())
+    note(f"a third node was ready {time.monotonic() - began:.0f} s after 320 requests began to wait")
+    assert hessian_at(cluster.url(THIRD)).shape == (2, 2, 2, 1)
+
+
+def hessian_at(url: str) -> np.ndarray:
+    reply = httpx.post(f"{url}/v1/models/peaks/hessian", json={"inputs": POINTS, "dtype": "float64"})
+    return np.array(reply.raise_for_status().json()["hessian"])
+
+
 @pytest.mark.whole
 def test_model_is_replaced_under_load_without_a_404(cluster: TwoNodes, balancer: Balancer, models: Path) -> None:
     """A file is replaced; every answer is the old network's or the new one's, and at last both nodes have the new."""
@@ -214,10 +286,7 @@ def test_model_is_replaced_under_load_without_a_404(cluster: TwoNodes, balancer:
     deadline = time.monotonic() + WAIT_S
     for address in (FIRST, SECOND):
         while True:
-            reply = httpx.post(
-                f"{cluster.url(address)}/v1/models/peaks/hessian", json={"inputs": POINTS, "dtype": "float64"}
-            )
-            if is_close(np.array(reply.raise_for_status().json()["hessian"]), new):
+            if is_close(hessian_at(cluster.url(address)), new):
                 break
             assert time.monotonic() < deadline, "the new network is served"
             time.sleep(0.1)

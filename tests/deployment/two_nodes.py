@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -16,8 +18,10 @@ from tests.deployment.balanced import free_ports
 from tests.live import ROOT
 
 #: The second one does not hold Ray's own controller.
-FIRST, SECOND = "127.0.0.3", "127.0.0.2"
+FIRST, SECOND, THIRD = "127.0.0.3", "127.0.0.2", "127.0.0.4"
 START_S = 150.0
+#: Where the kernel takes shares of processor time, by its first interface.
+CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 BIN = Path(sys.executable).parent
 
 
@@ -68,6 +72,11 @@ class TwoNodes:
         for address in (FIRST, SECOND):
             self._await(f"{self.url(address)}/readyz", began)
         self.started_s = time.monotonic() - began
+
+    def add_third(self) -> None:
+        """Start one more node, on which nothing is placed yet."""
+        (agent,) = free_ports(1, FIRST)
+        self.third = self._start(THIRD, agent, "--address", self.address)
 
     def url(self, address: str) -> str:
         """Return where a node's server answers."""
@@ -128,3 +137,26 @@ def _arguments(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return []
+
+
+@contextlib.contextmanager
+def limited(server: psutil.Process, cores: float) -> Iterator[None]:
+    """Give a server and its workers a share of the processor's cores, as a node of that size would.
+
+    Args:
+        server: A process, whose children are included.
+        cores: Time that they may use together, per second.
+    """
+    group = CPU_GROUPS / f"hessquik-{server.pid}"
+    group.mkdir()
+    try:
+        (group / "cpu.cfs_period_us").write_text("20000")
+        (group / "cpu.cfs_quota_us").write_text(str(int(20_000 * cores)))
+        for process in [server, *server.children(recursive=True)]:
+            (group / "cgroup.procs").write_text(str(process.pid))
+        yield
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                (CPU_GROUPS / "cgroup.procs").write_text(pid)
+        group.rmdir()
