@@ -43,6 +43,7 @@ class TwoNodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # or a token of the user's is wanted from everybody who asks the dashboard
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # two nodes on loopback addresses
+            "RAY_worker_niceness": "0",
             "HESSQUIK_MODELS": str(models),
             "HESSQUIK_PORT": str(self.port),
         }
