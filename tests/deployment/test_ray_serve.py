@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import yaml
 
@@ -40,6 +41,9 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
 ]
 
+needs_shares = pytest.mark.skipif(
+    not os.access(CPU_GROUPS, os.W_OK), reason="needs root and shares of processor time"
+)
 CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
 QUANTITIES = ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]
 TOLERANCE = 1e-10
@@ -218,7 +222,7 @@ def rows(urls: list[str], seconds: float) -> float:
 
 
 @pytest.mark.whole
-@pytest.mark.skipif(not os.access(CPU_GROUPS, os.W_OK), reason="needs root and shares of processor time")
+@needs_shares
 def test_a_second_node_doubles_the_rows(cluster: TwoNodes, note: Note) -> None:
     """Each server has a fifth of a core, so that the machine has enough for both and for the load, outside of Ray."""
     urls = [cluster.url(address) for address in (FIRST, SECOND)]
@@ -282,19 +286,18 @@ def test_server_that_is_killed_is_started_again(cluster: TwoNodes, balancer: Bal
 
 @pytest.mark.whole
 @pytest.mark.timeout(600)
+@needs_shares
 def test_a_node_is_added_when_requests_wait(cluster: TwoNodes, note: Note) -> None:
-    """The file wants another node above 64 requests in progress on each; more than 256 are kept waiting."""
+    """The file wants another node above 64 requests in progress on each; 160 wait at each of two slow servers."""
     cluster.add_third()
     urls = [cluster.url(address) for address in (FIRST, SECOND)]
-    points = np.random.default_rng(0).uniform(-3, 3, (500, 2)).tolist()
+    frame = safetensors.numpy.save({"inputs": np.random.default_rng(0).uniform(0.1, 0.2, (500, 8))})
+    headers = {"content-type": "application/x-safetensors", "x-deadline-ms": "90000"}
     began, is_over, deadline = time.monotonic(), threading.Event(), time.monotonic() + 240
 
     async def ask(client: httpx.AsyncClient, url: str) -> None:
         while not is_over.is_set():
-            body = {"inputs": points, "quantities": ["laplacian"]}
-            reply = await client.post(
-                f"{url}/v1/models/peaks/evaluate", json=body, headers={"x-deadline-ms": "60000"}
-            )
+            reply = await client.post(f"{url}/v1/models/borehole/hessian", content=frame, headers=headers)
             assert reply.status_code == 200, reply.text
 
     async def watch() -> None:
@@ -308,10 +311,11 @@ def test_a_node_is_added_when_requests_wait(cluster: TwoNodes, note: Note) -> No
 
     async def work() -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(limits=limits, timeout=90) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=120) as client:
             await asyncio.gather(watch(), *(ask(client, url) for url in urls for _ in range(160)))
 
-    asyncio.run(work())
+    with limited(cluster.server(cluster.first), 0.05), limited(cluster.server(cluster.second), 0.05):
+        asyncio.run(work())
     note(f"a third node was ready {time.monotonic() - began:.0f} s after 320 requests began to wait")
     assert hessian_at(cluster.url(THIRD)).shape == (2, 2, 2, 1)
 
