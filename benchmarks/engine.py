@@ -205,7 +205,7 @@ def measure(row: Row, threads: int, may_compile: bool) -> dict[str, Any]:
         once[name] = seconds(lambda p=peer, i=inputs: p.call(*i))
     assert "ours" in once, f"ours is {notes}"
     # As a program does that has room for its results: their memory is used again, however large they are.
-    memory.KEPT_BYTES = max(memory.KEPT_BYTES, sum(part.nbytes for part in ours(x, v)))
+    memory.CACHE_BYTES = max(memory.CACHE_BYTES, sum(part.nbytes for part in ours(x, v)))
 
     repeats = {name: max(1, min(50, int(0.003 / time))) for name, time in once.items()}
     times: dict[str, list[float]] = {name: [] for name in once}

@@ -141,13 +141,13 @@ def build(
         >>> build({"type": "fullyConnectedNN", "widths": [2, 8, 1]}).dim_input()
         2
     """
-    made = {"device": device, "dtype": dtype}
+    factory_kwargs = {"device": device, "dtype": dtype}
     if isinstance(architecture, dict) and architecture.get("type") == ENSEMBLE:
-        return Ensemble(*_members(architecture, made))
-    return _build(architecture, "network", MAX_NESTING, made)
+        return Ensemble(*_members(architecture, factory_kwargs))
+    return _build(architecture, "network", MAX_NESTING, factory_kwargs)
 
 
-def _members(architecture: Mapping[str, Any], made: Mapping[str, Any]) -> list[NN]:
+def _members(architecture: Mapping[str, Any], factory_kwargs: Mapping[str, Any]) -> list[NN]:
     """Make the members of an ensemble; a layer alone is a network of one layer."""
     others = sorted(architecture.keys() - {"type", "members"})
     _require(not others, "network", "have 'members' only, as an ensemble", others)
@@ -155,11 +155,11 @@ def _members(architecture: Mapping[str, Any], made: Mapping[str, Any]) -> list[N
     is_list = isinstance(members, list) and 2 <= len(members) <= MAX_MEMBERS
     _require(is_list, "network.members", f"be a list of 2 to {MAX_MEMBERS} networks", members)
     assert isinstance(members, list)
-    built = [_build(one, f"network.members[{i}]", MAX_NESTING, made) for i, one in enumerate(members)]
+    built = [_build(one, f"network.members[{i}]", MAX_NESTING, factory_kwargs) for i, one in enumerate(members)]
     return [one if isinstance(one, NN) else NN(one) for one in built]
 
 
-def _build(architecture: Any, place: str, nesting: int, made: Mapping[str, Any]) -> NN | hessQuikLayer:
+def _build(architecture: Any, place: str, nesting: int, factory_kwargs: Mapping[str, Any]) -> NN | hessQuikLayer:
     kind, arguments = _type_and_arguments(architecture, place, TYPES)
     if nesting == 0:
         raise _too_deep(place)
@@ -168,8 +168,10 @@ def _build(architecture: Any, place: str, nesting: int, made: Mapping[str, Any])
         _require(not arguments, place, "have 'layers' only", sorted(arguments))
         is_list = isinstance(layers, list) and 0 < len(layers) <= MAX_LAYERS
         _require(is_list, f"{place}.layers", f"be a list of 1 to {MAX_LAYERS} layers", layers)
-        return NN(*(_build(layer, f"{place}.layers[{i}]", nesting - 1, made) for i, layer in enumerate(layers)))
-    module = kind(**_checked_arguments(kind, arguments, place), **made)
+        return NN(
+            *(_build(layer, f"{place}.layers[{i}]", nesting - 1, factory_kwargs) for i, layer in enumerate(layers))
+        )
+    module = kind(**_checked_arguments(kind, arguments, place), **factory_kwargs)
     assert isinstance(module, NN | hessQuikLayer)
     return module
 

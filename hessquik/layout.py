@@ -84,7 +84,7 @@ class _Layout:
         self.summed: set[int] = set()
         self.owner: dict[int, int] = {}
         self.destination: dict[int, Strided] = {}
-        self.homes: dict[int, Strided] = {}
+        self.arrays: dict[int, Strided] = {}
         self.position: dict[int, int] = {}
         self.map_of: dict[int, _MapDraft] = {}
         self.steps: list[Step | _MapDraft] = []
@@ -300,13 +300,13 @@ class _Layout:
                 self.destination[j] = joint.part(-1, start, start + node.shape[-1])
         return joint
 
-    def home(self, i: int) -> Strided:
+    def array(self, i: int) -> Strided:
         """Return the array of a computed node, which is chosen on first use."""
-        if i not in self.homes:
-            self.homes[i] = self.destination.get(i) or self.chosen(i)
-        return self.homes[i]
+        if i not in self.arrays:
+            self.arrays[i] = self.destination.get(i) or self.allocate(i)
+        return self.arrays[i]
 
-    def chosen(self, i: int) -> Strided:
+    def allocate(self, i: int) -> Strided:
         """Return a new array for a node; if a chain of views alone reads it, its layout makes their result dense."""
         chain, last = [], i
         while (step := self.only_use(last)) is not None and self.nodes[step].op in {"permute", "reshape"}:
@@ -323,21 +323,21 @@ class _Layout:
     def read(self, i: int) -> Strided:
         """Return where a node's array can be read."""
         node = self.nodes[i]
-        if i in self.homes:
-            return self.homes[i]
+        if i in self.arrays:
+            return self.arrays[i]
         if node.data is not None:
             data = node.data
             buffer = Buffer(Space.CONSTANT, data.numel(), data=data, is_shared=True)
-            self.homes[i] = Strided(buffer, node.shape, data.stride())
+            self.arrays[i] = Strided(buffer, node.shape, data.stride())
         elif node.op == "input":
-            self.homes[i] = self.external(Space.INPUT, node.arguments[0], node.shape, node.is_shared)
+            self.arrays[i] = self.external(Space.INPUT, node.arguments[0], node.shape, node.is_shared)
         elif node.op in VIEWS:
-            self.homes[i] = self.seen(i)
+            self.arrays[i] = self.view(i)
         else:
-            return self.home(i)
-        return self.homes[i]
+            return self.array(i)
+        return self.arrays[i]
 
-    def seen(self, i: int) -> Strided:
+    def view(self, i: int) -> Strided:
         """Return the array of a view node: a view of its source's array, or of a copy if a reshape needs one."""
         node = self.nodes[i]
         source = self.read(node.inputs[0])
@@ -423,7 +423,7 @@ class _Layout:
         full = node.shape
         a = self.read(node.inputs[0])
         b = self.operand_b(node.inputs[1])
-        out = self.home(fusion.raw) if is_kept else None
+        out = self.array(fusion.raw) if is_kept else None
         a = a.repeated((*full[:-2], *a.shape[-2:]))
         b = b.repeated((*full[:-2], *b.shape[-2:]))
         add = None if fusion.add is None else self.read(fusion.add).repeated(full)
@@ -441,7 +441,7 @@ class _Layout:
                 None if j is None else self.read(j).repeated(full).view()
                 for j in (fusion.by, fusion.scale_add, fusion.scale_add_by)
             )
-            scaling = Scaling(self.home(fusion.scaled).view(), fusion.alpha, by, more, more_by)
+            scaling = Scaling(self.array(fusion.scaled).view(), fusion.alpha, by, more, more_by)
         place = self.append(self.merged(a, b, add, out, scaling), node.is_shared)
         for j in (i, fusion.raw, fusion.scaled):
             if j is not None:
@@ -510,7 +510,7 @@ class _Layout:
         inner = self.nodes[j]
         left, right = (inner.inputs[0], inner.inputs[1]) if j in self.summed else (j, None)
         a, b = self.padded(left), None if right is None else self.padded(right)
-        step = SumProducts(a.view(), _view(b), self.home(i).view())
+        step = SumProducts(a.view(), _view(b), self.array(i).view())
         self.position[i] = self.append(step, node.is_shared)
 
     def emit_sum_of_products(self, i: int, joined: list[Strided | None]) -> None:
@@ -530,13 +530,13 @@ class _Layout:
             sides.append(joint)
         kind = Contract if node.op == "contract" else Congruence
         if prod(node.shape):
-            step = kind(sides[0].view(), sides[1].view(), self.home(i).view())
+            step = kind(sides[0].view(), sides[1].view(), self.array(i).view())
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_pairs(self, i: int) -> None:
         """Add maps that multiply every tangent by itself and by those before it."""
         node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.home(i)
+        source, out = self.read(node.inputs[0]), self.array(i)
         for a in range(self.nodes[node.inputs[0]].shape[0]):
             start = a * (a + 1) // 2
             place = out.part(0, start, start + a + 1)
@@ -547,7 +547,7 @@ class _Layout:
     def emit_unpack(self, i: int) -> None:
         """Add copies of every packed row to both triangles of the matrix."""
         node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.home(i)
+        source, out = self.read(node.inputs[0]), self.array(i)
         for a in range(node.shape[0]):
             row = source.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
             below = out.part(0, a, a + 1).part(1, 0, a + 1).reshaped(row.shape)
@@ -560,7 +560,7 @@ class _Layout:
     def emit_pack(self, i: int) -> None:
         """Add copies of the rows of the lower triangle to the packed array."""
         node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.home(i)
+        source, out = self.read(node.inputs[0]), self.array(i)
         for a in range(self.nodes[node.inputs[0]].shape[0]):
             place = out.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
             row = source.part(0, a, a + 1).part(1, 0, a + 1).reshaped(place.shape)
@@ -569,7 +569,7 @@ class _Layout:
 
     def emit_cat(self, i: int) -> None:
         """Add copies of the parts, from left to right, so that no padding is left between them."""
-        node, out = self.nodes[i], self.home(i)
+        node, out = self.nodes[i], self.array(i)
         widths = [self.nodes[j].shape[-1] for j in node.inputs]
         for j, start in zip(node.inputs, accumulate(widths, initial=0), strict=False):
             place = out.part(-1, start, start + self.nodes[j].shape[-1])
@@ -594,10 +594,10 @@ class _Layout:
         for i in draft.members:
             operands = [self.nodes[j].number if j not in register else register[j] for j in self.nodes[i].inputs]
             instructions.append(Instruction(self.nodes[i].op, tuple(x for x in operands if x is not None)))
-        kept = [i for i in draft.members if i in self.homes or i in self.results]
+        kept = [i for i in draft.members if i in self.arrays or i in self.results]
         if not kept:
             return []
-        places = [self.home(i) for i in kept]
+        places = [self.array(i) for i in kept]
         arrays = [self.read(j).repeated(draft.shape) for j in outside] + places
         views = [array.view() for array in collapsed(arrays, self.has_padding(places))]
         outputs = tuple(zip((register[i] for i in kept), views[len(outside) :], strict=True))

@@ -25,9 +25,9 @@ LARGE_BYTES = 4 << 20
 SMALL_BYTES = 64 << 10
 HUGE_PAGE_BYTES = 2 << 20
 #: Bytes of released results that are kept in all; a program with room for more may set more.
-KEPT_BYTES = 48 << 20
+CACHE_BYTES = 48 << 20
 
-_kept: list[mmap.mmap] = []
+_cache: list[mmap.mmap] = []
 #: Memory may come free at any moment, also in the middle of what the lock guards.
 _lock = threading.RLock()
 
@@ -42,10 +42,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = prod(shape) * dtype.itemsize
     if size < LARGE_BYTES or device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = _take(size)
+    memory = _acquire(size)
     # The tensor holds this view of the memory and nothing else does, so its end is that of the last use.
     view = (ctypes.c_char * size).from_buffer(memory)
-    weakref.finalize(view, _keep, memory).atexit = False
+    weakref.finalize(view, _release, memory).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
 
@@ -73,21 +73,21 @@ class Arena:
         return taken.view(dtype)[: prod(shape)].view(shape)
 
 
-def _take(size: int) -> mmap.mmap:
+def _acquire(size: int) -> mmap.mmap:
     """Return reusable memory of about this size, or else new memory after freeing unused memory."""
     with _lock:
-        for i, memory in enumerate(_kept):
+        for i, memory in enumerate(_cache):
             if size <= len(memory) <= size + size // 8:
-                return _kept.pop(i)
-        _kept.clear()
+                return _cache.pop(i)
+        _cache.clear()
     return _pages(size)
 
 
-def _keep(memory: mmap.mmap) -> None:
+def _release(memory: mmap.mmap) -> None:
     """Keep free memory for reuse, up to a limit."""
     with _lock:
-        if len(memory) + sum(map(len, _kept)) <= KEPT_BYTES:
-            _kept.append(memory)
+        if len(memory) + sum(map(len, _cache)) <= CACHE_BYTES:
+            _cache.append(memory)
 
 
 def _pages(size: int) -> mmap.mmap:

@@ -1,8 +1,8 @@
 """Triton kernels generated for one program: every shape and stride is a literal in their source.
 
 :func:`source` writes the kernel of a program as Triton code. Steps that differ only in the addresses of their arrays
-share one passage of the code; the addresses are in a table, and a loop runs the steps in order. :func:`made` turns the
-source into a function that Triton compiles or interprets. Networks of one architecture share a kernel, also in
+share one passage of the code; the addresses are in a table, and a loop runs the steps in order. :func:`define_kernel`
+turns the source into a function that Triton compiles or interprets. Networks of one architecture share a kernel, also in
 Triton's cache on disk.
 
 Sums run over ascending indices, one product after the other, as in :mod:`hessquik.backends.gpu_kernel`, for every size
@@ -25,7 +25,7 @@ import triton.language as tl
 from hessquik.backends import gpu_math
 from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, Step, SumProducts, View
 
-__all__ = ["WARPS", "Unrolled", "Unrolling", "made", "source"]
+__all__ = ["WARPS", "Unrolled", "Unrolling", "define_kernel", "source"]
 
 #: Most rows, columns and depth of a product's block.
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
@@ -588,7 +588,7 @@ def source(program: Program, itemsize: int, rows: int) -> Unrolled:
     return _Writer(program, itemsize, rows).write()
 
 
-def made(text: str) -> Any:
+def define_kernel(text: str) -> Any:
     """Return the kernel function that a source defines, for Triton to compile or interpret."""
     name = f"<kernel {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
-from hessquik.backends.gpu_unrolled import WARPS, Unrolled, Unrolling, made, source
+from hessquik.backends.gpu_unrolled import WARPS, Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts, View
 
 __all__ = [
@@ -131,7 +131,7 @@ def compile_unrolled(kernel: Unrolled, arch: int) -> Any:
     }
     options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
     return triton.compile(
-        ASTSource(made(kernel.text), signature, {}), target=GPUTarget("cuda", arch, 32), options=options
+        ASTSource(define_kernel(kernel.text), signature, {}), target=GPUTarget("cuda", arch, 32), options=options
     )
 
 
@@ -379,7 +379,7 @@ class UnrolledProgram(TritonProgram):
         return self._source
 
     def _compile(self) -> None:
-        self._kernel = self._state.unrolled(self._source) if self._state.is_cuda else made(self._source.text)
+        self._kernel = self._state.unrolled(self._source) if self._state.is_cuda else define_kernel(self._source.text)
 
     def _shape(self, n: int) -> tuple[int, int]:
         """Return the rows of a tile and the number of instances."""

@@ -15,7 +15,7 @@ from hessquik.importing import onnx_model, torch_module
 from hessquik.importing.exported import read_archive
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.sequential import read_sequential
-from hessquik.importing.source import Imported, Source, bring
+from hessquik.importing.source import Imported, Source, import_source
 from hessquik.importing.torch_reader import Program, read, run
 
 __all__ = ["describe", "import_file", "read_scaling"]
@@ -74,7 +74,7 @@ def import_file(
     if suffix == ".onnx":
         return onnx_model.import_model(path, None, scaling, allow_kinks, dtype, bounds)
     if suffix == ".pt2":
-        return bring(_exported(read_archive(path)), scaling, allow_kinks, dtype, bounds)
+        return import_source(_exported(read_archive(path)), scaling, allow_kinks, dtype, bounds)
     if architecture is None:
         raise FormatError(
             f"{path.name}: the file must be .onnx or .pt2 (torch.export.save), or a state dict beside --architecture "

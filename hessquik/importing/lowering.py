@@ -80,12 +80,12 @@ def _schedule(nodes: Sequence[Node]) -> list[list[Pointwise]]:
             found |= {parent} if isinstance(parent, Pointwise) else before[parent]
         before[node] = frozenset(found)
     waiting = [node for node in nodes if isinstance(node, Pointwise)]
-    kinds = {node: json.dumps(describe(_activation(node))) for node in waiting}
+    descriptions = {node: json.dumps(describe(_activation(node))) for node in waiting}
     done: set[Pointwise] = set()
     groups = []
     while waiting:
         ready = [node for node in waiting if before[node] <= done]
-        group = [node for node in ready if kinds[node] == kinds[ready[0]]]
+        group = [node for node in ready if descriptions[node] == descriptions[ready[0]]]
         groups.append(group)
         done |= set(group)
         waiting = [node for node in waiting if node not in done]

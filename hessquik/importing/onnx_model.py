@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import BOUNDS, Imported, Source, bring
+from hessquik.importing.source import BOUNDS, Imported, Source, import_source
 from hessquik.networks import NN
 
 __all__ = ["from_onnx", "import_model"]
@@ -78,7 +78,7 @@ def import_model(
 
     precision = _precision(model, runtime)
     source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
-    return bring(source, scaling, allow_kinks, dtype, bounds)
+    return import_source(source, scaling, allow_kinks, dtype, bounds)
 
 
 def _load(path_or_model: Any) -> Any:

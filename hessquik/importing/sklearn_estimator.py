@@ -12,7 +12,7 @@ from hessquik import activations as act
 from hessquik.errors import UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, affine, refuse
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import Imported, Source, bring
+from hessquik.importing.source import Imported, Source, import_source
 from hessquik.networks import NN
 
 __all__ = ["ESTIMATORS", "TRANSFORMERS", "from_sklearn", "import_estimator"]
@@ -64,7 +64,9 @@ def import_estimator(
     def read(point: Node) -> Node:
         return _predict(estimator, type(estimator).__name__, point)
 
-    return bring(Source(width, torch.float64, "scikit-learn", read, evaluate), scaling, allow_kinks, dtype, bounds)
+    return import_source(
+        Source(width, torch.float64, "scikit-learn", read, evaluate), scaling, allow_kinks, dtype, bounds
+    )
 
 
 def _predict(estimator: Any, place: str, point: Node) -> Node:

@@ -17,7 +17,7 @@ from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
 from hessquik.importing.univariate import resolve
 from hessquik.networks import NN
 
-__all__ = ["BOUNDS", "Imported", "Source", "bring"]
+__all__ = ["BOUNDS", "Imported", "Source", "import_source"]
 
 #: Bound of the difference between the source's own runtime and the network, relative to the largest value.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -64,7 +64,7 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
-def bring(
+def import_source(
     source: Source,
     scaling: Scaling,
     allow_kinks: bool,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hessquik.errors import UnsupportedError
 from hessquik.importing.capture import capture, example_of
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import Imported, Source, bring
+from hessquik.importing.source import Imported, Source, import_source
 from hessquik.importing.torch_reader import Program, read
 from hessquik.networks import NN
 
@@ -75,7 +75,7 @@ def import_module(
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
         return result
 
-    return bring(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)
+    return import_source(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)
 
 
 def _source(program: Program, evaluate: Any, runtime: str) -> Source:

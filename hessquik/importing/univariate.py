@@ -75,30 +75,30 @@ KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
 
 def resolve(output: Node) -> Node:
     """Return a graph that computes the same value without products and without formulas that have kinks."""
-    made: dict[Node, Node] = {}
+    rewritten: dict[Node, Node] = {}
     chains: dict[Node, dict[Node, Formula]] = {}
     for node in ordered([output]):
         new: Node
         match node:
             case Input():
-                made[node] = node
+                rewritten[node] = node
                 chains[node] = {node: "z"}
                 continue
             case Affine():
-                terms = [(made[term], matrix) for term, matrix in node.terms]
+                terms = [(rewritten[term], matrix) for term, matrix in node.terms]
                 total = Affine(node.place, node.width, tuple(terms), node.offset)
                 chain = _sum_chain(total, chains)
                 new = _recognise_kinks(node, chain) or total
             case Pointwise():
-                of = made[node.of]
+                of = rewritten[node.of]
                 formula = _formula(node.function)
                 chain = {} if formula is None else _composed(formula, chains[of])
                 new = _recognise_kinks(node, chain) or _applied(node, of)
             case Product():
-                new, chain = _product(node, made[node.left], made[node.right], chains)
-        made[node] = new
+                new, chain = _product(node, rewritten[node.left], rewritten[node.right], chains)
+        rewritten[node] = new
         chains[new] = {new: "z"} | chain
-    return made[output]
+    return rewritten[output]
 
 
 def _product(

@@ -26,7 +26,7 @@ class NN(nn.Sequential):
     """A composition of layers and networks: f = f_L ∘ … ∘ f_1.
 
     Convex layers pass their input x on to the next layer. A network that ends with one returns its output without x,
-    unless networks are chained by hand (``hand_on``). Source: Newman & Ruthotto 2022 (doi:10.21105/joss.04171).
+    unless networks are chained by hand (``return_input``). Source: Newman & Ruthotto 2022 (doi:10.21105/joss.04171).
 
     Args:
         args: Layers and networks, each as wide at its input as the one before it is at its output; or one
@@ -196,7 +196,7 @@ class NN(nn.Sequential):
         dudx: Tensor | None = None,
         d2ud2x: Tensor | None = None,
         v: Tensor | None = None,
-        hand_on: bool | None = None,
+        return_input: bool | None = None,
         **kwargs: Any,
     ) -> Triple:
         """Evaluate the network and its derivatives.
@@ -211,9 +211,9 @@ class NN(nn.Sequential):
             d2ud2x: Hessian of x (n, d', d', d), or its Laplacian (n, 1, d); forward mode only.
             v: Forward: directions (k, d) or (n, k, d). Backward: weights (m, k) or (n, m, k). Because it decides
                 what v means, the mode is forward exactly if d < m when only ``v`` is given.
-            hand_on: Whether the input x that a convex last layer passes on is returned too, after the m outputs, as
-                the next network of a chain needs it. By default only with ``forward_mode=None``, which is meant for
-                chaining by hand.
+            return_input: Whether the input x that a convex last layer passes on is returned too, after the m
+                outputs, as the next network of a chain needs it. By default only with ``forward_mode=None``, which is
+                meant for chaining by hand.
             kwargs: ``forward_mode``, see :meth:`setup_forward_mode`.
 
         Returns:
@@ -227,26 +227,26 @@ class NN(nn.Sequential):
         self._check(x)
         before = dudx is not None or d2ud2x is not None
         if "forward_mode" not in kwargs:
-            if v is None and not before and not hand_on:
+            if v is None and not before and not return_input:
                 return self._in_one_pass(x, do_gradient, do_Hessian, do_Laplacian)
-            kwargs["forward_mode"] = before or (hand_on and v is None) or self.dim_input() < self.dim_output()
+            kwargs["forward_mode"] = before or (return_input and v is None) or self.dim_input() < self.dim_output()
         forward_mode = self.setup_forward_mode(**kwargs)
         if do_Laplacian and not do_Hessian:
             forward_mode = True
         if forward_mode:
-            return self._carry_forward(x, do_gradient, do_Hessian, do_Laplacian, dudx, d2ud2x, v, bool(hand_on))
+            return self._carry_forward(x, do_gradient, do_Hessian, do_Laplacian, dudx, d2ud2x, v, bool(return_input))
         if before:
             raise ShapeError(f"dudx and d2ud2x need forward_mode=True, got forward_mode={forward_mode}")
         order = 2 if do_Hessian or forward_mode is None else int(do_gradient)
         chain = calculus.linearize(self.forms(), (x.unsqueeze(1),), order)
-        if hand_on is None:
-            hand_on = forward_mode is None
-        y = (join(chain[-1].value) if hand_on else chain[-1].value[0]).squeeze(1)
+        if return_input is None:
+            return_input = forward_mode is None
+        y = (join(chain[-1].value) if return_input else chain[-1].value[0]).squeeze(1)
         if forward_mode is None:
             self._chain = chain
         if forward_mode is None or order == 0:
             return y, None, None
-        gradient, hessian = _carry_back(chain, do_Hessian, None, None, v, hand_on)
+        gradient, hessian = _carry_back(chain, do_Hessian, None, None, v, return_input)
         return y, gradient if do_gradient else None, hessian
 
     def backward(
@@ -262,7 +262,7 @@ class NN(nn.Sequential):
 
         Args:
             do_Hessian: Whether the Hessian is wanted.
-            dgdf: Gradient of g with respect to f (n, m', m), or with respect to all that was handed on; g = f if not
+            dgdf: Gradient of g with respect to f (n, m', m), or with respect to all that was returned; g = f if not
                 given.
             d2gd2f: Hessian of g with respect to the same (n, m', m', m); 0 if not given.
             v: Weights (m, k) or (n, m, k): derivatives of the k sums gv replace those of each g.
@@ -288,7 +288,7 @@ class NN(nn.Sequential):
         dudx: Tensor | None,
         d2ud2x: Tensor | None,
         v: Tensor | None,
-        hand_on: bool,
+        return_input: bool,
     ) -> Triple:
         """Carry the derivatives layer by layer from x to f."""
         for layer in self.layers():
@@ -302,7 +302,7 @@ class NN(nn.Sequential):
                 v=v,
             )
             v = None
-        own = slice(None if hand_on else self.dim_output())
+        own = slice(None if return_input else self.dim_output())
         return (
             x[..., own],
             dudx[..., own] if do_gradient and dudx is not None else None,
@@ -344,13 +344,13 @@ def _carry_back(
     dgdf: Tensor | None,
     d2gd2f: Tensor | None,
     v: Tensor | None,
-    hand_on: bool = False,
+    return_input: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient and Hessian that :meth:`NN.backward` describes."""
     y = chain[-1].value[0]
     m = y.shape[-1] if dgdf is None else dgdf.shape[-2]
     rest = sum(part.shape[-1] for part in chain[-1].value) - m
-    if rest and not (hand_on and dgdf is None):
+    if rest and not (return_input and dgdf is None):
         keep = torch.eye(m + rest, m, dtype=y.dtype, device=y.device).unsqueeze(0)
         dgdf = keep if dgdf is None else keep @ dgdf
         d2gd2f = None if d2gd2f is None else nn.functional.pad(d2gd2f, (0, 0, 0, rest, 0, rest))

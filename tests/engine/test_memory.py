@@ -26,7 +26,7 @@ def large(value):
 @pytest.fixture(autouse=True)
 def nothing_kept():
     gc.collect()
-    memory._kept.clear()
+    memory._cache.clear()
 
 
 def test_free_memory_is_used_again():
@@ -51,15 +51,15 @@ def test_memory_of_which_somebody_holds_a_part_is_left_alone(part):
     assert other.data_ptr() != place
     assert (torch.tensor(held.tolist()) == 3.0).all()
     del held, other
-    assert memory._kept
+    assert memory._cache
 
 
 def test_what_is_kept_is_bounded_and_makes_room_for_another_size():
     arrays = [large(float(i)) for i in range(12)]
     del arrays
-    assert 0 < sum(map(len, memory._kept)) <= memory.KEPT_BYTES
+    assert 0 < sum(map(len, memory._cache)) <= memory.CACHE_BYTES
     memory.empty((3, *SHAPE), torch.float32, CPU)
-    assert len(memory._kept) == 1
+    assert len(memory._cache) == 1
 
 
 def test_an_arena_gives_every_array_its_own_place():

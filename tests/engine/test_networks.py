@@ -127,13 +127,13 @@ def test_networks_chained_by_hand_are_the_network_of_both(name):
         assert close(dg, expected[1])
         assert close(d2g, expected[2])
 
-    u, du, d2u = first(x, do_gradient=True, do_Hessian=True, forward_mode=True, hand_on=True)
+    u, du, d2u = first(x, do_gradient=True, do_Hessian=True, forward_mode=True, return_input=True)
     got = second(u, do_gradient=True, do_Hessian=True, dudx=du, d2ud2x=d2u)
     assert all(map(close, got, expected))
 
     features = oracle.derivatives(first, x, first.layers()[-1].dim_output())
     for mode in MODES.values():
-        assert all(map(close, first(x, do_gradient=True, do_Hessian=True, hand_on=True, **mode), features))
+        assert all(map(close, first(x, do_gradient=True, do_Hessian=True, return_input=True, **mode), features))
 
 
 @pytest.mark.parametrize(

@@ -174,37 +174,37 @@ I hessquik_vector_bytes(void) {
 
 /* ---- Memory of a call: blocks that are kept for the next one, whichever thread makes it ---- */
 
-enum { KEPT_BLOCKS = 16 };
-static const size_t KEPT_BYTES = (size_t)64 << 20;
+enum { CACHED_BLOCKS = 16 };
+static const size_t CACHE_BYTES = (size_t)64 << 20;
 typedef struct {
     size_t size;
-} Block_;
-static Block_ *kept[KEPT_BLOCKS];
-static size_t kept_bytes;
+} Block;
+static Block *cache[CACHED_BLOCKS];
+static size_t cached_bytes;
 
-static Block_ *take(size_t size) {
-    for (int i = 0; i < KEPT_BLOCKS; i++) {
-        if (!__atomic_load_n(&kept[i], __ATOMIC_RELAXED)) continue;
-        Block_ *block = __atomic_exchange_n(&kept[i], NULL, __ATOMIC_ACQ_REL);
+static Block *acquire(size_t size) {
+    for (int i = 0; i < CACHED_BLOCKS; i++) {
+        if (!__atomic_load_n(&cache[i], __ATOMIC_RELAXED)) continue;
+        Block *block = __atomic_exchange_n(&cache[i], NULL, __ATOMIC_ACQ_REL);
         if (!block) continue;
-        __atomic_fetch_sub(&kept_bytes, block->size, __ATOMIC_RELAXED);
+        __atomic_fetch_sub(&cached_bytes, block->size, __ATOMIC_RELAXED);
         if (block->size >= size) return block;
         free(block); /* a larger one is kept in its place */
     }
-    Block_ *block = NULL;
+    Block *block = NULL;
     if (posix_memalign((void **)&block, 64, size)) return NULL;
     block->size = size;
     return block;
 }
 
-static void give(Block_ *block) {
+static void release(Block *block) {
     const size_t size = block->size;
-    if (__atomic_add_fetch(&kept_bytes, size, __ATOMIC_RELAXED) <= KEPT_BYTES)
-        for (int i = 0; i < KEPT_BLOCKS; i++) {
-            Block_ *empty = NULL;
-            if (__atomic_compare_exchange_n(&kept[i], &empty, block, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+    if (__atomic_add_fetch(&cached_bytes, size, __ATOMIC_RELAXED) <= CACHE_BYTES)
+        for (int i = 0; i < CACHED_BLOCKS; i++) {
+            Block *empty = NULL;
+            if (__atomic_compare_exchange_n(&cache[i], &empty, block, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
         }
-    __atomic_fetch_sub(&kept_bytes, size, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&cached_bytes, size, __ATOMIC_RELAXED);
     free(block);
 }
 
@@ -241,7 +241,7 @@ int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
     /* The last array may be read some vectors beyond its end. */
     const size_t shared = ((size_t)p->shared_size * real + 63) & ~(size_t)63;
     const size_t tile = (((size_t)p->tile_size * (size_t)most + 64) * real + 63) & ~(size_t)63;
-    Block_ *block = take(head + shared + tile + (size_t)p->scratch);
+    Block *block = acquire(head + shared + tile + (size_t)p->scratch);
     if (!block) return -1;
     char *memory = (char *)block + head;
     Call call = {memory + shared, memory, memory + shared + tile, arrays, most, start, most};
@@ -253,6 +253,6 @@ int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
 #endif
     run(p, &call, stop);
     restore(mode);
-    give(block);
+    release(block);
     return 0;
 }
