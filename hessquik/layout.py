@@ -18,7 +18,6 @@ from math import prod
 
 from hessquik.graph import VIEWS, Graph, Node
 from hessquik.steps import (
-    Buffer,
     Congruence,
     Contract,
     Instruction,
@@ -26,12 +25,10 @@ from hessquik.steps import (
     Product,
     Program,
     Scaling,
-    Space,
     Step,
     SumProducts,
-    View,
 )
-from hessquik.strided import Strided, collapsed
+from hessquik.strided import Buffer, Space, View, collapsed
 
 __all__ = ["lay_out"]
 
@@ -83,8 +80,8 @@ class _Layout:
         self.absorbed: set[int] = set()
         self.summed: set[int] = set()
         self.owner: dict[int, int] = {}
-        self.destination: dict[int, Strided] = {}
-        self.arrays: dict[int, Strided] = {}
+        self.destination: dict[int, View] = {}
+        self.arrays: dict[int, View] = {}
         self.position: dict[int, int] = {}
         self.map_of: dict[int, _MapDraft] = {}
         self.steps: list[Step | _MapDraft] = []
@@ -92,7 +89,7 @@ class _Layout:
         self.persistent: set[int] = set()
         self.scattered: set[int] = set()
         self.externals: dict[str, Buffer] = {}
-        self.padded_copies: dict[int, Strided] = {}
+        self.padded_copies: dict[int, View] = {}
 
     def finish(self) -> Program:
         """Run all stages in order, and return the program."""
@@ -234,7 +231,7 @@ class _Layout:
 
     # ---- Placement ----
 
-    def new(self, shape: tuple[int, ...], space: Space) -> Strided:
+    def new(self, shape: tuple[int, ...], space: Space) -> View:
         """Return a new array, its rows padded to whole vectors: of columns, or of the last two of three axes."""
         *outer, columns = shape
         inner = outer.pop() if len(shape) > 2 else 1
@@ -243,24 +240,24 @@ class _Layout:
         for extent in reversed(outer[1:]):
             strides.insert(0, strides[0] * extent)
         buffer = Buffer(space, prod(outer) * pitch, is_shared=space is Space.SHARED)
-        return Strided(buffer, shape, (*strides, *((columns,) if len(shape) > 2 else ()), 1))
+        return View(buffer, shape, (*strides, *((columns,) if len(shape) > 2 else ()), 1))
 
     def space_of(self, node: Node) -> Space:
         """Return the memory space of a computed node."""
         return Space.SHARED if node.is_shared else Space.TILE
 
-    def external(self, space: Space, name: str, shape: tuple[int, ...], is_shared: bool = False) -> Strided:
+    def external(self, space: Space, name: str, shape: tuple[int, ...], is_shared: bool = False) -> View:
         """Return the array of an input or output, which has dense rows."""
         if name not in self.externals:
             self.externals[name] = Buffer(space, prod(shape), name, is_shared=is_shared)
         strides = list(accumulate(reversed(shape[1:]), int.__mul__, initial=1))
-        return Strided(self.externals[name], shape, tuple(reversed(strides)))
+        return View(self.externals[name], shape, tuple(reversed(strides)))
 
     def place_outputs(self) -> None:
         """Place the node that computes each output directly in the output, through the views between them."""
         for name, output in self.graph.outputs.items():
             i = output
-            place: Strided | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
+            place: View | None = self.external(Space.OUTPUT, name, self.nodes[i].shape)
             while place is not None and self.nodes[i].op in {"permute", "reshape"}:
                 (source,) = self.nodes[i].inputs
                 place = self.undone(i, place)
@@ -270,7 +267,7 @@ class _Layout:
             if place is not None and is_computed and i not in self.destination:
                 self.destination[i] = place
 
-    def undone(self, view: int, place: Strided) -> Strided | None:
+    def undone(self, view: int, place: View) -> View | None:
         """Return the array of the input of a permutation or reshape whose result is in ``place``."""
         node = self.nodes[view]
         if node.op == "reshape":
@@ -281,13 +278,13 @@ class _Layout:
         """Return whether a node is a contraction or a congruence."""
         return node.op in {"contract", "congruence"}
 
-    def place_terms(self, i: int) -> list[Strided | None]:
+    def place_terms(self, i: int) -> list[View | None]:
         """Place the terms on each side of a sum of several products next to each other."""
         inputs = self.nodes[i].inputs
         count = len(inputs) // 2
         return [self.place_side(inputs[:count]), self.place_side(inputs[count:])] if count > 1 else [None, None]
 
-    def place_side(self, terms: tuple[int, ...]) -> Strided:
+    def place_side(self, terms: tuple[int, ...]) -> View:
         """Return an array with room for all terms, each padded to whole vectors, and place those that can be."""
         widths = [-(-self.nodes[j].shape[-1] // self.lanes) * self.lanes for j in terms]
         inner = max(self.nodes[j].shape[-2] for j in terms)
@@ -300,13 +297,13 @@ class _Layout:
                 self.destination[j] = joint.part(-1, start, start + node.shape[-1])
         return joint
 
-    def array(self, i: int) -> Strided:
+    def array(self, i: int) -> View:
         """Return the array of a computed node, which is chosen on first use."""
         if i not in self.arrays:
             self.arrays[i] = self.destination.get(i) or self.allocate(i)
         return self.arrays[i]
 
-    def allocate(self, i: int) -> Strided:
+    def allocate(self, i: int) -> View:
         """Return a new array for a node; if a chain of views alone reads it, its layout makes their result dense."""
         chain, last = [], i
         while (step := self.only_use(last)) is not None and self.nodes[step].op in {"permute", "reshape"}:
@@ -315,12 +312,12 @@ class _Layout:
             chain.append(step)
             last = step
         space = self.space_of(self.nodes[i])
-        place: Strided | None = self.new(self.nodes[last].shape, space)
+        place: View | None = self.new(self.nodes[last].shape, space)
         for view in reversed(chain):
             place = place and self.undone(view, place)
         return place or self.new(self.nodes[i].shape, space)
 
-    def read(self, i: int) -> Strided:
+    def read(self, i: int) -> View:
         """Return where a node's array can be read."""
         node = self.nodes[i]
         if i in self.arrays:
@@ -328,7 +325,7 @@ class _Layout:
         if node.data is not None:
             data = node.data
             buffer = Buffer(Space.CONSTANT, data.numel(), data=data, is_shared=True)
-            self.arrays[i] = Strided(buffer, node.shape, data.stride())
+            self.arrays[i] = View(buffer, node.shape, data.stride())
         elif node.op == "input":
             self.arrays[i] = self.external(Space.INPUT, node.arguments[0], node.shape, node.is_shared)
         elif node.op in VIEWS:
@@ -337,7 +334,7 @@ class _Layout:
             return self.array(i)
         return self.arrays[i]
 
-    def view(self, i: int) -> Strided:
+    def view(self, i: int) -> View:
         """Return the array of a view node: a view of its source's array, or of a copy if a reshape needs one."""
         node = self.nodes[i]
         source = self.read(node.inputs[0])
@@ -356,7 +353,7 @@ class _Layout:
         self.copy(source, [place], node.is_shared)
         return copy
 
-    def padded(self, i: int) -> Strided:
+    def padded(self, i: int) -> View:
         """Return a node's array with its columns zero-padded to whole vectors; copy it if it lacks this padding."""
         array = self.read(i)
         if array.buffer.space is Space.CONSTANT and array.strides[-1] == 1:
@@ -371,7 +368,7 @@ class _Layout:
             self.copy(array, [self.padded_copies[i]], node.is_shared)
         return self.padded_copies[i]
 
-    def has_padding(self, places: list[Strided]) -> bool:
+    def has_padding(self, places: list[View]) -> bool:
         """Return whether an array among those to be written has a single column, which zeros have to follow."""
         return any(
             place.buffer.space in {Space.TILE, Space.SHARED} and place.shape[-1] == 1 and prod(place.shape) > 1
@@ -400,10 +397,10 @@ class _Layout:
             (i,) = self.nodes[i].inputs
         return self.position.get(i, -1)
 
-    def copy(self, source: Strided, places: list[Strided], is_shared: bool) -> None:
+    def copy(self, source: View, places: list[View], is_shared: bool) -> None:
         """Add a step that copies an array."""
         arrays = collapsed([source.repeated(places[0].shape), *places], self.has_padding(places))
-        step = Map((arrays[0].view(),), (), tuple((0, array.view()) for array in arrays[1:]))
+        step = Map((arrays[0].in_three_axes(),), (), tuple((0, array.in_three_axes()) for array in arrays[1:]))
         if prod(step.shape):
             if is_shared and places[0].buffer.space is Space.TILE:
                 self.persistent.update(id(place.buffer) for place in places)
@@ -438,25 +435,23 @@ class _Layout:
         scaling = None
         if fusion.scaled is not None:
             by, more, more_by = (
-                None if j is None else self.read(j).repeated(full).view()
+                None if j is None else self.read(j).repeated(full).in_three_axes()
                 for j in (fusion.by, fusion.scale_add, fusion.scale_add_by)
             )
-            scaling = Scaling(self.array(fusion.scaled).view(), fusion.alpha, by, more, more_by)
+            scaling = Scaling(self.array(fusion.scaled).in_three_axes(), fusion.alpha, by, more, more_by)
         place = self.append(self.merged(a, b, add, out, scaling), node.is_shared)
         for j in (i, fusion.raw, fusion.scaled):
             if j is not None:
                 self.position[j] = place
 
-    def operand_b(self, i: int) -> Strided:
+    def operand_b(self, i: int) -> View:
         """Return the right factor of a product: a constant, or an array whose rows can be read in whole vectors."""
         array = self.read(i)
         if array.buffer.space in {Space.INPUT, Space.OUTPUT}:
             return self.padded(i)
         return array
 
-    def merged(
-        self, a: Strided, b: Strided, add: Strided | None, out: Strided | None, scaling: Scaling | None
-    ) -> Product:
+    def merged(self, a: View, b: View, add: View | None, out: View | None, scaling: Scaling | None) -> Product:
         """Return a product; outer entries are joined with inner ones if all share B and the strides allow it."""
         if len(a.shape) == 3 and b.strides[0] == 0 and scaling is None:
             arrays = [array for array in (a, add, out) if array is not None]
@@ -467,7 +462,7 @@ class _Layout:
                 add = add and next(rest)
                 out = out and next(rest)
                 b = b.part(0, 0, 1).reshaped(b.shape[1:]) or b
-        return Product(a.view(), b.view(), _view(add), _view(out), scaling)
+        return Product(a.in_three_axes(), b.in_three_axes(), _view(add), _view(out), scaling)
 
     def emit_pointwise(self, i: int) -> None:
         """Add an operation to a map that can take it, or to a new one."""
@@ -510,10 +505,10 @@ class _Layout:
         inner = self.nodes[j]
         left, right = (inner.inputs[0], inner.inputs[1]) if j in self.summed else (j, None)
         a, b = self.padded(left), None if right is None else self.padded(right)
-        step = SumProducts(a.view(), _view(b), self.array(i).view())
+        step = SumProducts(a.in_three_axes(), _view(b), self.array(i).in_three_axes())
         self.position[i] = self.append(step, node.is_shared)
 
-    def emit_sum_of_products(self, i: int, joined: list[Strided | None]) -> None:
+    def emit_sum_of_products(self, i: int, joined: list[View | None]) -> None:
         """Add a contraction or a congruence, after copies of the terms that are not computed in place."""
         node = self.nodes[i]
         count = len(node.inputs) // 2
@@ -530,42 +525,32 @@ class _Layout:
             sides.append(joint)
         kind = Contract if node.op == "contract" else Congruence
         if prod(node.shape):
-            step = kind(sides[0].view(), sides[1].view(), self.array(i).view())
+            step = kind(sides[0].in_three_axes(), sides[1].in_three_axes(), self.array(i).in_three_axes())
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_pairs(self, i: int) -> None:
         """Add maps that multiply every tangent by itself and by those before it."""
         node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.array(i)
-        for a in range(self.nodes[node.inputs[0]].shape[0]):
-            start = a * (a + 1) // 2
-            place = out.part(0, start, start + a + 1)
-            arrays = (source.part(0, 0, a + 1), source.part(0, a, a + 1).repeated(place.shape))
-            step = Map(tuple(x.view() for x in arrays), (Instruction("mul", (0, 1)),), ((2, place.view()),))
+        source, out = self.read(node.inputs[0]).in_three_axes(), self.array(i)
+        for a in range(source.shape[1]):
+            place = self.packed_row(out, a)
+            factors = (source.part(1, 0, a + 1), source.part(1, a, a + 1).repeated(place.shape))
+            step = Map(factors, (Instruction("mul", (0, 1)),), ((2, place),))
             self.position[i] = self.append(step, node.is_shared)
 
     def emit_unpack(self, i: int) -> None:
         """Add copies of every packed row to both triangles of the matrix."""
-        node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.array(i)
-        for a in range(node.shape[0]):
-            row = source.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
-            below = out.part(0, a, a + 1).part(1, 0, a + 1).reshaped(row.shape)
-            beside = out.part(1, a, a + 1).part(0, 0, a + 1).permuted((1, 0, 2)).reshaped(row.shape)
-            assert below is not None
-            assert beside is not None
-            step = Map((row.view(),), (), ((0, below.view()), (0, beside.view())))
-            self.position[i] = self.append(step, node.is_shared)
+        source, out = self.read(self.nodes[i].inputs[0]), self.array(i)
+        for a in range(self.nodes[i].shape[0]):
+            below = out.part(0, a, a + 1).part(1, 0, a + 1)
+            beside = out.part(1, a, a + 1).part(0, 0, a + 1).permuted((1, 0, 2))
+            self.copy_piece(i, self.packed_row(source, a), below, beside)
 
     def emit_pack(self, i: int) -> None:
         """Add copies of the rows of the lower triangle to the packed array."""
-        node = self.nodes[i]
-        source, out = self.read(node.inputs[0]), self.array(i)
-        for a in range(self.nodes[node.inputs[0]].shape[0]):
-            place = out.part(0, a * (a + 1) // 2, a * (a + 1) // 2 + a + 1)
-            row = source.part(0, a, a + 1).part(1, 0, a + 1).reshaped(place.shape)
-            assert row is not None
-            self.position[i] = self.append(Map((row.view(),), (), ((0, place.view()),)), node.is_shared)
+        source, out = self.read(self.nodes[i].inputs[0]), self.array(i)
+        for a in range(source.shape[0]):
+            self.copy_piece(i, source.part(0, a, a + 1).part(1, 0, a + 1), self.packed_row(out, a))
 
     def emit_cat(self, i: int) -> None:
         """Add copies of the parts, from left to right, so that no padding is left between them."""
@@ -573,9 +558,17 @@ class _Layout:
         widths = [self.nodes[j].shape[-1] for j in node.inputs]
         for j, start in zip(node.inputs, accumulate(widths, initial=0), strict=False):
             place = out.part(-1, start, start + self.nodes[j].shape[-1])
-            if prod(place.shape):
-                step = Map((self.read(j).repeated(place.shape).view(),), (), ((0, place.view()),))
-                self.position[i] = self.append(step, node.is_shared)
+            self.copy_piece(i, self.read(j).repeated(place.shape), place)
+
+    def packed_row(self, packed: View, a: int) -> View:
+        """Return row ``a`` of a triangle that is packed row by row, as (1, a + 1, columns)."""
+        start = a * (a + 1) // 2
+        return packed.part(0, start, start + a + 1).in_three_axes()
+
+    def copy_piece(self, i: int, source: View, *places: View) -> None:
+        """Add a step that copies a piece of node ``i``, as it is, to one or more places."""
+        outputs = tuple((0, place.in_three_axes()) for place in places)
+        self.position[i] = self.append(Map((source.in_three_axes(),), (), outputs), self.nodes[i].is_shared)
 
     def finished(self, draft: Step | _MapDraft) -> list[Step]:
         """Return the step of a draft, or a step itself, as a list, which is empty if nothing is to be written."""
@@ -599,7 +592,7 @@ class _Layout:
             return []
         places = [self.array(i) for i in kept]
         arrays = [self.read(j).repeated(draft.shape) for j in outside] + places
-        views = [array.view() for array in collapsed(arrays, self.has_padding(places))]
+        views = [array.in_three_axes() for array in collapsed(arrays, self.has_padding(places))]
         outputs = tuple(zip((register[i] for i in kept), views[len(outside) :], strict=True))
         return [Map(tuple(views[: len(outside)]), tuple(instructions), outputs)]
 
@@ -624,9 +617,9 @@ class _Layout:
         return _first_fit(lives), shared
 
 
-def _view(array: Strided | None) -> View | None:
+def _view(array: View | None) -> View | None:
     """Return an array with the three axes of a step, if there is one."""
-    return None if array is None else array.view()
+    return None if array is None else array.in_three_axes()
 
 
 def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:

@@ -27,14 +27,13 @@ Invariants that layout establishes and backends keep:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor
+from hessquik.pointwise import PRIMITIVES
+from hessquik.strided import Space, View
 
 __all__ = [
-    "Buffer",
     "Congruence",
     "Contract",
     "Instruction",
@@ -42,109 +41,9 @@ __all__ = [
     "Product",
     "Program",
     "Scaling",
-    "Space",
     "Step",
     "SumProducts",
-    "View",
 ]
-
-
-class Space(Enum):
-    """A kind of memory."""
-
-    CONSTANT = "constant"
-    INPUT = "input"
-    OUTPUT = "output"
-    TILE = "tile"
-    SHARED = "shared"
-
-
-@dataclass(eq=False, slots=True)
-class Buffer:
-    """An array's memory.
-
-    Attributes:
-        space: Its kind of memory.
-        size: Numbers per row, or in total if all rows share it.
-        name: Name of an input (``x``, ``weights``, ``directions``) or of an output (a quantity).
-        data: The numbers of a constant, float64, contiguous.
-        is_shared: Whether all rows share it: constants, SHARED memory and inputs that are given once for all rows.
-        offset: Its begin in TILE memory, in numbers per row of the tile, or in SHARED memory, in numbers.
-    """
-
-    space: Space
-    size: int
-    name: str = ""
-    data: Tensor | None = None
-    is_shared: bool = False
-    offset: int = 0
-
-    @property
-    def row_stride(self) -> int:
-        """Numbers between neighbouring rows.
-
-        In TILE memory the rows of one buffer are neighbours: row r of a tile of R rows begins at
-        ``offset * R + r * size``. Row r of an input or output begins at ``r * size``.
-        """
-        return 0 if self.is_shared else self.size
-
-    def __str__(self) -> str:
-        """Return the name of an input or output, else the space, and the offset unless it is a constant."""
-        if self.name:
-            return self.name
-        return self.space.value if self.data is not None else f"{self.space.value}[{self.offset}]"
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A row's array (outer, inner, columns) in a buffer.
-
-    Attributes:
-        buffer: The memory.
-        shape: Entries of outer, inner and columns.
-        strides: Numbers between neighbours along each of them; 0 repeats an entry.
-        offset: Numbers from the beginning of the row to the first entry.
-    """
-
-    buffer: Buffer
-    shape: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    offset: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of distinct entries."""
-        return prod(extent for extent, stride in zip(self.shape, self.strides, strict=True) if stride)
-
-    @property
-    def matrix(self) -> Tensor:
-        """A constant as a tensor (outer, inner, columns), float64."""
-        assert self.buffer.data is not None
-        return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
-
-    def part(self, axis: int, start: int, stop: int) -> View:
-        """Return entries ``start`` to ``stop`` along an axis."""
-        shape = list(self.shape)
-        shape[axis] = stop - start
-        return replace(self, shape=(shape[0], shape[1], shape[2]), offset=self.offset + start * self.strides[axis])
-
-    def permuted(self, *axes: int) -> View:
-        """Return the view with its axes in another order."""
-        i, j, k = axes
-        shape, strides = self.shape, self.strides
-        return replace(self, shape=(shape[i], shape[j], shape[k]), strides=(strides[i], strides[j], strides[k]))
-
-    def repeated(self, *shape: int) -> View:
-        """Return the view broadcast to ``shape``: an axis with one entry gets stride 0."""
-        outer, inner, column = (
-            0 if extent == 1 < wanted else stride
-            for extent, wanted, stride in zip(self.shape, shape, self.strides, strict=True)
-        )
-        return replace(self, shape=(shape[0], shape[1], shape[2]), strides=(outer, inner, column))
-
-    def __str__(self) -> str:
-        """Return the buffer and the shape."""
-        return f"{self.buffer}{list(self.shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +142,13 @@ class Map:
     outputs: tuple[tuple[int, View], ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Entries of outer, inner and columns."""
         return self.outputs[0][1].shape
 
     @property
     def operations(self) -> int:
         """Floating-point operations per row."""
-        from hessquik.pointwise import PRIMITIVES
-
         return prod(self.shape) * sum(PRIMITIVES[step.op].operations for step in self.instructions)
 
     def reads(self) -> Iterator[View]:

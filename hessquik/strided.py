@@ -1,17 +1,64 @@
-"""Arrays of any rank in a buffer, described by strides: views of them, and joining of their axes."""
+"""Arrays in memory, described by strides: views of any rank, and joining of their axes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from math import prod
 
-from hessquik.steps import Buffer, View
+from torch import Tensor
 
-__all__ = ["Strided", "collapsed"]
+__all__ = ["Buffer", "Space", "View", "collapsed"]
+
+
+class Space(Enum):
+    """A kind of memory."""
+
+    CONSTANT = "constant"
+    INPUT = "input"
+    OUTPUT = "output"
+    TILE = "tile"
+    SHARED = "shared"
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """An array's memory.
+
+    Attributes:
+        space: Its kind of memory.
+        size: Numbers per row, or in total if all rows share it.
+        name: Name of an input (``x``, ``weights``, ``directions``) or of an output (a quantity).
+        data: The numbers of a constant, float64, contiguous.
+        is_shared: Whether all rows share it: constants, SHARED memory and inputs that are given once for all rows.
+        offset: Its begin in TILE memory, in numbers per row of the tile, or in SHARED memory, in numbers.
+    """
+
+    space: Space
+    size: int
+    name: str = ""
+    data: Tensor | None = None
+    is_shared: bool = False
+    offset: int = 0
+
+    @property
+    def row_stride(self) -> int:
+        """Numbers between neighbouring rows.
+
+        In TILE memory the rows of one buffer are neighbours: row r of a tile of R rows begins at
+        ``offset * R + r * size``. Row r of an input or output begins at ``r * size``.
+        """
+        return 0 if self.is_shared else self.size
+
+    def __str__(self) -> str:
+        """Return the name of an input or output, else the space, and the offset unless it is a constant."""
+        if self.name:
+            return self.name
+        return self.space.value if self.data is not None else f"{self.space.value}[{self.offset}]"
 
 
 @dataclass(frozen=True, slots=True)
-class Strided:
+class View:
     """A row's array in a buffer.
 
     Attributes:
@@ -26,22 +73,33 @@ class Strided:
     strides: tuple[int, ...]
     offset: int = 0
 
-    def permuted(self, axes: tuple[int, ...]) -> Strided:
+    @property
+    def size(self) -> int:
+        """Number of distinct entries."""
+        return prod(extent for extent, stride in zip(self.shape, self.strides, strict=True) if stride)
+
+    @property
+    def constants(self) -> Tensor:
+        """The entries of a constant as a tensor, float64."""
+        assert self.buffer.data is not None
+        return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
+
+    def permuted(self, axes: tuple[int, ...]) -> View:
         """Return the array with its axes in another order."""
         shape, strides = tuple(self.shape[i] for i in axes), tuple(self.strides[i] for i in axes)
-        return Strided(self.buffer, shape, strides, self.offset)
+        return replace(self, shape=shape, strides=strides)
 
-    def part(self, axis: int, start: int, stop: int) -> Strided:
+    def part(self, axis: int, start: int, stop: int) -> View:
         """Return entries ``start`` to ``stop`` along an axis."""
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return Strided(self.buffer, shape, self.strides, self.offset + start * self.strides[axis])
+        return replace(self, shape=shape, offset=self.offset + start * self.strides[axis])
 
-    def diagonal(self) -> Strided:
+    def diagonal(self) -> View:
         """Return the diagonal of the first two axes, the entries (i, i, …)."""
         return replace(self, shape=self.shape[1:], strides=(self.strides[0] + self.strides[1], *self.strides[2:]))
 
-    def reshaped(self, shape: tuple[int, ...]) -> Strided | None:
+    def reshaped(self, shape: tuple[int, ...]) -> View | None:
         """Return the same entries in the same order under another shape, or ``None`` if no strides describe that."""
         if 0 in self.shape:
             return replace(self, shape=shape, strides=(0,) * len(shape))
@@ -63,21 +121,24 @@ class Strided:
                 axes.append((inner // extent, stride * extent))
         return None if axes else replace(self, shape=shape, strides=tuple(reversed(strides)))
 
-    def repeated(self, shape: tuple[int, ...]) -> Strided:
+    def repeated(self, shape: tuple[int, ...]) -> View:
         """Return the array broadcast to a shape."""
         missing = len(shape) - len(self.shape)
         extents, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
         kept = tuple(0 if old < new else stride for old, new, stride in zip(extents, shape, strides, strict=True))
-        return Strided(self.buffer, shape, kept, self.offset)
+        return replace(self, shape=shape, strides=kept)
 
-    def view(self) -> View:
-        """Return the array as a view with the three axes of a step."""
+    def in_three_axes(self) -> View:
+        """Return the array with the axes of a step: (outer, inner, columns)."""
         missing = 3 - len(self.shape)
-        shape, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
-        return View(self.buffer, shape, strides, self.offset)  # type: ignore[arg-type]
+        return replace(self, shape=(1,) * missing + self.shape, strides=(0,) * missing + self.strides)
+
+    def __str__(self) -> str:
+        """Return the buffer and the shape."""
+        return f"{self.buffer}{list(self.shape)}"
 
 
-def collapsed(arrays: list[Strided], keeps_columns: bool) -> list[Strided]:
+def collapsed(arrays: list[View], keeps_columns: bool) -> list[View]:
     """Return arrays of one shape with the fewest axes: neighbours are joined where the strides of all allow it.
 
     Args:

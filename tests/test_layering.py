@@ -18,8 +18,8 @@ LAYERS = {
         hessquik.expressions
         hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities
         hessquik.strict_json
-        hessquik.algebra hessquik.graph hessquik.steps
-        hessquik.operations hessquik.strided hessquik.trace
+        hessquik.algebra hessquik.graph hessquik.strided
+        hessquik.operations hessquik.steps hessquik.trace
         hessquik.layers hessquik.layout hessquik.passes
         hessquik.calculus
         hessquik.plan

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
-from hessquik.steps import Congruence, Contract, Instruction, Map, Product, Program, Space, Step, SumProducts, View
+from hessquik.steps import Congruence, Contract, Instruction, Map, Product, Program, Step, SumProducts
+from hessquik.strided import Space, View
 
 __all__ = ["LARGEST_ROW_NUMBERS", "OPCODES", "Table"]
 

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from hessquik.backends import gpu_math
-from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, Step, SumProducts, View
+from hessquik.steps import Congruence, Contract, Map, Product, Program, Step, SumProducts
+from hessquik.strided import Space, View
 
 __all__ = ["WARPS", "Unrolled", "Unrolling", "define_kernel", "source"]
 
@@ -415,7 +416,7 @@ class _Writer:
                 self.put("scaled += more")
             store(scaling.out, "scaled")
 
-    def _entries(self, shape: tuple[int, int, int], padded: int, block: int) -> None:
+    def _entries(self, shape: tuple[int, ...], padded: int, block: int) -> None:
         """Write the code that computes the indices r, o, i, w of a block of entries, and its masks."""
         outer, inner, columns = shape
         self.put(f"e = e0 + tl.arange(0, {block})", f"w = e % {padded}" if padded > 1 else "w = e * 0")

@@ -36,7 +36,8 @@ from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
 from hessquik.backends.gpu_unrolled import WARPS, Unrolled, Unrolling, define_kernel, source
-from hessquik.steps import Map, Product, Program, Step, SumProducts, View
+from hessquik.steps import Map, Product, Program, Step, SumProducts
+from hessquik.strided import View
 
 __all__ = [
     "BLOCKS",
@@ -177,7 +178,7 @@ class _Device:
         with self._lock:
             found = self._constants.get(key)
             if found is None:
-                matrix = view.matrix
+                matrix = view.constants
                 for axis, stride in enumerate(view.strides):
                     if not stride:
                         matrix = matrix.narrow(axis, 0, 1)

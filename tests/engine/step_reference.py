@@ -16,20 +16,8 @@ import torch
 from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
-from hessquik.steps import (
-    Buffer,
-    Congruence,
-    Contract,
-    Instruction,
-    Map,
-    Product,
-    Program,
-    Scaling,
-    Space,
-    Step,
-    SumProducts,
-    View,
-)
+from hessquik.steps import Congruence, Contract, Instruction, Map, Product, Program, Scaling, Step, SumProducts
+from hessquik.strided import Buffer, Space, View
 
 __all__ = ["Case", "interpret", "outputs_of", "random_case"]
 
@@ -265,7 +253,7 @@ class _Writer:
             tuple(extents),  # type: ignore[arg-type]
             tuple(strides[axes.index(i)] for i in range(3)),  # type: ignore[arg-type]
         )
-        return view.repeated(*shape)
+        return view.repeated(shape)
 
     def retire(self) -> None:
         """Retire a random array, so that its memory can be used again."""
@@ -285,10 +273,10 @@ class _Writer:
         """Return an array of a shape: an existing one, perhaps broadcast or with axes exchanged, or a constant."""
         candidates = []
         for view in self.known:
-            for turned in (view, view.permuted(0, 2, 1), view.permuted(1, 0, 2), view.permuted(2, 1, 0)):
+            for turned in (view, view.permuted((0, 2, 1)), view.permuted((1, 0, 2)), view.permuted((2, 1, 0))):
                 fits = all(have in {1, wanted} for have, wanted in zip(turned.shape[:2], shape[:2], strict=True))
                 if fits and turned.shape[2] == shape[2] and (not is_shared or view.buffer.is_shared):
-                    candidates.append(turned.repeated(*shape))
+                    candidates.append(turned.repeated(shape))
         if candidates and self.random.random() < 0.8:
             return self.random.choice(candidates)
         return self.constant(shape)
@@ -297,7 +285,7 @@ class _Writer:
         random = self.random
         source = self.pick()
         assert source is not None
-        a = source.permuted(*random.choice([(0, 1, 2), (0, 1, 2), (0, 2, 1), (1, 0, 2)]))
+        a = source.permuted(random.choice([(0, 1, 2), (0, 1, 2), (0, 2, 1), (1, 0, 2)]))
         if a.shape[1] > 2 and random.random() < 0.2:
             a = a.part(1, 1, a.shape[1])
         outer, inner, depth = a.shape
@@ -306,7 +294,7 @@ class _Writer:
         of_row = [
             turned
             for view in self.known
-            for turned in (view, view.permuted(0, 2, 1), view.permuted(1, 0, 2))
+            for turned in (view, view.permuted((0, 2, 1)), view.permuted((1, 0, 2)))
             if turned.shape[0] in {1, outer}
             and turned.shape[1] == depth
             and outer * inner * turned.shape[2] <= MOST_NUMBERS
@@ -314,9 +302,9 @@ class _Writer:
         if of_row and random.random() < 0.5:
             b = random.choice(of_row)
             shape = (outer, inner, b.shape[2])
-            b = b.repeated(outer, *b.shape[1:])
+            b = b.repeated((outer, *b.shape[1:]))
         else:
-            b = self.constant((1, depth, columns), depth**-0.5).repeated(outer, depth, columns)
+            b = self.constant((1, depth, columns), depth**-0.5).repeated((outer, depth, columns))
         add = self.like(shape) if random.random() < 0.5 else None
         is_shared = self.is_shared(a, b, add)
         out: View | None = self.new(shape, is_shared)
@@ -423,7 +411,7 @@ class _Writer:
         b = None
         if self.random.random() < 0.6:
             fitting = [
-                view.repeated(*a.shape)
+                view.repeated(a.shape)
                 for view in self.known
                 if view.strides[2] == 1 and view.buffer.space in {Space.TILE, Space.SHARED}
                 and all(have in {1, wanted} for have, wanted in zip(view.shape, a.shape, strict=True))

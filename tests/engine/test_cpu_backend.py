@@ -14,7 +14,8 @@ import torch
 from hessquik.backends import cpu
 from hessquik.backends.cpu import CpuProgram, build, packing, structures
 from hessquik.pointwise import PRIMITIVES
-from hessquik.steps import Buffer, Instruction, Map, Product, Program, Space, View
+from hessquik.steps import Instruction, Map, Product, Program
+from hessquik.strided import Buffer, Space, View
 from tests.engine.step_reference import interpret, outputs_of, random_case
 from tests.test_layering import ROOT
 

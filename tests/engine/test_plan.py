@@ -8,7 +8,8 @@ from hessquik.activations import tanhActivation
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
 from hessquik.quantities import QUANTITIES
-from hessquik.steps import Congruence, Contract, Map, Product, Space, SumProducts
+from hessquik.steps import Congruence, Contract, Map, Product, SumProducts
+from hessquik.strided import Space
 from tests.test_layering import ROOT
 
 TANH = tanhActivation()

@@ -28,7 +28,8 @@ from hessquik.evaluator import COMMON
 from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer, skipLayer
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from hessquik.pointwise import PRIMITIVES
-from hessquik.steps import Buffer, Instruction, Map, Program, Space, View
+from hessquik.steps import Instruction, Map, Program
+from hessquik.strided import Buffer, Space, View
 from tests.engine.extensions import mishActivation
 from tests.engine.step_reference import interpret, outputs_of, random_case
 from tests.whole import choose

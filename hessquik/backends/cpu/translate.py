@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from ctypes import Structure
-from dataclasses import replace
 from itertools import count
 from math import prod
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from hessquik.backends.cpu.packing import pack_matrix, pad_columns
 from hessquik.backends.cpu.structures import CONSTANTS, make
-from hessquik.steps import Congruence, Contract, Map, Product, Program, Space, Step, SumProducts, View
+from hessquik.steps import Congruence, Contract, Map, Product, Program, Step, SumProducts
+from hessquik.strided import Space, View
 
 __all__ = ["Translation"]
 
@@ -116,7 +116,7 @@ class Translation:
         """Return the structure of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
         single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
         columns = max(width, view.shape[2])
-        data = pad_columns(view.matrix[(*single, slice(None))], self._dtype, self._whole(columns))
+        data = pad_columns(view.constants[(*single, slice(None))], self._dtype, self._whole(columns))
         self._kept.append(data)
         outer, inner = (0 if data.shape[axis] == 1 else data.stride(axis) for axis in (0, 1))
         return make(
@@ -151,7 +151,6 @@ class Translation:
         self._scratch = max(self._scratch, size)
 
     def _product(self, step: Product) -> Structure:
-        step = _with_outer_as_inner(step)
         contraction = self._as_contraction(step)
         if contraction is not None:
             return self._contract(contraction)
@@ -163,7 +162,7 @@ class Translation:
             "Product", kind=CONSTANTS["PRODUCT"], outer=outer, inner=inner, depth=depth, columns=columns, panel=panel
         )
         if b.buffer.data is not None:
-            data = pack_matrix(b.matrix[0], self._dtype, panel)
+            data = pack_matrix(b.constants[0], self._dtype, panel)
             self._kept.append(data)
             structure.panel = depth * panel
             structure.b = make("Array", space=CONSTANTS["CONSTANT"], address=data.data_ptr(), inner=panel, column=1)
@@ -314,7 +313,7 @@ class Translation:
         is_dense = a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1)
         if not is_dense or a.shape[2] + self._program.padding(a) < self._whole(a.shape[2]):
             return None
-        return Contract(a, b.permuted(0, 2, 1), step.out)
+        return Contract(a, b.permuted((0, 2, 1)), step.out)
 
     def _contract(self, step: Contract) -> Structure:
         a, b, out = self._reduced(step.a), self._reduced(step.b), self._numbers(step.out)
@@ -378,31 +377,3 @@ def _is_run(view: View, width: int) -> bool:
     strides = (view.buffer.row_stride, *(s for e, s in zip(extents, view.strides[:2], strict=True) if e > 1))
     inside = (prod(extents), *(prod(extents[i + 1 :]) for i, e in enumerate(extents) if e > 1))
     return all(stride == entries * width for stride, entries in zip(strides, inside, strict=True))
-
-
-def _with_outer_as_inner(step: Product) -> Product:
-    """Return a product with its outer axis merged into the inner one, if B does not depend on the outer axis."""
-    outer, inner, _ = step.a.shape
-    scaling = step.scaling
-    views = [step.a, step.add, step.out]
-    views += [scaling.out, scaling.by, scaling.add, scaling.add_by] if scaling else [None] * 4
-    known = [view for view in views if view is not None]
-    is_one = inner == 1 or all(view.strides[0] == inner * view.strides[1] for view in known)
-    if outer == 1 or step.b.strides[0] != 0 or not is_one:
-        return step
-
-    def flat(view: View | None) -> Any:
-        if view is None:
-            return None
-        stride = view.strides[0] if inner == 1 else view.strides[1]
-        return replace(view, shape=(1, outer * inner, view.shape[2]), strides=(0, stride, view.strides[2]))
-
-    a, add, out, scaled, by, term, term_by = map(flat, views)
-    return replace(
-        step,
-        a=a,
-        b=step.b.part(0, 0, 1),
-        add=add,
-        out=out,
-        scaling=scaling and replace(scaling, out=scaled, by=by, add=term, add_by=term_by),
-    )
