@@ -357,7 +357,7 @@ def test_common_questions_have_kernels_of_their_own_for_as_long_as_the_evaluator
     network = fullyConnectedNN([2, 4, 2]).double()
     evaluate = Evaluator(network, backend="triton", compiled=COMMON)
     assert set(map(frozenset, evaluate.compiled)) == set(map(frozenset, COMMON))
-    monkeypatch.setattr(backend, "made", lambda text: pytest.fail("a request compiles a kernel"))
+    monkeypatch.setattr(backend, "define_kernel", lambda text: pytest.fail("a request compiles a kernel"))
     monkeypatch.setattr(evaluator, "MAX_PLANS", 1)
     for quantities in (*COMMON, COMMON[0]):
         assert _kernel(evaluate, *quantities) is _kernel(evaluate, *quantities[::-1]) is UnrolledProgram
