@@ -257,7 +257,8 @@ class Evaluator:
             "directions": of_directions[ask.directions],
         }
         row_bytes = max(1, sum(prod(shapes[name]) for name in quantities)) * self.dtype.itemsize
-        most_rows = min(runner.tile_rows[-1], memory.LARGE_BYTES // row_bytes)
+        # Larger results come from huge pages, which are reused.
+        most_rows = min(runner.tile_rows[-1], (memory.LARGE_BYTES - 1) // row_bytes)
         return runner.bind(inputs, {name: (-1, *shapes[name]) for name in quantities}, most_rows)
 
     def _placed(self, array: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_results_of_several_tiles_or_many_bytes_take_the_general_way(monkeypatch
     evaluate(torch.zeros(rows, 3), ALL)
     evaluate(torch.zeros(rows + 1, 3), ALL)
     assert (counts.taken, counts.refused) == (1, 1)
-    monkeypatch.setattr(memory, "LARGE_BYTES", 4 * 26 * 7)  # 26 numbers a row, seven rows
+    monkeypatch.setattr(memory, "LARGE_BYTES", 4 * 26 * 8)  # 26 numbers a row: eight rows are large
     evaluate = small_evaluator()
     evaluate(torch.zeros(1, 3), ALL)
     counts = Counts(evaluate)
