@@ -33,8 +33,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY hessquik hessquik
 COPY hessquik_client hessquik_client
 COPY service service
-# The lock holds setuptools, which torch needs; so nothing is fetched here.
-RUN /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir --no-index --no-deps \
+# The lock holds setuptools, which torch needs; so nothing is fetched here. Without its kernel the image is not built.
+RUN HESSQUIK_KERNEL=required /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir --no-index --no-deps \
         --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
     mv /layer/lib/python3.11/site-packages/bin /layer/bin
 

@@ -210,6 +210,11 @@ def test_image_holds_what_this_page_needs(page: str, container: Container) -> No
     assert httpx.get(f"{container.url}{page}").status_code == 200
 
 
+def test_image_computes_with_the_compiled_kernel(container: Container) -> None:
+    done = container.execute("python", "-c", "from hessquik.backends import names; print(*names())")
+    assert done.stdout.split()[0] == "cpu", done.stderr
+
+
 def test_image_is_confined(container: Container) -> None:
     status = container.execute("cat", "/proc/1/status").stdout
     lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)

@@ -69,6 +69,7 @@ def test_everything_is_installed_by_hash_or_without_an_index() -> None:
     assert DOCKERFILE.index("apt-get") < DOCKERFILE.index(" AS service")
     assert "--require-hashes" in locked
     assert "--no-index" in project
+    assert project.startswith("HESSQUIK_KERNEL=required "), "or an image without the kernel, and slow, is built"
     assert not re.search(
         r"\b(apt-get|apk|curl|wget|git)\b", DOCKERFILE.replace("RUN apt-get", "").replace("&& apt-get", "")
     )
