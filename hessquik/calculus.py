@@ -83,7 +83,10 @@ class Question:
 
     def start(self) -> Tensor:
         """Return the initial tangents: the unit vectors (1, d, d), or the rows of Qᵀ (1, r, d) with a basis."""
-        return _unit(self.x, self.x.shape[-1]) if self.basis is None else self.basis.mT.unsqueeze(0)
+        if self.basis is None:
+            return _unit(self.x, self.x.shape[-1])
+        start = self.basis.mT.unsqueeze(0)
+        return start if isinstance(self.x, Tensor) else self.x.constant(start)
 
     def along(self) -> Tensor:
         """Return the directions."""
@@ -438,7 +441,8 @@ def _unit(like: Tensor, width: int) -> Tensor:
     """Return the unit tangents or adjoints of ``width`` features, the same for every sample."""
     if isinstance(like, Tensor):
         return torch.eye(width, dtype=like.dtype, device=like.device).unsqueeze(0)
-    return torch.eye(width, dtype=torch.float64).unsqueeze(0)
+    # Recorded, so that products with it are dropped and not computed.
+    return like.constant(torch.eye(width, dtype=torch.float64).unsqueeze(0))
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from hessquik import backends, memory
 from hessquik.calculus import Derivatives
 from hessquik.errors import ShapeError
 from hessquik.networks import NN, Ensemble
-from hessquik.plan import Ask, Plan, choose
+from hessquik.plan import Ask, Plan, choose, exact_forms, least_operations
 from hessquik.quantities import QUANTITIES, needs_directions
 
 __all__ = ["COMMON", "Evaluator"]
@@ -38,6 +38,8 @@ OPERATIONS_BETWEEN = 2e7
 #: Plans that are kept, and bytes of what they compute of the weights, in float64 and as a backend has it; those that
 #: were not used for longest make room for new ones. A plan that is larger alone is kept alone.
 MAX_PLANS, MAX_PLAN_BYTES = 256, 256 << 20
+#: Most bytes that a plan, which was made to know its cost, may have computed of the weights to be kept until it runs.
+MAX_WAITING_BYTES = 1 << 20
 _SECOND_ORDER = Ask(frozenset({"value", "gradient", "hessian"}))
 
 
@@ -55,7 +57,7 @@ class Evaluator:
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
             each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
             Triton's cache on disk. All other calls share one kernel. The choice holds as long as the evaluator.
-        owned: Whether float64 weights in main memory are used without a copy; the caller must not change them.
+        owned: Whether weights in main memory are used without a copy; the caller must not change them.
 
     Attributes:
         d: Number of inputs.
@@ -99,20 +101,20 @@ class Evaluator:
         self.d = network.dim_input()
         self.m = network.dim_output()
         self.backend = backends.chosen(self.device, backend)
-        # In float64, so that what forms compute of weights (L⁺ = softplus(L)) is exact for either dtype.
-        copy = (network if owned else deepcopy(network)).to("cpu", torch.float64).requires_grad_(False)
-        self._forms = copy.forms()
+        copy = (network if owned else deepcopy(network)).cpu().requires_grad_(False)
+        self._forms = exact_forms(copy)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()
         own_parts = (*copy.parameters(), *copy.buffers())
         self._own_data = {part.untyped_storage().data_ptr() for part in own_parts}
+        self._packed = backends.shared_weights(self.backend, own_parts)
         self._uses = count()
         self._runners: dict[Ask, backends.Runner] = {}
+        self._plans: dict[Ask, Plan] = {}
         self._known: dict[Any, tuple[backends.Runner, backends.Bound]] = {}
         self._compiled = self._compile(compiled)
         self.compiled = tuple(tuple(sorted(ask.quantities)) for ask in self._compiled)
-        self._runner(_SECOND_ORDER)
 
     @property
     def tile_rows(self) -> tuple[int, ...]:
@@ -133,13 +135,44 @@ class Evaluator:
             >>> plan.start
             'reduced'
         """
-        return self._runner(self._ask(quantities, weights, directions)).plan
+        ask = self._ask(quantities, weights, directions)
+        runner = self._compiled.get(ask) or self._runners.get(ask)
+        if runner is not None:
+            return runner.plan
+        with self._lock:
+            plan = self._plans.get(ask) or self._plan(ask)
+            if self._size([plan]) <= MAX_WAITING_BYTES:  # else it is made again when it is to be run
+                if len(self._plans) >= MAX_PLANS:
+                    self._plans.clear()
+                self._plans[ask] = plan
+        return plan
 
     def operations(
         self, quantities: Sequence[str] = ("value",), weights: Given = None, directions: Given = None
     ) -> int:
         """Return the operations per row; arguments are those of :meth:`plan`."""
         return self.plan(quantities, weights, directions).operations
+
+    def exceeds(
+        self, most: float, quantities: Sequence[str], weights: Given = None, directions: Given = None
+    ) -> bool:
+        """Return whether a row takes more than so many operations; large networks need no plan to tell.
+
+        Args:
+            most: Number of operations.
+            quantities: As for :meth:`plan`.
+            weights: Likewise.
+            directions: Likewise.
+
+        Example:
+            >>> from hessquik.networks import fullyConnectedNN
+            >>> Evaluator(fullyConnectedNN([100, 16, 1])).exceeds(1e4, ("hessian",))
+            True
+        """
+        ask = self._ask(quantities, weights, directions)
+        if least_operations(self._forms, ask, self.m) > most:
+            return True
+        return self.operations(quantities, weights, directions) > most
 
     def __call__(
         self,
@@ -291,7 +324,8 @@ class Evaluator:
         with self._lock:
             runner = self._runners.get(ask)  # another thread may have made it meanwhile
             if runner is None:
-                runner = backends.make_runner(self.backend, self._plan(ask), self.dtype, self.device)
+                plan = self._plans.pop(ask, None) or self._plan(ask)
+                runner = backends.make_runner(self.backend, plan, self.dtype, self.device, self._packed)
                 runner.last_use = next(self._uses)
                 self._runners[ask] = runner
                 self._make_room()
@@ -327,11 +361,15 @@ class Evaluator:
 
         Arrays that plans share count once, the weights themselves not at all.
         """
+        return self._size([runner.plan for runner in list(self._runners.values())])
+
+    def _size(self, plans: Sequence[Plan]) -> int:
+        """Return the bytes of what plans compute of the weights, and of the backend's arrays."""
         size = self.dtype.itemsize
         constants = {
             node.data.untyped_storage().data_ptr(): node.data.numel()
-            for runner in list(self._runners.values())
-            for node in runner.plan.graph.nodes
+            for plan in plans
+            for node in plan.graph.nodes
             if node.data is not None
         }
         return sum((8 + size) * numbers for place, numbers in constants.items() if place not in self._own_data)

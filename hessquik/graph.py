@@ -4,7 +4,7 @@ A node computes one array per row. Shapes omit the axis of rows: most arrays are
 features; Hessians are (d, d, m). A node that depends only on constants and on inputs shared by all rows is shared.
 
     input        an input of the call
-    constant     numbers of the network, float64
+    constant     numbers of the network: float64, or float32 weights as they are
     matmul       a b over the last two axes; one of the operands may lack leading axes
     contract     Σ_l a_l b_lᵀ                                  inputs a_1 … a_L, b_1 … b_L
     congruence   Σ_l a_l diag(b_l[m]) a_lᵀ, outputs m last     likewise
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
 
-__all__ = ["VIEWS", "Builder", "Graph", "Node", "Rule", "needed", "rewrite"]
+__all__ = ["VIEWS", "Builder", "Graph", "Node", "Rule", "is_filled", "needed", "rewrite"]
 
 #: Operations that name entries of their input and compute nothing.
 VIEWS = frozenset({"permute", "reshape", "slice", "diagonal"})
@@ -46,7 +46,7 @@ class Node:
         shape: Shape of one row's array.
         is_shared: Whether the array is the same for all rows.
         arguments: Arguments of the operation: a name, axes, a range.
-        data: Entries of a constant, float64.
+        data: Entries of a constant: float64, or float32 weights as they are.
     """
 
     op: str
@@ -59,7 +59,16 @@ class Node:
     @property
     def is_zero(self) -> bool:
         """Return whether the node is a constant of zeros."""
-        return self.data is not None and not self.data.any()
+        return self.data is not None and is_filled(self.data, 0.0)
+
+    @property
+    def is_identity(self) -> bool:
+        """Return whether the node is a constant identity matrix."""
+        data = self.data
+        if data is None or data.ndim != 2 or data.shape[0] != data.shape[1] or not data.numel():
+            return False
+        ends = data[0, 0] == data[-1, -1] == 1 and (len(data) == 1 or data[0, 1] == data[1, 0] == 0)
+        return bool(ends) and bool((data.diagonal() == 1).all()) and int(data.count_nonzero()) == len(data)
 
     @property
     def is_pointwise(self) -> bool:
@@ -135,11 +144,15 @@ class Builder:
         return self.append(Node(op, inputs, shape, all(self.nodes[i].is_shared for i in inputs), arguments, data))
 
     def constant(self, data: Tensor) -> int:
-        """Add a constant, converted to float64, of at least two axes."""
-        data = data.detach().to("cpu", torch.float64)
+        """Add a constant of at least two axes, converted to float64 unless it is in float32."""
+        data = data.detach().to("cpu", torch.float32 if data.dtype == torch.float32 else torch.float64)
         while data.ndim < 2:
             data = data.unsqueeze(0)
         return self.append(Node("constant", (), tuple(data.shape), True, (), data))
+
+    def zeros(self, shape: Shape) -> int:
+        """Add a constant of zeros, whose memory is that of one number."""
+        return self.constant(torch.zeros((), dtype=torch.float64).expand(shape))
 
     def input(self, name: str, shape: Shape, is_shared: bool = False) -> int:
         """Add an input of the call."""
@@ -180,6 +193,20 @@ def rewrite(graph: Graph, rule: Rule, is_merging: bool = False) -> Graph:
         found = rule(builder, moved)
         place.append(builder.append(moved) if found is None else found)
     return builder.finish({name: place[i] for name, i in graph.outputs.items()})
+
+
+def is_filled(data: Tensor, number: float) -> bool:
+    """Return whether all entries are the number; one entry tells so of most weights, however large they are.
+
+    Example:
+        >>> is_filled(torch.zeros(2, 3), 0.0), is_filled(torch.eye(2), 1.0)
+        (True, False)
+    """
+    if not data.numel():
+        return True
+    if float(data[(0,) * data.ndim]) != number:
+        return False
+    return not any(data.stride()) or bool((data == number).all() if number else not data.any())
 
 
 def needed(graph: Graph) -> Iterator[int]:

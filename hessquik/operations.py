@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hessquik.algebra import congruence, leading_shape, pack, pairs, unpack
-from hessquik.graph import Node
+from hessquik.graph import VIEWS, Node
 from hessquik.pointwise import PRIMITIVES
 
 __all__ = ["compute_node", "fold"]
@@ -93,6 +93,8 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def fold(node: Node, inputs: Sequence[Node]) -> Tensor:
-    """Return the numbers of a node whose inputs are constants."""
+    """Return the numbers of a node whose inputs are constants, computed in float64."""
     arrays: list[Any] = [one.data for one in inputs]
+    if node.op not in VIEWS:
+        arrays = [array.double() for array in arrays]
     return compute_node(node, [array.unsqueeze(0) for array in arrays]).squeeze(0)

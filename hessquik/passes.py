@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from hessquik import operations
-from hessquik.graph import Builder, Graph, Node, Rule, needed, rewrite
+from hessquik.graph import Builder, Graph, Node, Rule, is_filled, needed, rewrite
 
 __all__ = [
     "RULES",
@@ -45,7 +45,7 @@ def drop_zeros(builder: Builder, node: Node) -> int | None:
             return None
         return kept if builder.nodes[kept].shape == node.shape else None
     if node.op in {"mul", "matmul"} and any(zeros):
-        return builder.constant(torch.zeros(node.shape))
+        return builder.zeros(node.shape)
     if node.op in {"contract", "congruence"}:
         return _without_zero_terms(builder, node, zeros)
     return None
@@ -58,7 +58,7 @@ def _without_zero_terms(builder: Builder, node: Node, zeros: list[bool]) -> int 
     if len(kept) == count:
         return None
     if not kept:
-        return builder.constant(torch.zeros(node.shape))
+        return builder.zeros(node.shape)
     inputs = [node.inputs[i] for i in kept] + [node.inputs[count + i] for i in kept]
     return builder.add(node.op, *inputs)
 
@@ -71,23 +71,13 @@ def drop_ones(builder: Builder, node: Node) -> int | None:
         other = node.inputs[1 - place]
         if (node.op == "div" and place == 0) or builder.nodes[other].shape != node.shape:
             continue
-        if _is_identity(builder.nodes[i]) if node.op == "matmul" else builder.nodes[i].number == 1.0:
-            return other
-        data = builder.nodes[i].data
-        if node.op != "matmul" and data is not None and bool((data == 1).all()):
+        factor = builder.nodes[i]
+        is_one = (
+            factor.is_identity if node.op == "matmul" else factor.data is not None and is_filled(factor.data, 1.0)
+        )
+        if is_one:
             return other
     return None
-
-
-def _is_identity(node: Node) -> bool:
-    """Return whether a constant is an identity matrix."""
-    data = node.data
-    return (
-        data is not None
-        and data.ndim == 2
-        and data.shape[0] == data.shape[1]
-        and torch.equal(data, torch.eye(data.shape[0], dtype=data.dtype))
-    )
 
 
 def merge_scalars(builder: Builder, node: Node) -> int | None:
@@ -178,11 +168,12 @@ def join_sums(builder: Builder, node: Node) -> int | None:
     return builder.add(left.op, *inputs)
 
 
-#: The rules in the order in which they are tried.
+#: The rules in the order in which they are tried; products with zeros and ones are dropped before they are folded,
+#: since d unit vectors times a wide matrix take as long as d points.
 RULES: tuple[Rule, ...] = (
-    fold_constants,
     drop_zeros,
     drop_ones,
+    fold_constants,
     merge_scalars,
     compose_views,
     sink_reshapes,

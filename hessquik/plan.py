@@ -10,8 +10,9 @@ device is kept:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from hessquik.calculus import Backward, Forward, Question, Unavailable, compute
 from hessquik.device import Device
 from hessquik.errors import ShapeError
 from hessquik.graph import Builder, Graph
-from hessquik.layers.form import Form
+from hessquik.layers import hessQuikLayer
+from hessquik.layers.form import Form, Map
 from hessquik.layout import lay_out
+from hessquik.networks import NN
 from hessquik.passes import optimise
 from hessquik.quantities import QUANTITIES
 from hessquik.steps import Program
 from hessquik.trace import Array
 
-__all__ = ["Ask", "Plan", "choose", "find_basis", "trace"]
+__all__ = ["Ask", "Plan", "choose", "exact_forms", "find_basis", "least_operations", "trace"]
 
 Mode = type[Backward] | type[Forward]
 
@@ -94,7 +97,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
     """Return the plan with the least work among all that answer ``ask``.
 
     Args:
-        forms: The layers, in float64.
+        forms: The layers; matrices in float32 are exact.
         ask: The quantities and the form of the arguments.
         dtype: Dtype to compute in.
         outputs: Number m of outputs.
@@ -117,6 +120,37 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
         name = mode.__name__.lower()
         plans.append(Plan(ask, name, start, rows, program.operations, moved, graph, program, shapes))
     return min(plans, key=lambda plan: plan.cost(device, dtype))
+
+
+def least_operations(forms: Sequence[Form], ask: Ask, outputs: int) -> int:
+    """Return a number of operations per row that no plan for ``ask`` goes below, from the layers' sizes alone.
+
+    Every plan carries tangents or adjoints through all layers but the first: for second derivatives one tangent for
+    each input, or for each direction in which the first layer depends on them; for a gradient that many or one
+    adjoint per output; for products Hv an adjoint per direction and output.
+
+    Example:
+        >>> from hessquik.networks import fullyConnectedNN
+        >>> forms = fullyConnectedNN([5, 16, 32, 1]).forms()
+        >>> least_operations(forms, Ask(frozenset({"laplacian"})), 1) == 2 * 5 * (16 * 32 + 32 * 1)
+        True
+    """
+    asked = [QUANTITIES[name] for name in ask.quantities]
+    numbers = sum(
+        linear.numel()
+        for form in forms[1:]
+        for linear in (*form.into, *form.skip, form.out)
+        if isinstance(linear, Tensor)
+    )
+    tangents = min(sum(forms[0].widths), forms[0].hidden)
+    carried = 0
+    if any(quantity.order == 2 and not quantity.is_directional for quantity in asked):
+        carried = tangents
+    elif any(quantity.order and not quantity.is_directional for quantity in asked):
+        carried = min(tangents, 1 if ask.weights else outputs)
+    if "hvp" in ask.quantities:
+        carried = max(carried, ask.k * (1 if ask.weights else outputs))
+    return 2 * carried * numbers
 
 
 def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iterator[tuple[Mode, str, Tensor | None]]:
@@ -194,6 +228,45 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
                 f"{QUANTITIES[name].axes!r}, got {array.shape[1:]}"
             )
     return builder.finish({name: array.index for name, array in arrays.items()})
+
+
+def exact_forms(network: NN) -> list[Form]:
+    """Return the layers of a network, with what they compute of the weights (L⁺ = softplus(L)) in float64.
+
+    Matrices that are weights themselves keep their dtype and memory.
+
+    Example:
+        >>> from hessquik.networks import ICNN
+        >>> first, second, *_ = exact_forms(ICNN(3, [None, 8, 2], dtype=torch.float32))
+        >>> first.into[-1].dtype, [linear.dtype for linear in second.into]
+        (torch.float32, [torch.float64, torch.float32])
+    """
+    return [_exact_form(layer) for layer in network.layers()]
+
+
+def _exact_form(layer: hessQuikLayer) -> Form:
+    own, weights = layer.form(), layer.state_dict().values()
+    places = {weight.untyped_storage().data_ptr() for weight in weights}
+
+    def is_computed(linear: Map) -> bool:
+        return isinstance(linear, Tensor) and linear.untyped_storage().data_ptr() not in places
+
+    maps = (*own.into, own.bias, *own.skip, own.out, own.offset)
+    if all(weight.dtype == torch.float64 for weight in weights) or not any(map(is_computed, maps)):
+        return own
+    exact = deepcopy(layer).double().form()
+
+    def chosen(linear: Any, in_float64: Any) -> Any:
+        return in_float64 if is_computed(linear) else linear
+
+    return replace(
+        exact,
+        into=tuple(map(chosen, own.into, exact.into)),
+        bias=chosen(own.bias, exact.bias),
+        skip=tuple(map(chosen, own.skip, exact.skip)),
+        out=chosen(own.out, exact.out),
+        offset=chosen(own.offset, exact.offset),
+    )
 
 
 def find_basis(forms: Sequence[Form]) -> Tensor | None:

@@ -13,7 +13,7 @@ not known; their formulas are applied to automatic differentiation's derivatives
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,10 @@ from hessquik.quantities import QUANTITIES, SPREADS, Quantity, needs_directions
 from hessquik.reference import ReferenceDerivatives, ReferenceNetwork, slope, user_defined
 from hessquik.utils import taylor
 
-__all__ = ["Row", "backends", "prove", "prove_quickly"]
+__all__ = ["Asked", "Row", "backends", "prove", "prove_quickly"]
+
+#: A quantity, and whether it is asked of weighted sums of the outputs.
+Asked = tuple[str, bool]
 
 #: Bound of relative errors in float64; it leaves room for rounding that large weights amplify.
 FLOAT64_BOUND = 1e-8
@@ -49,6 +52,15 @@ NEGLIGIBLE = 1e-3
 MAX_BYTES = 256 << 20
 #: Directions that are tried at each point.
 DIRECTIONS = 3
+#: Most operations of one call, and of a product of the Hessian by automatic differentiation, that
+#: :func:`prove_quickly` spends unasked: less than a second each on one core.
+QUICK_OPERATIONS = 1e10
+#: Most operations of automatic differentiation for one dtype in :func:`prove`; minutes on one core.
+THOROUGH_OPERATIONS = 1e12
+#: Operations of a product Hv by automatic differentiation, per parameter, and the fewest axes that it is taken along.
+OPERATIONS_PER_PRODUCT, FEWEST_AXES = 10, 8
+#: Parameters from which :func:`prove_quickly` compares at one point and not at two.
+MANY_PARAMETERS = 10_000_000
 #: Calls that cover all quantities: the most common ones, and one for the rest.
 CALLS = (
     ("value", "gradient", "hessian"),
@@ -110,8 +122,9 @@ class _Trial:
         weights: λ (n, m).
         directions: (n, k, d).
         scale: Natural units of x (d,).
+        axes: Those inputs along which second derivatives are compared: all d, or of many a random part.
         expected: By automatic differentiation in float64, in natural units: the value (n,), gradient (n, d), hvp
-            (n, k, d) and hessian_diagonal (n, d).
+            (n, k, d) and hessian_diagonal (n, axes).
         bounds: Bounds of the relative errors of the same quantities in the dtype.
         comparisons: The comparison of each quantity.
     """
@@ -122,6 +135,7 @@ class _Trial:
     weights: Tensor
     directions: Tensor
     scale: Tensor
+    axes: Tensor
     expected: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     comparisons: dict[str, _Comparison] = field(default_factory=dict)
@@ -134,6 +148,11 @@ class _Trial:
         if not error:
             return 0.0
         return error / float(unit) if float(unit) else math.inf
+
+    @property
+    def has_all_axes(self) -> bool:
+        """Return whether second derivatives are compared along all axes."""
+        return len(self.axes) == len(self.scale)
 
     def value(self, x: Tensor) -> Tensor:
         """Return Σⱼ λⱼ fⱼ (n,) by the documented interface."""
@@ -183,7 +202,6 @@ def prove(
             *_prove_moments(network, lower_bounds, upper_bounds, samples, seed),
         ]
     rows = []
-    calls = [*CALLS, ALONG_AXES, ALL]
     trials = {
         dtype: _set_up(network, dtype, lower_bounds, upper_bounds, samples, seed)
         for dtype in (torch.float64, torch.float32)
@@ -192,7 +210,8 @@ def prove(
         for dtype, trial in trials.items():
             evaluate = Evaluator(network, dtype=dtype, **arguments)
             label = f"{backend}, {str(dtype).removeprefix('torch.')}"
-            rows += _against_autograd(trial, evaluate, calls, label, is_thorough=True)
+            rows += _against_autograd(trial, evaluate, _thorough_calls(evaluate, samples), label)
+            rows += _against_rows_alone(trial, evaluate, label)
     if kinks(network):  # Taylor's theorem and finite differences need smoothness; derivatives beside kinks do not
         return rows
     interface = replace(trials[torch.float64], network=deepcopy(network).to("cpu", torch.float64))
@@ -251,8 +270,14 @@ def prove_quickly(
     lower_bounds: Sequence[float] | None = None,
     upper_bounds: Sequence[float] | None = None,
     evaluate: Evaluator | EnsembleEvaluator | None = None,
-) -> None:
-    """Compare all quantities of one Evaluator with automatic differentiation at two points.
+    asked: Collection[Asked] | None = None,
+) -> frozenset[Asked]:
+    """Compare the quantities of one Evaluator with automatic differentiation, at one or two points.
+
+    The work is bounded. A large network is compared at one point. Quantities that take more than
+    :data:`QUICK_OPERATIONS` there are left out and returned, unless they are asked for. If there are many inputs,
+    second derivatives are compared along the directions and some of the axes, and a Laplacian with the sum of the
+    Evaluator's own Hessian diagonal.
 
     Args:
         network: The network; it is left as it is.
@@ -260,6 +285,11 @@ def prove_quickly(
         upper_bounds: As for :func:`prove`.
         evaluate: The Evaluator of this network, or the EnsembleEvaluator of this ensemble, to compare; a new one if
             not given. It keeps the plans that are made here.
+        asked: Pairs of a quantity and whether it is asked of weighted sums of the outputs, to compare whatever it
+            takes. All quantities that are not left out, if not given.
+
+    Returns:
+        What was left out, and is to be compared by a further call before it is used.
 
     Raises:
         DerivativeError: some quantity disagrees, or is not finite.
@@ -267,23 +297,70 @@ def prove_quickly(
     Examples:
         >>> from hessquik.networks import ICNN
         >>> prove_quickly(ICNN(3, [None, 8, 2]))
+        frozenset()
     """
     if isinstance(network, Ensemble):
         of_members = EnsembleEvaluator(network) if evaluate is None else evaluate
         assert isinstance(of_members, EnsembleEvaluator)
+        left_out: set[Asked] = set()
         for member, own in zip(network.networks(), of_members.members, strict=True):
-            prove_quickly(member, lower_bounds, upper_bounds, own)
-        return
+            left_out |= prove_quickly(member, lower_bounds, upper_bounds, own, asked)
+        return frozenset(left_out)
     evaluate = Evaluator(network) if evaluate is None else evaluate
     assert isinstance(evaluate, Evaluator)
-    trial = _set_up(network, evaluate.dtype, lower_bounds, upper_bounds, samples=2, seed=0)
-    rows = _against_autograd(trial, evaluate, CALLS, "the Evaluator", is_thorough=False)
+    samples = 1 if _parameters(network) >= MANY_PARAMETERS else 2
+    trial = _set_up(network, evaluate.dtype, lower_bounds, upper_bounds, samples, 0, QUICK_OPERATIONS)
+    calls, left = _quick_calls(trial, evaluate) if asked is None else (_calls_of(asked), frozenset[Asked]())
+    rows = _against_autograd(trial, evaluate, calls, "the Evaluator")
     failed = [f"{row.quantity} (relative error {row.found:.1e})" for row in rows if not row.passed]
     if failed:
         bounds = ", ".join(sorted({f"{row.bound:.0e}" for row in rows if not row.passed}))
         raise DerivativeError(
             f"results must be within {bounds} of automatic differentiation in float64, got {', '.join(failed)}"
         )
+    return left
+
+
+def _parameters(network: NN) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _quick_calls(trial: _Trial, evaluate: Evaluator) -> tuple[list[_Call], frozenset[Asked]]:
+    """Return calls that cover every quantity and take few operations, and the quantities that none of them covers.
+
+    A quantity that takes too many in a call for all outputs is called alone, or else for a weighted sum of them.
+    """
+    calls: list[_Call] = []
+    left_out: set[Asked] = set()
+    for names in (*CALLS, *((name,) for name in _registered())):
+        if _is_quick(trial, evaluate, names, False):
+            calls.append((names, False))
+            continue
+        for name in names:
+            ways = [is_weighted for is_weighted in (False, True) if _is_quick(trial, evaluate, (name,), is_weighted)]
+            calls += [((name,), is_weighted) for is_weighted in ways[:1]]
+            left_out |= {
+                (name, is_weighted) for is_weighted in (False, True) if ways[:1] not in ([False], [is_weighted])
+            }
+    return list(dict.fromkeys(calls)), frozenset(left_out)
+
+
+def _is_quick(trial: _Trial, evaluate: Evaluator, names: Sequence[str], is_weighted: bool) -> bool:
+    """Return whether a call at the points of a trial takes few operations and little memory."""
+    n, outputs = len(trial.x), 1 if is_weighted else evaluate.m
+    needs_diagonal = "laplacian" in names and not trial.has_all_axes  # as its reference
+    if needs_diagonal and not _is_quick(trial, evaluate, ("hessian_diagonal",), is_weighted):
+        return False
+    if any(QUANTITIES[name].is_whole for name in names) and not _fits(evaluate, n, outputs):
+        return False
+    directions = (n, DIRECTIONS, evaluate.d) if needs_directions(names) else None
+    weights = (n, evaluate.m) if is_weighted else None
+    return not evaluate.exceeds(QUICK_OPERATIONS / n, names, weights, directions)
+
+
+def _calls_of(asked: Collection[Asked]) -> list[_Call]:
+    """Return the calls for pairs of a quantity and whether it is weighted: one for each."""
+    return [((name,), is_weighted) for name, is_weighted in sorted(asked)]
 
 
 def _set_up(
@@ -293,8 +370,12 @@ def _set_up(
     upper_bounds: Sequence[float] | None,
     samples: int,
     seed: int,
+    operations: float = THOROUGH_OPERATIONS,
 ) -> _Trial:
-    """Draw points, weights and directions, and compute the reference derivatives there."""
+    """Draw points, weights, directions and axes, and compute the reference derivatives there.
+
+    Along how many axes depends on the operations that automatic differentiation may take.
+    """
     generator = torch.Generator().manual_seed(seed)
     d, m = network.dim_input(), network.dim_output()
 
@@ -310,7 +391,12 @@ def _set_up(
         x = lower + (upper - lower) * torch.rand(samples, d, dtype=torch.float64, generator=generator)
     directions = torch.nn.functional.normalize(normal(samples, DIRECTIONS, d), dim=-1) * scale
     x, weights, directions = (part.to(dtype).double() for part in (x, normal(samples, m), directions))
-    trial = _Trial(network, dtype, x, weights, directions, scale)
+    per_axis = samples * OPERATIONS_PER_PRODUCT * max(1, _parameters(network))
+    axes = torch.arange(d)
+    if d > (most := max(FEWEST_AXES, int(operations / per_axis))):
+        inner = 1 + torch.randperm(d - 2, generator=generator)[: most - 2]
+        axes = torch.cat([torch.tensor([0, d - 1]), inner]).sort().values
+    trial = _Trial(network, dtype, x, weights, directions, scale, axes)
     trial.expected.update(_differentiate(trial, torch.float64))
     if dtype == torch.float64:
         trial.bounds.update(dict.fromkeys(trial.expected, FLOAT64_BOUND))
@@ -345,52 +431,61 @@ def _differentiate(trial: _Trial, dtype: torch.dtype) -> dict[str, Tensor]:
 
     step = max(1, MAX_BYTES // (8 * n * d * dtype.itemsize))
     diagonals = []
-    for start in range(0, d, step):
-        axes = torch.diag(scale)[start : start + step].expand(n, -1, -1)
-        vectors = torch.cat([trial.directions.to(dtype), axes], dim=1) if start == 0 else axes
+    for start in range(0, len(trial.axes), step):
+        axes = trial.axes[start : start + step]
+        along = torch.zeros(len(axes), d, dtype=dtype)
+        along[torch.arange(len(axes)), axes] = scale[axes]
+        vectors = along.expand(n, -1, -1)
+        if start == 0:
+            vectors = torch.cat([trial.directions.to(dtype), vectors], dim=1)
         value, gradient, hv = products(vectors)
         gradient, hv = gradient * scale, hv * scale
         if start == 0:
             found = {"value": value[:, 0], "gradient": gradient[:, 0], "hvp": hv[:, :DIRECTIONS]}
             hv = hv[:, DIRECTIONS:]
-        diagonals.append(hv.diagonal(start, dim1=1, dim2=2))
+        diagonals.append(hv[:, torch.arange(len(axes)), axes])
     found["hessian_diagonal"] = torch.cat(diagonals, dim=1)
     return {name: part.double() for name, part in found.items()}
 
 
-def _against_autograd(
-    trial: _Trial,
-    evaluate: Evaluator,
-    calls: Sequence[Sequence[str]],
-    computed_by: str,
-    is_thorough: bool,
-) -> list[Row]:
-    """Compare calls of an Evaluator with automatic differentiation; one row has the worst error of a quantity.
+#: The quantities of one call, and whether it is for a weighted sum of the outputs.
+_Call = tuple[tuple[str, ...], bool]
 
-    A thorough comparison also asks for each quantity alone, makes the calls for weighted sums of the outputs too, and
-    computes the rows once more in large tiles.
+
+def _thorough_calls(evaluate: Evaluator, n: int) -> list[_Call]:
+    """Return calls for all quantities, together and alone, for all outputs and for weighted sums of them.
+
+    Whole Hessians that would be too large at n points are left out.
     """
+    together = [*CALLS, ALONG_AXES, ALL, *((name,) for name in _registered())]
+    calls = [(names, is_weighted) for is_weighted in (False, True) for names in together]
+    calls += [((name,), False) for name in ALL]
+    affordable = [(_affordable(names, evaluate, n), is_weighted) for names, is_weighted in calls]
+    return [(names, is_weighted) for names, is_weighted in affordable if names]
+
+
+def _against_autograd(trial: _Trial, evaluate: Evaluator, calls: Sequence[_Call], computed_by: str) -> list[Row]:
+    """Compare calls of an Evaluator with automatic differentiation; one row has the worst error of a quantity."""
     x, weights, directions = (
         part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.weights, trial.directions)
     )
     worst: dict[str, float] = {}
-    asked = [(names, False) for names in (*calls, *((name,) for name in _registered()))]
-    if is_thorough:
-        asked += [(names, True) for names, _ in asked] + [((name,), False) for name in ALL]
-    for names, is_weighted in asked:
-        quantities = _affordable(names, evaluate, x.shape[0])
-        if not quantities:
-            continue
-        found = evaluate(
-            x,
-            quantities,
-            weights=weights if is_weighted else None,
-            directions=directions if needs_directions(quantities) else None,
-        )
+
+    def found(name: str, result: Tensor, is_weighted: bool) -> None:
+        error = trial.comparisons[name].error(result.to("cpu", torch.float64), is_weighted)
+        worst[name] = max(worst.get(name, 0.0), error, key=_severity)
+
+    for quantities, is_weighted in calls:
+        given = weights if is_weighted else None
+        if "laplacian" in quantities and not trial.has_all_axes:
+            # Automatic differentiation gives a part of the diagonal; with that compared, its sum is the reference.
+            diagonal = evaluate(x, ("hessian_diagonal",), given).hessian_diagonal
+            assert diagonal is not None
+            found("hessian_diagonal", diagonal, is_weighted)
+            trial.comparisons["laplacian"] = _with_own_diagonal(trial, diagonal.to("cpu", torch.float64), is_weighted)
+        results = evaluate(x, quantities, given, directions if needs_directions(quantities) else None)
         for name in quantities:
-            result = getattr(found, name).to("cpu", torch.float64)
-            error = trial.comparisons[name].error(result, is_weighted)
-            worst[name] = max(worst.get(name, 0.0), error, key=_severity)
+            found(name, getattr(results, name), is_weighted)
     rows = [
         Row(
             name,
@@ -402,7 +497,7 @@ def _against_autograd(
         )
         for name, error in worst.items()
     ]
-    return [*rows, *_against_rows_alone(trial, evaluate, computed_by)] if is_thorough else rows
+    return rows
 
 
 def _against_rows_alone(trial: _Trial, evaluate: Evaluator, computed_by: str) -> list[Row]:
@@ -425,8 +520,13 @@ def _against_rows_alone(trial: _Trial, evaluate: Evaluator, computed_by: str) ->
 
 def _affordable(names: Sequence[str], evaluate: Evaluator, n: int) -> tuple[str, ...]:
     """Return the quantities without those that have a whole Hessian if it would be too large."""
-    is_large = n * evaluate.d**2 * evaluate.m * evaluate.dtype.itemsize > MAX_BYTES
-    return tuple(name for name in names if not (is_large and QUANTITIES[name].is_whole))
+    fits = _fits(evaluate, n, evaluate.m)
+    return tuple(name for name in names if fits or not QUANTITIES[name].is_whole)
+
+
+def _fits(evaluate: Evaluator, n: int, outputs: int) -> bool:
+    """Return whether the Hessians of n points are within the bound on memory."""
+    return n * evaluate.d**2 * outputs * evaluate.dtype.itemsize <= MAX_BYTES
 
 
 def _weighted(result: Tensor, weights: Tensor) -> Tensor:
@@ -462,8 +562,7 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
     """
     scale, v = trial.scale, trial.directions / trial.scale
     gradient, hv, diagonal = (trial.expected[name] for name in ("gradient", "hvp", "hessian_diagonal"))
-    unit = 1 / (scale**-2).sum()  # with it the Laplacian is a mean of the diagonal in natural units
-    terms = diagonal * scale**-2 * unit
+    terms = diagonal * scale[trial.axes] ** -2 * _laplacian_unit(trial)
     own = user_defined(trial.network)
     reference = f"autograd of the own forward of {', '.join(own)}" if own else "autograd"
 
@@ -480,7 +579,7 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
 
     def sections(hessian: Tensor) -> Tensor:
         natural = hessian * scale * scale.unsqueeze(-1)
-        return torch.cat([v @ natural, natural.diagonal(dim1=1, dim2=2).unsqueeze(1)], dim=1)
+        return torch.cat([(v @ natural).flatten(1), natural.diagonal(dim1=1, dim2=2)[:, trial.axes]], dim=1)
 
     def packed_sections(packed: Tensor) -> Tensor:
         # Entry (a, b) of the lower triangle has the index a(a+1)/2 + b.
@@ -488,7 +587,7 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
         high, low = torch.maximum(a, a.unsqueeze(-1)), torch.minimum(a, a.unsqueeze(-1))
         return sections(packed[:, high * (high + 1) // 2 + low])
 
-    whole = torch.cat([hv, diagonal.unsqueeze(1)], dim=1)
+    whole = torch.cat([hv.flatten(1), diagonal], dim=1)
     return {
         "value": compared(lambda got: got, trial.expected["value"], "value"),
         "gradient": compared(lambda got: got * scale, gradient, "gradient"),
@@ -497,9 +596,28 @@ def _comparisons(trial: _Trial) -> dict[str, _Comparison]:
         "curvature": compared(lambda got: got, (v * hv).sum(-1), "hvp"),
         "hessian": compared(sections, whole, "hvp"),
         "hessian_packed": compared(packed_sections, whole, "hvp"),
-        "hessian_diagonal": compared(lambda got: got * scale**2, diagonal, "hessian_diagonal"),
-        "laplacian": compared(lambda got: got * unit, terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)),
+        "hessian_diagonal": compared(lambda got: (got * scale**2)[:, trial.axes], diagonal, "hessian_diagonal"),
+        "laplacian": compared(
+            lambda got: got * _laplacian_unit(trial), terms.sum(-1), "hessian_diagonal", size=terms.abs().sum(-1)
+        ),
     }
+
+
+def _laplacian_unit(trial: _Trial) -> Tensor:
+    """Return the factor with which the Laplacian is a mean of the diagonal in natural units."""
+    return 1 / (trial.scale**-2).sum()
+
+
+def _with_own_diagonal(trial: _Trial, diagonal: Tensor, is_weighted: bool) -> _Comparison:
+    """Return the comparison of a Laplacian with the sum of the Evaluator's own diagonal (n, d, m)."""
+    sums = diagonal.squeeze(-1) if is_weighted else _weighted(diagonal, trial.weights)
+    terms = sums * _laplacian_unit(trial)
+
+    def error(result: Tensor, is_weighted: bool) -> float:
+        got = result.squeeze(-1) if is_weighted else _weighted(result, trial.weights)
+        return trial.error(got * _laplacian_unit(trial), terms.sum(-1), terms.abs().sum(-1))
+
+    return _Comparison(error, trial.bounds["hessian_diagonal"], "the sum of its hessian_diagonal")
 
 
 def _by_formula(trial: _Trial, quantity: Quantity) -> _Comparison:

@@ -76,7 +76,7 @@ class ReferenceNetwork:
     """The values of a network in one dtype on the CPU, differentiable by automatic differentiation.
 
     Args:
-        network: The network.
+        network: The network; weights that have the dtype are not copied.
         dtype: Of the computation; weights are converted before anything is computed from them.
 
     Examples:
@@ -91,7 +91,9 @@ class ReferenceNetwork:
         """Convert the weights, and copies of user-defined layers and activations."""
         self._network = network
         state = network.state_dict()
-        self._weights = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in state.items()}
+        self._weights = {
+            name: tensor.detach().to("cpu", dtype, copy=tensor.is_inference()) for name, tensor in state.items()
+        }
         self._own = {id(part): deepcopy(part).to("cpu", dtype) for part in _parts(network) if not _is_known(part)}
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -309,8 +309,13 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta:
             raise FormatError(f"weights must be dense tensors with memory, got another kind in {shown(name)}")
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise FormatError(f"weights must be finite, got NaN or infinity in {shown(name)}")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are finite; the extremes of numbers with a NaN are NaN. No array is made."""
+    return not tensor.numel() or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

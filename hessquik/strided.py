@@ -29,7 +29,7 @@ class Buffer:
         space: Its kind of memory.
         size: Numbers per row, or in total if all rows share it.
         name: Name of an input (``x``, ``weights``, ``directions``) or of an output (a quantity).
-        data: The numbers of a constant, float64, contiguous.
+        data: The numbers of a constant, float64 or float32.
         is_shared: Whether all rows share it: constants, SHARED memory and inputs that are given once for all rows.
         offset: Its begin in TILE memory, in numbers per row of the tile, or in SHARED memory, in numbers.
     """

@@ -85,6 +85,10 @@ class Array:
         axes = range(self.ndim - 1)
         return self._then("permute", *axes[:-2], axes[-1], axes[-2])
 
+    def constant(self, data: Tensor) -> Array:
+        """Return numbers (1, k, w) as a constant of the same graph."""
+        return Array(self.builder, _node(self.builder, data))
+
     def _then(self, op: str, *arguments: Any) -> Array:
         return Array(self.builder, self.builder.add(op, self.index, arguments=arguments))
 
@@ -284,7 +288,7 @@ def _diagonal(x: Array, dim1: int = 0, dim2: int = 1) -> Array:
 
 
 def _new_zeros(x: Array, *shape: int) -> Array:
-    return Array(x.builder, x.builder.constant(torch.zeros(shape[1:])))
+    return Array(x.builder, x.builder.zeros(shape[1:]))
 
 
 def _number_like(number: float) -> Callable[..., Array]:

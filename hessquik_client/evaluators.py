@@ -11,9 +11,11 @@ import torch
 
 from hessquik import EnsembleEvaluator, Evaluator, storage
 from hessquik.ensemble import evaluator_of
+from hessquik.errors import DerivativeError
 from hessquik.evaluator import COMMON
 from hessquik.networks import Ensemble
-from hessquik.proof import prove_quickly
+from hessquik.proof import Asked, prove_quickly
+from hessquik.quantities import SPREADS
 from hessquik_client.domain import Domain
 from hessquik_client.quantities import DOMAIN_DISTANCE
 
@@ -26,7 +28,8 @@ TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Evaluators:
     """A network or an ensemble on one device, with an evaluator for each dtype that was asked for.
 
-    Each evaluator's derivatives are compared with automatic differentiation before it is used.
+    Each quantity of an evaluator is compared with automatic differentiation before it is used: when the evaluator is
+    created or, if that takes many operations (:func:`hessquik.proof.prove_quickly`), when it is first asked for.
 
     Args:
         saved: The network or ensemble, and its metadata.
@@ -44,10 +47,13 @@ class Evaluators:
         self.threads = threads
         self.domain = Domain.of(saved.metadata)
         self.members = len(saved.network.networks()) if isinstance(saved.network, Ensemble) else 1
-        # Every evaluator works on this one copy, which is in float64 whatever the network's own dtype is.
+        # Every evaluator works on this one copy.
         self._own_dtype = next(saved.network.parameters()).dtype
-        self._network = saved.network.to("cpu", torch.float64).requires_grad_(False)
+        self._network = saved.network.cpu().requires_grad_(False)
         self._evaluators: dict[torch.dtype, Evaluator | EnsembleEvaluator] = {}
+        #: Quantities that are compared when they are first asked for, and errors of those that failed.
+        self._unproven: dict[torch.dtype, frozenset[Asked]] = {}
+        self._refused: dict[tuple[torch.dtype, Asked], DerivativeError] = {}
         self.dtype = self.evaluator(None).dtype
 
     def evaluator(self, dtype: torch.dtype | None) -> Evaluator | EnsembleEvaluator:
@@ -56,11 +62,42 @@ class Evaluators:
             compiled = COMMON if dtype is None else ()  # when the model is loaded, and never in a request
             chosen = dtype or self._own_dtype
             made = evaluator_of(self._network, self.device, chosen, self.threads, compiled=compiled, owned=True)
-            bounds = (self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds"))
-            prove_quickly(self._network, *bounds, evaluate=made)
+            self._unproven[made.dtype] = prove_quickly(self._network, *self._bounds, evaluate=made)
             self._evaluators[made.dtype] = made
             return made
         return self._evaluators[dtype]
+
+    @property
+    def _bounds(self) -> tuple[Any, Any]:
+        return self.saved.metadata.get("lower_bounds"), self.saved.metadata.get("upper_bounds")
+
+    def unproven(self, dtype: torch.dtype, quantities: Sequence[str], is_weighted: bool) -> frozenset[Asked]:
+        """Return what of a call has not been compared yet, as pairs of a quantity and whether it is weighted.
+
+        Args:
+            dtype: Dtype of an evaluator that exists.
+            quantities: The call's quantities.
+            is_weighted: Whether the call is for weighted sums of the outputs.
+        """
+        unproven = self._unproven[dtype]
+        return unproven and unproven & {(SPREADS.get(name, name), is_weighted) for name in quantities}
+
+    def prove(self, dtype: torch.dtype, quantities: Sequence[str], is_weighted: bool) -> None:
+        """Compare what of a call has not been compared yet, which may take several times as long as a row.
+
+        Raises:
+            DerivativeError: a quantity is wrong, and stays refused.
+        """
+        evaluate = self.evaluator(dtype)
+        for asked in self.unproven(dtype, quantities, is_weighted):
+            if (dtype, asked) in self._refused:
+                raise self._refused[dtype, asked]
+            try:
+                prove_quickly(self._network, *self._bounds, evaluate=evaluate, asked=[asked])
+            except DerivativeError as error:
+                self._refused[dtype, asked] = error
+                raise
+            self._unproven[dtype] -= {asked}
 
     def evaluate(
         self,
@@ -84,6 +121,8 @@ class Evaluators:
         results: dict[str, Array] = {}
         if computed:
             evaluate = self.evaluator(dtype)
+            if self._unproven[dtype]:
+                self.prove(dtype, computed, "weights" in given)
             places = None if out is None else {name: torch.from_numpy(out[name]) for name in computed}
             weights, directions = arrays.get("weights"), arrays.get("directions")
             found = evaluate(arrays["inputs"], computed, weights, directions, between, places)

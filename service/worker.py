@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import random
 from typing import Any
@@ -71,7 +71,11 @@ MAX_WARM_UP_BYTES = 64 << 20
 SEND_BUFFER_BYTES = 2 << 20
 #: Numbers that are written as JSON in half a millisecond or so.
 NUMBERS_BETWEEN = 8192
-#: Parameters up to which an evaluator is made at once when a plan is asked for, and not by the loading thread.
+#: Most operations of a call that is made for warm-up, and of the one that measures a speed if no other is made.
+MAX_WARM_UP_OPERATIONS = 1e10
+#: Most directions of that one.
+MOST_DIRECTIONS = 64
+#: Parameters up to which an evaluator is made at once when it is asked for, and not by the loading thread.
 QUICK_PARAMETERS = 1 << 20
 #: Longest time that one thread keeps the interpreter from another.
 SWITCH_S = 0.0005
@@ -112,22 +116,38 @@ class Model(Evaluators):
         self.parameters = sum(parameter.numel() for parameter in saved.network.parameters())
         self.operation_s = 0.0
 
-    def is_quick(self, dtype: torch.dtype) -> bool:
-        """Return whether the evaluator of a dtype exists or is fast to create."""
-        return dtype in self._evaluators or self.parameters <= QUICK_PARAMETERS
+    def is_prepared(self, head: dict[str, Any], is_weighted: bool) -> bool:
+        """Return whether a call needs neither the slow creation of an evaluator nor the proof of a quantity."""
+        dtype = TORCH_DTYPES[head["dtype"]]
+        if dtype not in self._evaluators:
+            return self.parameters <= QUICK_PARAMETERS
+        return not self.unproven(dtype, head["quantities"], is_weighted)
 
     def warm_up(self) -> None:
         """Run a tile of every size once, so that no request is slowed by a first call, and measure the speed."""
         evaluate = self.evaluator(self.dtype)
-        for rows in evaluate.tile_rows:
-            x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
-            for asked in (("value", "gradient", "laplacian"), ("value", "gradient", "hessian"), *evaluate.compiled):
-                if rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize > MAX_WARM_UP_BYTES and "hessian" in asked:
+        common = (("value", "gradient", "laplacian"), ("value", "gradient", "hessian"), *evaluate.compiled)
+        for asked in common:
+            if self.unproven(self.dtype, asked, False):
+                continue
+            for rows in evaluate.tile_rows:
+                is_whole = "hessian" in asked
+                if is_whole and rows * evaluate.d**2 * evaluate.m * self.dtype.itemsize > MAX_WARM_UP_BYTES:
                     continue
-                began = time.perf_counter()
-                evaluate(x, asked)
-                took_s = (time.perf_counter() - began) / (rows * evaluate.operations(asked))
-                self.operation_s = min(self.operation_s or took_s, took_s)
+                if rows == 1 or rows * evaluate.operations(asked) <= MAX_WARM_UP_OPERATIONS:
+                    self._measure(evaluate, rows, asked)
+        if not self.operation_s:  # a large network: value and slopes along as many directions as are fast
+            each = evaluate.operations(("jvp",), None, (1, 1, evaluate.d))
+            self._measure(evaluate, 1, ("jvp",), min(MOST_DIRECTIONS, max(1, int(MAX_WARM_UP_OPERATIONS / each))))
+
+    def _measure(self, evaluate: Any, rows: int, asked: Sequence[str], directions: int = 0) -> None:
+        """Evaluate points once, and keep the time per operation if it is the shortest."""
+        x = torch.zeros(rows, evaluate.d, dtype=self.dtype)
+        v = torch.zeros(rows, directions, evaluate.d, dtype=self.dtype) if directions else None
+        began = time.perf_counter()
+        evaluate(x, asked, directions=v)
+        took_s = (time.perf_counter() - began) / (rows * evaluate.operations(asked, directions=v))
+        self.operation_s = min(self.operation_s or took_s, took_s)
 
     def plan(self, head: dict[str, Any]) -> dict[str, Any]:
         """Return the cost of a row, in operations and in seconds."""
@@ -148,7 +168,6 @@ class Model(Evaluators):
             "device": str(self.device),
             "parameters": self.parameters,
             "members": self.members,
-            "tile_rows": evaluate.tile_rows[-1],
             "architecture": self.saved.architecture,
             "metadata": self.saved.metadata,
         }
@@ -245,6 +264,7 @@ class Worker:
         self._connections: list[Connection] = []
         self._attached: deque[Connection] = deque()
         self._waiting: deque[tuple[Connection, dict[str, Any], dict[str, Any]]] = deque()
+        self._prepared: deque[tuple[Connection, dict[str, Any], dict[str, Any]]] = deque()
         self._loads: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._woken, self._wake = os.pipe()
         self._poll = select.poll()
@@ -291,6 +311,8 @@ class Worker:
 
     def _look(self) -> None:
         """Receive the frames that have arrived, from every front end, without blocking."""
+        while self._prepared:
+            self._waiting.append(self._prepared.popleft())
         while self._attached:
             connection = self._attached.popleft()
             self._connections.append(connection)
@@ -335,6 +357,10 @@ class Worker:
         """Execute a frame of a front end. Errors that a request can cause are sent back; others end the process."""
         match head["op"]:
             case "evaluate":
+                model = self.models.get(head["model"])
+                if model is not None and not model.is_prepared(head, "weights" in fields):
+                    self._loads.put(partial(self._prepare, model, connection, head, fields))
+                    return
                 if self._is_between:
                     connection.send(*self.evaluate(head, fields, connection))
                     return
@@ -345,7 +371,7 @@ class Worker:
                 connection.send(*reply)
             case "plan":
                 model = self.models.get(head["model"])
-                if model is None or model.is_quick(TORCH_DTYPES[head["dtype"]]):
+                if model is None or model.is_prepared(head, head["is_weighted"]):
                     self._plan(connection, head)
                 else:
                     self._loads.put(partial(self._plan, connection, head))
@@ -432,9 +458,22 @@ class Worker:
             texts.append(json_rows(rows[start : start + step]))
         return b",".join(texts)
 
+    def _prepare(self, model: Model, connection: Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Prepare a batch in the loading thread and hand it back to the computing one, or answer with the error."""
+        try:
+            model.prove(TORCH_DTYPES[head["dtype"]], head["quantities"], "weights" in fields)
+        except (HessQuikError, MemoryError, RuntimeError, ValueError) as error:
+            connection.send({"op": "done", "error": _reason(error), "number": head["number"]}, {})
+            return
+        self._prepared.append((connection, head, fields))
+        os.write(self._wake, b".")
+
     def _plan(self, connection: Connection, head: dict[str, Any]) -> None:
         try:
-            found = self.models[head["model"]].plan(head)
+            model = self.models[head["model"]]
+            found = model.plan(head)
+            if found["row_s"] <= self.limit_s:  # else no batch comes
+                model.prove(TORCH_DTYPES[head["dtype"]], head["quantities"], head["is_weighted"])
         except Exception as error:
             found = {"error": _reason(error)}
         connection.send({"op": "planned", "number": head["number"], **found}, {})

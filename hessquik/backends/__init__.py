@@ -8,6 +8,7 @@ from hessquik.backends.choice import (
     make_runners,
     names,
     resolved,
+    shared_weights,
 )
 from hessquik.backends.runner import Bound, Runner
 
@@ -21,4 +22,5 @@ __all__ = [
     "make_runners",
     "names",
     "resolved",
+    "shared_weights",
 ]

@@ -14,9 +14,19 @@ from hessquik.plan import Plan
 from hessquik.steps import Product
 
 if TYPE_CHECKING:
+    from hessquik.backends.cpu import Packed
     from hessquik.backends.triton import TritonProgram
 
-__all__ = ["chosen", "compiles_plans", "device_value", "make_runner", "make_runners", "names", "resolved"]
+__all__ = [
+    "chosen",
+    "compiles_plans",
+    "device_value",
+    "make_runner",
+    "make_runners",
+    "names",
+    "resolved",
+    "shared_weights",
+]
 
 
 #: Columns of products from which a GPU computes them faster with torch's library, one launch for each.
@@ -62,12 +72,14 @@ def device_value(device: torch.device) -> Device:
     return GPU if device.type == "cuda" else CPU
 
 
-def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> Runner:
-    """Return a plan ready to run."""
+def make_runner(
+    backend: str, plan: Plan, dtype: torch.dtype, device: torch.device, packed: Packed | None = None
+) -> Runner:
+    """Return a plan ready to run; on a CPU, programs with the same ``packed`` weights share them."""
     if backend == "cpu":
         from hessquik.backends.cpu import CpuProgram
 
-        on_cpu = CpuProgram(plan.program, dtype, plan.rows)
+        on_cpu = CpuProgram(plan.program, dtype, plan.rows, packed=packed)
         return Runner(plan, on_cpu.run, lambda: tuple(sorted({1, plan.rows})), on_cpu.bind)
     if backend == "triton" and _widest(plan) < WIDE:
         from hessquik.backends.triton import TritonProgram
@@ -75,8 +87,17 @@ def make_runner(backend: str, plan: Plan, dtype: torch.dtype, device: torch.devi
         return _on_card(plan, TritonProgram(plan.program, dtype, device))
     from hessquik.backends.torch import TorchProgram
 
-    program = TorchProgram(plan.graph, dtype, device, plan.rows)
-    return Runner(plan, program.run, lambda: program.tile_rows)
+    by_torch = TorchProgram(plan.graph, dtype, device, plan.rows)
+    return Runner(plan, by_torch.run, lambda: by_torch.tile_rows)
+
+
+def shared_weights(backend: str, weights: Sequence[Tensor]) -> Packed | None:
+    """Return what programs of a network share, for :func:`make_runner`; ``None`` if the backend shares nothing."""
+    if backend != "cpu":
+        return None
+    from hessquik.backends.cpu import Packed
+
+    return Packed(weights)
 
 
 def compiles_plans(backend: str) -> bool:

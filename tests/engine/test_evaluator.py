@@ -11,7 +11,7 @@ from hessquik import Evaluator, ShapeError, backends, evaluator
 from hessquik.activations import ACTIVATIONS, softplusActivation, tanhActivation
 from hessquik.calculus import QUANTITIES
 from hessquik.layers import ICNNLayer, quadraticICNNLayer, resnetLayer, singleLayer
-from hessquik.networks import ICNN, NN, fullyConnectedNN
+from hessquik.networks import ICNN, NN, fullyConnectedNN, resnetNN
 from tests import oracle
 from tests.engine import random_networks as draws
 from tests.whole import choose
@@ -238,9 +238,43 @@ def test_plans_of_many_kinds_do_not_fill_the_memory():
     evaluate = Evaluator(NN(singleLayer(2, 3, tanhActivation())))
     for k in range(1, 300):
         evaluate.plan(("curvature",), directions=(k, 2))
+        evaluate(torch.zeros(1, 2), ("jvp",), directions=torch.zeros(k, 2))
     assert len(evaluate._runners) == 256
+    assert 0 < len(evaluate._plans) <= 256
     x = torch.randn(3, 2)
     assert torch.equal(evaluate(x, ("hessian",)).hessian, evaluate(x, ("hessian",)).hessian)
+
+
+def test_a_plan_that_only_tells_a_cost_is_not_translated_and_a_large_one_not_kept(monkeypatch):
+    evaluate = Evaluator(fullyConnectedNN([4, 8, 2], TANH))
+    cost = evaluate.operations(("hessian",))
+    assert not evaluate._runners
+    assert len(evaluate._plans) == 1
+    evaluate(torch.zeros(1, 4), ("hessian",))
+    assert not evaluate._plans
+    assert evaluate.operations(("hessian",)) == cost
+    monkeypatch.setattr(evaluator, "MAX_WAITING_BYTES", 0)
+    evaluate.operations(("laplacian",))
+    assert not evaluate._plans
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_are_held_once_and_packed_once_for_each_direction(dtype):
+    """In their own dtype, although what is computed of them is computed in float64."""
+    f = resnetNN(160, 2, act=TANH, dtype=dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in f.parameters()}
+    evaluate = Evaluator(f, owned=True)
+    assert evaluate._own_data == weights
+    x = torch.ones(1, 160, dtype=dtype)
+    for quantities in (("value",), ("value", "gradient"), ("gradient",), ("jvp", "curvature"), ("hvp", "value")):
+        evaluate(x, quantities, weights=torch.ones(160, dtype=dtype), directions=torch.ones(1, 160, dtype=dtype))
+    for runner in evaluate._runners.values():
+        large = [node.data for node in runner.plan.graph.nodes if node.data is not None and node.data.numel() > 160]
+        assert {data.untyped_storage().data_ptr() for data in large} <= weights
+    if evaluate._packed is not None:
+        large = [array for array in evaluate._packed.known.values() if array.numel() > 160]
+        assert len(large) == 2 * 2  # two layers, forwards and backwards
+        assert all(array.dtype == dtype for array in large)
 
 
 def test_the_bytes_of_plans_are_bounded_and_those_not_used_for_longest_go_first(monkeypatch):

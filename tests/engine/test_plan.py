@@ -1,15 +1,19 @@
 """The planner's choices, which follow from counting; what steps are fused, placed and shared; what a plan prints."""
 
+import random
+
 import pytest
 import torch
 
-from hessquik import Evaluator
+from hessquik import Evaluator, passes
 from hessquik.activations import tanhActivation
 from hessquik.layers import quadraticICNNLayer, resnetLayer, singleLayer
 from hessquik.networks import ICNN, NN
+from hessquik.plan import least_operations
 from hessquik.quantities import QUANTITIES
 from hessquik.steps import Congruence, Contract, Map, Product, SumProducts
 from hessquik.strided import Space
+from tests.engine import random_networks as draws
 from tests.test_layering import ROOT
 
 TANH = tanhActivation()
@@ -218,3 +222,28 @@ def test_plans_and_bits_are_the_same_after_a_restart():
     first, second = Evaluator(net), Evaluator(net)
     assert str(first.plan(ALL_SECOND)) == str(second.plan(ALL_SECOND))
     assert torch.equal(first(x, ALL_SECOND).hessian, second(x, ALL_SECOND).hessian)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_plan_takes_fewer_operations_than_the_sizes_say(seed):
+    draw = random.Random(seed)
+    net = draws.network(draw, *draws.shapes()[seed % 16])
+    evaluate = Evaluator(net)
+    for name, quantity in QUANTITIES.items():
+        for weights in (None, (1, evaluate.m)):
+            directions = (1, 3, evaluate.d) if quantity.is_directional else None
+            ask = evaluate._ask((name,), weights, directions)
+            least = least_operations(evaluate._forms, ask, evaluate.m)
+            assert least <= evaluate.operations((name,), weights, directions), (name, weights)
+            assert not least or evaluate.exceeds(least - 1, (name,), weights, directions)
+
+
+def test_products_with_unit_vectors_and_zeros_are_not_computed(monkeypatch):
+    """For d inputs they would take as long as d points; planning is linear in the weights."""
+    folded, fold = [], passes.operations.fold
+    monkeypatch.setattr(passes.operations, "fold", lambda node, inputs: folded.append(node.op) or fold(node, inputs))
+    evaluate = Evaluator(NN(singleLayer(30, 30, tanhActivation()), singleLayer(30, 30, tanhActivation())))
+    for quantities in (("value", "gradient", "hessian"), ("laplacian",), ("hessian_diagonal",)):
+        evaluate.plan(quantities)
+    assert "matmul" not in folded
+    assert "mul" in folded  # the squares of the first layer's tangents

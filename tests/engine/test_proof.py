@@ -357,3 +357,86 @@ def test_what_is_not_finite_is_refused():
 )
 def test_rows_judge_by_their_measure(row, passed):
     assert row.passed is passed
+
+
+def wide():
+    """Return a network with more inputs than axes that are compared under :func:`few_operations`."""
+    torch.manual_seed(3)
+    return net.NN(
+        lay.singleLayer(20, 12, tanhActivation()), net.resnetNN(12, 1, 0.5), lay.singleLayer(12, 4)
+    ).double()
+
+
+@pytest.fixture
+def few_operations(monkeypatch):
+    """Let the proof spend so few operations that only quantities of cheap calls are compared unasked."""
+    monkeypatch.setattr(proof, "QUICK_OPERATIONS", 2e4)
+
+
+def spoil(monkeypatch, quantity, change):
+    """Make every Evaluator return another result for a quantity; return the calls, as they come."""
+    right, calls = Evaluator.__call__, []
+
+    def wrong(self, x, quantities=("value",), weights=None, directions=None, **keywords):
+        calls.append((tuple(quantities), weights is not None, len(x)))
+        found = right(self, x, quantities, weights, directions, **keywords)
+        kept = {name: getattr(found, name) for name in quantities}
+        return calculus.Derivatives(**kept | ({quantity: change(kept[quantity])} if quantity in kept else {}))
+
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    return calls
+
+
+def test_what_takes_many_operations_is_left_out_and_named(few_operations, monkeypatch):
+    calls = spoil(monkeypatch, "", None)
+    f = wide()
+    left_out = prove_quickly(f, evaluate=(evaluate := Evaluator(f)))
+    compared = {(name, is_weighted) for names, is_weighted, _ in calls for name in names}
+    assert left_out == {(name, w) for name in QUANTITIES for w in (False, True)} - compared - {
+        (name, True) for name, is_weighted in compared if not is_weighted
+    }
+    assert {("hessian", False), ("hessian", True), ("laplacian", False), ("hvp", False)} <= left_out
+    assert {("value", False), ("gradient", False), ("laplacian", True), ("hvp", True)} <= compared
+    for names, is_weighted, n in calls:
+        directions = (n, proof.DIRECTIONS, f.dim_input())
+        assert n * evaluate.operations(names, (n, 4) if is_weighted else None, directions) <= proof.QUICK_OPERATIONS
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_what_was_left_out_is_compared_when_it_is_asked_for(is_weighted, few_operations, monkeypatch):
+    f = wide()
+    evaluate = Evaluator(f)
+    for quantity in QUANTITIES:
+        asked = [(quantity, is_weighted)]
+        assert prove_quickly(f, evaluate=evaluate, asked=asked) == frozenset()
+        with monkeypatch.context() as patch:
+            calls = spoil(patch, quantity, lambda result: 1.001 * result)
+            with pytest.raises(DerivativeError, match=f"got {quantity} "):
+                prove_quickly(f, evaluate=evaluate, asked=asked)
+        assert {(names, w) for names, w, _ in calls} <= {
+            ((name,), is_weighted) for name in (quantity, "hessian_diagonal")
+        }
+
+
+def test_second_derivatives_are_compared_along_some_of_many_axes(few_operations, monkeypatch):
+    """The first and the last are among them; the proof counts with all others by the directions and the Laplacian."""
+    f = wide()
+    evaluate = Evaluator(f)
+    trial = proof._set_up(f, torch.float64, None, None, samples=2, seed=0, operations=proof.QUICK_OPERATIONS)
+    axes = trial.axes.tolist()
+    assert len(axes) == proof.FEWEST_AXES < 20
+    assert {0, 19} < set(axes)
+    for axis in range(20):
+        with monkeypatch.context() as patch:
+            spoil(
+                patch, "hessian_diagonal", lambda result, axis=axis: result.index_fill(1, torch.tensor([axis]), 9.0)
+            )
+            with pytest.raises(DerivativeError):
+                prove_quickly(f, evaluate=evaluate, asked=[("laplacian", False)])
+
+
+def test_a_large_network_is_compared_at_one_point(monkeypatch):
+    monkeypatch.setattr(proof, "MANY_PARAMETERS", 100)
+    calls = spoil(monkeypatch, "", None)
+    prove_quickly(wide())
+    assert {n for _, _, n in calls} == {1}

@@ -19,9 +19,11 @@ import pytest
 import torch
 
 import hessquik
-from hessquik import HessQuikError, storage
+from hessquik import HessQuikError, proof, storage
 from hessquik.activations import softplusActivation
+from hessquik.errors import DerivativeError
 from hessquik.networks import resnetNN
+from hessquik_client import evaluators
 from service import shared, wire
 from service import worker as worker_module
 from tests.live import ROOT
@@ -395,6 +397,101 @@ def test_batches_are_answered_while_a_model_is_loaded(monkeypatch: pytest.Monkey
                 break
             time.sleep(0.01)
         assert list(worker.models) == [1]
+
+
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> worker_module.Worker:
+    """Return a worker whose model's Laplacian takes more operations than are spent on it at load."""
+    monkeypatch.setattr(proof, "QUICK_OPERATIONS", 1.0)
+    worker = loaded()
+    monkeypatch.setattr(proof, "QUICK_OPERATIONS", 1e10)
+    assert ("laplacian", False) in worker.models[1]._unproven[torch.float64]
+    return worker
+
+
+LAPLACIAN = {**HEAD, "quantities": ["laplacian"], "form": "arrays", "sizes": [1], "is_small": True}
+PLAN = {"op": "plan", "model": 1, "dtype": "float64", "quantities": ["laplacian"], "is_weighted": False, "k": 0}
+
+
+def test_a_quantity_is_proven_before_it_is_first_used(
+    unproven: worker_module.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loading thread does it, and the computing thread answers others meanwhile."""
+    going_on, by, prove = threading.Event(), [], evaluators.prove_quickly
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        by.append(threading.current_thread().name)
+        going_on.wait(30)
+        return prove(*arguments, **keywords)
+
+    with serving(unproven):
+        front = Front(unproven)
+        value = {**LAPLACIAN, "quantities": ["value"]}
+        front.send({**value, "number": 0}, {"inputs": np.zeros((1, 2))})
+        assert "error" not in front.receive()[0][0]
+        monkeypatch.setattr(evaluators, "prove_quickly", slow)
+        front.send({**LAPLACIAN, "number": 1}, {"inputs": np.zeros((1, 2))})
+        for number in range(2, 12):
+            front.send({**value, "number": number}, {"inputs": np.zeros((1, 2))})
+            assert front.receive()[0][0]["number"] == number
+        assert unproven.pong()["busy_s"] == 0.0
+        going_on.set()
+        (head, results) = front.receive()[0]
+        assert head["number"] == 1
+        assert results["laplacian"].shape == (1, 1)
+        front.send({**LAPLACIAN, "number": 12}, {"inputs": np.zeros((1, 2))})
+        assert "error" not in front.receive()[0][0]
+    assert len(by) == 1
+    assert "load_for_ever" in by[0]
+
+
+def test_a_plan_proves_what_it_is_for_unless_a_row_takes_too_long(unproven: worker_module.Worker) -> None:
+    model, front = unproven.models[1], Front(unproven)
+    with serving(unproven):
+        unproven.limit_s = 0.0
+        front.send({**PLAN, "number": 1}, {})
+        assert front.receive()[0][0]["row_s"] > 0.0
+        assert model.unproven(torch.float64, ["laplacian"], False)
+        unproven.limit_s = 10.0
+        front.send({**PLAN, "number": 2}, {})
+        assert front.receive()[0][0]["row_s"] > 0.0
+    assert not model.unproven(torch.float64, ["laplacian"], False)
+
+
+def test_a_quantity_that_is_wrong_is_refused_whenever_it_is_asked_for(
+    unproven: worker_module.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def wrong(*arguments: Any, **keywords: Any) -> None:
+        tried.append(keywords["asked"])
+        raise DerivativeError("made up")
+
+    front = Front(unproven)
+    with serving(unproven):
+        unproven.models[1].prove(torch.float64, ["value"], False)
+        monkeypatch.setattr(evaluators, "prove_quickly", wrong)
+        for number in range(3):
+            front.send({**LAPLACIAN, "number": number}, {"inputs": np.zeros((1, 2))})
+            assert front.receive()[0][0]["error"] == "DerivativeError"
+        front.send({**PLAN, "number": 3}, {})
+        assert front.receive()[0][0]["error"] == "DerivativeError"
+        front.send({**LAPLACIAN, "quantities": ["value"], "number": 4}, {"inputs": np.zeros((1, 2))})
+        assert "error" not in front.receive()[0][0]
+    assert tried == [[("laplacian", False)]]
+
+
+def test_the_speed_of_a_large_network_is_measured_without_its_hessian(
+    unproven: worker_module.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = unproven.models[1], []
+    assert model.operation_s > 0
+    evaluate = model.evaluator(torch.float64)
+    monkeypatch.setattr(
+        type(evaluate), "__call__", lambda self, x, quantities, **keywords: asked.append((len(x), tuple(quantities)))
+    )
+    model.warm_up()
+    assert asked == [(1, ("jvp",))]
 
 
 def test_a_pong_says_for_how_long_the_batch_has_run() -> None:

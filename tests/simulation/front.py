@@ -24,7 +24,7 @@ from tests.simulation.loop import SimulatedLoop
 
 D, M = 2, 1
 FACTS = {
-    "d": D, "m": M, "dtype": "float64", "device": "cpu", "parameters": 1, "members": 1, "tile_rows": 256,
+    "d": D, "m": M, "dtype": "float64", "device": "cpu", "parameters": 1, "members": 1,
     "architecture": {}, "metadata": {}, "sha256": "00",
 }  # fmt: skip
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hessquik.backends.cpu.packing import Packed
 from hessquik.backends.cpu.structures import KERNEL
 from hessquik.backends.cpu.translate import Translation
 from hessquik.backends.runner import Bound, refuse
 from hessquik.steps import Program
 
-__all__ = ["CpuProgram", "is_available", "vector_bytes"]
+__all__ = ["CpuProgram", "Packed", "is_available", "vector_bytes"]
 
 
 def is_available() -> bool:
@@ -38,18 +39,26 @@ class CpuProgram:
         dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
         tile_rows: Rows of a tile.
         vector_bytes: Bytes of the vectors, 16, 32 or 64; the machine's widest if not given.
+        packed: The packed weights of the network, if its programs share them.
 
     Attributes:
         packed_bytes: Bytes of its constants, which other programs of the same network share.
     """
 
-    def __init__(self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        tile_rows: int,
+        vector_bytes: int | None = None,
+        packed: Packed | None = None,
+    ) -> None:
         """Translate the program."""
         assert KERNEL is not None, "the CPU kernel was not built"
         widest = int(KERNEL.vector_bytes())
         if vector_bytes is not None and (vector_bytes not in {16, 32, 64} or vector_bytes > widest):
             raise ValueError(f"vector_bytes must be 16, 32 or 64 and at most {widest} here, got {vector_bytes}")
-        self._translation = Translation(program, dtype, tile_rows, vector_bytes or widest)
+        self._translation = Translation(program, dtype, tile_rows, vector_bytes or widest, packed)
         self._arrays = tuple(self._translation.arrays)
         self._address = self._translation.address
         self._run = KERNEL.run

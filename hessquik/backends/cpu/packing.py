@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,13 +11,46 @@ from torch import Tensor
 
 from hessquik.memory import Arena
 
-__all__ = ["pack_matrix", "pad_columns"]
+__all__ = ["Packed", "pack_matrix", "pad_columns"]
+
+#: Arrays of so many bytes are recognised by their place among a network's weights, and not by their numbers.
+LARGE_BYTES = 64 << 10
 
 _arena = Arena()
 _known: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
-def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int) -> Tensor:
+class Packed:
+    """The packed forms of a network's large weights, by the place of the weights in memory.
+
+    It must not outlive the weights, nor may these change.
+
+    Args:
+        weights: The weights.
+
+    Example:
+        >>> weight = torch.ones(128, 128, dtype=torch.float64)
+        >>> packed = Packed([weight])
+        >>> pack_matrix(weight, torch.float64, 8, packed) is pack_matrix(weight.clone(), torch.float64, 8, packed)
+        False
+        >>> first = pack_matrix(weight, torch.float64, 8, packed)
+        >>> pack_matrix(weight, torch.float64, 8, packed) is first
+        True
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        """Start without packed forms."""
+        self._places = {weight.untyped_storage().data_ptr() for weight in weights if weight.nbytes >= LARGE_BYTES}
+        self.known: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
+
+    def place(self, array: Tensor) -> tuple[object, ...] | None:
+        """Return what distinguishes a large array among the weights; ``None`` if it is small or not among them."""
+        if array.nbytes < LARGE_BYTES or array.untyped_storage().data_ptr() not in self._places:
+            return None
+        return array.data_ptr(), array.shape, array.stride()
+
+
+def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int, packed: Packed | None = None) -> Tensor:
     """Return a matrix (depth, columns) as panels (panels, depth, panel), padded with zeros.
 
     Examples:
@@ -25,29 +59,51 @@ def pack_matrix(matrix: Tensor, dtype: torch.dtype, panel: int) -> Tensor:
     """
     depth, columns = matrix.shape
     panels = -(-columns // panel)
-    return _shared(matrix.unsqueeze(0), dtype, panels * panel, (panels, depth, panel))
+    return _shared(matrix.unsqueeze(0), dtype, panels * panel, (panels, depth, panel), packed)
 
 
-def pad_columns(array: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
+def pad_columns(array: Tensor, dtype: torch.dtype, columns: int, packed: Packed | None = None) -> Tensor:
     """Return an array (outer, inner, columns) with its columns padded with zeros.
 
     Examples:
         >>> pad_columns(torch.ones(1, 1, 3), torch.float32, 4).tolist()
         [[[1.0, 1.0, 1.0, 0.0]]]
     """
-    return _shared(array, dtype, columns, (*array.shape[:2], columns))
+    return _shared(array, dtype, columns, (*array.shape[:2], columns), packed)
 
 
-def _shared(array: Tensor, dtype: torch.dtype, columns: int, shape: tuple[int, ...]) -> Tensor:
+def _shared(array: Tensor, dtype: torch.dtype, columns: int, shape: tuple[int, ...], packed: Packed | None) -> Tensor:
     """Return the padded array in the layout of panels, the same one for the same numbers."""
-    padded = torch.zeros(*array.shape[:2], columns, dtype=dtype)
-    padded[..., : array.shape[2]] = array
-    key = (hashlib.blake2b(padded.numpy().tobytes(), digest_size=16).digest(), tuple(padded.shape), dtype, shape)
+    place = None if packed is None else packed.place(array)
+    if packed is not None and place is not None:
+        key = (*place, dtype, shape)
+        found = packed.known.get(key)
+        if found is None:
+            found = packed.known[key] = _in_panels(array, dtype, columns, shape)
+        return found
+    padded = _padded(array, dtype, columns)
+    key = (hashlib.blake2b(padded.numpy().data, digest_size=16).digest(), tuple(padded.shape), dtype, shape)
     found = _known.get(key)
     if found is None:
-        found = _arena.empty(shape, dtype)
-        outer, depth, _ = padded.shape
-        panels = padded.view(outer, depth, -1, shape[2]).transpose(1, 2)
-        found.copy_(panels.reshape(shape))
-        _known[key] = found
+        found = _known[key] = _in_panels(padded, dtype, columns, shape)
+    return found
+
+
+def _padded(array: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
+    """Return a copy of an array (outer, depth, columns) in a dtype, with columns of zeros appended."""
+    padded = torch.zeros(*array.shape[:2], columns, dtype=dtype)
+    padded[..., : array.shape[2]] = array
+    return padded
+
+
+def _in_panels(array: Tensor, dtype: torch.dtype, columns: int, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy of an array (outer, depth, columns) in panels of ``shape[2]`` columns, padded with zeros."""
+    found = _arena.empty(shape, dtype)
+    outer, depth, width = array.shape
+    panel = shape[2]
+    panels = found.view(outer, columns // panel, depth, panel)
+    whole = width // panel
+    panels[:, :whole] = array[..., : whole * panel].unflatten(2, (whole, panel)).transpose(1, 2)
+    if whole < columns // panel:
+        panels[:, whole] = _padded(array[..., whole * panel :], dtype, panel)
     return found

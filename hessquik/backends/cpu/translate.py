@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessquik.backends.cpu.packing import pack_matrix, pad_columns
+from hessquik.backends.cpu.packing import Packed, pack_matrix, pad_columns
 from hessquik.backends.cpu.structures import CONSTANTS, make
 from hessquik.steps import Congruence, Contract, Map, Product, Program, Step, SumProducts
 from hessquik.strided import Space, View
@@ -33,6 +33,7 @@ class Translation:
         dtype: Dtype of all arrays.
         tile_rows: Rows of a tile.
         vector_bytes: Bytes of one SIMD vector.
+        packed: The packed weights of the network, if its programs share them.
 
     Attributes:
         arrays: Names of the inputs and outputs, in the order in which a call gives their addresses.
@@ -40,8 +41,11 @@ class Translation:
         packed_bytes: Bytes of the constants, which other programs may share.
     """
 
-    def __init__(self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int) -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int, packed: Packed | None = None
+    ) -> None:
         """Translate every step."""
+        self._packed = packed
         self._program = program
         self._dtype = dtype
         self._vector_bytes = vector_bytes
@@ -116,7 +120,7 @@ class Translation:
         """Return the structure of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
         single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
         columns = max(width, view.shape[2])
-        data = pad_columns(view.constants[(*single, slice(None))], self._dtype, self._whole(columns))
+        data = pad_columns(view.constants[(*single, slice(None))], self._dtype, self._whole(columns), self._packed)
         self._kept.append(data)
         outer, inner = (0 if data.shape[axis] == 1 else data.stride(axis) for axis in (0, 1))
         return make(
@@ -162,7 +166,7 @@ class Translation:
             "Product", kind=CONSTANTS["PRODUCT"], outer=outer, inner=inner, depth=depth, columns=columns, panel=panel
         )
         if b.buffer.data is not None:
-            data = pack_matrix(b.constants[0], self._dtype, panel)
+            data = pack_matrix(b.constants[0], self._dtype, panel, self._packed)
             self._kept.append(data)
             structure.panel = depth * panel
             structure.b = make("Array", space=CONSTANTS["CONSTANT"], address=data.data_ptr(), inner=panel, column=1)
