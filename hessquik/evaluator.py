@@ -102,7 +102,7 @@ class Evaluator:
         self.m = network.dim_output()
         self.backend = backends.chosen(self.device, backend)
         copy = (network if owned else deepcopy(network)).cpu().requires_grad_(False)
-        self._forms = exact_forms(copy)
+        self._forms = exact_forms(copy.layers())
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ device is kept:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -24,7 +24,6 @@ from hessquik.graph import Builder, Graph
 from hessquik.layers import hessQuikLayer
 from hessquik.layers.form import Form, Map
 from hessquik.layout import lay_out
-from hessquik.networks import NN
 from hessquik.passes import optimise
 from hessquik.quantities import QUANTITIES
 from hessquik.steps import Program
@@ -230,18 +229,18 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
     return builder.finish({name: array.index for name, array in arrays.items()})
 
 
-def exact_forms(network: NN) -> list[Form]:
-    """Return the layers of a network, with what they compute of the weights (L⁺ = softplus(L)) in float64.
+def exact_forms(layers: Iterable[hessQuikLayer]) -> list[Form]:
+    """Return layers as data, with what they compute of the weights (L⁺ = softplus(L)) in float64.
 
     Matrices that are weights themselves keep their dtype and memory.
 
     Example:
         >>> from hessquik.networks import ICNN
-        >>> first, second, *_ = exact_forms(ICNN(3, [None, 8, 2], dtype=torch.float32))
+        >>> first, second, *_ = exact_forms(ICNN(3, [None, 8, 2], dtype=torch.float32).layers())
         >>> first.into[-1].dtype, [linear.dtype for linear in second.into]
         (torch.float32, [torch.float64, torch.float32])
     """
-    return [_exact_form(layer) for layer in network.layers()]
+    return [_exact_form(layer) for layer in layers]
 
 
 def _exact_form(layer: hessQuikLayer) -> Form:

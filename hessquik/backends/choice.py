@@ -14,7 +14,7 @@ from hessquik.plan import Plan
 from hessquik.steps import Product
 
 if TYPE_CHECKING:
-    from hessquik.backends.cpu import Packed
+    from hessquik.backends.cpu.packing import Packed
     from hessquik.backends.triton import TritonProgram
 
 __all__ = [
@@ -91,11 +91,11 @@ def make_runner(
     return Runner(plan, by_torch.run, lambda: by_torch.tile_rows)
 
 
-def shared_weights(backend: str, weights: Sequence[Tensor]) -> Packed | None:
+def shared_weights(backend: str, weights: Sequence[torch.Tensor]) -> Packed | None:
     """Return what programs of a network share, for :func:`make_runner`; ``None`` if the backend shares nothing."""
     if backend != "cpu":
         return None
-    from hessquik.backends.cpu import Packed
+    from hessquik.backends.cpu.packing import Packed
 
     return Packed(weights)
 

@@ -486,6 +486,7 @@ def test_the_speed_of_a_large_network_is_measured_without_its_hessian(
 ) -> None:
     model, asked = unproven.models[1], []
     assert model.operation_s > 0
+    model.operation_s = 0.0
     evaluate = model.evaluator(torch.float64)
     monkeypatch.setattr(
         type(evaluate), "__call__", lambda self, x, quantities, **keywords: asked.append((len(x), tuple(quantities)))

@@ -17,7 +17,7 @@ from hessquik.backends.cpu.translate import Translation
 from hessquik.backends.runner import Bound, refuse
 from hessquik.steps import Program
 
-__all__ = ["CpuProgram", "Packed", "is_available", "vector_bytes"]
+__all__ = ["CpuProgram", "is_available", "vector_bytes"]
 
 
 def is_available() -> bool:
