@@ -80,7 +80,7 @@ class View:
 
     @property
     def constants(self) -> Tensor:
-        """The entries of a constant as a tensor, float64."""
+        """The entries of a constant as a tensor, float64 or float32."""
         assert self.buffer.data is not None
         return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
 
