@@ -374,8 +374,11 @@ class Front:
 
     def handle(self, request: Request) -> None:
         """Answer a complete request by calling its ``respond``, now or later."""
+        target: Target = request.head.target
+        if target.model in self.core.repository:  # names of others are neither logged nor counted
+            request.model = target.model
         try:
-            reply = request.head.target.operation.answer(Call(self, request))
+            reply = target.operation.answer(Call(self, request))
         except Exception as error:
             self.fail(request, error)
             return

@@ -216,6 +216,10 @@ class Table:
         self.root = root
         self._table: dict[str, dict[int, Served]] = {}
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a model of this name, ready or not."""
+        return name in self._table
+
     def names(self) -> list[str]:
         """Return the names of all models in order, including those that failed to load."""
         return sorted(self._table)
