@@ -22,7 +22,7 @@ from hessquik import backends, memory
 from hessquik.calculus import Derivatives
 from hessquik.errors import ShapeError
 from hessquik.networks import NN, Ensemble
-from hessquik.plan import Ask, Plan, choose, exact_forms, least_operations
+from hessquik.plan import Ask, Plan, choose, exact_forms, expect_traceable, least_operations
 from hessquik.quantities import QUANTITIES, needs_directions
 
 __all__ = ["COMMON", "Evaluator"]
@@ -103,6 +103,7 @@ class Evaluator:
         self.backend = backends.chosen(self.device, backend)
         copy = (network if owned else deepcopy(network)).cpu().requires_grad_(False)
         self._forms = exact_forms(copy.layers())
+        expect_traceable(self._forms)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
         self._lock = threading.Lock()

@@ -29,7 +29,7 @@ from hessquik.quantities import QUANTITIES
 from hessquik.steps import Program
 from hessquik.trace import Array
 
-__all__ = ["Ask", "Plan", "choose", "exact_forms", "find_basis", "least_operations", "trace"]
+__all__ = ["Ask", "Plan", "choose", "exact_forms", "expect_traceable", "find_basis", "least_operations", "trace"]
 
 Mode = type[Backward] | type[Forward]
 
@@ -227,6 +227,17 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
                 f"{QUANTITIES[name].axes!r}, got {array.shape[1:]}"
             )
     return builder.finish({name: array.index for name, array in arrays.items()})
+
+
+def expect_traceable(forms: Iterable[Form]) -> None:
+    """Check that all activations and their first two derivatives can be traced, before any of them is asked for.
+
+    Raises:
+        TraceError: an activation calls a function that cannot be traced.
+    """
+    for activation in {id(form.activation): form.activation for form in forms}.values():
+        builder = Builder()
+        activation.jet(Array(builder, builder.input("z", (1, 1))), 2)  # type: ignore[arg-type]
 
 
 def exact_forms(layers: Iterable[hessQuikLayer]) -> list[Form]:

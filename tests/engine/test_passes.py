@@ -27,7 +27,7 @@ def run(graph, inputs):
     values = []
     for node in graph.nodes:
         if node.op == "constant":
-            values.append(node.data.unsqueeze(0))
+            values.append(node.data.double().unsqueeze(0))
         elif node.op == "input":
             values.append(inputs[node.arguments[0]])
         else:
