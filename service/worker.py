@@ -301,15 +301,15 @@ class Worker:
         began = time.perf_counter()
         if self._is_single and self._waited_s < self.spin_s:
             while not self._waiting and time.perf_counter() < began + self.spin_s:
-                self._look()
+                self._receive()
                 os.sched_yield()
         if not self._waiting:
             if any(descriptor == self._woken for descriptor, _ in self._poll.poll()):
                 os.read(self._woken, 64)
-            self._look()
+            self._receive()
         self._waited_s = time.perf_counter() - began
 
-    def _look(self) -> None:
+    def _receive(self) -> None:
         """Receive the frames that have arrived, from every front end, without blocking."""
         while self._prepared:
             self._waiting.append(self._prepared.popleft())
@@ -339,7 +339,7 @@ class Worker:
             return
         if 0 < self._busy_since_s < now - self.limit_s:
             raise Late
-        self._look()
+        self._receive()
         if self._is_alone:
             return
         self._is_between = True

@@ -160,7 +160,7 @@ def test_a_large_batch_of_another_front_waits_and_what_failed_before_is_left_alo
 
     def between_with_both_waiting() -> None:
         while worker._is_alone and len(worker._waiting) < 2:
-            worker._look()
+            worker._receive()
         between()
 
     def send_and_note(connection: worker_module.Connection, head: dict[str, Any], fields: dict[str, Any]) -> None:
