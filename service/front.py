@@ -374,7 +374,7 @@ class Front:
 
     def handle(self, request: Request) -> None:
         """Answer a complete request by calling its ``respond``, now or later."""
-        target: Target = request.head.target
+        target = request.head.target
         if target.model in self.core.repository:  # names of others are neither logged nor counted
             request.model = target.model
         try:
