@@ -394,7 +394,7 @@ class NodeWorld:
 
     async def load(self, name: str) -> None:
         before = {one for one in self.unloaded.items() if one[0][0] == name}
-        self.unsure -= {key for key in self.unsure if key[0] == name}
+        settled = {key for key in self.unsure if key[0] == name}
         try:
             loaded = await self.node.load(name)
         except ModelNotFound:
@@ -409,9 +409,11 @@ class NodeWorld:
         except asyncio.CancelledError:
             self.ends["cancelled"] += 1
             self.unsure |= {key for key, _ in before}  # the load continues, and may not find the model
+            settled = set()
         else:
             expect(all(one.state == "ready" for one in loaded), "what was loaded is ready")
             self.ends["loaded"] += 1
+        self.unsure -= settled
         self.unloaded = dict(self.unloaded.items() - before)
 
     async def unload(self, name: str, version: int | None) -> None:
