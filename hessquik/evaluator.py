@@ -165,7 +165,7 @@ class Evaluator:
             weights: Likewise.
             directions: Likewise.
 
-        Example:
+        Examples:
             >>> from hessquik.networks import fullyConnectedNN
             >>> Evaluator(fullyConnectedNN([100, 16, 1])).exceeds(1e4, ("hessian",))
             True

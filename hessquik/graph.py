@@ -198,7 +198,7 @@ def rewrite(graph: Graph, rule: Rule, is_merging: bool = False) -> Graph:
 def is_filled(data: Tensor, number: float) -> bool:
     """Return whether all entries are the number; one entry tells so of most weights, however large they are.
 
-    Example:
+    Examples:
         >>> is_filled(torch.zeros(2, 3), 0.0), is_filled(torch.eye(2), 1.0)
         (True, False)
     """

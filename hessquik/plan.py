@@ -128,7 +128,7 @@ def least_operations(forms: Sequence[Form], ask: Ask, outputs: int) -> int:
     each input, or for each direction in which the first layer depends on them; for a gradient that many or one
     adjoint per output; for products Hv an adjoint per direction and output.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import fullyConnectedNN
         >>> forms = fullyConnectedNN([5, 16, 32, 1]).forms()
         >>> least_operations(forms, Ask(frozenset({"laplacian"})), 1) == 2 * 5 * (16 * 32 + 32 * 1)
@@ -245,7 +245,7 @@ def exact_forms(layers: Iterable[hessQuikLayer]) -> list[Form]:
 
     Matrices that are weights themselves keep their dtype and memory.
 
-    Example:
+    Examples:
         >>> from hessquik.networks import ICNN
         >>> first, second, *_ = exact_forms(ICNN(3, [None, 8, 2], dtype=torch.float32).layers())
         >>> first.into[-1].dtype, [linear.dtype for linear in second.into]

@@ -42,7 +42,8 @@ pytestmark = [
 ]
 
 needs_shares = pytest.mark.skipif(
-    not os.access(CPU_GROUPS, os.W_OK), reason="needs root and shares of processor time"
+    not os.access(CPU_GROUPS, os.W_OK),
+    reason="needs root and cgroup v1, /sys/fs/cgroup/cpu",
 )
 CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
 QUANTITIES = ["value", "gradient", "hessian", "laplacian", "hessian_diagonal", "jvp", "hvp", "curvature"]

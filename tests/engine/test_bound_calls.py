@@ -1,7 +1,7 @@
 """Calls of one tile, which one call of the kernel checks, gives new results and computes."""
 
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hessquik import Evaluator, ShapeError, evaluator, memory
 from hessquik.backends import cpu
 from hessquik.networks import fullyConnectedNN
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C kernel was not built")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs the CPU kernel: make check, with a C compiler")
 ALL = ("value", "gradient", "hessian")
 
 
@@ -169,20 +169,13 @@ def test_threads_share_a_bound_call():
     evaluate = small_evaluator()
     points = torch.randn(64, 3)
     wanted = evaluate(points, ALL).hessian
-    failures = []
 
-    def work(first):
-        for i in range(first, first + 400):
-            row = slice(i % 64, i % 64 + 1)
-            if not torch.equal(evaluate(points[row], ALL).hessian, wanted[row]):
-                failures.append(i)
+    def agrees(first):
+        rows = [slice(i % 64, i % 64 + 1) for i in range(first, first + 400)]
+        return all(torch.equal(evaluate(points[row], ALL).hessian, wanted[row]) for row in rows)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(agrees, range(4)))
 
 
 def test_memory_of_results_is_freed():

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,19 +187,12 @@ def assert_threads_agree(evaluate, rows):
     """Check that four threads at once, each with its own points, get the same results as one after the other."""
     points = [torch.randn(rows, evaluate.d) for _ in range(4)]
     alone = [evaluate(x, ("value", "hessian")).hessian for x in points]
-    wrong = []
 
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(evaluate(points[i], ("value", "hessian")).hessian, alone[i]):
-                wrong.append(i)
+    def agrees(i):
+        return all(torch.equal(evaluate(points[i], ("value", "hessian")).hessian, alone[i]) for _ in range(20))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(agrees, range(4)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,7 +28,7 @@ class Packed:
     Args:
         weights: The weights.
 
-    Example:
+    Examples:
         >>> weight = torch.ones(128, 128, dtype=torch.float64)
         >>> packed = Packed([weight])
         >>> pack_matrix(weight, torch.float64, 8, packed) is pack_matrix(weight.clone(), torch.float64, 8, packed)
