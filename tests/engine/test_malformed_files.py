@@ -1,6 +1,7 @@
 """A malformed model file is refused by a FormatError that names the fault, never by another exception.
 
-Each leaf of a file's header, of its architecture and of its metadata is replaced in turn by each kind of wrong value.
+Each leaf of a file's header, of its architecture and of its metadata is replaced in turn by each kind of wrong value;
+in the short form by every fourth kind, beginning with another one at each leaf.
 """
 
 import copy
@@ -18,6 +19,7 @@ from hessquik import storage
 from hessquik.activations import softplusActivation, tanhActivation
 from hessquik.architecture import describe
 from hessquik.errors import FormatError
+from tests.whole import choose
 
 #: JSON texts, since some have no Python value that json.dumps writes.
 WRONG = {
@@ -83,6 +85,12 @@ def leaves(value, way=()):
         yield from leaves(child, (*way, key))
 
 
+def places(value, wrong):
+    """Return the paths at which a kind of wrong value is tried."""
+    step = choose(4, 1)
+    return list(leaves(value))[list(WRONG).index(wrong) % step :: step]
+
+
 def replaced(value, way, text):
     """Return the JSON text of a value in which the value at a path is replaced by another JSON text."""
     if not way:
@@ -142,17 +150,18 @@ def test_every_place_of_the_architecture_with_every_wrong_value(wrong, whole):
     header, tensors = whole
     architecture = json.loads(header["__metadata__"]["network"])
     refused = 0
-    for way in leaves(architecture):
+    for way in (tried := places(architecture, wrong)):
         texts = {**header["__metadata__"], "network": replaced(architecture, way, WRONG[wrong])}
         refused += is_read_or_refused(file(json.dumps({**header, "__metadata__": texts}), tensors))
-    assert refused > 30
+    assert refused > 0.6 * len(tried)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_every_place_of_the_header_with_every_wrong_value(wrong, whole):
     header, tensors = whole
-    refused = sum(is_read_or_refused(file(replaced(header, way, WRONG[wrong]), tensors)) for way in leaves(header))
-    assert refused > 30
+    tried = places(header, wrong)
+    refused = sum(is_read_or_refused(file(replaced(header, way, WRONG[wrong]), tensors)) for way in tried)
+    assert refused > len(tried) // 2
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -160,7 +169,7 @@ def test_every_place_of_the_header_with_every_wrong_value(wrong, whole):
 def test_every_place_of_the_metadata_with_every_wrong_value(key, wrong, whole):
     header, tensors = whole
     value = json.loads(header["__metadata__"][key])
-    for way in leaves(value):
+    for way in places(value, wrong):
         texts = {**header["__metadata__"], key: replaced(value, way, WRONG[wrong])}
         is_read_or_refused(file(json.dumps({**header, "__metadata__": texts}), tensors))
 

@@ -129,7 +129,7 @@ def mebibytes_beyond_inputs_and_results(n, call, backend):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("backend", backends.names())
-@pytest.mark.parametrize("n", choose([4096], [2048, 16384]))
+@pytest.mark.parametrize("n", choose([2048], [2048, 16384]))
 def test_memory_beyond_inputs_and_results_does_not_grow_with_the_rows(n, backend):
     assert mebibytes_beyond_inputs_and_results(n, OURS, backend) <= 64
 

@@ -9,7 +9,7 @@ from tests import oracle
 from tests.engine import random_networks as draws
 from tests.whole import choose
 
-NETWORKS, PARTS = choose(1024, 2048), 8
+NETWORKS, PARTS = choose(256, 2048), 8
 #: Rounding alone; relative to the largest entry, see oracle.difference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 MODES = {"automatic": {}, "forward": {"forward_mode": True}, "backward": {"forward_mode": False}}
