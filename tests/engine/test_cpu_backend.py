@@ -92,7 +92,7 @@ def test_rows_beside_the_wanted_ones_are_left_alone(vector_bytes):
         assert array[[0, 1, 2, 3, 7, 8]].isnan().all()
 
 
-def test_numbers_behind_the_callers_arrays_are_neither_read_nor_written(vector_bytes):
+def test_numbers_behind_the_callers_arrays_are_neither_read_nor_written():
     """Every array ends at the end of a page, and the next page is protected."""
     script = f"""
 import ctypes, mmap, torch
@@ -113,7 +113,8 @@ for seed in range({choose(4, 12)}):
     for dtype in (torch.float32, torch.float64):
         arrays = {{k: guarded(v.numel(), dtype).copy_(v.flatten()) for k, v in case.inputs(5).items()}}
         arrays |= {{name: guarded(5 * size, dtype) for name, size in outputs_of(case.program).items()}}
-        CpuProgram(case.program, dtype, 2, {vector_bytes}).run(arrays, 0, 5)
+        for vector_bytes in {[bytes_ for bytes_ in VECTOR_BYTES if bytes_ <= cpu.vector_bytes()]}:
+            CpuProgram(case.program, dtype, 2, vector_bytes).run(arrays, 0, 5)
 print("done", flush=True)
 import os; os._exit(0)
 """

@@ -29,7 +29,7 @@ def by_onnxruntime(model, x):
     return torch.as_tensor(session.run(None, {"x": x.numpy()})[0])
 
 
-@pytest.mark.parametrize("start", range(0, choose(150, 1000), 50))
+@pytest.mark.parametrize("start", range(0, choose(50, 1000), 50))
 def test_random_graphs(start):
     for seed in range(start, start + 50):
         model, d, f = onnx_networks.model(seed)
@@ -48,14 +48,14 @@ def test_random_graphs_on_every_backend(backend):
 
 
 def test_random_graphs_with_kinks():
-    for seed in range(choose(50, 200)):
+    for seed in range(choose(25, 200)):
         model, d, f = onnx_networks.model(seed, onnx_networks.KINKED)
         network = hessquik.from_onnx(model, allow_kinks=True)
         assert worst_error(network, f, points(d)) <= TOLERANCE, seed
 
 
 def test_float32_graphs_have_the_values_of_onnxruntime():
-    for seed in range(choose(50, 1000)):
+    for seed in range(choose(25, 1000)):
         model, d, _ = onnx_networks.model(seed, dtype=np.float32)
         network = hessquik.from_onnx(model)
         x = points(d).float()

@@ -24,7 +24,7 @@ def fitted(seed, **options):
         return sklearn_networks.estimator(seed, **options)
 
 
-@pytest.mark.parametrize("start", range(0, choose(200, 1000), 50))
+@pytest.mark.parametrize("start", range(0, choose(100, 1000), 50))
 def test_random_estimators(start):
     for seed in range(start, start + 50):
         estimator, d, f = fitted(seed)

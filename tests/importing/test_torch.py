@@ -15,7 +15,7 @@ def points(d, seed=0):
     return torch.randn(3, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("start", range(0, choose(100, 1000), 50))
+@pytest.mark.parametrize("start", range(0, choose(50, 1000), 50))
 @pytest.mark.slow
 def test_random_modules(start):
     for seed in range(start, start + 50):
@@ -35,7 +35,7 @@ def test_random_modules_on_every_backend(backend):
 
 @pytest.mark.slow
 def test_random_modules_with_kinks():
-    for seed in range(choose(40, 200)):
+    for seed in range(choose(20, 200)):
         module, d = torch_networks.module(seed, torch_networks.KINKED)
         network = hessquik.from_torch(module, points(d), allow_kinks=True)
         assert worst_error(network, module, points(d)) <= TOLERANCE, seed
