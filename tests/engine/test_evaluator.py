@@ -18,8 +18,8 @@ from tests.whole import choose
 
 #: Rounding alone; relative to the largest entry, see oracle.difference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
-#: In the short form each is asked for once, with one of the six kinds of weights and directions; a network has three of
-#: these in float32 and the others in float64.
+#: In the short form each is asked for once, with one of the six kinds of weights and directions; a network has three
+#: of these in float32 and the others in float64.
 SUBSETS = [("value", "gradient", "hessian"), ("laplacian", "gradient"), ("jvp",), *((name,) for name in QUANTITIES)]
 DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
 BACKENDS = backends.names()
