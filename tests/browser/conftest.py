@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Playwright, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Playwright, ViewportSize, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -16,6 +16,7 @@ FLAGS = [
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
+    "--process-per-site",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -23,7 +24,7 @@ FLAGS = [
 
 
 # Not for the whole session: while it runs, nothing else in this process may start an event loop.
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def playwright() -> Iterator[Playwright]:
     if CHROMIUM is None:
         pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
@@ -31,12 +32,16 @@ def playwright() -> Iterator[Playwright]:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def context(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
     """Yield one browser with a new and empty profile."""
     profile = tmp_path_factory.mktemp("profile")
     context = playwright.chromium.launch_persistent_context(
-        profile, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1440, "height": 1000}
+        profile,
+        executable_path=CHROMIUM,
+        args=FLAGS,
+        viewport={"width": 1440, "height": 1000},
+        reduced_motion="reduce",  # nothing looks at the frames of a transition, which are drawn without a GPU
     )
     context.set_default_timeout(30_000)
     yield context
@@ -64,9 +69,22 @@ class Watched:
 
 
 @contextmanager
-def opened(context: BrowserContext, url: str, expected_error: str | None = None) -> Iterator[Watched]:
-    """Yield a page; check at the end that it had only expected errors and contacted only its own server."""
+def opened(
+    context: BrowserContext,
+    url: str,
+    expected_error: str | None = None,
+    viewport: ViewportSize | None = None,
+    has_clock: bool = False,
+) -> Iterator[Watched]:
+    """Yield a page; check at the end that it had only expected errors and contacted only its own server.
+
+    With ``has_clock`` the test may move the page's time on.
+    """
     watched = Watched(context.new_page())
+    if viewport is not None:
+        watched.page.set_viewport_size(viewport)
+    if has_clock:
+        watched.page.clock.install()
     watched.page.goto(url)
     yield watched
     watched.page.close()

@@ -12,7 +12,7 @@ from tests.live import LiveServer
 pytestmark = pytest.mark.xdist_group("browser")
 
 
-def test_docs_page_lists_and_tries_every_path(server: LiveServer, context: BrowserContext) -> None:
+def test_docs_page_lists_and_tries_every_path_in_light_and_dark(server: LiveServer, context: BrowserContext) -> None:
     with opened(context, f"{server.url}/docs") as watched:
         page = watched.page
         operations = page.locator(".opblock")
@@ -27,11 +27,6 @@ def test_docs_page_lists_and_tries_every_path(server: LiveServer, context: Brows
         evaluate.get_by_role("button", name="Execute").click()
         reply = evaluate.locator(".live-responses-table .response-col_description code").first
         expect(reply).to_contain_text('"gradient"', timeout=30_000)
-
-
-def test_docs_page_has_dark_colours(server: LiveServer, context: BrowserContext) -> None:
-    with opened(context, f"{server.url}/docs") as watched:
-        page = watched.page
         for scheme, colour in (("light", "rgba(0, 0, 0, 0)"), ("dark", "rgb(20, 22, 28)")):
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == colour

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, ViewportSize, expect
 
 import hessquik
 import hessquik.activations
@@ -27,6 +29,10 @@ from tests.live import ROOT, LiveServer
 pytestmark = pytest.mark.xdist_group("browser")
 
 SIDE = 101
+KEY = "opensesame"
+DESKTOP, PHONE = ViewportSize(width=1440, height=1000), ViewportSize(width=360, height=740)
+#: For a surface.
+SMALL = ViewportSize(width=480, height=480)
 #: Read back from fixed-up text, so that a picture's numbers can be compared with an oracle's sums in another order.
 ROUNDING = 1e-11
 
@@ -38,24 +44,50 @@ def loaded(server: LiveServer, context: BrowserContext) -> Iterator[Watched]:
         yield watched
 
 
+#: Puts the controls where a new page has them; a change draws the picture again, so only what differs is changed.
+RESET = """() => {
+  for (const [id, name, value] of [
+    ["show-model", "checked", false], ["arrows", "checked", true],
+    ["field", "value", "value"], ["kind", "value", "contour"], ["snippet-as", "value", "curl"],
+  ]) {
+    const control = document.getElementById(id);
+    if (control[name] === value) continue;
+    control[name] = value;
+    control.dispatchEvent(new Event("change"));
+  }
+}"""
+
+
+def reset(watched: Watched) -> Watched:
+    """Make a page as it opens, except for the model, which each test chooses."""
+    page = watched.page
+    page.set_viewport_size(DESKTOP)
+    page.emulate_media(color_scheme="light")
+    page.evaluate(RESET)
+    settled(page)
+    assert watched.errors == []
+    return watched
+
+
 @pytest.fixture
 def explorer(loaded: Watched) -> Watched:
-    """Return the page as it opens, except for the model, which each test chooses."""
-    page = loaded.page
-    page.set_viewport_size({"width": 1440, "height": 1000})
-    page.emulate_media(color_scheme="light")
-    page.uncheck("#show-model")
-    for choice, value in {"field": "value", "kind": "contour", "snippet-as": "curl"}.items():
-        page.select_option(f"#{choice}", value)
-    page.check("#arrows")
-    assert loaded.errors == []
-    return loaded
+    """Return the page of the shipped models."""
+    return reset(loaded)
 
 
 def settled(page: Page) -> Page:
     """Wait until the requested slice is drawn."""
     page.locator("#plot:not(.stale)").wait_for()
     return page
+
+
+def first_picture(page: Page) -> None:
+    expect(page.locator("#slice-note")).to_contain_text("in one request", timeout=60_000)
+    settled(page)
+
+
+def shown_model(page: Page) -> str:
+    return page.locator("#plot").get_attribute("aria-label") or ""
 
 
 def choose(page: Page, model: str) -> None:
@@ -142,20 +174,23 @@ def test_drawn_numbers_equal_the_api(explorer: Watched, server: LiveServer, mode
     choose(page, model)
     page.select_option("#field", field)
     before = explorer.asked("/evaluate")
-    page.select_option("#kind", "surface" if field == "value" and model == "peaks" else "contour")
     page.uncheck("#arrows")
     settled(page)
     assert explorer.asked("/evaluate") - before <= 2  # one per change, and none for the parts of a picture
-    label, quantity, read = FIELDS[field]
-    drawn = trace(page, label)
     with Client(server.url) as client:
-        served = client.model(model)
-        metadata = served.describe()["metadata"]
-        low, high = metadata["lower_bounds"], metadata["upper_bounds"]
-        base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
-        expected = read(served.evaluate(points, [quantity]))
-    got = np.array(drawn["z"]).ravel()
+        shows_the_api(page, client, model, field)
+
+
+def shows_the_api(page: Page, client: Client, model: str, field: str) -> None:
+    """Assert that the numbers in the picture are those of the API."""
+    label, quantity, read = FIELDS[field]
+    served = client.model(model)
+    metadata = served.describe()["metadata"]
+    low, high = metadata["lower_bounds"], metadata["upper_bounds"]
+    base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
+    expected = read(served.evaluate(points, [quantity]))
+    got = np.array(trace(page, label)["z"]).ravel()
     assert got.shape == (SIDE * SIDE,)
     tolerance = 0 if field in {"value", "laplacian"} else ROUNDING * np.abs(expected).max()
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
@@ -322,7 +357,7 @@ def test_keyboard_alone_suffices(explorer: Watched) -> None:
 
 def test_phone_has_no_sideways_scrolling(explorer: Watched) -> None:
     page = explorer.page
-    page.set_viewport_size({"width": 360, "height": 740})
+    page.set_viewport_size(PHONE)
     choose(page, "borehole")
     look(page, 0.1, 20000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -343,56 +378,89 @@ def test_light_and_dark_differ(explorer: Watched) -> None:
     assert light["dark"] < 150
 
 
-@pytest.fixture(scope="module")
-def strange_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of two models with one input and two outputs; the metadata of the first contain HTML."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    network = hessquik.networks.fullyConnectedNN([1, 8, 2], act=hessquik.activations.tanhActivation())
-    mark = "<img src=x onerror=document.title='owned'>"
-    hessquik.save(network.double(), folder / "curve.safetensors", description=mark, input_names=[mark])
-    hessquik.save(network, folder / "wide.safetensors", lower_bounds=[-5.0], upper_bounds=[5.0])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def guarded(strange_models: Path) -> Iterator[LiveServer]:
-    with LiveServer(strange_models, settings={"api_keys": "opensesame"}) as live:
-        yield live
-
-
-def test_key_is_asked_for_and_a_bad_one_refused(guarded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, guarded.url, expected_error="401") as watched:
-        use_keys(watched, guarded)
-
-
 def give_key(page: Page, key: str) -> None:
     page.fill("#key", key)
     page.press("#key", "Enter")
 
 
-def use_keys(watched: Watched, guarded: LiveServer) -> None:
-    page = watched.page
-    expect(page.locator("#key-form")).to_be_visible()
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
-    give_key(page, "wrong")
-    expect(page.locator("#problem")).to_contain_text("does not accept this key. (unauthorized, request ")
-    give_key(page, "opensesame")
-    expect(page.locator("#slice-note")).to_contain_text("in one request")
-    expect(page.locator("#key-form")).to_be_hidden()
-    expect(page.locator("#problem")).to_be_hidden()
-    expect(page.locator("#snippet")).to_contain_text("Authorization: Bearer $HESSQUIK_API_KEY")
-    # A curve of either output, and markup in a model's own words is only words.
-    for output in (0, 1):
-        page.select_option("#output", str(output))
-        settled(page)
-        drawn = trace(page, "value")
-        with Client(guarded.url, api_key="opensesame") as client:
-            expected = client.model("curve").value(np.array(drawn["x"])[:, None])[:, output]
-        np.testing.assert_allclose(drawn["y"], expected, rtol=1e-13)
-    assert "owned" not in page.title()
-    expect(page.locator("#model-list img")).to_have_count(0)
+@pytest.fixture(scope="module")
+def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of ten models, some without bounds, and one with HTML in its metadata."""
+    folder = tmp_path_factory.mktemp("several")
+    torch.manual_seed(1)
+    tanh = hessquik.activations.tanhActivation
+    flat = hessquik.networks.NN(hessquik.layers.singleLayer(2, 1, act=tanh())).double()
+    hessquik.save(flat, folder / "flat.safetensors")
+    for name in ("peaks", "borehole", "borehole_ensemble"):
+        (folder / f"{name}.safetensors").write_bytes((shipped_models / f"{name}.safetensors").read_bytes())
+    bowl = hessquik.networks.NN(hessquik.layers.quadraticLayer(3, 3)).double()
+    hessquik.save(bowl, folder / "bowl.safetensors")
+    many = hessquik.networks.fullyConnectedNN([30, 4, 1], act=tanh()).double()
+    hessquik.save(many, folder / "many.safetensors", description="thirty inputs")
+    one = hessquik.networks.fullyConnectedNN([1, 8, 1], act=tanh()).double()
+    for name in ("one", "two"):
+        hessquik.save(one, folder / f"{name}.safetensors", lower_bounds=[-1.0], upper_bounds=[1.0])
+    curve = hessquik.networks.fullyConnectedNN([1, 8, 2], act=tanh())
+    mark = "<img src=x onerror=document.title='owned'>"
+    hessquik.save(curve.double(), folder / "curve.safetensors", description=mark, input_names=[mark])
+    hessquik.save(curve, folder / "wide.safetensors", lower_bounds=[-5.0], upper_bounds=[5.0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(several: Path) -> Iterator[LiveServer]:
+    with LiveServer(several, settings={"watch_s": 0.3, "api_keys": KEY}) as live:
+        yield live
+
+
+@contextmanager
+def entered(
+    context: BrowserContext, url: str, viewport: ViewportSize | None = None, has_clock: bool = False
+) -> Iterator[Watched]:
+    """Open a page and give it the key."""
+    with opened(context, url, "401", viewport, has_clock) as watched:
+        give_key(watched.page, KEY)
+        yield watched
+
+
+@pytest.fixture(scope="module")
+def entered_once(guarded: LiveServer, context: BrowserContext) -> Iterator[Watched]:
+    with entered(context, guarded.url) as watched:
+        first_picture(watched.page)
+        watched.errors.clear()  # the 401 before the key was given
+        yield watched
+
+
+@pytest.fixture
+def crowded(entered_once: Watched) -> Watched:
+    """Return the page of ten models."""
+    return reset(entered_once)
+
+
+def test_key_is_asked_for_and_a_bad_one_refused(guarded: LiveServer, context: BrowserContext) -> None:
+    with opened(context, guarded.url, expected_error="401") as watched:
+        page = watched.page
+        expect(page.locator("#key-form")).to_be_visible()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        give_key(page, "wrong")
+        expect(page.locator("#problem")).to_contain_text("does not accept this key. (unauthorized, request ")
+        give_key(page, KEY)
+        first_picture(page)
+        expect(page.locator("#key-form")).to_be_hidden()
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#snippet")).to_contain_text("Authorization: Bearer $HESSQUIK_API_KEY")
+        # A curve of either output, and markup in a model's own words is only words.
+        choose(page, "curve")
+        for output in (0, 1):
+            page.select_option("#output", str(output))
+            settled(page)
+            drawn = trace(page, "value")
+            with Client(guarded.url, api_key=KEY) as client:
+                expected = client.model("curve").value(np.array(drawn["x"])[:, None])[:, output]
+            np.testing.assert_allclose(drawn["y"], expected, rtol=1e-13)
+        assert "owned" not in page.title()
+        expect(page.locator("#model-list img")).to_have_count(0)
 
 
 def test_error_is_shown_as_the_api_gives_it(explorer: Watched, server: LiveServer) -> None:
@@ -410,116 +478,60 @@ def test_error_is_shown_as_the_api_gives_it(explorer: Watched, server: LiveServe
     explorer.errors.clear()  # the browser itself notes the 404
 
 
-def test_page_survives_its_server(guarded: LiveServer, strange_models: Path, context: BrowserContext) -> None:
-    """A model that was chosen during the outage is the one that is drawn after it."""
-    with opened(context, guarded.url, expected_error="Failed to load resource") as watched:
-        page = watched.page
-        give_key(page, "opensesame")
-        expect(page.locator("#slice-note")).to_contain_text("in one request")
-        assert "of curve over" in shown_model(page)
-        guarded.stop()
-        page.click("#model-list button[data-model=wide]")
-        expect(page.locator("#problem")).to_contain_text("does not answer", timeout=15_000)
-        expect(page.locator("#state")).to_have_text("not reachable")
-        port = f"sys.argv[sys.argv.index('--port') + 1] = '{guarded.port}'"
-        command = ("-c", f"import sys; {port}; from service.cli import main; main()")
-        with LiveServer(strange_models, settings={"api_keys": "opensesame"}, command=command):
-            expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
-            expect(page.locator("#problem")).to_be_hidden()
-            expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of wide over"), timeout=15_000)
-            settled(page)
-            assert trace(page, "value")["x"][-1] == 5.0
-            choose(page, "curve")
-            assert len(trace(page, "value")["y"]) == SIDE
-
-
-@pytest.fixture(scope="module")
-def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of eight models, of which ``flat`` and ``bowl`` have no bounds."""
-    folder = tmp_path_factory.mktemp("several")
-    torch.manual_seed(1)
-    tanh = hessquik.activations.tanhActivation
-    flat = hessquik.networks.NN(hessquik.layers.singleLayer(2, 1, act=tanh())).double()
-    hessquik.save(flat, folder / "flat.safetensors")
-    for name in ("peaks", "borehole", "borehole_ensemble"):
-        (folder / f"{name}.safetensors").write_bytes((shipped_models / f"{name}.safetensors").read_bytes())
-    bowl = hessquik.networks.NN(hessquik.layers.quadraticLayer(3, 3)).double()
-    hessquik.save(bowl, folder / "bowl.safetensors")
-    many = hessquik.networks.fullyConnectedNN([30, 4, 1], act=tanh()).double()
-    hessquik.save(many, folder / "many.safetensors", description="thirty inputs")
-    curve = hessquik.networks.fullyConnectedNN([1, 8, 1], act=tanh()).double()
-    for name in ("one", "two"):
-        hessquik.save(curve, folder / f"{name}.safetensors", lower_bounds=[-1.0], upper_bounds=[1.0])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def crowded(several: Path) -> Iterator[LiveServer]:
-    with LiveServer(several, settings={"watch_s": 0.3}) as live:
-        yield live
-
-
-def first_picture(page: Page) -> None:
-    expect(page.locator("#slice-note")).to_contain_text("in one request", timeout=60_000)
-    settled(page)
-
-
-def shown_model(page: Page) -> str:
-    return page.locator("#plot").get_attribute("aria-label") or ""
-
-
 def test_opens_on_a_model_of_two_inputs_and_follows_the_folder(
-    crowded: LiveServer, several: Path, context: BrowserContext
+    guarded: LiveServer, several: Path, context: BrowserContext
 ) -> None:
-    with opened(context, crowded.url) as watched:
+    """The list of models is looked at every six seconds, by a clock that the test moves on."""
+    with entered(context, guarded.url, has_clock=True) as watched, Client(guarded.url, api_key=KEY) as client:
         page = watched.page
         first_picture(page)
         assert "of flat over" in shown_model(page)
+
+        def lists_new(count: int) -> None:
+            while [model["name"] for model in client.models()].count("new") != count:
+                time.sleep(0.05)
+            page.clock.run_for(6_000)
+            expect(page.locator("#model-list button[data-model=new]")).to_have_count(count)
+
         new = several / "new.safetensors"
         new.write_bytes((several / "one.safetensors").read_bytes())
-        expect(page.locator("#model-list button[data-model=new]")).to_have_count(1, timeout=20_000)
+        lists_new(1)
         new.unlink()
-        expect(page.locator("#model-list button[data-model=new]")).to_have_count(0, timeout=20_000)
+        lists_new(0)
         page.fill("#model-search", "thirty")
         names = page.locator("#model-list button").evaluate_all("all => all.map((one) => one.dataset.model)")
         assert names == ["flat", "many"]  # the chosen one stays
 
 
-def test_choosing_brings_the_picture_into_view_and_it_stays_there(
-    crowded: LiveServer, context: BrowserContext
-) -> None:
-    with opened(context, crowded.url) as watched:
-        page = watched.page
-        first_picture(page)
-        page.set_viewport_size({"width": 1440, "height": 800})
-        choose(page, "many")
-        page.locator("#input-rows .input-row").nth(15).scroll_into_view_if_needed()
-        box = page.locator("#plot").bounding_box()
-        assert box is not None
-        assert 0 <= box["y"] < 100
-        look(page, 0.1, 0.2)
-        labels = page.evaluate('() => document.getElementById("hessian").layout.xaxis.ticktext.length')
-        assert labels <= 12
-        page.set_viewport_size({"width": 360, "height": 740})
-        page.locator("#model-list button[data-model=two]").click()
-        settled(page)
-        box = page.locator("#slice").bounding_box()
-        assert box is not None
-        assert box["y"] < 740
+def test_choosing_brings_the_picture_into_view_and_it_stays_there(crowded: Watched) -> None:
+    page = crowded.page
+    page.set_viewport_size({"width": 1440, "height": 800})
+    choose(page, "many")
+    page.locator("#input-rows .input-row").nth(15).scroll_into_view_if_needed()
+    box = page.locator("#plot").bounding_box()
+    assert box is not None
+    assert 0 <= box["y"] < 100
+    look(page, 0.1, 0.2)
+    labels = page.evaluate('() => document.getElementById("hessian").layout.xaxis.ticktext.length')
+    assert labels <= 12
+    page.set_viewport_size(PHONE)
+    page.locator("#model-list button[data-model=two]").click()
+    settled(page)
+    box = page.locator("#slice").bounding_box()
+    assert box is not None
+    assert box["y"] < 740
 
 
-def test_the_address_says_what_is_looked_at(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, crowded.url) as watched:
-        page = watched.page
-        first_picture(page)
-        choose(page, "borehole")
-        page.select_option("#axis-x", "3")
-        settled(page)
-        page.select_option("#field", "gradient")
-        settled(page)
-        look(page, 1000.0, 20000.0)
-        address = page.url
-    with opened(context, address) as watched:
+def test_the_address_says_what_is_looked_at(crowded: Watched, context: BrowserContext) -> None:
+    page = crowded.page
+    choose(page, "borehole")
+    page.select_option("#axis-x", "3")
+    settled(page)
+    page.select_option("#field", "gradient")
+    settled(page)
+    look(page, 1000.0, 20000.0)
+    address = page.url
+    with entered(context, address) as watched:
         page = watched.page
         expect(page.locator("#point-facts")).to_be_visible(timeout=60_000)
         settled(page)
@@ -528,125 +540,122 @@ def test_the_address_says_what_is_looked_at(crowded: LiveServer, context: Browse
         assert page.url == address
 
 
-def test_what_is_outside_the_bounds_is_shaded(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, f"{crowded.url}/#model=peaks") as watched:
-        page = watched.page
-        first_picture(page)
-        shades = "() => document.getElementById('plot').layout.shapes.map(({x0, x1, y0, y1}) => [x0, x1, y0, y1])"
-        assert page.evaluate(shades) == []
-        for label, number in (("x, from", "-4"), ("x, to", "5"), ("y, to", "3.5")):
-            page.get_by_label(label, exact=True).fill(number)
-            page.get_by_label(label, exact=True).press("Enter")
-            settled(page)
-        assert page.evaluate(shades) == [[-4, -3, -3, 3.5], [3, 5, -3, 3.5], [-3, 3, 3, 3.5]]
-        choose(page, "flat")
-        assert page.evaluate(shades) == []
-
-
-def test_an_ensembles_spread_can_be_drawn(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, f"{crowded.url}/#model=borehole_ensemble") as watched:
-        page = watched.page
-        first_picture(page)
-        expect(page.locator("#model-list button[aria-pressed=true]")).to_contain_text("ensemble of 5 networks")
-        page.select_option("#field", "spread")
+def test_what_is_outside_the_bounds_is_shaded(crowded: Watched) -> None:
+    page = crowded.page
+    choose(page, "peaks")
+    shades = "() => document.getElementById('plot').layout.shapes.map(({x0, x1, y0, y1}) => [x0, x1, y0, y1])"
+    assert page.evaluate(shades) == []
+    for label, number in (("x, from", "-4"), ("x, to", "5"), ("y, to", "3.5")):
+        page.get_by_label(label, exact=True).fill(number)
+        page.get_by_label(label, exact=True).press("Enter")
         settled(page)
-        drawn = np.array(trace(page, "standard deviation of the value")["z"])
-        with Client(crowded.url) as client:
-            model = client.model("borehole_ensemble")
-            about = model.describe()["metadata"]
-            low, high = about["lower_bounds"], about["upper_bounds"]
-            base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-            points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
-            np.testing.assert_array_equal(drawn.ravel(), model.value_std(points)[:, 0])
-        choose(page, "peaks")
-        assert page.input_value("#field") == "value"
-        assert page.locator("#field option[value=spread]").count() == 0
+    assert page.evaluate(shades) == [[-4, -3, -3, 3.5], [3, 5, -3, 3.5], [-3, 3, 3, 3.5]]
+    choose(page, "flat")
+    assert page.evaluate(shades) == []
 
 
-def test_paths_say_what_they_found(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, crowded.url) as watched:
-        page = watched.page
-        first_picture(page)
-        assert "of flat over" in shown_model(page)
-        look(page, 0.5, 0.5)
-        assert "minimum" not in walk(page, "minimise")
-        assert "stopped" in page.inner_text("#path-outcome")
-        along = trace(page, "path")
-        assert np.abs(along["x"]).max() <= 5.5  # the picture is [−1, 1]: two widths beyond it
-        choose(page, "peaks")
-        look(page, 0.42, -0.39)
-        said = walk(page, "newton")
-        assert "saddle point" in said, said
-        page.press("#point-y", "Enter")  # the same point, to the nine digits that are shown
-        expect(page.locator("#path")).to_be_hidden()
-        said = walk(page, "minimise")
-        assert ": minimum" in said, said
-        values = [float(text) for text in page.locator("#path-rows tr td:nth-child(2)").all_inner_texts()]
-        assert values == sorted(values, reverse=True)
-        assert values[-1] < values[0]
+def test_an_ensembles_spread_can_be_drawn(crowded: Watched, guarded: LiveServer) -> None:
+    page = crowded.page
+    choose(page, "borehole_ensemble")
+    expect(page.locator("#model-list button[aria-pressed=true]")).to_contain_text("ensemble of 5 networks")
+    page.select_option("#field", "spread")
+    settled(page)
+    drawn = np.array(trace(page, "standard deviation of the value")["z"])
+    with Client(guarded.url, api_key=KEY) as client:
+        model = client.model("borehole_ensemble")
+        about = model.describe()["metadata"]
+        low, high = about["lower_bounds"], about["upper_bounds"]
+        base = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        points = grid((low[0], high[0]), (low[1], high[1]), base, (0, 1))
+        np.testing.assert_array_equal(drawn.ravel(), model.value_std(points)[:, 0])
+    choose(page, "peaks")
+    assert page.input_value("#field") == "value"
+    assert page.locator("#field option[value=spread]").count() == 0
 
 
-def test_a_single_step_is_one_step(crowded: LiveServer, context: BrowserContext) -> None:
+def test_paths_say_what_they_found(crowded: Watched) -> None:
+    page = crowded.page
+    choose(page, "flat")
+    look(page, 0.5, 0.5)
+    assert "minimum" not in walk(page, "minimise")
+    assert "stopped" in page.inner_text("#path-outcome")
+    along = trace(page, "path")
+    assert np.abs(along["x"]).max() <= 5.5  # the picture is [−1, 1]: two widths beyond it
+    choose(page, "peaks")
+    look(page, 0.42, -0.39)
+    said = walk(page, "newton")
+    assert "saddle point" in said, said
+    page.press("#point-y", "Enter")  # the same point, to the nine digits that are shown
+    expect(page.locator("#path")).to_be_hidden()
+    said = walk(page, "minimise")
+    assert ": minimum" in said, said
+    values = [float(text) for text in page.locator("#path-rows tr td:nth-child(2)").all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
+
+
+def test_a_single_step_is_one_step(crowded: Watched) -> None:
     """Newton's first step ends at the minimum of a quadratic function."""
-    with opened(context, f"{crowded.url}/#model=bowl") as watched:
-        first_picture(watched.page)
-        look(watched.page, 0.3, 0.2)
-        assert walk(watched.page, "newton").endswith(", 1 step")
+    choose(crowded.page, "bowl")
+    look(crowded.page, 0.3, 0.2)
+    assert walk(crowded.page, "newton").endswith(", 1 step")
 
 
-def test_buttons_leave_the_picture_visible(crowded: LiveServer, context: BrowserContext) -> None:
+def test_buttons_leave_the_picture_visible(crowded: Watched, guarded: LiveServer, context: BrowserContext) -> None:
     """They have no background, and are not there on phones."""
-    with opened(context, crowded.url) as watched:
+    crowded.page.hover("#plot .nsewdrag")
+    group = crowded.page.locator("#plot .modebar-group").first
+    expect(group).to_have_css("background-color", "rgba(0, 0, 0, 0)")
+    with entered(context, guarded.url, viewport=PHONE) as watched:
         page = watched.page
-        first_picture(page)
-        page.hover("#plot .nsewdrag")
-        expect(page.locator("#plot .modebar-group").first).to_have_css("background-color", "rgba(0, 0, 0, 0)")
-        page.set_viewport_size({"width": 360, "height": 740})
-        page.reload()
         first_picture(page)
         page.hover("#plot .nsewdrag")
         expect(page.locator("#plot .modebar-btn")).to_have_count(0)
 
 
-def test_slopes_of_a_path_are_those_it_goes_by(crowded: LiveServer, context: BrowserContext) -> None:
+def test_slopes_of_a_path_are_those_it_goes_by(crowded: Watched, guarded: LiveServer) -> None:
     """In mixed units the plain norm may rise while the path goes down; Hessian and eigenvalues have one unit, too."""
-    with opened(context, f"{crowded.url}/#model=borehole") as watched:
-        page = watched.page
-        first_picture(page)
-        look(page, 0.1, 20000)
-        with Client(crowded.url) as client:
-            model = client.model("borehole")
-            about = model.describe()["metadata"]
-            low, high = np.array(about["lower_bounds"]), np.array(about["upper_bounds"])
-            x = (low + high) / 2
-            x[:2] = 0.1, 20000
-            out = model.evaluate(x, ["gradient", "hessian"], dtype="float64")
-        width = high - low
-        eigenvalues = [float(text) for text in page.inner_text("#eigenvalues").split(",")]
-        scaled = np.outer(width, width) * out.hessian[..., 0]
-        expected = np.linalg.eigvalsh(scaled)
-        np.testing.assert_allclose(eigenvalues, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
-        assert "widths of its domain" in page.inner_text("#eigenvalues-title")
-        walk(page, "newton")
-        first = float(page.locator("#path-rows tr").first.locator("td").nth(1).inner_text())
-        assert first == pytest.approx(np.linalg.norm(width * out.gradient[:, 0]), rel=1e-2)
-        norms = [float(text) for text in page.locator("#path-rows tr td:nth-child(3)").all_inner_texts()]
-        assert norms == sorted(norms, reverse=True)
+    page = crowded.page
+    choose(page, "borehole")
+    look(page, 0.1, 20000)
+    with Client(guarded.url, api_key=KEY) as client:
+        model = client.model("borehole")
+        about = model.describe()["metadata"]
+        low, high = np.array(about["lower_bounds"]), np.array(about["upper_bounds"])
+        x = (low + high) / 2
+        x[:2] = 0.1, 20000
+        out = model.evaluate(x, ["gradient", "hessian"], dtype="float64")
+    width = high - low
+    eigenvalues = [float(text) for text in page.inner_text("#eigenvalues").split(",")]
+    scaled = np.outer(width, width) * out.hessian[..., 0]
+    expected = np.linalg.eigvalsh(scaled)
+    np.testing.assert_allclose(eigenvalues, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert "widths of its domain" in page.inner_text("#eigenvalues-title")
+    walk(page, "newton")
+    first = float(page.locator("#path-rows tr").first.locator("td").nth(1).inner_text())
+    assert first == pytest.approx(np.linalg.norm(width * out.gradient[:, 0]), rel=1e-2)
+    norms = [float(text) for text in page.locator("#path-rows tr td:nth-child(3)").all_inner_texts()]
+    assert norms == sorted(norms, reverse=True)
 
 
-def test_a_curve_can_be_clicked_beside_it(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, f"{crowded.url}/#model=one") as watched:
-        page = watched.page
-        first_picture(page)
-        page.locator("#plot .nsewdrag").first.hover(position={"x": 210, "y": 20})
-        page.locator("#plot .nsewdrag").first.click(position={"x": 210, "y": 20})
-        expect(page.locator("#point-facts")).to_be_visible()
+def test_a_curve_can_be_clicked_beside_it(crowded: Watched) -> None:
+    page = crowded.page
+    choose(page, "one")
+    page.locator("#plot .nsewdrag").first.hover(position={"x": 210, "y": 20})
+    page.locator("#plot .nsewdrag").first.click(position={"x": 210, "y": 20})
+    expect(page.locator("#point-facts")).to_be_visible()
 
 
-def test_a_quadratic_model_on_a_surface_is_cut_by_the_axis(crowded: LiveServer, context: BrowserContext) -> None:
-    with opened(context, f"{crowded.url}/#model=peaks&as=surface&at=0.5,-1.0") as watched:
+def test_a_surface_has_the_numbers_of_the_api_and_its_quadratic_model_is_cut_by_the_axis(
+    guarded: LiveServer, context: BrowserContext
+) -> None:
+    """One surface for both, because it is drawn without a GPU here."""
+    address = f"{guarded.url}/#model=peaks&as=surface&at=0.5,-1.0"
+    with entered(context, address, viewport=SMALL) as watched, Client(guarded.url, api_key=KEY) as client:
         page = watched.page
         expect(page.locator("#point-facts")).to_be_visible(timeout=60_000)
+        shows_the_api(page, client, "peaks", "value")
+        before = watched.asked("/evaluate")
         page.check("#show-model")
         settled(page)
         model = np.array(trace(page, "quadratic model")["z"], dtype=float)
@@ -654,3 +663,26 @@ def test_a_quadratic_model_on_a_surface_is_cut_by_the_axis(crowded: LiveServer, 
         low, high = page.evaluate("() => document.getElementById('plot').layout.scene.zaxis.range")
         value = np.array(trace(page, "value")["z"])
         assert (low, high) == (value.min(), value.max())
+        assert watched.asked("/evaluate") == before  # none for the parts of a picture
+
+
+def test_page_survives_its_server(crowded: Watched, guarded: LiveServer) -> None:
+    """A model that was chosen during the outage is the one that is drawn after it. Last, for it ends the server."""
+    page = crowded.page
+    choose(page, "curve")
+    guarded.stop()
+    page.click("#model-list button[data-model=wide]")
+    expect(page.locator("#problem")).to_contain_text("does not answer", timeout=15_000)
+    expect(page.locator("#state")).to_have_text("not reachable")
+    port = f"sys.argv[sys.argv.index('--port') + 1] = '{guarded.port}'"
+    command = ("-c", f"import sys; {port}; from service.cli import main; main()")
+    with LiveServer(guarded.models, settings={"api_keys": KEY}, command=command):
+        expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of wide over"), timeout=15_000)
+        settled(page)
+        assert trace(page, "value")["x"][-1] == 5.0
+        choose(page, "curve")
+        assert len(trace(page, "value")["y"]) == SIDE
+    assert [error for error in crowded.errors if "Failed to load resource" not in error] == []
+    crowded.errors.clear()  # the browser itself notes the outage
