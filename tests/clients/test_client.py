@@ -8,6 +8,7 @@ import importlib.resources
 import importlib.util
 import os
 import pickle
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -47,6 +49,19 @@ DIRECTIONS = np.random.default_rng(2).uniform(-1, 1, (7, 2, 3))
 def client(zoo: Zoo) -> Iterator[Client]:
     with Client(zoo.url) as client:
         yield client
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_certificates_are_read_for_https_alone(
+    kind: type[Client | AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them takes most of the time in which a client is made."""
+    read: list[Any] = []
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda _, *given: read.append(given))
+    kind("http://127.0.0.1:9")
+    assert read == []
+    kind("https://127.0.0.1:9")
+    assert len(read) == 1
 
 
 def test_import_loads_no_server_package() -> None:
