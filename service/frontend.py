@@ -72,12 +72,13 @@ class Mirror(Table):
         for one in served:
             versions = self._table.setdefault(one["name"], {})
             old = versions.get(one["version"])
+            file = ModelFile(one["name"], one["version"], Path(one["path"]), tuple(one["stamp"]))
             if old is None or old.id != one["id"]:
-                file = ModelFile(one["name"], one["version"], Path(one["path"]), tuple(one["stamp"]))
                 versions[one["version"]] = Served(file, one["id"])
                 if old is not None:
                     self.retire(old)
-            versions[one["version"]].facts, versions[one["version"]].reason = one["facts"], one["reason"]
+            current = versions[one["version"]]
+            current.file, current.facts, current.reason = file, one["facts"], one["reason"]
 
     def free(self, served: Served) -> None:
         """Tell the supervisor that no request here uses a version any more."""

@@ -15,14 +15,16 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterator
+from collections.abc import Coroutine, Hashable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, ServiceError, VersionNotFound
+from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 
 from .metrics import ModelStatistics
 from .workers import LoadError, Workers
@@ -37,6 +39,8 @@ SUFFIX = ".safetensors"
 MAX_FILE_BYTES = 512 << 20
 #: Files that are read and loaded at a time.
 CONCURRENT_LOADS = 4
+#: The reason why a version is not served that was unloaded during its load.
+UNLOADED = "expected a model that stays, it was unloaded while it was loaded"
 
 #: A fingerprint of a file: its path, time, size and inode.
 Stamp = tuple[str, int, int, int]
@@ -70,7 +74,7 @@ class ModelFile:
             most_bytes: Largest size that is accepted.
 
         Raises:
-            LoadError: the file is missing, unreadable, not a regular file, or too large.
+            LoadError: the file is missing, unreadable, not a regular file, or too large, also for the memory.
         """
         try:
             # Opened without blocking: the path may have become a FIFO.
@@ -83,6 +87,8 @@ class ModelFile:
                 return opened.read(most_bytes + 1)
         except OSError as error:
             raise LoadError(f"expected a file that can be read ({error.strerror})") from None
+        except MemoryError:
+            raise LoadError(f"expected a file that fits into memory, got {self.size_bytes} bytes") from None
 
 
 def scan(root: Path) -> tuple[list[ModelFile], dict[str, str]]:
@@ -175,6 +181,7 @@ class Served:
         reason: Reason why it failed, or ``None``.
         users: Number of requests that hold it.
         is_retired: Whether it is freed when no request holds it.
+        tried: Fingerprint of the file that was last tried for it, which may have been refused.
         statistics: Counts and times of its requests.
     """
 
@@ -186,6 +193,7 @@ class Served:
     reason: str | None = None
     users: int = 0
     is_retired: bool = False
+    tried: Stamp = ("", 0, 0, 0)
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     @property
@@ -305,6 +313,10 @@ class Table:
 class Repository(Table):
     """The served models, kept up to date with a folder.
 
+    Looks at the folder, one after the other, say which files there are; commands say what is unloaded.
+    :meth:`_settle` makes the table agree with both, one call at a time for each model: nothing else adds a version,
+    and only :meth:`unload` removes one besides.
+
     Args:
         root: The folder of the models.
         workers: The worker processes that the models are loaded into.
@@ -315,23 +327,18 @@ class Repository(Table):
         super().__init__(root)
         self._workers = workers
         self._ids = count(1)
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._seen: dict[tuple[str, int], Stamp] = {}
+        #: The last look at the folder: its files by model, and the reason for each entry left out.
+        self._files: dict[str, list[ModelFile]] = {}
+        self._left_out: dict[str, str] = {}
         #: When models (version ``None``) and single versions were unloaded, in the order of ids.
         self._unloaded: dict[tuple[str, int | None], int] = {}
-        self._left_out: dict[str, str] = {}
+        self._looking = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[list[Served]]] = set()
 
     async def load_all(self) -> None:
-        """Load every file in the folder."""
-        files = await self._scan()
-        slots = asyncio.Semaphore(CONCURRENT_LOADS)
-
-        async def load(name: str) -> None:
-            async with slots:
-                await self._load_files(name, files[name])
-
-        await asyncio.gather(*(load(name) for name in files))
+        """Load every file in the folder, several at a time, since nothing is served yet."""
+        await self.follow(CONCURRENT_LOADS)
 
     async def load(self, name: str) -> list[Served]:
         """Load all versions of a model from disk; a version that is loaded replaces the one served so far.
@@ -345,37 +352,7 @@ class Repository(Table):
             ModelNotFound: the folder has no file for this name.
             ModelRefused: a file was refused or a folder cannot be read; the versions served so far stay.
         """
-        return await self._load(name, next(self._ids))
-
-    async def _load(self, name: str, asked: int) -> list[Served]:
-        """Load a model's versions in a task, except those that were unloaded after the moment ``asked``."""
-        task = asyncio.get_running_loop().create_task(self._load_model(name, asked))
-        self._tasks.add(task)
-        task.add_done_callback(self._end_task)
-        return await asyncio.shield(task)
-
-    def _end_task(self, task: asyncio.Task[list[Served]]) -> None:
-        """Discard a finished load and mark its error as retrieved, since its caller may be gone."""
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
-
-    async def _load_model(self, name: str, asked: int) -> list[Served]:
-        files = (await self._scan()).get(name)
-        if self._is_hidden(name):
-            raise ModelRefused("expected a folder that can be read, this one cannot", loaded=[])
-        if files is None:
-            raise ModelNotFound("expected the name of a model that the folder holds")
-        self._unloaded = {key: when for key, when in self._unloaded.items() if key[0] != name or when > asked}
-        files = [file for file in files if not self._is_unloaded(name, file.version)]
-        loaded = await self._load_files(name, files)
-        refused = [served for served in loaded if served.state == "failed"]
-        if refused:
-            raise ModelRefused(
-                f"expected files that can be served, version {refused[0].file.version}: {refused[0].reason}",
-                loaded=[_attempt(served) for served in loaded],
-            )
-        return loaded
+        return await self._run(self._load(name, next(self._ids)))
 
     def unload(self, name: str, version: int | None = None) -> None:
         """Stop serving a model, or one version, until :meth:`load`; requests in progress are still answered.
@@ -389,33 +366,32 @@ class Repository(Table):
             self.get(name, str(version))
         if version is None or len(versions) == 1:
             self._unloaded[name, None] = next(self._ids)
-            self._drop(name, versions)
+            self._keep(name, set())
             logger.info("%s is unloaded", name)
         else:
             self._unloaded[name, version] = next(self._ids)
-            self.retire(versions.pop(version))
+            self._keep(name, versions.keys() - {version})
             logger.info("%s version %d is unloaded", name, version)
 
-    async def follow(self) -> None:
+    async def follow(self, at_a_time: int = 1) -> None:
         """Load new and changed files of the folder, and drop versions whose files are gone.
 
-        Models and versions that were unloaded stay unloaded. If the folder cannot be read or is missing, nothing
-        changes.
+        Models and versions that were unloaded stay unloaded, and a file that was refused is not tried again until it
+        changes. If the folder cannot be read or is missing, nothing changes.
+
+        Args:
+            at_a_time: Number of models that are loaded at a time.
         """
-        files = await self._scan()
-        stamps = {(file.name, file.version): file.stamp for group in files.values() for file in group}
-        differing = dict(stamps.items() ^ self._seen.items()).keys()
-        changed = {name for name, version in differing if not self._is_unloaded(name, version)}
-        for name in sorted(changed, key=lambda name: (name in self._table, name)):  # new ones first
-            try:
-                await self._load(name, 0)
-            except ModelNotFound:
-                self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name}
-                if name in self._table:
-                    self._drop(name, self._table[name])
-                    logger.info("%s is gone from the folder", name)
-            except ServiceError:
-                continue  # logged already, and not tried again until the file changes
+        await self._look()
+        slots = asyncio.Semaphore(at_a_time)
+
+        async def catch_up(name: str) -> None:
+            async with slots:
+                await self._run(self._catch_up(name))
+
+        changed = [name for name in self._files.keys() | self._table.keys() if self._differs(name)]
+        new_ones_first = sorted(changed, key=lambda name: (name in self._table, name))
+        await asyncio.gather(*map(catch_up, new_ones_first))
 
     def refuse(self, model: int, why: str) -> None:
         """Mark a version as failed because a worker refused it.
@@ -436,92 +412,136 @@ class Repository(Table):
         """Have the workers forget a version."""
         self._workers.unload(served.id)
 
-    def _is_unloaded(self, name: str, version: int, since: int = 0) -> bool:
-        """Return whether a version, or its model, was unloaded after the moment ``since``."""
-        return max(self._unloaded.get((name, None), 0), self._unloaded.get((name, version), 0)) > since
+    async def _run(self, work: Coroutine[Any, Any, list[Served]]) -> list[Served]:
+        """Run a coroutine in a task, which continues if the caller is cancelled."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._end_task)
+        return await asyncio.shield(task)
+
+    def _end_task(self, task: asyncio.Task[list[Served]]) -> None:
+        """Discard a finished task and mark its error as retrieved, since its caller may be gone."""
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def _look(self) -> None:
+        """Look at the folder, after the looks that are under way; log each entry that is left out once."""
+        async with self._looking:
+            found, left_out = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
+            for path in left_out.keys() - self._left_out.keys():
+                logger.warning("%s is left out: %s", printable(path), left_out[path])
+            self._left_out = left_out
+            self._files = {name: list(files) for name, files in groupby(found, attrgetter("name"))}
 
     def _is_hidden(self, name: str) -> bool:
         """Return whether the folder, or the model's subfolder, could not be read."""
         return "." in self._left_out or name in self._left_out
 
-    def _drop(self, name: str, versions: dict[int, Served]) -> None:
-        del self._table[name]
-        for served in versions.values():
-            self.retire(served)
+    def _is_unloaded(self, file: ModelFile) -> bool:
+        """Return whether a version, or its model, was unloaded and not loaded since."""
+        return (file.name, None) in self._unloaded or (file.name, file.version) in self._unloaded
 
-    async def _scan(self) -> dict[str, list[ModelFile]]:
-        """Return the files by model; log each entry that is left out once."""
-        found, left_out = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
-        for path in left_out.keys() - self._left_out.keys():
-            logger.warning("%s is left out: %s", printable(path), left_out[path])
-        self._left_out = left_out
-        files: dict[str, list[ModelFile]] = {}
-        for file in found:
-            files.setdefault(file.name, []).append(file)
-        return files
+    def _wanted(self, name: str) -> list[ModelFile]:
+        """Return the files of a model that are to be served."""
+        return [file for file in self._files.get(name, []) if not self._is_unloaded(file)]
 
-    async def _load_files(self, name: str, files: list[ModelFile]) -> list[Served]:
-        """Load a model's files, and drop the versions whose files are gone."""
-        began = next(self._ids)
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            loaded = [await self._load_file(file, began) for file in files]
-            versions, kept = self._table.get(name, {}), {file.version for file in files}
-            for version in set(versions) - kept:
-                self.retire(versions.pop(version))
-            self._seen = {key: stamp for key, stamp in self._seen.items() if key[0] != name or key[1] in kept}
-            if not versions:
-                self._table.pop(name, None)
+    def _tried(self, name: str) -> dict[int, Stamp]:
+        """Return the fingerprint of the file that was last tried for each version of a model."""
+        return {version: served.tried for version, served in self._table.get(name, {}).items()}
+
+    def _differs(self, name: str) -> bool:
+        """Return whether the table differs from the folder about a model; not if the folder could not be read."""
+        wanted = {file.version: file.stamp for file in self._wanted(name)}
+        return wanted != self._tried(name) and not self._is_hidden(name)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """Return the lock of those who settle a model."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _load(self, name: str, asked: int) -> list[Served]:
+        """Load a model's versions, except those that were unloaded after the moment ``asked``."""
+        async with self._lock(name):
+            await self._look()
+            if self._is_hidden(name):
+                raise ModelRefused("expected a folder that can be read, this one cannot", loaded=[])
+            if name not in self._files:
+                raise ModelNotFound("expected the name of a model that the folder holds")
+            self._unloaded = {key: when for key, when in self._unloaded.items() if key[0] != name or when > asked}
+            loaded = await self._settle(name, {})
+        refused = [served for served in loaded if served.state == "failed"]
+        if refused:
+            raise ModelRefused(
+                f"expected files that can be served, version {refused[0].file.version}: {refused[0].reason}",
+                loaded=[_attempt(served) for served in loaded],
+            )
         return loaded
 
-    def _leave_unloaded(self, new: Served) -> Served:
-        """Discard a version that was unloaded during its load, since the later request counts."""
-        name, version = new.file.name, new.file.version
-        new.reason = new.reason or "expected a model that stays, it was unloaded while it was loaded"
-        versions = self._table.get(name, {})
-        if versions.get(version) is new:
-            del versions[version]
-            if not versions:
-                del self._table[name]
-        self.retire(new)
-        return new
+    async def _catch_up(self, name: str) -> list[Served]:
+        """Load a model's files that have changed since they were tried."""
+        async with self._lock(name):
+            return await self._settle(name, self._tried(name)) if self._differs(name) else []
 
-    async def _load_file(self, file: ModelFile, began: int) -> Served:
-        """Load a file, unless its bytes are those of the version served, or it was unloaded after ``began``."""
-        self._seen[file.name, file.version] = file.stamp
+    async def _settle(self, name: str, tried: dict[int, Stamp]) -> list[Served]:
+        """Load the files of a model that were not tried, then drop the versions whose files are gone."""
+        wanted = self._wanted(name)
+        loaded = [await self._load_file(file) for file in wanted if file.stamp != tried.get(file.version)]
+        for version in self._keep(name, {file.version for file in wanted}):
+            logger.info("%s version %d is gone from the folder", name, version)
+        return loaded
+
+    def _keep(self, name: str, kept: Set[int]) -> Set[int]:
+        """Drop the versions of a model except some, and return those that were dropped."""
+        versions = self._table.get(name, {})
+        dropped = versions.keys() - kept
+        for version in dropped:
+            self.retire(versions.pop(version))
+        if not versions:
+            self._table.pop(name, None)
+        return dropped
+
+    async def _load_file(self, file: ModelFile) -> Served:
+        """Load a file, unless its bytes are those of the version served; what is unloaded meanwhile is discarded."""
         old = self._table.get(file.name, {}).get(file.version)
-        new = Served(file, next(self._ids))
-        if self._is_unloaded(file.name, file.version, began):
-            return self._leave_unloaded(new)
+        new = Served(file, next(self._ids), tried=file.stamp)
+        if old is not None:
+            old.tried = file.stamp
         loop = asyncio.get_running_loop()
         since_s = loop.time()
         try:
             data = await loop.run_in_executor(None, file.read)
             new.digest = await loop.run_in_executor(None, _digest, data)
+            if self._is_unloaded(file):
+                raise LoadError(UNLOADED)
             if old is not None and old.state == "ready" and old.digest == new.digest:
                 old.file = file
                 return old
             if old is None:
-                self._table.setdefault(file.name, {})[file.version] = new
-            facts = await self._workers.load(new.id, data)
-            new.facts = {**facts, "sha256": new.digest.hex()}
+                self._put(new)
+            new.facts = {**await self._workers.load(new.id, data), "sha256": new.digest.hex()}
+            if self._is_unloaded(file):
+                raise LoadError(UNLOADED)
         except LoadError as error:
             new.reason = str(error)
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)
-            if old is not None and old.state == "ready":
-                return new
-        if self._is_unloaded(file.name, file.version, began):
-            return self._leave_unloaded(new)
-        versions = self._table.setdefault(file.name, {})
-        replaced = versions.get(file.version)
-        versions[file.version] = new
-        if replaced is not None and replaced is not new:
-            self.retire(replaced)
+        if self._is_unloaded(file):
+            self.retire(new)
+        elif new.reason is None or old is None or old.state != "ready":
+            self._put(new)
         if new.reason is None:
             logger.info(
                 "%s version %d is served: d=%d, m=%d, %s, loaded in %.2f s",
                 *(file.name, file.version, new.d, new.m, new.facts["dtype"], loop.time() - since_s),
             )
         return new
+
+    def _put(self, new: Served) -> None:
+        """Put a version into the table, and retire the one that it replaces."""
+        versions = self._table.setdefault(new.file.name, {})
+        replaced = versions.get(new.file.version)
+        versions[new.file.version] = new
+        if replaced is not None and replaced is not new:
+            self.retire(replaced)
 
 
 def _digest(data: bytes) -> bytes:

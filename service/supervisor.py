@@ -97,7 +97,7 @@ class FrontEnd:
         now: dict[tuple[str, int], tuple[Any, ...]] = {}
         for name in repository.names():
             for version, served in repository.versions(name).items():
-                now[name, version] = (served.id, served.reason, bool(served.facts), served)
+                now[name, version] = (served.id, served.file, served.reason, bool(served.facts), served)
         changed = [key for key, state in now.items() if self.told.get(key) != state]
         gone = [key for key in self.told if key not in now]
         if not changed and not gone:

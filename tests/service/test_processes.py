@@ -141,11 +141,24 @@ def ready(front: Front) -> bool:
 
 
 def test_both_send_the_served_file(server: LiveServer, folder: Path) -> None:
-    data = (folder / "net" / "1.safetensors").read_bytes()
-    for front in connect(server):
-        front.http.request("GET", "/v1/models/net/file")
-        reply = front.http.getresponse()
-        assert (reply.status, reply.read()) == (200, data)
+    path, moved = folder / "net" / "1.safetensors", folder / "net.safetensors"
+    data, fronts = path.read_bytes(), connect(server)
+
+    def files() -> list[tuple[int, bytes]]:
+        replies = []
+        for front in fronts:
+            front.http.request("GET", "/v1/models/net/file")
+            reply = front.http.getresponse()
+            replies.append((reply.status, reply.read()))
+        return replies
+
+    assert files() == [(200, data)] * 2
+    path.rename(moved)  # the same bytes, so that nothing is loaded
+    try:
+        assert fronts[0].call("POST", "/v1/models/net/load", headers=ADMIN)[0] == 200
+        assert files() == [(200, data)] * 2
+    finally:
+        moved.rename(path)
 
 
 def test_load_unload_and_metrics_act_on_both(server: LiveServer, folder: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -172,9 +173,22 @@ def test_a_folder_of_thousands_of_files_is_looked_at_quickly(tmp_path: Path) -> 
     assert times[1] < 16 * times[0]
 
 
-def test_loading_everything_looks_at_the_folder_once(
-    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_finds_no_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    file = ModelFile("a", 1, put(tmp_path, "a", b"one"))
+    monkeypatch.setattr("service.repository.open", no_memory, raising=False)
+    with pytest.raises(LoadError, match="fits into memory"):
+        file.read()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_thousands_of_files_are_loaded_after_one_look_at_the_folder(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, monkeypatch: pytest.MonkeyPatch, is_new: bool
 ) -> None:
+    if not is_new:
+        run(repository.load_all())
     for number in range(300):
         put(tmp_path, f"model{number}", b"%d" % number)
     scans = 0
@@ -185,7 +199,7 @@ def test_loading_everything_looks_at_the_folder_once(
         return scan(root)
 
     monkeypatch.setattr("service.repository.scan", counting)
-    run(repository.load_all())
+    run(repository.load_all() if is_new else repository.follow())
     assert (scans, len(workers.held)) == (1, 300)
 
 
@@ -271,9 +285,13 @@ def test_a_refused_file_is_not_tried_again_until_it_changes(
         for _ in range(5):
             await repository.follow()
         assert workers.loads.count(b"bad") == 1
+        put(tmp_path, "a/2", b"two")
+        await repository.follow()
+        assert workers.loads.count(b"bad") == 1
+        assert repository.default("a").file.version == 2
         put(tmp_path, "a", b"good")
         await repository.follow()
-        assert served(repository) == {("a", 1): "ready"}
+        assert served(repository) == {("a", 1): "ready", ("a", 2): "ready"}
 
     run(work())
 
@@ -553,6 +571,72 @@ def test_loads_of_one_model_follow_each_other_and_of_others_go_beside(
         gate.set()
         await asyncio.gather(first, second)
         assert sorted(workers.held.values()) == [b"other", b"two"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_good", [True, False], ids=["served", "refused"])
+def test_a_file_that_is_removed_while_it_is_loaded_is_not_served_on(
+    tmp_path: Path, repository: Repository, workers: SimulatedWorkers, is_good: bool
+) -> None:
+    async def work() -> None:
+        workers.gate, workers.refuses = asyncio.Event(), set() if is_good else {b"one"}
+        path = put(tmp_path, "a", b"one")
+        loading = asyncio.ensure_future(repository.load("a"))
+        while not workers.loads:
+            await asyncio.sleep(0.001)
+        path.unlink()
+        following = asyncio.ensure_future(repository.follow())
+        await asyncio.wait({following}, timeout=0.05)
+        workers.gate.set()
+        await asyncio.wait({loading, following})
+        await repository.follow()
+        assert (served(repository), workers.held) == ({}, {})
+
+    run(work())
+
+
+class SlowScan:
+    """A scan of the folder, the first of which returns late."""
+
+    def __init__(self) -> None:
+        self.is_done, self.may_return = threading.Event(), threading.Event()
+
+    def __call__(self, root: Path) -> Any:
+        found = scan(root)
+        if not self.is_done.is_set():
+            self.is_done.set()
+            assert self.may_return.wait(10)
+        return found
+
+
+@pytest.mark.parametrize("first", ["load_all", "follow", "load"])
+def test_an_old_look_at_the_folder_does_not_undo_a_later_load(
+    tmp_path: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        slow = SlowScan()
+        monkeypatch.setattr("service.repository.scan", slow)
+        old = asyncio.ensure_future(repository.load("a") if first == "load" else getattr(repository, first)())
+        while not slow.is_done.is_set():
+            await asyncio.sleep(0.001)
+        put(tmp_path, "a/2", b"two")
+        new = asyncio.ensure_future(repository.load("a"))
+        await asyncio.wait({new}, timeout=0.05)
+        slow.may_return.set()
+        await asyncio.gather(old, new)
+        assert served(repository) == {("a", 1): "ready", ("a", 2): "ready"}
+
+    run(work())
+
+
+def test_loads_of_what_is_not_there_leave_nothing(repository: Repository) -> None:
+    async def work() -> None:
+        for name in "abc":
+            with pytest.raises(ModelNotFound):
+                await repository.load(name)
+        assert not repository._locks
 
     run(work())
 

@@ -75,6 +75,7 @@ class Folder:
         files: The files by path under the root.
         unreadable: Folders that cannot be listed, and files that cannot be opened; the root is "".
         refused: Contents of the files that could not be opened.
+        last_number: Number of the file that was written last.
     """
 
     O_RDONLY, O_NONBLOCK, O_CLOEXEC = os.O_RDONLY, os.O_NONBLOCK, os.O_CLOEXEC
@@ -86,12 +87,12 @@ class Folder:
         self.unreadable: set[str] = set()
         self.refused: set[bytes] = set()
         self.path = self
-        self._numbers = 0
+        self.last_number = 0
 
     def put(self, path: str, data: bytes, **kind: Any) -> None:
         """Write or replace a file."""
-        self._numbers += 1
-        self.files[path] = File(data, self._numbers, **kind)
+        self.last_number += 1
+        self.files[path] = File(data, self.last_number, **kind)
 
     def touch(self, path: str) -> None:
         """Change the modification time of a file."""

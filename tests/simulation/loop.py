@@ -17,7 +17,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     """The part of an event loop that tasks, locks, timers and executors need.
 
     Args:
-        delay_s: Returns the time that a call in another thread takes.
+        delay_s: Returns the time until a call in another thread begins, and until its result arrives.
 
     Attributes:
         errors: Uncaught errors.
@@ -64,15 +64,20 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return task
 
     def run_in_executor(self, executor: Any, func: Any, *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Call a function after a delay, in one callback."""
+        """Call a function after a delay, in one callback; its result arrives after another delay."""
         future = self.create_future()
+
+        def arrive(end: Callable[[Any], None], result: Any) -> None:
+            if not future.cancelled():
+                end(result)
 
         def call() -> None:
             if not future.cancelled():
                 try:
-                    future.set_result(func(*arguments))
+                    end: tuple[Callable[[Any], None], Any] = future.set_result, func(*arguments)
                 except Exception as error:
-                    future.set_exception(error)
+                    end = future.set_exception, error
+                self.call_later(self._delay_s(), arrive, *end)
 
         self.call_later(self._delay_s(), call)
         return future

@@ -39,6 +39,8 @@ from tests.simulation.world import expect, play
 ROOT = str(Path(__file__).parent)
 #: The settings' times.
 START_S, LOAD_S, BATCH_S, WATCH_S = 10.0, 5.0, 1.0, 1.0
+#: Time that a slow disk takes to list a folder or to read a file.
+SLOW_DISK_S = 1.5
 #: Room for ticks and for the way of frames.
 ROOM_S = 1.0
 #: Time after which a quiet world is what it should be.
@@ -308,7 +310,7 @@ class NodeWorld:
         self.random = random.Random(seed)
         self.modules = modules
         draw = self.random
-        self.loop = SimulatedLoop(lambda: draw.uniform(0, 0.05))
+        self.loop = SimulatedLoop(lambda: draw.uniform(0, 0.05 if draw.random() < 0.8 else SLOW_DISK_S))
         self.folder = Folder(ROOT, draw.shuffle)
         modules["repository"].__dict__.update(os=self.folder, open=lambda opened, _: opened)
         self.numbers = count(1)
@@ -320,7 +322,7 @@ class NodeWorld:
         self.load_deaths: Counter[int] = Counter()
         self.spoiled: set[int | bytes] = set()
         self.unloaded: dict[tuple[str, int | None], int] = {}
-        self.removed_s: dict[tuple[str, int], float] = {}
+        self.removed: dict[tuple[str, int], int] = {}
         self.unsure: set[tuple[str, int | None]] = set()
         self.refusals: set[int] = set()
         self.operations: set[asyncio.Task[None]] = set()
@@ -395,10 +397,13 @@ class NodeWorld:
     async def load(self, name: str) -> None:
         before = {one for one in self.unloaded.items() if one[0][0] == name}
         settled = {key for key in self.unsure if key[0] == name}
+        files = self.found()
         try:
             loaded = await self.node.load(name)
         except ModelNotFound:
             self.ends["not found"] += 1
+            kept = [key for key, file in self.found().items() if key[0] == name and files.get(key) is file]
+            expect(not kept, "a load finds the files that are there all the time")
             return
         except ModelRefused as error:
             refused = [one for one in error.extra["loaded"] if one["state"] == "failed"]
@@ -409,12 +414,21 @@ class NodeWorld:
         except asyncio.CancelledError:
             self.ends["cancelled"] += 1
             self.unsure |= {key for key, _ in before}  # the load continues, and may not find the model
-            settled = set()
+            settled, files = set(), {}
         else:
             expect(all(one.state == "ready" for one in loaded), "what was loaded is ready")
             self.ends["loaded"] += 1
         self.unsure -= settled
         self.unloaded = dict(self.unloaded.items() - before)
+        self.check_loaded(name, files)
+
+    def check_loaded(self, name: str, files: dict[tuple[str, int], Any]) -> None:
+        """Check that a load that has just ended has tried the files that were there from its beginning."""
+        table = self.table()
+        for key, file in self.wanted().items():
+            if key[0] == name and files.get(key) is file and self.is_sure(key):
+                is_loaded = key in table and table[key].tried[-1] >= file.number
+                expect(is_loaded, "a load takes the files that are there all the time")
 
     async def unload(self, name: str, version: int | None) -> None:
         try:
@@ -457,9 +471,10 @@ class NodeWorld:
             return
         drawn = self.random.random() / self.rate
         if drawn < 0.2:
-            before = self.wanted().keys()
+            before = self.found().keys()
             self.change_file()
-            self.removed_s |= dict.fromkeys(before - self.wanted().keys(), self.loop.now)
+            # Also of what is unloaded: a load under way may have seen the file, and the next look misses it.
+            self.removed |= dict.fromkeys(before - self.found().keys(), self.folder.last_number)
         elif drawn < 0.5 and len(self.operations) < 3:
             self.loop.run(self.operate)
         elif drawn < 0.6:
@@ -601,7 +616,7 @@ class NodeWorld:
                 expect(False, "what is served is refused only by a worker's answer")
         for key in self.ready.keys() - table.keys():
             is_unloaded = key in self.unloaded or (key[0], None) in self.unloaded or not self.is_sure(key)
-            is_removed = key not in self.wanted() or self.loop.now - self.removed_s.get(key, -QUIET_S) < QUIET_S
+            is_removed = self.removed.get(key, 0) >= self.ready[key].file.stamp[-1]  # since its file was written
             expect(is_unloaded or is_removed, "what is in the folder is served until it is unloaded")
         self.ready = {key: one for key, one in table.items() if one.state == "ready"}
         for one in table.values():
@@ -642,9 +657,9 @@ class NodeWorld:
             yield f"{key} is served although the folder does not have it, or it was unloaded"
         for key in filter(self.is_sure, wanted.keys() - table.keys()):
             yield f"{key} is not served although the folder has it"
-        for key in filter(self.is_sure, self.node.repository._seen.keys() - wanted.keys()):
-            if key not in self.unloaded and (key[0], None) not in self.unloaded:
-                yield f"{key} is gone, and is looked for at every turn"
+        repository = self.node.repository
+        for name in filter(repository._differs, repository._files.keys() | set(repository.names())):
+            yield f"{name} is loaded at every turn"
         for key in table.keys() & wanted.keys():
             one, data = table[key], wanted[key].data
             if one.state == "loading":
@@ -659,15 +674,18 @@ class NodeWorld:
 
     def wanted(self) -> dict[tuple[str, int], Any]:
         """Return the files that are to be served, by name and version."""
+        found, unloaded = self.found().items(), self.unloaded.keys()
+        return {key: file for key, file in found if unloaded.isdisjoint({key, (key[0], None)})}
+
+    def found(self) -> dict[tuple[str, int], Any]:
+        """Return the files of models in the folder, by name and version."""
         found: dict[tuple[str, int], Any] = {}
         for path in sorted(self.folder.files, key=lambda path: "/" in path):
             file = self.folder.files[path]
             name, _, version = path.removesuffix(".safetensors").partition("/")
             if " " in name or version.startswith("0") or file.leads_out or file.mode != stat.S_IFREG:
                 continue
-            key = name, int(version or 1)
-            if key not in found and (name, None) not in self.unloaded and key not in self.unloaded:
-                found[key] = file
+            found.setdefault((name, int(version or 1)), file)
         return found
 
 
