@@ -81,10 +81,22 @@ class LiveServer:
         """The URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_until_ready(self) -> LiveServer:
-        """Wait until /readyz answers with 200, and return the server."""
+    def wait_until_listening(self) -> LiveServer:
+        """Wait until it has a port, and return the server."""
         self._listening.wait(START_S)
         assert self.port, "\n".join(self.log)
+        return self
+
+    def wait_for_line(self, text: str) -> None:
+        """Wait until a line of its log contains a text."""
+        deadline = time.monotonic() + START_S
+        while not any(text in line for line in self.log):
+            assert time.monotonic() < deadline, "\n".join(self.log)
+            time.sleep(0.05)
+
+    def wait_until_ready(self) -> LiveServer:
+        """Wait until /readyz answers with 200, and return the server."""
+        self.wait_until_listening()
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             if self.is_ready():

@@ -1,8 +1,16 @@
-"""``hessquik serve`` with workers that fail on demand. Only tests run it."""
+"""``hessquik serve`` with workers that fail on demand, and with ``quick`` pauses before their successors.
+
+Only tests run it.
+"""
+
+import sys
 
 from service import cli, workers
 
 workers.WORKER_MODULE = "tests.service.faulty_worker"
 
 if __name__ == "__main__":
+    if sys.argv[1] == "quick":
+        del sys.argv[1]
+        workers.FIRST_PAUSE_S, workers.LONGEST_PAUSE_S = workers.FIRST_PAUSE_S / 10, workers.LONGEST_PAUSE_S / 10
     cli.main()

@@ -6,12 +6,14 @@ import asyncio
 import gc
 import http.client
 import json
+import math
 import socket
 import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from service.http.messages import JSON, Budget, Head, Reply, Request
 from service.json_reader import read_long_json
 from tests.live import ROOT, LiveServer
 from tests.raw import ask, check_error, exchange, post, receive_all, replies, request
+from tests.service.conftest import FAULTY_GROUP
 from tests.service.faulty_worker import SLOW, SLOW_S
 from tests.whole import IS_WHOLE
 
@@ -32,22 +35,15 @@ VALUE, EVALUATE = "/v1/models/peaks/value", "/v1/models/peaks/evaluate"
 BODY = b'{"inputs":[[0.5,0.25],[-1,1]],"quantities":["value","gradient","hessian"],"dtype":"float64"}'
 POINT = b'{"inputs":[0.5,0.25]}'
 KEEP = {"Connection": "keep-alive"}
-LIMITS = {"send_timeout_s": 1, "receive_timeout_s": 3, "max_held_bytes": 24 << 20}
+
+pytestmark = FAULTY_GROUP
+LIMITS = {"send_timeout_s": 1, "receive_timeout_s": 2, "max_held_bytes": 24 << 20}
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[LiveServer]:
     """Yield a server with short time limits."""
     with LiveServer(ROOT / "models", settings=LIMITS) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Yield a server whose worker is slow on demand."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "peaks.safetensors").write_bytes((ROOT / "models" / "peaks.safetensors").read_bytes())
-    with LiveServer(folder, command=("-m", "tests.service.faulty_serve")) as live:
         yield live
 
 
@@ -240,23 +236,6 @@ def test_parameters_that_would_be_ignored_are_refused(live: LiveServer) -> None:
     assert ask(live.port, post(f"{EVALUATE}?version=1", BODY)).status == 200
 
 
-def test_a_missing_key_is_counted_under_the_route() -> None:
-    with LiveServer(ROOT / "models", settings={"api_keys": "right"}) as locked:
-        for data in (post(VALUE, POINT), chunked(VALUE, POINT), request("GET", "/v1/models")):
-            assert ask(locked.port, data).status == 401
-        assert locked.metric('hessquik_requests_total{route="/v1/models/{model}/value",status="401"}', "right") == 2
-        assert locked.metric('hessquik_requests_total{route="/v1/models",status="401"}', "right") == 1
-        # A head that was read before means what it meant, and no other.
-        with connect(locked) as connection:
-            for key in ("right", "wrong", "", "right") * 3:
-                fields = {"Authorization": f"Bearer {key}"} if key else {}
-                connection.sendall(post(VALUE, POINT, **fields, **KEEP))
-                time.sleep(0.03)
-            connection.sendall(post(VALUE, POINT))
-            statuses = [reply.status for reply in replies(receive_all(connection))]
-        assert statuses == [200, 401, 401, 200] * 3 + [401]
-
-
 # Leaving.
 
 
@@ -348,7 +327,7 @@ def test_a_steady_slow_reader_gets_all_of_its_reply(live: LiveServer) -> None:
         data, began = bytearray(), time.monotonic()
         while piece := connection.recv(1 << 16):
             data += piece
-            if time.monotonic() - began < 4 * LIMITS["send_timeout_s"]:
+            if time.monotonic() - began < 2.5 * LIMITS["send_timeout_s"]:
                 time.sleep(0.03)
     assert time.monotonic() - began > 2 * LIMITS["send_timeout_s"]
     (reply,) = replies(bytes(data))
@@ -360,8 +339,10 @@ def test_a_reader_that_takes_nothing_is_cut_off(live: LiveServer) -> None:
     with connect(live, 30) as connection:
         connection.sendall(post(EVALUATE, LARGE, **KEEP))
         assert connection.recv(12) == b"HTTP/1.1 200"
-        time.sleep(3 * LIMITS["send_timeout_s"])
-        assert psutil.Process(live.process.pid).num_fds() <= before
+        end = time.monotonic() + 3 * LIMITS["send_timeout_s"]
+        while psutil.Process(live.process.pid).num_fds() > before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         data = receive_all(connection)
     assert len(data) < 8 << 20
 
@@ -448,29 +429,27 @@ class Stalls:
         """100 ms, and what the machine itself takes."""
         return 0.1 + 2 * self.usual_s
 
-    def __enter__(self) -> None:
-        self.usual_s = self._watch(0.5)
-        self._thread = threading.Thread(target=self._run)
+    def __enter__(self) -> Stalls:
+        self._watch(0.5)
+        self.usual_s, self.seconds = self.seconds, 0.0
+        self._thread = threading.Thread(target=self._watch)
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
 
-    def _run(self) -> None:
-        self.seconds = self._watch(None)
-
-    def _watch(self, seconds: float | None) -> float:
-        longest, connection = 0.0, http.client.HTTPConnection("127.0.0.1", self._live.port, timeout=20)
-        end = time.monotonic() + (seconds or 1e9)
-        while time.monotonic() < end and (seconds or not self._is_over.is_set()):
+    def _watch(self, seconds: float = math.inf) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._live.port, timeout=20)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._is_over.is_set():
             began = time.monotonic()
             connection.request("GET", "/livez")
             connection.getresponse().read()
-            longest = max(longest, time.monotonic() - began)
+            self.seconds = max(self.seconds, time.monotonic() - began)
             time.sleep(0.005)
         connection.close()
-        return longest
 
 
 SIZE = 15 << 20
@@ -499,24 +478,27 @@ PLACES = {
 }
 
 
-#: All dialects read JSON with one reader: in the short form the native one is tried with all, the others with a few.
-CASES = [(place, bomb) for place in PLACES for bomb in (BOMBS if place == "native" or IS_WHOLE else FEW)]
-
-
-@pytest.mark.parametrize(("place", "bomb"), CASES)
-def test_no_body_stalls_the_service(live: LiveServer, place: str, bomb: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_no_body_stalls_the_service(live: LiveServer, place: str) -> None:
+    """All dialects read JSON with one reader: the native one is tried with all bodies, the others with a few."""
     path, form = PLACES[place]
     front = psutil.Process(live.process.pid)
-    before = front.memory_info().rss
-    data = post(path, form % BOMBS[bomb])
 
-    def send() -> None:
-        reply = ask(live.port, data, 30)
+    def send(bomb: str) -> None:
+        reply = ask(live.port, post(path, form % BOMBS[bomb]), 30)
         assert 400 <= reply.status < 500, reply
         check_error(reply)
 
-    assert is_smooth(live, send)
-    assert front.memory_info().rss - before < 8 * SIZE
+    slow = []
+    with Stalls(live) as stalls:
+        for bomb in BOMBS if place == "native" or IS_WHOLE else FEW:
+            before, stalls.seconds = front.memory_info().rss, 0.0
+            send(bomb)
+            if stalls.seconds > stalls.bound_s:
+                slow.append(bomb)
+            assert front.memory_info().rss - before < 8 * SIZE, bomb
+    for bomb in slow:  # other processes hold the service up, too
+        assert is_smooth(live, partial(send, bomb)), bomb
 
 
 def test_a_large_good_body_stalls_nobody_and_is_read_right(live: LiveServer) -> None:
@@ -717,12 +699,12 @@ def test_a_connection_is_closed_when_it_was_idle_for_long_enough_and_not_before(
     assert 0.29 < asyncio.run(run()) < 0.6
 
 
-def test_starting_is_answered_with_the_reason(tmp_path: Path) -> None:
+def test_starting_is_answered_with_the_reason_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     for name in ("peaks", "borehole"):
         (tmp_path / f"{name}.safetensors").write_bytes((ROOT / "models" / f"{name}.safetensors").read_bytes())
-    server = LiveServer(tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense, not a network")
+    server = LiveServer(tmp_path).wait_until_listening()
     try:
-        server._listening.wait(60)
         reply = ask(server.port, post(VALUE, POINT))
         if reply.status != 200:  # it may have been quick
             assert (reply.status, reply.json()["code"], reply.headers["retry-after"]) == (503, "not_ready", "1")
@@ -733,5 +715,11 @@ def test_starting_is_answered_with_the_reason(tmp_path: Path) -> None:
         lines = "\n".join(server.log)
         assert "model peaks version 1: ready, d = 2, m = 1, float64" in lines
         assert f"http://127.0.0.1:{server.port}/docs" in lines
+        assert "bad.safetensors is refused" in lines
+        listed = {model["name"]: model for model in ask(server.port, request("GET", "/v1/models")).json()["models"]}
+        assert listed["bad"]["state"] == "failed"
+        assert "safetensors" in listed["bad"]["reason"]
+        reply = ask(server.port, post("/v1/models/bad/value", POINT))
+        assert (reply.status, reply.json()["code"]) == (503, "not_ready")
     finally:
         server.stop()

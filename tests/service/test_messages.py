@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -45,16 +44,4 @@ def test_a_start_without_a_folder_names_the_path(tmp_path: Path, is_file: bool, 
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 3
     assert f"expected a folder of models at {path}, found {found}" in run.stderr
-
-
-def test_a_start_without_models_names_the_folder(tmp_path: Path) -> None:
-    live = LiveServer(tmp_path)
-    try:
-        live._listening.wait(60)
-        for _ in range(100):
-            if any(f"no model: expected NAME.safetensors in {tmp_path}" in line for line in live.log):
-                return
-            time.sleep(0.1)
-        raise AssertionError(live.log)
-    finally:
-        live.stop()
+    assert "Traceback" not in run.stderr

@@ -85,10 +85,13 @@ def test_a_flag_wins_over_a_variable_and_that_over_a_file(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "processes", [1, pytest.param(2, marks=pytest.mark.whole)], ids=["one front end", "two front ends"]
-)
-@pytest.mark.parametrize(
-    ("host", "reason"), [("127.0.0.1", "address already in use"), ("none.invalid", "name or service not known")]
+    ("host", "reason", "processes"),
+    [
+        ("127.0.0.1", "address already in use", 1),
+        ("127.0.0.1", "address already in use", 2),
+        pytest.param("none.invalid", "name or service not known", 1, marks=pytest.mark.whole),
+        ("none.invalid", "name or service not known", 2),
+    ],
 )
 def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     host: str, reason: str, processes: int, shipped_models: Path
@@ -103,6 +106,13 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     (line,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
     assert reason in line.lower()
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["--workers", "0"], "workers"), (["--nonsense"], "nonsense")])
+def test_a_wrong_flag_is_named(arguments: list[str], words: str) -> None:
+    done = serve("models", "--port", "0", *arguments)
+    assert done.exit_code == 2
+    assert words in done.output
 
 
 def test_version_is_shown() -> None:

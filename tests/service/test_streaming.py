@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import hessquik
 from service.front import STREAMED_BYTES
 from tests.live import ROOT, LiveServer
 from tests.raw import ask, post, receive_all, replies
+from tests.service.conftest import FAULTY_GROUP
 from tests.service.faulty_worker import RAISES, SLOW, SLOW_S
 
 SAFETENSORS = "application/x-safetensors"
@@ -25,14 +25,7 @@ ROWS = 60_000
 HESSIAN = "/v1/models/peaks/hessian"
 KEEP = {"Connection": "keep-alive"}
 
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Yield a server whose worker fails on demand."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "peaks.safetensors").write_bytes((ROOT / "models" / "peaks.safetensors").read_bytes())
-    with LiveServer(folder, command=("-m", "tests.service.faulty_serve")) as live:
-        yield live
+pytestmark = FAULTY_GROUP
 
 
 def points(**special: float) -> np.ndarray[Any, np.dtype[np.float64]]:

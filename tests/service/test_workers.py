@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-import hessquik
-from hessquik.activations import tanhActivation
-from hessquik.networks import NN, fullyConnectedNN
+from hessquik.networks import NN
 from tests.live import ROOT, LiveServer
 from tests.raw import check_error, post, receive_all, replies
+from tests.service import seeded
+from tests.service.conftest import FAULTY_GROUP
 from tests.service.faulty_worker import DIFFERS, HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
 from tests.whole import choose
 
@@ -32,24 +31,24 @@ HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64, max_keep
 atexit.register(HTTP.close)
 FAULTY = ("-m", "tests.service.faulty_serve")
 
+pytestmark = FAULTY_GROUP
+
 
 @pytest.fixture(scope="module")
 def network() -> NN:
-    torch.manual_seed(3)
-    return fullyConnectedNN([2, 8, 1], tanhActivation(), dtype=torch.float64)
+    return seeded.network(3)
+
+
+@pytest.fixture
+def server(faulty: LiveServer) -> LiveServer:
+    return faulty
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, network: NN) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    hessquik.save(network, path / "small.safetensors")
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LiveServer]:
-    settings = {"batch_timeout_s": 1.5, "max_queue_requests": 20, "spin_us": 10_000, "threads": 2}
-    with LiveServer(folder, workers=1, settings=settings, command=FAULTY) as live:
+def checked(faulty_server: LiveServer) -> Iterator[LiveServer]:
+    """Yield a server that computes every batch twice, does not look for work, and replaces dead workers quickly."""
+    settings = {"self_check": 1, "spin_us": 0}
+    with LiveServer(faulty_server.models, settings=settings, command=(*FAULTY, "quick")) as live:
         yield live
 
 
@@ -172,60 +171,52 @@ def test_metrics_add_up_to_what_was_sent(server: LiveServer) -> None:
     assert server.metric("hessquik_rows_total") == rows + 10
 
 
-def test_a_worker_that_disagrees_with_itself_answers_no_more(folder: Path, network: NN) -> None:
-    with LiveServer(folder, settings={"self_check": 1, "spin_us": 0}, command=FAULTY) as live:
-        before = live.workers()
-        answers_all(live, network)  # also without looking for work
-        reply = ask(live, [DIFFERS, 0.0])
-        assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
-        assert live.metric("hessquik_self_check_failures_total") >= 1
-        live.wait_until_ready()
-        assert not {*before} & {*live.workers()}
-        value = ask(live, [0.5, 0.0]).json()["value"]
-        assert value == pytest.approx([expected(network, [0.5, 0.0])], abs=1e-12)
-        deadline = time.monotonic() + 10
-        while live.metric("hessquik_self_check_rows_total") < 1 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert live.metric("hessquik_self_check_rows_total") >= 1
+def test_a_worker_that_disagrees_with_itself_answers_no_more(checked: LiveServer, network: NN) -> None:
+    live, before = checked, checked.workers()
+    answers_all(live, network)  # also without looking for work
+    reply = ask(live, [DIFFERS, 0.0])
+    assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
+    assert live.metric("hessquik_self_check_failures_total") >= 1
+    live.wait_until_ready()
+    assert not {*before} & {*live.workers()}
+    value = ask(live, [0.5, 0.0]).json()["value"]
+    assert value == pytest.approx([expected(network, [0.5, 0.0])], abs=1e-12)
+    deadline = time.monotonic() + 10
+    while live.metric("hessquik_self_check_rows_total") < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert live.metric("hessquik_self_check_rows_total") >= 1
 
 
-def test_stopping_answers_what_was_accepted_and_exits_with_0(folder: Path) -> None:
-    live = LiveServer(folder, command=FAULTY).wait_until_ready()
-    with ThreadPoolExecutor(4) as threads:
-        accepted = [threads.submit(ask, live, [SLOW, float(number)]) for number in range(4)]
-        time.sleep(SLOW_S / 2)
-        status = live.stop()
-        assert [reply.result().status_code for reply in accepted] == [200] * 4
-    assert status == 0
-    assert not [line for line in live.log if " WARNING " in line or " ERROR " in line]
+def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(checked: LiveServer) -> None:
+    """Last of the server's tests."""
+    deadline = time.monotonic() + 60
+    while checked.process.poll() is None and time.monotonic() < deadline:
+        for worker in checked.workers():
+            worker.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    assert checked.stop() == 70
 
 
-def test_what_cannot_be_answered_before_the_stop_is_told_so(folder: Path) -> None:
+def test_a_stop_answers_what_was_accepted_and_tells_the_others_so(faulty_server: LiveServer) -> None:
     """One request hangs in the worker, another never arrives whole; both outlast the time to drain."""
-    settings = {"drain_s": 1, "batch_timeout_s": 60}
-    live = LiveServer(folder, settings=settings, command=FAULTY).wait_until_ready()
+    settings = {"drain_s": 2, "batch_timeout_s": 60}
+    live = LiveServer(faulty_server.models, settings=settings, command=FAULTY).wait_until_ready()
     half = post("/v1/models/small/value", b'{"inputs":', Content_Length="99", Connection="keep-alive")
-    with ThreadPoolExecutor(1) as threads, socket.create_connection(("127.0.0.1", live.port), 30) as connection:
+    with ThreadPoolExecutor(5) as threads, socket.create_connection(("127.0.0.1", live.port), 30) as connection:
         connection.sendall(half)
-        hanging = threads.submit(ask, live, [HANGS, 0.0])
-        time.sleep(0.3)
+        accepted = [threads.submit(ask, live, [SLOW, float(number)]) for number in range(4)]
+        time.sleep(SLOW_S / 4)
+        gradient = f"{live.url}/v1/models/small/gradient"  # in a batch of its own
+        hanging = threads.submit(HTTP.post, gradient, json={"inputs": [HANGS, 0.0]})
+        time.sleep(SLOW_S / 4)
         assert live.stop() == 0
         (cut_short,) = replies(receive_all(connection))
         reply = hanging.result()
+        assert [reply.result().status_code for reply in accepted] == [200] * 4
     assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "not_ready", "1")
     assert (cut_short.status, cut_short.json()["code"]) == (503, "not_ready")
     check_error(cut_short)
     assert not any("Traceback" in line for line in live.log)
-
-
-def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(folder: Path) -> None:
-    live = LiveServer(folder).wait_until_ready()
-    deadline = time.monotonic() + 60
-    while live.process.poll() is None and time.monotonic() < deadline:
-        for worker in live.workers():
-            worker.send_signal(signal.SIGKILL)
-        time.sleep(0.01)
-    assert live.stop() == 70
 
 
 @pytest.mark.parametrize(
@@ -233,10 +224,8 @@ def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(folder: Path)
     [
         (["--device", "cuda"], 3, "CUDA"),
         (["--device", "tpu"], 3, "expected auto, cpu, cuda"),
-        (["--workers", "0"], 2, "workers"),
-        (["--nonsense"], 2, "nonsense"),
     ],
-    ids=["absent device", "unknown device", "bad number", "unknown flag"],
+    ids=["absent device", "unknown device"],
 )
 def test_a_start_that_cannot_be_is_one_clear_line(arguments: list[str], status: int, words: str) -> None:
     if torch.cuda.is_available() and "cuda" in arguments:
@@ -245,11 +234,3 @@ def test_a_start_that_cannot_be_is_one_clear_line(arguments: list[str], status: 
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == status, ended.stderr
     assert words in ended.stderr
-
-
-def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service", "serve", str(tmp_path / "none"), "--port", "0", "--device", "cpu"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 3
-    assert "folder" in ended.stderr
-    assert "Traceback" not in ended.stderr
