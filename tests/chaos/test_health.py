@@ -94,10 +94,10 @@ def test_a_hung_loop_is_not_alive(start: Start, note: Note) -> None:
     note(f"{TIMES} hung loops: livez and readyz silent {TIMES} times, ready again afterwards")
 
 
-def test_load_alone_makes_nothing_unready(server: LiveServer) -> None:
+def test_load_alone_makes_nothing_unready(busy: LiveServer) -> None:
     """Control: bulk work does not turn readiness off."""
-    server.wait_until_ready()
+    busy.wait_until_ready()
     inputs = [[0.1, 0.2]] * 60_000
     for _ in range(3):
-        httpx.post(f"{server.url}/v1/models/peaks/hessian", json={"inputs": inputs}, timeout=60).raise_for_status()
-        assert probe(server, "/readyz") == 200
+        httpx.post(f"{busy.url}/v1/models/peaks/hessian", json={"inputs": inputs}, timeout=60).raise_for_status()
+        assert probe(busy, "/readyz") == 200

@@ -18,6 +18,7 @@ from tests.live import LiveServer
 from tests.oracle import derivatives
 
 ADMIN = "the-admin-key"
+KEY = "the-key"
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,13 @@ def zoo(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     built["vector"] = built["vector/2"]
     with LiveServer(folder, settings={"admin_keys": ADMIN}) as server:
         yield Zoo(server, built)
+
+
+@pytest.fixture(scope="session")
+def guarded(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Yield a server that asks for :data:`KEY` and refuses points outside; ``changing`` may be changed."""
+    folder = tmp_path_factory.mktemp("guarded")
+    for name in ("peaks", "changing"):
+        shutil.copy(shipped_models / "peaks.safetensors", folder / f"{name}.safetensors")
+    with LiveServer(folder, settings={"api_keys": KEY, "outside": "refuse"}) as server:
+        yield server

@@ -19,7 +19,7 @@ from hessquik_client.for_jax import remote_function
 from hessquik_client.for_pyomo import RemoteGreyBox
 from hessquik_client.for_scipy import Objective, constraint, minimize_from
 from hessquik_client.for_torch import RemoteNetwork
-from tests.clients.conftest import Zoo
+from tests.clients.conftest import KEY, Zoo
 from tests.live import LiveServer
 
 pytestmark = pytest.mark.xdist_group("clients")
@@ -79,19 +79,23 @@ def test_a_model_without_bounds_has_no_outside(client: Client) -> None:
     assert (vector.domain_distance(1e6 * np.ones((3, 3)), outside="refuse") == 0).all()
 
 
+def post(url: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"})
+
+
 def native(url: str, outside: str | None, x: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/models/peaks/value", json={"inputs": x} | ({"outside": outside} if outside else {}))
+    return post(f"{url}/v1/models/peaks/value", {"inputs": x} | ({"outside": outside} if outside else {}))
 
 
 def inference(url: str, outside: str | None, x: Any) -> httpx.Response:
     tensor = {"name": "inputs", "shape": [1, 2], "datatype": "FP64", "data": x}
     parameters = {"outside": outside} if outside else {}
-    return httpx.post(f"{url}/v2/models/peaks/infer", json={"inputs": [tensor], "parameters": parameters})
+    return post(f"{url}/v2/models/peaks/infer", {"inputs": [tensor], "parameters": parameters})
 
 
 def umbridge(url: str, outside: str | None, x: Any) -> httpx.Response:
     config = {"outside": outside} if outside else {}
-    return httpx.post(f"{url}/Evaluate", json={"name": "peaks", "input": [x], "config": config})
+    return post(f"{url}/Evaluate", {"name": "peaks", "input": [x], "config": config})
 
 
 DIALECTS = {native: 422, inference: 400, umbridge: 400}
@@ -185,9 +189,8 @@ def test_adapters_take_it(client: Client) -> None:
         box.evaluate_outputs()
 
 
-def test_a_service_may_refuse_by_default(shipped_models: Path) -> None:
-    with LiveServer(shipped_models, settings={"outside": "refuse"}) as live:
-        for ask, status in DIALECTS.items():
-            assert ask(live.url, None, OUTSIDE).status_code == status
-            assert ask(live.url, "allow", OUTSIDE).status_code == 200
-            assert ask(live.url, None, INSIDE).status_code == 200
+def test_a_service_may_refuse_by_default(guarded: LiveServer) -> None:
+    for ask, status in DIALECTS.items():
+        assert ask(guarded.url, None, OUTSIDE).status_code == status
+        assert ask(guarded.url, "allow", OUTSIDE).status_code == 200
+        assert ask(guarded.url, None, INSIDE).status_code == 200

@@ -27,7 +27,7 @@ from service.http.messages import Budget, Head, Request
 from service.repository import ModelFile
 from service.routes.models import _send_file
 from service.settings import Settings
-from tests.clients.conftest import Zoo
+from tests.clients.conftest import KEY, Zoo
 from tests.live import LiveServer
 
 pytestmark = pytest.mark.xdist_group("clients")
@@ -151,19 +151,17 @@ def test_local_needs_torch_and_the_client_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-def test_keys_and_files_that_changed(shipped_models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "peaks.safetensors"
-    path.write_bytes((shipped_models / "peaks.safetensors").read_bytes())
-    with LiveServer(tmp_path, settings={"api_keys": "key"}) as live:
-        url = f"{live.url}/v1/models/peaks/file"
-        assert httpx.get(url).status_code == 401
-        headers = {"authorization": "Bearer key"}
-        assert httpx.get(url, headers=headers).content == path.read_bytes()
-        hessquik.save(hessquik.load(path).double(), path)
-        changed = httpx.get(url, headers=headers)
-        assert (changed.status_code, changed.json()["code"]) == (503, "not_ready")
-        path.unlink()
-        assert httpx.get(url, headers=headers).status_code == 503
+def test_keys_and_files_that_changed(guarded: LiveServer) -> None:
+    path = guarded.models / "changing.safetensors"
+    url = f"{guarded.url}/v1/models/changing/file"
+    assert httpx.get(url).status_code == 401
+    headers = {"authorization": f"Bearer {KEY}"}
+    assert httpx.get(url, headers=headers).content == path.read_bytes()
+    hessquik.save(hessquik.load(path).double(), path)
+    changed = httpx.get(url, headers=headers)
+    assert (changed.status_code, changed.json()["code"]) == (503, "not_ready")
+    path.unlink()
+    assert httpx.get(url, headers=headers).status_code == 503
 
 
 def test_a_file_is_counted_as_held_before_it_is_read(tmp_path: Path) -> None:

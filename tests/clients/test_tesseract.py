@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from tesseract_core import Tesseract
 
-from tests.clients.conftest import Zoo
+from tests.clients.conftest import KEY, Zoo
 from tests.live import LiveServer
 
 pytestmark = pytest.mark.xdist_group("clients")
@@ -241,14 +240,13 @@ def test_numbers_that_are_not_finite_are_null_in_lists_and_bits_in_base64(zoo: Z
     assert None in reply["value"]["data"]["buffer"][0]
 
 
-def test_keys_are_asked_for(shipped_models: Path) -> None:
-    with LiveServer(shipped_models, settings={"api_keys": "secret"}) as live:
-        url = f"{live.url}/tesseract/peaks"
-        for path in ("health", "openapi.json"):
-            assert httpx.get(f"{url}/{path}").status_code == 401
-        reply = httpx.post(f"{url}/apply", json={"inputs": {"x": [0.0, 0.0]}})
-        assert (reply.status_code, reply.json().keys()) == (401, {"detail"})
-        assert httpx.get(f"{url}/health", headers={"authorization": "Bearer secret"}).status_code == 200
+def test_keys_are_asked_for(guarded: LiveServer) -> None:
+    url = f"{guarded.url}/tesseract/peaks"
+    for path in ("health", "openapi.json"):
+        assert httpx.get(f"{url}/{path}").status_code == 401
+    reply = httpx.post(f"{url}/apply", json={"inputs": {"x": [0.0, 0.0]}})
+    assert (reply.status_code, reply.json().keys()) == (401, {"detail"})
+    assert httpx.get(f"{url}/health", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
 
 
 def test_torch_differentiates_through_it(zoo: Zoo, vector: Tesseract) -> None:

@@ -1,4 +1,4 @@
-"""Several servers on one machine behind the shipped balancer, and several front ends of one server."""
+"""Several servers on one machine behind the shipped balancer, and several front ends of one of them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ PLAIN = 6
 
 
 class Node:
-    """Two servers, each with its own worker, behind HAProxy."""
+    """Two servers, each with its own worker and the second with two front ends, behind HAProxy."""
 
     def __init__(self, models: Path, folder: Path) -> None:
-        self.servers = [LiveServer(models) for _ in range(2)]
+        self.servers = [LiveServer(models, settings={"processes": processes}) for processes in (1, 2)]
         for server in self.servers:
             server.wait_until_ready()
         addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
@@ -63,10 +63,13 @@ def start_node(shipped_models: Path, tmp_path: Path) -> Iterator[Node]:
 @pytest.mark.parametrize(
     "end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.whole)], ids=["drained", "killed"]
 )
-def test_server_that_ends_costs_plain_clients_nothing(
+def test_servers_and_front_ends_that_end_cost_plain_clients_nothing_but_their_connections(
     end: signal.Signals, node: Node, shipped_models: Path, note: Note
 ) -> None:
-    """Drained: nothing at all; killed: only answers or marked 503; with none left, marked 503."""
+    """Drained: nothing at all; killed: only answers or marked 503; with none left, marked 503.
+
+    The other server has two front ends, for a machine on which one is the bottleneck: one of them is killed, too.
+    """
     expected = hessian(shipped_models / "peaks.safetensors")
     load = Load(node.balancer.url, lambda found: is_close(found, expected))
     load.wait(CALLS)
@@ -79,13 +82,26 @@ def test_server_that_ends_costs_plain_clients_nothing(
     statuses = load.end()
     note(f"{end.name}: {json.dumps(statuses)}")
     assert statuses.keys() <= ({"200"} if end is signal.SIGTERM else {"200", "503"})
-    node.servers[1].process.kill()
+    load = Load(node.balancer.url, lambda found: is_close(found, expected))
+    load.wait(CALLS)
+    fronts(node.servers[1])[0].kill()
+    load.wait(2 * CALLS)
+    assert load.end().keys() <= {"200", "503"}
+    ends = [psutil.Process(node.servers[1].process.pid), *fronts(node.servers[1])]
+    for process in ends:
+        process.kill()
+    psutil.wait_procs(ends, WAIT_S)
     deadline = time.monotonic() + WAIT_S
     while (reply := httpx.get(f"{node.balancer.url}/v1/models")).status_code == 200:
         assert time.monotonic() < deadline
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.headers["content-type"] == "application/problem+json"
     assert reply.json()["status"] == 503
+
+
+def fronts(server: LiveServer) -> list[psutil.Process]:
+    """Return the front ends of a server."""
+    return [one for one in psutil.Process(server.process.pid).children() if "service.frontend" in one.cmdline()]
 
 
 def points(model: Model, n: int) -> np.ndarray:
@@ -157,18 +173,3 @@ def test_server_that_is_killed_amid_large_replies_is_noticed(node: Node, note: N
     assert ends["cut"] > 0, "the server that was killed had replies left"
     assert ends["whole"] > 0
     assert ends.keys() <= {"cut", "whole"}
-
-
-def test_front_end_that_is_killed_costs_clients_its_connections_alone(shipped_models: Path, tmp_path: Path) -> None:
-    """One server with two front ends behind the balancer, for a machine on which one front end is the bottleneck."""
-    expected = hessian(shipped_models / "peaks.safetensors")
-    with LiveServer(shipped_models, settings={"processes": 2}) as server:
-        address = f"127.0.0.1:{server.port}"
-        with Balancer(address, address, tmp_path / "haproxy") as balancer:
-            load = Load(balancer.url, lambda found: is_close(found, expected))
-            load.wait(CALLS)
-            children = psutil.Process(server.process.pid).children()
-            front = next(one for one in children if "service.frontend" in one.cmdline())
-            front.kill()
-            load.wait(2 * CALLS)
-            assert load.end().keys() <= {"200", "503"}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 Schema = Mapping[str, Any]
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
-KEYS = ("user", "admin")
+KEYS = ("user-key-1", "admin-key")
 #: Longest generated lists; the limits themselves are tried elsewhere.
 MAX_ITEMS = 4
 #: Numbers that float32 holds, the extreme ones among them.

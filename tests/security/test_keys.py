@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
+import socket
+import time
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,9 @@ from service.app import create_app
 from service.assets import ASSETS
 from service.settings import Settings
 from tests.live import LiveServer
-from tests.raw import Reply, ask, check_error, request
+from tests.raw import Reply, ask, check_error, post, receive_all, replies, request
+from tests.security.conftest import KEYS
+from tests.security.test_limits import VALUE, chunked
 from tests.whole import Note, choose
 
 VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE")
@@ -42,14 +45,6 @@ HOSTS = (
     "http://x/livez", "x?/livez", "x#/livez", "x\\livez", "..", "*", "x, y", "x;y", "0", "-", "." * 200, "livez",
 )  # fmt: skip
 OPEN = {"/livez", "/readyz", *ASSETS}
-KEYS = {"api_keys": "user-key-1,user-key-2", "admin_keys": "admin-key"}
-
-
-@pytest.fixture(scope="module")
-def locked(shipped_models: Path) -> Iterator[LiveServer]:
-    """Yield a server that needs keys."""
-    with LiveServer(shipped_models, settings=KEYS) as live:
-        yield live
 
 
 def paths() -> list[str]:
@@ -154,3 +149,27 @@ def test_keys_are_in_no_log_line_and_no_representation(locked: LiveServer) -> No
     secrets = [key for keys in KEYS.values() for key in keys.split(",")]
     text = "\n".join(locked.log) + repr(Settings(**KEYS)) + str(Settings(**KEYS).model_dump())  # type: ignore[arg-type]
     assert not any(secret in text for secret in secrets)
+
+
+def test_a_missing_key_is_counted_under_the_route(locked: LiveServer) -> None:
+    def counts() -> list[float]:
+        sample = 'hessquik_requests_total{route="%s",status="401"}'
+        return [locked.metric(sample % route, "user-key-1") for route in ("/v1/models/{model}/value", "/v1/models")]
+
+    value, models = counts()
+    point = b'{"inputs":[0.5,0.25]}'
+    for data in (post(VALUE, point), chunked(VALUE, point, 7), request("GET", "/v1/models")):
+        assert ask(locked.port, data).status == 401
+    assert counts() == [value + 2, models + 1]
+
+
+def test_a_head_that_was_read_before_means_what_it_meant_and_no_other(locked: LiveServer) -> None:
+    data = post(VALUE, b'{"inputs":[0.5,0.25]}', Connection="keep-alive")
+    with socket.create_connection(("127.0.0.1", locked.port), 10) as connection:
+        for key in ("user-key-1", "wrong", "", "user-key-1") * 3:
+            field = f"Authorization: Bearer {key}\r\n".encode() if key else b""
+            connection.sendall(data.replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n", 1))
+            time.sleep(0.03)
+        connection.sendall(post(VALUE, b"{}"))
+        statuses = [reply.status for reply in replies(receive_all(connection))]
+    assert statuses == [200, 401, 401, 200] * 3 + [401]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,6 @@ BODIES = choose(60, 500)
 #: So much of every request is kept by the control.
 LEAK_BYTES = 8 * MEMORY_BYTES // BODIES
 MIB = 1 << 20
-Start = Callable[[str], LiveServer]
 
 
 def chunked(body: bytes, size: int) -> bytes:
@@ -91,23 +90,7 @@ def growth(server: LiveServer) -> int:
     return memory(server) - before
 
 
-@pytest.fixture
-def start(shipped_models: Path) -> Iterator[Start]:
-    """Start a server, with a fault if one is named."""
-    started: list[LiveServer] = []
-
-    def start(fault: str) -> LiveServer:
-        command = ("-m", "tests.chaos.faulty_serve", fault) if fault else ("-m", "service")
-        started.append(LiveServer(shipped_models, command=command))
-        return started[-1].wait_until_ready()
-
-    yield start
-    for live in started:
-        live.stop()
-
-
-def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None:
-    server = start("")
+def test_hostile_bodies_leave_no_memory_behind(server: LiveServer, note: Note) -> None:
     grown = growth(server)
     note(f"{BODIES} hostile bodies: {grown / MIB:+.1f} MiB")
     assert grown <= MEMORY_BYTES
@@ -115,9 +98,12 @@ def test_hostile_bodies_leave_no_memory_behind(start: Start, note: Note) -> None
 
 
 @pytest.mark.whole
-def test_memory_that_is_left_behind_is_caught(start: Start, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_left_behind_is_caught(
+    shipped_models: Path, note: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Control: a front end with a planted leak per request is found."""
     monkeypatch.setenv("CHAOS_LEAK_BYTES", str(LEAK_BYTES))
-    grown = growth(start("leaky"))
+    with LiveServer(shipped_models, command=("-m", "tests.chaos.faulty_serve", "leaky")) as leaky:
+        grown = growth(leaky)
     note(f"control: {grown / MIB:+.1f} MiB")
     assert grown > MEMORY_BYTES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,11 +27,11 @@ from service.settings import Settings
 from tests.live import LiveServer
 from tests.oracle import derivatives
 from tests.raw import LEAKS, Reply, send_over
+from tests.security.conftest import SPARE
 from tests.security.generate import JSON, KEYS, SAFETENSORS, Document, Model, Request, other_requests, questions
 from tests.whole import Note, choose
 
 TOLERANCE = 1e-10
-SPARE = "spare"
 SETTINGS = Settings(device="cpu", api_keys=KEYS[:1], admin_keys=KEYS[1:])  # type: ignore[arg-type]
 DOCUMENT = Document(create_app(SETTINGS).openapi())
 #: The native ones; those of the dialects have tests of their own beside their clients.
@@ -114,17 +113,6 @@ def reference(shipped_models: Path) -> Iterator[Reference]:
             assert error <= TOLERANCE, (path.stem, name, error)
     yield found
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def locked(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Yield a server with keys, and a model that may be loaded and unloaded."""
-    folder = tmp_path_factory.mktemp("models")
-    for path in shipped_models.glob("*.safetensors"):
-        shutil.copy(path, folder)
-    shutil.copy(shipped_models / "peaks.safetensors", folder / f"{SPARE}.safetensors")
-    with LiveServer(folder, settings={"api_keys": KEYS[0], "admin_keys": KEYS[1]}) as live:
-        yield live
 
 
 @pytest.fixture(scope="module")
