@@ -126,7 +126,6 @@ class _Trial:
         expected: By automatic differentiation in float64, in natural units: the value (n,), gradient (n, d), hvp
             (n, k, d) and hessian_diagonal (n, axes).
         bounds: Bounds of the relative errors of the same quantities in the dtype.
-        comparisons: The comparison of each quantity.
     """
 
     network: NN
@@ -138,7 +137,6 @@ class _Trial:
     axes: Tensor
     expected: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
-    comparisons: dict[str, _Comparison] = field(default_factory=dict)
 
     def error(self, got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
         """Return the largest difference, relative to the size of what is expected or to a small part of the value."""
@@ -404,8 +402,6 @@ def _set_up(
         rounded = _differentiate(trial, dtype)
         errors = {name: trial.error(rounded[name], expected) for name, expected in trial.expected.items()}
         trial.bounds.update({name: max(FLOAT32_BOUND, FLOAT32_FACTOR * error) for name, error in errors.items()})
-    trial.comparisons.update(_comparisons(trial))
-    trial.comparisons.update({name: _by_formula(trial, QUANTITIES[name]) for name in _registered()})
     return trial
 
 
@@ -469,10 +465,11 @@ def _against_autograd(trial: _Trial, evaluate: Evaluator, calls: Sequence[_Call]
     x, weights, directions = (
         part.to(evaluate.device, evaluate.dtype) for part in (trial.x, trial.weights, trial.directions)
     )
+    comparisons = _comparisons(trial) | {name: _by_formula(trial, QUANTITIES[name]) for name in _registered()}
     worst: dict[str, float] = {}
 
     def found(name: str, result: Tensor, is_weighted: bool) -> None:
-        error = trial.comparisons[name].error(result.to("cpu", torch.float64), is_weighted)
+        error = comparisons[name].error(result.to("cpu", torch.float64), is_weighted)
         worst[name] = max(worst.get(name, 0.0), error, key=_severity)
 
     for quantities, is_weighted in calls:
@@ -482,22 +479,14 @@ def _against_autograd(trial: _Trial, evaluate: Evaluator, calls: Sequence[_Call]
             diagonal = evaluate(x, ("hessian_diagonal",), given).hessian_diagonal
             assert diagonal is not None
             found("hessian_diagonal", diagonal, is_weighted)
-            trial.comparisons["laplacian"] = _with_own_diagonal(trial, diagonal.to("cpu", torch.float64), is_weighted)
+            comparisons["laplacian"] = _with_own_diagonal(trial, diagonal.to("cpu", torch.float64), is_weighted)
         results = evaluate(x, quantities, given, directions if needs_directions(quantities) else None)
         for name in quantities:
             found(name, getattr(results, name), is_weighted)
-    rows = [
-        Row(
-            name,
-            computed_by,
-            trial.comparisons[name].reference,
-            "relative error",
-            error,
-            trial.comparisons[name].bound,
-        )
+    return [
+        Row(name, computed_by, comparisons[name].reference, "relative error", error, comparisons[name].bound)
         for name, error in worst.items()
     ]
-    return rows
 
 
 def _against_rows_alone(trial: _Trial, evaluate: Evaluator, computed_by: str) -> list[Row]:

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import secrets
 import struct
@@ -26,6 +27,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from hessquik import strict_json
@@ -188,8 +190,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Network:
         raise FormatError(f"{path.name}: {error}") from None
 
 
-def parse(data: bytes) -> SavedNetwork:
+def parse(data: bytes | mmap.mmap, path: str | None = None) -> SavedNetwork:
     """Read a network from the bytes of a file.
+
+    Args:
+        data: The bytes.
+        path: A file that has the same bytes and never changes. The weights are views of it, so that processes share
+            their memory; without it, they are copied.
 
     Raises:
         FormatError: they are not those of a saved network.
@@ -199,7 +206,8 @@ def parse(data: bytes) -> SavedNetwork:
     texts = _read_header(data)
     architecture = strict_json.parse("network", texts["network"])
     try:
-        tensors = safetensors.torch.load(data)
+        is_aligned = struct.unpack("<Q", data[:8])[0] % 8 == 0
+        tensors = safetensors.torch.load(data[:]) if path is None or not is_aligned else load_file(path)
     except (safetensors.SafetensorError, OverflowError, RuntimeError) as error:
         raise FormatError(f"the file must be a safetensors file, got one that does not parse ({error})") from None
     try:
@@ -240,7 +248,7 @@ def assemble(architecture: Any, tensors: Mapping[str, torch.Tensor]) -> Network:
     return module if isinstance(module, Network) else NN(module)
 
 
-def _read_header(data: bytes) -> dict[str, str]:
+def _read_header(data: bytes | mmap.mmap) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file, whose sizes are checked first."""
     if not 8 < len(data) <= MAX_FILE_BYTES:
         size = f"more than {MAX_FILE_BYTES}" if len(data) > MAX_FILE_BYTES else len(data)
@@ -288,7 +296,7 @@ def _check_entries(entries: Mapping[str, Any], available_bytes: int) -> None:
         raise FormatError(f"the file is truncated: its tensors have {max(ends)} bytes, the file {available_bytes}")
 
 
-def _checksum(data: bytes) -> str:
+def _checksum(data: bytes | mmap.mmap) -> str:
     """Return the SHA-256 of a file: of its header, normalised and without the checksum, followed by its tensors."""
     (header_bytes,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + header_bytes])

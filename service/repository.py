@@ -27,6 +27,7 @@ from weakref import WeakValueDictionary
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 
 from .metrics import ModelStatistics
+from .shared import Sealed, share
 from .workers import LoadError, Workers
 
 __all__ = ["ModelFile", "Repository", "Served", "Table", "find_files", "printable", "scan"]
@@ -509,8 +510,7 @@ class Repository(Table):
         loop = asyncio.get_running_loop()
         since_s = loop.time()
         try:
-            data = await loop.run_in_executor(None, file.read)
-            new.digest = await loop.run_in_executor(None, _digest, data)
+            contents, new.digest = await loop.run_in_executor(None, _read, file)
             if self._is_unloaded(file):
                 raise LoadError(UNLOADED)
             if old is not None and old.state == "ready" and old.digest == new.digest:
@@ -518,7 +518,7 @@ class Repository(Table):
                 return old
             if old is None:
                 self._put(new)
-            new.facts = {**await self._workers.load(new.id, data), "sha256": new.digest.hex()}
+            new.facts = {**await self._workers.load(new.id, contents), "sha256": new.digest.hex()}
             if self._is_unloaded(file):
                 raise LoadError(UNLOADED)
         except LoadError as error:
@@ -544,8 +544,14 @@ class Repository(Table):
             self.retire(replaced)
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+def _read(file: ModelFile) -> tuple[bytes | Sealed, bytes]:
+    """Return the contents of a file, shared if they are large, and their digest.
+
+    Raises:
+        LoadError: the file cannot be read.
+    """
+    data = file.read()
+    return share(data), hashlib.sha256(data).digest()
 
 
 def _attempt(served: Served) -> dict[str, Any]:

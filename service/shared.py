@@ -1,8 +1,10 @@
-"""Shared memory for results: a worker writes them and the front end reads them, without a copy through a socket.
+"""Shared memory, for results and for models' files, which are not copied through a socket.
 
-The front end creates each buffer (a sealed memfd, which cannot be shortened), sends its descriptor with the first
-batch that uses it, and lends it to one batch at a time: it is free again when the last array in it is
-garbage-collected.
+Results are written by a worker and read by the front end. The front end creates each buffer (a sealed memfd, which
+cannot be shortened), sends its descriptor with the first batch that uses it, and lends it to one batch at a time: it
+is free again when the last array in it is garbage-collected.
+
+A model's file is held once, in memory that nobody can change, and the weights of all workers are views of it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Buffer", "Buffers", "offsets"]
+__all__ = ["Buffer", "Buffers", "Sealed", "offsets", "share"]
 
 #: Size of a buffer in bytes, which is also the limit of a batch's results.
 BUFFER_BYTES = 8 << 20
@@ -31,8 +33,10 @@ MOST_BYTES = 256 << 20
 IDLE_S = 1.0
 #: Alignment of each array in a buffer.
 ALIGNMENT = 64
-#: F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW.
-_SEALS = 1 | 2 | 4
+#: Size of a file in bytes from which workers share its memory; each such file takes a descriptor.
+SHARED_FILE_BYTES = 4 << 20
+#: F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW; and F_SEAL_WRITE.
+_SEALS, _SEAL_WRITE = 1 | 2 | 4, 8
 
 
 class Buffer:
@@ -71,6 +75,44 @@ class Buffer:
     def give_back(self) -> None:
         """Mark the buffer as free."""
         self.is_lent, self.since_s = False, time.monotonic()
+
+
+class Sealed:
+    """Bytes in memory that other processes can map by its descriptor, and that nobody can change.
+
+    Args:
+        data: The bytes, which are copied.
+
+    Attributes:
+        fd: The descriptor; it is closed when the object is garbage-collected.
+
+    Raises:
+        OSError: there is no descriptor or no memory left.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Copy the bytes and seal the memory."""
+        self.fd = os.memfd_create("file", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self.fd)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self.fd, rest) :]
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS | _SEAL_WRITE)
+
+
+def share(data: bytes) -> bytes | Sealed:
+    """Return the bytes of a file, in shared memory if they are many and the system has it.
+
+    Examples:
+        >>> share(b"few")
+        b'few'
+    """
+    if len(data) < SHARED_FILE_BYTES:
+        return data
+    try:
+        return Sealed(data)
+    except OSError:  # no descriptor or no memory left: each worker gets a copy
+        return data
 
 
 class Buffers:

@@ -5,7 +5,8 @@ Three threads: one computes; one loads models, so that computing goes on meanwhi
 From the supervisor, on the control socket:
 
     attach    {"op", "fds": 1}                     a socket of a front end, which sends the frames below
-    load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}
+    load      {"op", "model"} + uint8 "file"       → {"op": "loaded", "model", …facts} or {…, "error"}; a large file
+                                                     comes as sealed memory, "fds": 1
     unload    {"op", "model"}                      → nothing
     ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s",
                                                       "checked_rows"}; the last counts since the last pong
@@ -480,10 +481,10 @@ class Worker:
 
     # The loading thread.
 
-    def load(self, model: int, data: bytes) -> dict[str, Any]:
+    def load(self, model: int, data: bytes | mmap.mmap, path: str | None = None) -> dict[str, Any]:
         """Load a model; return its description, or the reason why it is refused, whatever its file raises."""
         try:
-            loaded = Model(storage.parse(data), self.device, self.threads)
+            loaded = Model(storage.parse(data, path), self.device, self.threads)
             loaded.warm_up()
             facts = loaded.facts()
         except HessQuikError as error:
@@ -514,9 +515,13 @@ class Worker:
 
         self._tell = send
 
-        def load(model: int, fields: dict[str, Any]) -> None:
-            data = bytes(fields.pop("file"))  # the frame is freed before it is parsed
-            send({"op": "loaded", "model": model, **self.load(model, data)})
+        def load(model: int, fields: dict[str, Any], fds: list[int]) -> None:
+            if fds:
+                facts = self.load(model, mmap.mmap(fds[0], 0, prot=mmap.PROT_READ), f"/proc/self/fd/{fds[0]}")
+                os.close(fds[0])
+            else:
+                facts = self.load(model, bytes(fields.pop("file")))  # the frame is freed before it is parsed
+            send({"op": "loaded", "model": model, **facts})
 
         send({"op": "ready", "pid": os.getpid(), "torch": torch.__version__, "backend": backends(self.device)[0]})
         while (frames := receiver.receive()) is not None:
@@ -525,7 +530,7 @@ class Worker:
                     case "attach":
                         self.attach(socket.socket(fileno=head["fds"][0]))
                     case "load":
-                        self._loads.put(partial(load, head["model"], fields))
+                        self._loads.put(partial(load, head["model"], fields, head.get("fds", [])))
                     case "unload":
                         self._loads.put(partial(self.models.pop, head["model"], None))
                     case "ping":

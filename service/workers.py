@@ -26,6 +26,7 @@ from hessquik_client.errors import StartUpError
 
 from .child import Child
 from .settings import Settings
+from .shared import Sealed
 from .wire import WireError
 
 __all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
@@ -155,13 +156,17 @@ class WorkerProcess:
         assert self._child is not None
         return self._child.connect({"op": "attach"})
 
-    def load(self, model: int, data: bytes) -> None:
+    def load(self, model: int, file: bytes | Sealed) -> None:
         """Send a model's file, unless it was sent before."""
         if model not in self.loading and model not in self.loaded:
             if not self.loading:
                 self._load_since_s = self._workers.now()
             self.loading.append(model)
-            self._write({"op": "load", "model": model}, {"file": data})
+            head = {"op": "load", "model": model}
+            if isinstance(file, Sealed):
+                self._write(head, {}, (file.fd,))
+            else:
+                self._write(head, {"file": file})
 
     def unload(self, model: int) -> None:
         """Make the worker drop a model; batches that were sent before are still answered."""
@@ -222,9 +227,9 @@ class WorkerProcess:
         logger.error("worker %s on %s cannot be ended: the device's driver may hang", self.pid, self.device)
         return None
 
-    def _write(self, head: dict[str, Any], fields: dict[str, Any] | None = None) -> None:
+    def _write(self, head: dict[str, Any], fields: dict[str, Any] | None = None, fds: tuple[int, ...] = ()) -> None:
         if self._child is not None:
-            self._child.write(head, fields or {})
+            self._child.write(head, fields or {}, fds)
 
     def _on_frame(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
         now = self._workers.now()
@@ -272,7 +277,7 @@ class WorkerProcess:
 class _Model:
     """A model that all workers must load."""
 
-    data: bytes
+    file: bytes | Sealed
     facts: dict[str, Any] | None = None
     refusal: str | None = None
     deaths: int = 0
@@ -356,7 +361,7 @@ class Workers:
             counted[worker.state] += 1
         return counted
 
-    async def load(self, model: int, data: bytes) -> dict[str, Any]:
+    async def load(self, model: int, file: bytes | Sealed) -> dict[str, Any]:
         """Load a model's file into one worker after the other; return the model's description.
 
         Workers that are not up load it before they become ready.
@@ -366,11 +371,11 @@ class Workers:
         """
         if self.is_closing:
             raise LoadError(STOPPING)
-        entry = self._models[model] = _Model(data)
+        entry = self._models[model] = _Model(file)
         for slot in range(len(self.workers)):
             worker = self.workers[slot]
             if worker.is_up and model not in worker.loaded:
-                worker.load(model, data)
+                worker.load(model, file)
                 await self._wait(entry, worker)
         while entry.facts is None:
             await self._wait(entry, None)
@@ -394,7 +399,7 @@ class Workers:
     def on_started(self, worker: WorkerProcess) -> None:
         """Send all models to a worker that is up."""
         for model, entry in self._models.items():
-            worker.load(model, entry.data)
+            worker.load(model, entry.file)
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 

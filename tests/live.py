@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -19,6 +19,14 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
+
+
+def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+    """Wait until a condition holds, but not longer than a limit."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition does not hold in time"
+        time.sleep(0.02)
 
 
 def _is_worker(process: psutil.Process) -> bool:

@@ -1,6 +1,8 @@
 """The proof of a network's derivatives passes what is right and refuses every wrong quantity."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -101,6 +103,20 @@ def test_the_rows_are_the_same_every_time(planned, prove_planned):
     rows = prove_planned()
     assert prove(planned[0]) == rows
     assert prove_planned(seed=1) != rows
+
+
+def test_a_proof_holds_nothing_of_the_network():
+    """Not even until garbage is collected: the weights of a model that is unloaded are freed at once."""
+    f = network()
+    alive = [weakref.ref(f), *map(weakref.ref, f.parameters())]
+    gc.disable()
+    try:
+        evaluate = Evaluator(f, owned=True)
+        prove_quickly(f, evaluate=evaluate)
+        del f, evaluate
+        assert [one() for one in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
 
 
 def test_networks_in_inference_mode_are_proven_too():

@@ -1,8 +1,11 @@
 """Networks are saved and loaded unchanged, and any other file is refused with its fault."""
 
 import json
+import mmap
 import random
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -64,6 +67,29 @@ def test_what_is_saved_is_loaded(dtype, tmp_path):
     assert found.architecture == architecture.describe(f)
     assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
     assert all(parameter.requires_grad for parameter in g.parameters())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("padding", [0, 8, 3], ids="{} blanks".format)
+def test_weights_are_views_of_a_file_that_never_changes(padding, tmp_path):
+    """But copied where its header ends at another place than a multiple of 8 bytes."""
+    f, path = network(), tmp_path / "f.safetensors"
+    data = storage.serialize(f)
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + header_bytes] + b" " * padding
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + header_bytes :])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        g = storage.parse(mapped, str(path)).network
+    assert same(g, f)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in maps if str(path) in line]
+    assert len(places) == (padding != 3)
+    for first, last in places:
+        assert all(int(first, 16) < parameter.data_ptr() < int(last, 16) for parameter in g.parameters())
+    x = torch.randn(5, 3)
+    assert torch.equal(g(x)[0], f(x)[0])
+    with torch.no_grad():  # views of a private mapping
+        g[0].K.zero_()
 
 
 def test_random_networks_are_saved_and_loaded():

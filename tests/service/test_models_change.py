@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
+import psutil
 import pytest
+import torch
 
 import hessquik
-from tests.live import LiveServer
+from hessquik.activations import tanhActivation
+from hessquik.networks import fullyConnectedNN
+from tests.live import LiveServer, wait_until
 from tests.service.seeded import network, value, write_first
 from tests.whole import choose
 
@@ -77,6 +83,38 @@ def test_swaps_under_load_lose_and_mix_nothing(server: LiveServer) -> None:
         thread.join()
     assert wrong == []
     assert min(counted) > 0
+
+
+def mapped_bytes(process: psutil.Process) -> int:
+    """Return the bytes of models' files that a process has mapped."""
+    return sum(part.size for part in process.memory_maps(grouped=False) if part.path.startswith("/memfd:file"))
+
+
+def test_workers_map_a_large_file(server: LiveServer) -> None:
+    """They share its memory. None is held when the model is unloaded, by the workers or the front end."""
+    large = fullyConnectedNN([2, 760, 760, 1], tanhActivation(), dtype=torch.float64)
+    size = len(hessquik.storage.serialize(large))
+    x = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
+    gradient = hessquik.Evaluator(large)(x, ("gradient",)).gradient
+    with httpx.Client(base_url=server.url, timeout=60, headers=ADMIN) as http:
+        http.get("/livez")  # connects
+        front = psutil.Process(server.process.pid)
+        descriptors = front.num_fds()
+
+        def is_held(times: int, pages: int) -> bool:
+            mapped = [mapped_bytes(process) for process in server.workers()]
+            return mapped == [pages * mmap.PAGESIZE] and front.num_fds() == descriptors + times
+
+        hessquik.save(large, server.models / "large.safetensors")
+        assert http.post("/v1/models/large/load").status_code == 200
+        assert is_held(1, -(-size // mmap.PAGESIZE))
+        server.workers()[0].kill()
+        wait_until(lambda: is_held(1, -(-size // mmap.PAGESIZE)))  # by its successor
+        reply = http.post("/v1/models/large/gradient", json={"inputs": x.tolist()})
+        assert np.allclose(reply.json()["gradient"], gradient, rtol=1e-12, atol=0)
+        (server.models / "large.safetensors").unlink()
+        assert http.post("/v1/models/large/unload").status_code == 200
+        wait_until(lambda: is_held(0, 0))
 
 
 def test_a_failed_load_leaves_the_old_version_serving(server: LiveServer) -> None:

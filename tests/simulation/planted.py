@@ -101,7 +101,7 @@ NODE_BUGS = {
     "a worker whose process cannot be started is not replaced": ("workers", "            self._count_death(True, error.strerror or type(error).__name__)\n            self._spawn(self._replace(slot, worker))", "            self._count_death(True, error.strerror or type(error).__name__)"),
     "a worker that cannot be connected is kept": ("workers", '            worker.kill(f"it cannot be connected: {error.strerror}")', "            pass"),
     "a worker is used before it has everything": ("workers", "if self.state is State.LOADING and not self.loading:", "if self.state is State.LOADING:"),
-    "a successor gets no models": ("workers", "            worker.load(model, entry.data)\n        if self._started", "            pass\n        if self._started"),
+    "a successor gets no models": ("workers", "            worker.load(model, entry.file)\n        if self._started", "            pass\n        if self._started"),
     "a model is sent again to a worker that has it": ("workers", "if model not in self.loading and model not in self.loaded:", "if model not in self.loaded:"),
     "a model that ends its worker is loaded for ever": ("workers", "            entry.deaths += 1\n", ""),
     "a model that others have is blamed for a death": ("workers", "if entry is not None and entry.facts is None:\n            is_counted", "if entry is not None:\n            is_counted"),
