@@ -70,6 +70,7 @@ class FrontEnd:
         self._supervisor = supervisor
         self._numbers = count(1)
         self._awaited: dict[int, asyncio.Future[Any]] = {}
+        self._telling = asyncio.Lock()
         # The supervisor reads the files of keys, and says when they change.
         settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys", "secrets"})
         with bind(supervisor.settings.host, port) as listening:
@@ -92,7 +93,16 @@ class FrontEnd:
             self.child.kill()
 
     async def tell(self) -> None:
-        """Send it the changes of the table, and wait until it has applied them."""
+        """Send it the changes of the table and then the state of the workers; return when it has applied all changes.
+
+        One call after the other, so that changes which another call has sent are applied, too.
+        """
+        async with self._telling:
+            health = self._supervisor.node.health()  # of the same moment as the table: says if all models are in it
+            await self._tell_table()
+            self.child.write({"op": "health", **health._asdict()}, {})
+
+    async def _tell_table(self) -> None:
         repository = self._supervisor.node.repository
         now: dict[tuple[str, int], tuple[Any, ...]] = {}
         for name in repository.names():
@@ -122,6 +132,11 @@ class FrontEnd:
             for served in [now[name, version][-1]]
         ]
         await self.ask("table", served=members, gone=[{"name": name, "version": version} for name, version in gone])
+
+    @property
+    def is_told(self) -> bool:
+        """Return whether it has answered all that it was told."""
+        return not self._telling.locked()
 
     async def ask(self, op: str, **members: Any) -> dict[str, Any] | None:
         """Send a frame and return the fields of the answer; ``None`` if no answer comes within the time limit."""
@@ -246,7 +261,6 @@ class Supervisor:
         for worker in self.node.workers.workers:
             if worker.is_ready:
                 front.attach(worker)
-        self._say_health(front)
 
     def on_lost(self, front: FrontEnd) -> None:
         """Replace a front end that has died."""
@@ -282,9 +296,6 @@ class Supervisor:
         reports = await asyncio.gather(*(front.ask("report") for front in self._fronts if front.is_up))
         return add_up([bytes(report["text"]) for report in reports if report and "text" in report])
 
-    def _say_health(self, front: FrontEnd) -> None:
-        front.child.write({"op": "health", **self.node.health()._asdict()}, {})
-
     def _say_keys(self) -> None:
         for front in self._fronts:
             front.child.write({"op": "keys", **self.keys.shown()}, {})
@@ -314,14 +325,13 @@ class Supervisor:
             self._start_front()
 
     async def _tick(self) -> None:
-        """Send the state of the workers and changes of the table to all front ends, periodically until cancelled."""
+        """Tell all front ends what is new, periodically until cancelled; none waits for one that hangs."""
         while True:
             await asyncio.sleep(TICK_S)
             self.keys.follow()
-            await self._tell_all()
             for front in self._fronts:
-                if front.is_up:
-                    self._say_health(front)
+                if front.is_up and front.is_told:
+                    self._spawn(front.tell())
 
     def _on_signal(self) -> None:
         """Drain at the first signal; exit immediately at the second."""
