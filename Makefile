@@ -40,7 +40,7 @@ test quick chaos: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## all tests but those marked whole, counts in their short form
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; about 90 seconds
+quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; about a minute
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --quick -q
 
 chaos: $(STAMP)  ## every test with every count in full, and those that take longest; about two hours, one of them simulated

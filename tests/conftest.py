@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,20 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file for ``make quick`` in which something starts a process: others' packages take seconds."""
+    is_file = collection_path.suffix == ".py" and collection_path.name != "conftest.py"
+    return True if is_file and config.getoption("quick") and _starts_processes(collection_path) else None
+
+
+@cache
+def _starts_processes(path: Path) -> bool:
+    return PROCESSES.search(path.read_text()) is not None
+
+
 def _is_quick(item: pytest.Item) -> bool:
     """Return whether a test is not marked slow, and nothing in its file starts a process."""
-    return item.get_closest_marker("slow") is None and not PROCESSES.search(item.path.read_text())
+    return item.get_closest_marker("slow") is None and not _starts_processes(item.path)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -28,6 +28,15 @@ def test_installed_packages_are_all_there_are_and_none_is_named_service() -> Non
     assert listed["project"]["scripts"] == {"hessquik": "hessquik_service.cli:main"}
 
 
+def test_modules_that_are_not_searched_for_examples_have_none() -> None:
+    """The client's adapters are left out, since they import other libraries, for seconds."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (pattern,) = re.findall(r"--ignore-glob=(\S+)", options)
+    adapters = list(ROOT.glob(pattern))
+    assert len(adapters) > 5
+    assert [path.name for path in adapters if ">>>" in path.read_text()] == []
+
+
 def make_targets(text: str) -> set[str]:
     return set(re.findall(r"\bmake ([a-z][\w-]*)(?= {2,}|\n|`|$)", text))
 

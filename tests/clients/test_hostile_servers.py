@@ -447,6 +447,7 @@ def test_a_right_reply_in_single_bytes_is_understood() -> None:
         assert (ask_point(client) == 1).all()
 
 
+@pytest.mark.slow
 def test_damaged_replies_are_right_or_typed() -> None:
     """One byte of a right reply is another one, anywhere in it."""
     random = np.random.default_rng(0)

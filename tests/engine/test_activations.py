@@ -182,6 +182,7 @@ class documentedCubic(hessQuikActivationFunction):
         return x**2, 2 * x if do_Hessian else None
 
 
+@pytest.mark.slow
 def test_an_activation_written_for_the_original_works_everywhere():
     act, x = documentedCubic(), torch.tensor([0.5, -2.0], dtype=torch.float64)
     assert all(map(torch.equal, act.jet(x, 2), (x**3 / 3, x**2, 2 * x)))

@@ -229,6 +229,7 @@ def test_what_does_not_fit_is_refused(arguments, words):
         evaluate(**{"x": torch.zeros(2, 4), **arguments})
 
 
+@pytest.mark.slow
 def test_plans_of_many_kinds_do_not_fill_the_memory():
     evaluate = Evaluator(NN(singleLayer(2, 3, tanhActivation())))
     for k in range(1, 300):

@@ -89,6 +89,7 @@ def test_bounds_say_where_points_and_steps_are():
     prove_quickly(f, [1e6, -3e6], [5e6, 2e6])
 
 
+@pytest.mark.slow
 def test_the_network_is_left_as_it_was():
     f = network()
     before = {name: tensor.clone() for name, tensor in f.state_dict().items()}
@@ -260,6 +261,7 @@ def test_many_inputs_are_differentiated_in_parts(step, monkeypatch):
     prove_quickly(f)
 
 
+@pytest.mark.slow
 def test_a_hessian_that_is_too_large_is_left_out(monkeypatch):
     f = net.fullyConnectedNN([7, 5, 2], tanhActivation(), dtype=torch.float64)
     monkeypatch.setattr(proof, "MAX_BYTES", 100)
@@ -283,6 +285,7 @@ class ownLayer(hessQuikLayer):
     output_widths = input_widths
 
 
+@pytest.mark.slow
 def test_what_is_user_defined_is_named():
     rows = prove(net.NN(lay.singleLayer(2, 3, wrongSlope()), ownLayer(), lay.singleLayer(3, 1)).double())
     references = {row.reference for row in rows if row.computed_by.startswith("torch")}
@@ -292,6 +295,7 @@ def test_what_is_user_defined_is_named():
     assert all(row.passed for row in rows)
 
 
+@pytest.mark.slow
 def test_a_function_of_ones_own_that_makes_weights_positive_is_followed():
     f = net.NN(net.ICNN(3, [None, 4, 2]), lay.quadraticICNNLayer(3, 2, 1)).double()
     f[0][1].nonneg = torch.square

@@ -235,6 +235,7 @@ def test_wrong_constants_of_the_kernel(name, monkeypatch):
     assert refused("cpu")
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_a_kernel_that_is_wrong_in_the_second_tile_only(monkeypatch):
     from hessquik.backends.cpu import CpuProgram

@@ -39,6 +39,7 @@ def network():
     ).double()
 
 
+@pytest.mark.slow
 def test_a_users_activation_and_layer_are_proven_on_every_backend():
     rows = prove(network())
     assert [row for row in rows if not row.passed] == []
@@ -80,6 +81,7 @@ def test_a_users_quantity_on_every_backend(backend, dtype):
     torch.testing.assert_close(found.squared_slope.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_users_quantities_are_proven_on_every_backend(registered):
     """The quantities are of first and second order, and one is along directions."""
     registered("squared_slope", "m", 1, lambda at: (at.gradient * at.gradient).sum(-2, keepdim=True))
@@ -127,6 +129,7 @@ def test_a_formula_of_another_shape_than_its_axes_is_refused(registered):
         Evaluator(network())(torch.zeros(2, 3).double(), ("squeezed",))
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_every_mode_are_what_a_users_formula_reads(registered):
     """Forward mode propagates all pairs of tangents that a formula may read."""
     registered("mean_curvature", "m", 2, lambda at: at.laplacian - at.hessian_diagonal.sum(-2, keepdim=True) / 2)

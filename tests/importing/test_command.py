@@ -41,6 +41,7 @@ def one_backend(monkeypatch):
     monkeypatch.setattr(proof, "backends", lambda: {name: arguments})
 
 
+@pytest.mark.slow
 def test_an_exported_program_with_all_options(module, exported, tmp_path):
     scale = {"input_mean": [10.0, -1.0], "input_scale": [2.0, 0.5], "output_mean": 3.0, "output_scale": [4.0]}
     (tmp_path / "scale.json").write_text(json.dumps(scale))
@@ -71,6 +72,7 @@ def test_an_exported_program_with_all_options(module, exported, tmp_path):
     torch.testing.assert_close(saved.network(x)[0], 3 + 4 * module(u), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_backend")
 def test_an_onnx_model_in_another_dtype(tmp_path):
     model, d, f = onnx_networks.model(1)

@@ -90,6 +90,7 @@ def test_torch_with_every_activation(dynamo):
     assert worst_error(hessquik.from_onnx(model), module, points(4)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_random_modules_exported_by_torch():
     for seed in range(choose(1, 30)):
         module, d = torch_networks.module(seed, list(torch_networks.SMOOTH))
@@ -126,6 +127,7 @@ def test_a_choice_is_softplus_or_is_refused():
             hessquik.from_onnx(model)
 
 
+@pytest.mark.slow
 def test_pipelines_exported_by_skl2onnx():
     """skl2onnx cannot export transformed targets, and reshapes several outputs of a network to one column."""
     found = 0

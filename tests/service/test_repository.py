@@ -161,6 +161,7 @@ def test_a_fifo_that_takes_a_files_place_is_refused_at_once(tmp_path: Path) -> N
         ModelFile("a", 1, tmp_path / "a.safetensors").read()
 
 
+@pytest.mark.slow
 def test_a_folder_of_thousands_of_files_is_looked_at_quickly(tmp_path: Path) -> None:
     times = []
     for count in (500, 2000):

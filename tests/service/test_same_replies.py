@@ -138,6 +138,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         runner.run(app.stop())
 
 
+@pytest.mark.slow
 def test_a_connection_and_asgi_give_the_same_reply(served: Served, note: Note) -> None:
     """And each of both is followed by one span that says how it ended."""
     statuses: Counter[int] = Counter()
