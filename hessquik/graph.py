@@ -19,7 +19,7 @@ features; Hessians are (d, d, m). A node that depends only on constants and on i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
 
-__all__ = ["VIEWS", "Builder", "Graph", "Node", "Rule", "is_filled", "needed", "rewrite"]
+__all__ = ["VIEWS", "Builder", "Graph", "Node", "Rule", "fill_of"]
 
 #: Operations that name entries of their input and compute nothing.
 VIEWS = frozenset({"permute", "reshape", "slice", "diagonal"})
@@ -47,6 +47,7 @@ class Node:
         is_shared: Whether the array is the same for all rows.
         arguments: Arguments of the operation: a name, axes, a range.
         data: Entries of a constant: float64, or float32 weights as they are.
+        fill: The number that all entries of a constant are; ``None`` if they differ.
     """
 
     op: str
@@ -55,20 +56,17 @@ class Node:
     is_shared: bool
     arguments: tuple[Any, ...] = ()
     data: Tensor | None = None
-
-    @property
-    def is_zero(self) -> bool:
-        """Return whether the node is a constant of zeros."""
-        return self.data is not None and is_filled(self.data, 0.0)
+    fill: float | None = None
 
     @property
     def is_identity(self) -> bool:
         """Return whether the node is a constant identity matrix."""
-        data = self.data
-        if data is None or data.ndim != 2 or data.shape[0] != data.shape[1] or not data.numel():
+        if self.data is None or len(self.shape) != 2 or self.shape[0] != self.shape[1] or not self.data.numel():
             return False
-        ends = data[0, 0] == data[-1, -1] == 1 and (len(data) == 1 or data[0, 1] == data[1, 0] == 0)
-        return bool(ends) and bool((data.diagonal() == 1).all()) and int(data.count_nonzero()) == len(data)
+        entries = self.data.numpy()  # a few of which tell so of most matrices, however large they are
+        if entries[0, 0] != 1 or entries[-1, -1] != 1 or (len(entries) > 1 and entries[0, 1] != 0):
+            return False
+        return bool((entries.diagonal() == 1).all()) and int(self.data.count_nonzero()) == len(entries)
 
     @property
     def is_pointwise(self) -> bool:
@@ -78,7 +76,7 @@ class Node:
     @property
     def number(self) -> float | None:
         """Return the value of a constant with one entry, else ``None``."""
-        return float(self.data) if self.data is not None and self.data.numel() == 1 else None
+        return self.fill if self.data is not None and self.data.numel() == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,96 +124,93 @@ class Graph:
 
 @dataclass(slots=True)
 class Builder:
-    """Builds a graph node by node.
+    """Builds a graph node by node; equal nodes are merged, and rules simplify each node when it is added.
 
     Attributes:
+        rules: The rules for each operation, in the order in which they are tried, also on nodes that rules add.
         nodes: The nodes so far.
-        is_merging: Whether a node equal to an existing one is replaced by it.
     """
 
+    rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
-    is_merging: bool = False
     _known: dict[Any, int] = field(default_factory=dict)
 
-    def add(self, op: str, *inputs: int, arguments: tuple[Any, ...] = (), data: Tensor | None = None) -> int:
-        """Add an operation and return its index."""
-        shapes = [self.nodes[i].shape for i in inputs]
-        shape = _SHAPES[op](shapes, *arguments) if op in _SHAPES else _broadcast(shapes)
-        return self.append(Node(op, inputs, shape, all(self.nodes[i].is_shared for i in inputs), arguments, data))
+    def add(self, op: str, *inputs: int, arguments: tuple[Any, ...] = ()) -> int:
+        """Add an operation, unless an equal or a simpler one is known, and return the index of its result."""
+        key = op, inputs, arguments
+        found = self._known.get(key)
+        if found is None:
+            read = [self.nodes[i] for i in inputs]
+            shapes = [node.shape for node in read]
+            shape = _SHAPES[op](shapes, *arguments) if op in _SHAPES else _broadcast(shapes)
+            node = Node(op, inputs, shape, all([one.is_shared for one in read]), arguments)
+            simpler = (rule(self, node) for rule in self.rules.get(op, ()))
+            found = next((index for index in simpler if index is not None), None)
+            found = self._known[key] = self.append(node) if found is None else found
+        return found
 
     def constant(self, data: Tensor) -> int:
         """Add a constant of at least two axes, converted to float64 unless it is in float32."""
         data = data.detach().to("cpu", torch.float32 if data.dtype == torch.float32 else torch.float64)
         while data.ndim < 2:
             data = data.unsqueeze(0)
-        return self.append(Node("constant", (), tuple(data.shape), True, (), data))
+        shape = tuple(data.shape)
+        place = data.data_ptr(), data.stride(), shape  # nodes hold their data, so no other array has its place
+        if place not in self._known:
+            fill = fill_of(data)
+            key = place if fill is None else (fill, shape)
+            if key not in self._known:
+                self._known[key] = self.append(Node("constant", (), shape, True, (), data, fill))
+            return self._known[key]
+        return self._known[place]
 
-    def zeros(self, shape: Shape) -> int:
-        """Add a constant of zeros, whose memory is that of one number."""
-        return self.constant(torch.zeros((), dtype=torch.float64).expand(shape))
+    def full(self, number: float, shape: Shape = (1, 1)) -> int:
+        """Add a constant of equal entries, whose memory is that of one number."""
+        known = self._known.get((number, shape))
+        return self.constant(torch.tensor(number, dtype=torch.float64).expand(shape)) if known is None else known
 
     def input(self, name: str, shape: Shape, is_shared: bool = False) -> int:
         """Add an input of the call."""
         return self.append(Node("input", (), shape, is_shared, (name,)))
 
     def append(self, node: Node) -> int:
-        """Add a node, unless merging finds an equal one, and return its index."""
-        if self.is_merging:
-            key: Any = (node.op, node.inputs, node.arguments)
-            if node.number is not None:
-                key = ("number", node.number, node.shape)
-            elif node.data is not None:
-                key = (node.data.data_ptr(), node.data.stride(), node.shape)
-            if key in self._known:
-                return self._known[key]
-            self._known[key] = len(self.nodes)
+        """Add a node as it is and return its index."""
         self.nodes.append(node)
         return len(self.nodes) - 1
 
     def finish(self, outputs: Mapping[str, int]) -> Graph:
-        """Return the graph."""
-        return Graph(tuple(self.nodes), dict(outputs))
+        """Return the graph of the nodes that the results depend on."""
+        wanted = set(outputs.values())
+        for i in reversed(range(len(self.nodes))):
+            if i in wanted:
+                wanted.update(self.nodes[i].inputs)
+        place = {i: new for new, i in enumerate(sorted(wanted))}
+        nodes = []
+        for i in place:
+            node = self.nodes[i]
+            inputs = tuple([place[j] for j in node.inputs])
+            nodes.append(Node(node.op, inputs, node.shape, node.is_shared, node.arguments, node.data, node.fill))
+        return Graph(tuple(nodes), {name: place[i] for name, i in outputs.items()})
 
 
-#: A rewriting of one node: its inputs are indices in the new graph, and so is the result; ``None``
-#: leaves the node as it is.
+#: A rewriting of a node that is to be added: the index of its replacement, or ``None`` to leave it as it is.
 Rule = Callable[[Builder, Node], int | None]
 
 
-def rewrite(graph: Graph, rule: Rule, is_merging: bool = False) -> Graph:
-    """Return a graph in which every node is replaced by the result of a rule."""
-    builder = Builder(is_merging=is_merging)
-    place: list[int] = []
-    for node in graph.nodes:
-        moved = Node(
-            node.op, tuple(place[i] for i in node.inputs), node.shape, node.is_shared, node.arguments, node.data
-        )
-        found = rule(builder, moved)
-        place.append(builder.append(moved) if found is None else found)
-    return builder.finish({name: place[i] for name, i in graph.outputs.items()})
-
-
-def is_filled(data: Tensor, number: float) -> bool:
-    """Return whether all entries are the number; one entry tells so of most weights, however large they are.
+def fill_of(data: Tensor) -> float | None:
+    """Return the number that all entries are, 0 if there are none; two entries tell of most weights that they differ.
 
     Examples:
-        >>> is_filled(torch.zeros(2, 3), 0.0), is_filled(torch.eye(2), 1.0)
-        (True, False)
+        >>> fill_of(torch.full((2, 3), 0.5)), fill_of(torch.eye(2))
+        (0.5, None)
     """
     if not data.numel():
-        return True
-    if float(data[(0,) * data.ndim]) != number:
-        return False
-    return not any(data.stride()) or bool((data == number).all() if number else not data.any())
-
-
-def needed(graph: Graph) -> Iterator[int]:
-    """Yield the indices of the nodes that results depend on, last first."""
-    wanted = set(graph.outputs.values())
-    for i in reversed(range(len(graph.nodes))):
-        if i in wanted:
-            wanted.update(graph.nodes[i].inputs)
-            yield i
+        return 0.0
+    entries = data.numpy()
+    first = entries[(0,) * data.ndim]
+    is_one = data.numel() == 1 or not any(data.stride())
+    differs = not is_one and (entries[(-1,) * data.ndim] != first or not (entries == first).all())
+    return None if differs else float(first)
 
 
 def _broadcast(shapes: list[Shape]) -> Shape:

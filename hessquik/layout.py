@@ -83,10 +83,10 @@ class _Layout:
         self.destination: dict[int, View] = {}
         self.arrays: dict[int, View] = {}
         self.position: dict[int, int] = {}
-        self.map_of: dict[int, _MapDraft] = {}
         self.steps: list[Step | _MapDraft] = []
-        self.once: list[Step | _MapDraft] = []
-        self.persistent: set[int] = set()
+        #: Positions of the steps that run once per call, and those of the last of these and of the others.
+        self.once: set[int] = set()
+        self.last = {True: -1, False: -1}
         self.scattered: set[int] = set()
         self.externals: dict[str, Buffer] = {}
         self.padded_copies: dict[int, View] = {}
@@ -103,15 +103,17 @@ class _Layout:
         for i, node in enumerate(self.nodes):
             if i in self.absorbed or node.op in VIEWS or node.op in {"constant", "input"}:
                 continue
+            if node.is_pointwise:
+                self.position[i] = self.emit_pointwise(i)
+                continue
             if self.is_sum_of_products(node):
                 self.emit_sum_of_products(i, joined[i])
-            elif node.is_pointwise:
-                self.emit_pointwise(i)
             else:
                 getattr(self, f"emit_{node.op}")(i)
+            self.position[i] = len(self.steps) - 1
         self.copy_outputs()
-        once = [step for draft in self.once for step in self.finished(draft)]
-        steps = [step for draft in self.steps for step in self.finished(draft)]
+        done = [(place in self.once, step) for place, draft in enumerate(self.steps) for step in self.finished(draft)]
+        once, steps = ([step for is_once, step in done if is_once is wanted] for wanted in (True, False))
         tile_size, shared_size = self.assign_memory(once, steps)
         return Program(tuple(once), tuple(steps), tile_size, shared_size, self.lanes)
 
@@ -383,27 +385,24 @@ class _Layout:
 
     # ---- Steps ----
 
-    def append(self, step: Step | _MapDraft, is_shared: bool) -> int:
-        """Add a step and return its position, or -1 if it runs once per call."""
+    def append(self, step: Step | _MapDraft, is_shared: bool) -> None:
+        """Add a step, which runs once per call if all rows share what it reads."""
+        self.last[is_shared] = len(self.steps)
         if is_shared:
-            self.once.append(step)
-            return -1
+            self.once.add(len(self.steps))
         self.steps.append(step)
-        return len(self.steps) - 1
 
     def position_of(self, i: int) -> int:
         """Return the position of the step that computes a node, or the source of a view."""
         while self.nodes[i].op in VIEWS:
             (i,) = self.nodes[i].inputs
-        return self.position.get(i, -1)
+        return self.position.get(self.owner.get(i, i), -1)
 
     def copy(self, source: View, places: list[View], is_shared: bool) -> None:
         """Add a step that copies an array."""
         arrays = collapsed([source.repeated(places[0].shape), *places], self.has_padding(places))
         step = Map((arrays[0].in_three_axes(),), (), tuple((0, array.in_three_axes()) for array in arrays[1:]))
         if prod(step.shape):
-            if is_shared and places[0].buffer.space is Space.TILE:
-                self.persistent.update(id(place.buffer) for place in places)
             self.append(step, is_shared)
 
     def copy_outputs(self) -> None:
@@ -439,10 +438,7 @@ class _Layout:
                 for j in (fusion.by, fusion.scale_add, fusion.scale_add_by)
             )
             scaling = Scaling(self.array(fusion.scaled).in_three_axes(), fusion.alpha, by, more, more_by)
-        place = self.append(self.merged(a, b, add, out, scaling), node.is_shared)
-        for j in (i, fusion.raw, fusion.scaled):
-            if j is not None:
-                self.position[j] = place
+        self.append(self.merged(a, b, add, out, scaling), node.is_shared)
 
     def operand_b(self, i: int) -> View:
         """Return the right factor of a product: a constant, or an array whose rows can be read in whole vectors."""
@@ -464,39 +460,28 @@ class _Layout:
                 b = b.part(0, 0, 1).reshaped(b.shape[1:]) or b
         return Product(a.in_three_axes(), b.in_three_axes(), _view(add), _view(out), scaling)
 
-    def emit_pointwise(self, i: int) -> None:
-        """Add an operation to a map that can take it, or to a new one."""
+    def emit_pointwise(self, i: int) -> int:
+        """Add an operation to a map that can take it, or to a new one, and return the map's position."""
         node = self.nodes[i]
-        steps = self.once if node.is_shared else self.steps
-        before = max((self.place_in(steps, j, node) for j in node.inputs), default=-1)
-        candidates = [before, len(steps) - 1] if steps else []
-        for place in candidates:
-            draft = steps[place] if place >= before else None
+        # What all rows share is computed before anything else is.
+        inputs = (j for j in node.inputs if self.nodes[j].is_shared == node.is_shared)
+        before = max(map(self.position_of, inputs), default=-1)
+        for place in (before, self.last[node.is_shared]):
+            draft = self.steps[place] if place >= max(before, 0) else None
             if isinstance(draft, _MapDraft) and self.has_room(draft, node):
                 break
         else:
-            draft, place = _MapDraft(node.shape), len(steps)
-            steps.append(draft)
-        assert isinstance(draft, _MapDraft)
+            draft, place = _MapDraft(node.shape), len(self.steps)
+            self.append(draft, node.is_shared)
         draft.members.append(i)
-        self.map_of[i] = draft
-        self.position[i] = -1 if node.is_shared else place
         for j in node.inputs:
-            if self.map_of.get(j) is not draft and self.nodes[j].number is None:
+            if j not in draft.members and self.nodes[j].number is None:
                 self.read(j)
+        return place
 
     def has_room(self, draft: _MapDraft, node: Node) -> bool:
         """Return whether a map can take an operation."""
         return draft.shape == node.shape and len(draft.members) < MAX_INSTRUCTIONS
-
-    def place_in(self, steps: list[Step | _MapDraft], i: int, reader: Node) -> int:
-        """Return the position of the step that computes ``i`` in the list that its reader is in."""
-        if reader.is_shared:
-            while self.nodes[i].op in VIEWS:
-                (i,) = self.nodes[i].inputs
-            draft = self.map_of.get(i)
-            return next((place for place, step in enumerate(steps) if step is draft), len(steps) - 1)
-        return self.position_of(i)
 
     def emit_sum(self, i: int) -> None:
         """Add a sum over the last axis but one."""
@@ -505,8 +490,7 @@ class _Layout:
         inner = self.nodes[j]
         left, right = (inner.inputs[0], inner.inputs[1]) if j in self.summed else (j, None)
         a, b = self.padded(left), None if right is None else self.padded(right)
-        step = SumProducts(a.in_three_axes(), _view(b), self.array(i).in_three_axes())
-        self.position[i] = self.append(step, node.is_shared)
+        self.append(SumProducts(a.in_three_axes(), _view(b), self.array(i).in_three_axes()), node.is_shared)
 
     def emit_sum_of_products(self, i: int, joined: list[View | None]) -> None:
         """Add a contraction or a congruence, after copies of the terms that are not computed in place."""
@@ -525,8 +509,8 @@ class _Layout:
             sides.append(joint)
         kind = Contract if node.op == "contract" else Congruence
         if prod(node.shape):
-            step = kind(sides[0].in_three_axes(), sides[1].in_three_axes(), self.array(i).in_three_axes())
-            self.position[i] = self.append(step, node.is_shared)
+            a, b, out = (array.in_three_axes() for array in (*sides, self.array(i)))
+            self.append(kind(a, b, out), node.is_shared)
 
     def emit_pairs(self, i: int) -> None:
         """Add maps that multiply every tangent by itself and by those before it."""
@@ -535,8 +519,7 @@ class _Layout:
         for a in range(source.shape[1]):
             place = self.packed_row(out, a)
             factors = (source.part(1, 0, a + 1), source.part(1, a, a + 1).repeated(place.shape))
-            step = Map(factors, (Instruction("mul", (0, 1)),), ((2, place),))
-            self.position[i] = self.append(step, node.is_shared)
+            self.append(Map(factors, (Instruction("mul", (0, 1)),), ((2, place),)), node.is_shared)
 
     def emit_unpack(self, i: int) -> None:
         """Add copies of every packed row to both triangles of the matrix."""
@@ -568,7 +551,7 @@ class _Layout:
     def copy_piece(self, i: int, source: View, *places: View) -> None:
         """Add a step that copies a piece of node ``i``, as it is, to one or more places."""
         outputs = tuple((0, place.in_three_axes()) for place in places)
-        self.position[i] = self.append(Map((source.in_three_axes(),), (), outputs), self.nodes[i].is_shared)
+        self.append(Map((source.in_three_axes(),), (), outputs), self.nodes[i].is_shared)
 
     def finished(self, draft: Step | _MapDraft) -> list[Step]:
         """Return the step of a draft, or a step itself, as a list, which is empty if nothing is to be written."""
@@ -599,22 +582,20 @@ class _Layout:
     # ---- Memory ----
 
     def assign_memory(self, once: list[Step], steps: list[Step]) -> tuple[int, int]:
-        """Give every array its offset and return the sizes of TILE and SHARED memory."""
+        """Give every array its offset and return the sizes of TILE and SHARED memory.
+
+        What a step that runs once writes is kept until the last step of the last tile.
+        """
         shared = 0
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        buffers: dict[int, Buffer] = {}
+        lives: dict[int, tuple[int, int, Buffer]] = {}
         for place, step in [*((-1, step) for step in once), *enumerate(steps)]:
             for view in (*step.reads(), *step.writes()):
                 buffer = view.buffer
-                if buffer.space is Space.SHARED and id(buffer) not in buffers:
+                if buffer.space is Space.SHARED and id(buffer) not in lives:
                     buffer.offset, shared = shared, shared + buffer.size
-                buffers[id(buffer)] = buffer
-                first.setdefault(id(buffer), place)
-                last[id(buffer)] = len(steps) if place < 0 or id(buffer) in self.persistent else place
-        tile = [buffer for buffer in buffers.values() if buffer.space is Space.TILE]
-        lives = [(first[id(buffer)], last[id(buffer)], buffer) for buffer in tile]
-        return _first_fit(lives), shared
+                first, last, _ = lives.get(id(buffer), (place, len(steps) if place < 0 else place, buffer))
+                lives[id(buffer)] = first, max(last, place), buffer
+        return _first_fit([life for life in lives.values() if life[2].space is Space.TILE]), shared
 
 
 def _view(array: View | None) -> View | None:

@@ -13,7 +13,7 @@ from hessquik.algebra import congruence, leading_shape, pack, pairs, unpack
 from hessquik.graph import VIEWS, Node
 from hessquik.pointwise import PRIMITIVES
 
-__all__ = ["compute_node", "fold"]
+__all__ = ["NAMES", "compute_node", "fold"]
 
 #: Numbers of a whole vector. Libraries compute what is left of a vector, or begins within one, by other instructions
 #: and in another order. Where a row's bits would depend on its place, arrays are padded with zeros to whole vectors.
@@ -90,6 +90,10 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reshape": lambda a, *shape: a.reshape(a.shape[0], *shape),
     "diagonal": lambda a: torch.diagonal(a, dim1=-3, dim2=-2).mT,
 }
+
+
+#: All operations of graphs.
+NAMES = (*_OPERATIONS, *PRIMITIVES)
 
 
 def fold(node: Node, inputs: Sequence[Node]) -> Tensor:

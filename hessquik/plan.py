@@ -9,7 +9,7 @@ device is kept:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,14 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hessquik import passes
 from hessquik.calculus import Backward, Forward, Question, Unavailable, compute
 from hessquik.device import Device
 from hessquik.errors import ShapeError
-from hessquik.graph import Builder, Graph
+from hessquik.graph import Builder, Graph, Rule
 from hessquik.layers import hessQuikLayer
 from hessquik.layers.form import Form, Map
 from hessquik.layout import lay_out
-from hessquik.passes import optimise
 from hessquik.quantities import QUANTITIES
 from hessquik.steps import Program
 from hessquik.trace import Array
@@ -109,7 +109,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
     plans = []
     for mode, start, basis in _ways(forms, ask, outputs, device):
         try:
-            graph = optimise(trace(forms, ask, outputs, mode, basis))
+            graph = trace(forms, ask, outputs, mode, basis, passes.RULES)
         except Unavailable:
             continue
         program = lay_out(graph, device.lanes(dtype))
@@ -174,7 +174,14 @@ def _ways(forms: Sequence[Form], ask: Ask, outputs: int, device: Device) -> Iter
             yield Forward, start, columns
 
 
-def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tensor | None = None) -> Graph:
+def trace(
+    forms: Sequence[Form],
+    ask: Ask,
+    outputs: int,
+    mode: Mode,
+    basis: Tensor | None = None,
+    rules: Mapping[str, Sequence[Rule]] | None = None,
+) -> Graph:
     """Trace the calculus in a mode, and return its graph.
 
     Args:
@@ -183,6 +190,7 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
         outputs: Number m of outputs.
         mode: ``Backward`` or ``Forward``.
         basis: Q (d, r), if tangents start from the rows of Qᵀ.
+        rules: The rules that simplify the graph, for each operation; none if not given.
 
     Raises:
         Unavailable: the mode cannot compute one of the quantities.
@@ -203,7 +211,7 @@ def trace(forms: Sequence[Form], ask: Ask, outputs: int, mode: Mode, basis: Tens
         %5[1, 2] = mul(%4, %2)
         return value=%5
     """
-    builder = Builder()
+    builder = Builder(rules or {})
     d = sum(forms[0].widths)
 
     def given(name: str, shape: tuple[int, ...], how: str | None) -> Array | None:

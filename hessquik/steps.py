@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from hessquik.pointwise import PRIMITIVES
@@ -172,17 +173,12 @@ class Map:
 
 
 @dataclass(frozen=True, slots=True)
-class SumProducts:
-    """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w], or Σ_i A[o, i, w] where B is ``None``."""
+class _Sum:
+    """A sum over one axis of products of two arrays."""
 
     a: View
     b: View | None
     out: View
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations per row."""
-        return 2 * prod(self.a.shape)
 
     def reads(self) -> Iterator[View]:
         """Return the arrays that are read."""
@@ -192,31 +188,31 @@ class SumProducts:
         """Return the array that is written."""
         return iter((self.out,))
 
+
+@dataclass(frozen=True, slots=True)
+class SumProducts(_Sum):
+    """C[o, 0, w] = Σ_i A[o, i, w] B[o, i, w], or Σ_i A[o, i, w] where B is ``None``."""
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations per row."""
+        return 2 * prod(self.a.shape)
+
     def __str__(self) -> str:
         """Return the formula with its arrays."""
         return f"sum products {self.out} = Σ {self.a}" + (f" * {self.b}" if self.b else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Contract:
+class Contract(_Sum):
     """C[0, k, m] = Σ_w A[0, k, w] B[0, m, w]."""
 
-    a: View
     b: View
-    out: View
 
     @property
     def operations(self) -> int:
         """Floating-point operations per row."""
         return 2 * self.a.shape[1] * self.b.shape[1] * self.a.shape[2]
-
-    def reads(self) -> Iterator[View]:
-        """Return the arrays that are read."""
-        return iter((self.a, self.b))
-
-    def writes(self) -> Iterator[View]:
-        """Return the array that is written."""
-        return iter((self.out,))
 
     def __str__(self) -> str:
         """Return the formula with its arrays."""
@@ -224,26 +220,16 @@ class Contract:
 
 
 @dataclass(frozen=True, slots=True)
-class Congruence:
+class Congruence(_Sum):
     """C[a, b, m] = Σ_w A[0, a, w] B[0, m, w] A[0, b, w], symmetric in a and b."""
 
-    a: View
     b: View
-    out: View
 
     @property
     def operations(self) -> int:
         """Floating-point operations per row; only one triangle of the symmetric result is computed."""
         d, m = self.a.shape[1], self.b.shape[1]
         return (d * (d + 1) + d) * m * self.a.shape[2]
-
-    def reads(self) -> Iterator[View]:
-        """Return the arrays that are read."""
-        return iter((self.a, self.b))
-
-    def writes(self) -> Iterator[View]:
-        """Return the array that is written."""
-        return iter((self.out,))
 
     def __str__(self) -> str:
         """Return the formula with its arrays."""
@@ -253,7 +239,7 @@ class Congruence:
 Step = Product | Map | SumProducts | Contract | Congruence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """The steps of a plan, and the memory that they need.
 
@@ -280,9 +266,7 @@ class Program:
         the columns are scattered, where rows have no padding between them, or where some step writes other columns of
         the buffer after these (an array written in pieces).
         """
-        written = [
-            other for step in (*self.once, *self.steps) for other in step.writes() if other.buffer is view.buffer
-        ]
+        written = self._written.get(id(view.buffer), [])
         scattered = any(other.strides[2] != 1 and other.shape[2] > 1 for other in written)
         if view.buffer.space not in {Space.TILE, Space.SHARED} or scattered:
             return 0
@@ -304,6 +288,15 @@ class Program:
         stop = view.shape[2]
         is_free = all(begin >= stop + count or begin + columns <= stop for begin, columns in begins)
         return count if is_free else 0
+
+    @cached_property
+    def _written(self) -> dict[int, list[View]]:
+        """Return the arrays that steps write, by the identity of the buffer."""
+        found: dict[int, list[View]] = {}
+        for step in (*self.once, *self.steps):
+            for view in step.writes():
+                found.setdefault(id(view.buffer), []).append(view)
+        return found
 
     @property
     def operations(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
@@ -87,22 +87,23 @@ class View:
     def permuted(self, axes: tuple[int, ...]) -> View:
         """Return the array with its axes in another order."""
         shape, strides = tuple(self.shape[i] for i in axes), tuple(self.strides[i] for i in axes)
-        return replace(self, shape=shape, strides=strides)
+        return View(self.buffer, shape, strides, self.offset)
 
     def part(self, axis: int, start: int, stop: int) -> View:
         """Return entries ``start`` to ``stop`` along an axis."""
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return replace(self, shape=shape, offset=self.offset + start * self.strides[axis])
+        return View(self.buffer, shape, self.strides, self.offset + start * self.strides[axis])
 
     def diagonal(self) -> View:
         """Return the diagonal of the first two axes, the entries (i, i, …)."""
-        return replace(self, shape=self.shape[1:], strides=(self.strides[0] + self.strides[1], *self.strides[2:]))
+        strides = (self.strides[0] + self.strides[1], *self.strides[2:])
+        return View(self.buffer, self.shape[1:], strides, self.offset)
 
     def reshaped(self, shape: tuple[int, ...]) -> View | None:
         """Return the same entries in the same order under another shape, or ``None`` if no strides describe that."""
         if 0 in self.shape:
-            return replace(self, shape=shape, strides=(0,) * len(shape))
+            return View(self.buffer, shape, (0,) * len(shape), self.offset)
         axes = [(extent, stride) for extent, stride in zip(self.shape, self.strides, strict=True) if extent != 1]
         strides: list[int] = []
         for extent in reversed(shape):
@@ -119,19 +120,23 @@ class View:
             strides.append(stride)
             if inner > extent:
                 axes.append((inner // extent, stride * extent))
-        return None if axes else replace(self, shape=shape, strides=tuple(reversed(strides)))
+        return None if axes else View(self.buffer, shape, tuple(reversed(strides)), self.offset)
 
     def repeated(self, shape: tuple[int, ...]) -> View:
         """Return the array broadcast to a shape."""
+        if shape == self.shape:
+            return self
         missing = len(shape) - len(self.shape)
         extents, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
         kept = tuple(0 if old < new else stride for old, new, stride in zip(extents, shape, strides, strict=True))
-        return replace(self, shape=shape, strides=kept)
+        return View(self.buffer, shape, kept, self.offset)
 
     def in_three_axes(self) -> View:
         """Return the array with the axes of a step: (outer, inner, columns)."""
         missing = 3 - len(self.shape)
-        return replace(self, shape=(1,) * missing + self.shape, strides=(0,) * missing + self.strides)
+        if not missing:
+            return self
+        return View(self.buffer, (1,) * missing + self.shape, (0,) * missing + self.strides, self.offset)
 
     def __str__(self) -> str:
         """Return the buffer and the shape."""
@@ -156,4 +161,4 @@ def collapsed(arrays: list[View], keeps_columns: bool) -> list[View]:
             kept.append([axis])
     extents = tuple(prod(shape[axis] for axis in group) for group in kept) or (1,)
     strides = [tuple(array.strides[group[-1]] for group in kept) or (1,) for array in arrays]
-    return [replace(array, shape=extents, strides=own) for array, own in zip(arrays, strides, strict=True)]
+    return [View(array.buffer, extents, own, array.offset) for array, own in zip(arrays, strides, strict=True)]

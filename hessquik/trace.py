@@ -165,10 +165,9 @@ def _node(builder: Builder, operand: Any) -> int:
     """Return an operand's node; numbers and tensors become constants, which all rows share."""
     if isinstance(operand, Array):
         return operand.index
-    data = torch.as_tensor(operand, dtype=None if isinstance(operand, Tensor) else torch.float64)
-    if data.ndim > 2 and data.shape[0] == 1:
-        data = data.squeeze(0)
-    return builder.constant(data)
+    if not isinstance(operand, Tensor):
+        return builder.full(operand)
+    return builder.constant(operand.squeeze(0) if operand.ndim > 2 and operand.shape[0] == 1 else operand)
 
 
 def _apply(op: str, *operands: Any) -> Array:
@@ -288,11 +287,11 @@ def _diagonal(x: Array, dim1: int = 0, dim2: int = 1) -> Array:
 
 
 def _new_zeros(x: Array, *shape: int) -> Array:
-    return Array(x.builder, x.builder.zeros(shape[1:]))
+    return Array(x.builder, x.builder.full(0.0, shape[1:]))
 
 
 def _number_like(number: float) -> Callable[..., Array]:
-    return lambda x, **_: Array(x.builder, x.builder.constant(torch.tensor([[number]])))
+    return lambda x, **_: Array(x.builder, x.builder.full(number))
 
 
 #: The handler that records each of torch's functions that can be traced.

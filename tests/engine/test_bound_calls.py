@@ -1,7 +1,11 @@
 """Calls of one tile, which one call of the kernel checks, gives new results and computes."""
 
+import ctypes
 import gc
+import resource
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,8 +183,6 @@ def test_threads_share_a_bound_call():
 
 
 def test_memory_of_results_is_freed():
-    import resource
-
     evaluate = Evaluator(fullyConnectedNN([32, 8, 32]))
     x = torch.randn(4, 32)
     for _ in range(20):
@@ -221,6 +223,56 @@ def test_the_first_call_takes_the_same_way(monkeypatch):
     assert taken[0]["hessian"] is found.hessian
 
 
+class Failing(ctypes.Structure):
+    """Functions of DLPack of which the import fails, after it has freed the memory or before."""
+
+    IMPORT = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("before", ctypes.c_void_p * 3),
+        ("import_tensor", IMPORT),
+        ("describe", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+    )
+
+    def __init__(self, frees):
+        def import_tensor(managed, out):
+            deleter = ctypes.c_void_p.from_address(managed + 16).value
+            if frees:
+                ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(deleter)(managed)
+            return -1
+
+        super().__init__((1, 0), (0, 0, 0), Failing.IMPORT(import_tensor), 1)
+
+
+def capsule_of(functions):
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(ctypes.addressof(functions), NAME, None)
+
+
+NAME = b"dlpack_exchange_api"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("frees", [False, True])
+def test_results_that_torch_does_not_take_are_freed_once(frees):
+    functions = Failing(frees)
+    tensor = type("OtherTensor", (), {"__dlpack_c_exchange_api__": capsule_of(functions)})
+    program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
+    results = (("value", (-1, (4 << 20,))),)
+    bound = cpu.KERNEL.bind(program, program._words, tensor, 1, (), results)
+
+    def mapped_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    before = mapped_bytes()
+    for _ in range(64):  # a gibibyte
+        with pytest.raises(SystemError, match="exception"):
+            bound()
+    assert mapped_bytes() - before < 128 << 20
+
+
 @pytest.mark.parametrize(
     ("inputs", "results", "error"),
     [
@@ -236,4 +288,4 @@ def test_the_first_call_takes_the_same_way(monkeypatch):
 def test_the_kernel_refuses_what_it_could_not_hold(inputs, results, error):
     program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
     with pytest.raises(error):
-        cpu.KERNEL.bind(program, program._address, torch.Tensor, 1, inputs, results)
+        cpu.KERNEL.bind(program, program._words, torch.Tensor, 1, inputs, results)

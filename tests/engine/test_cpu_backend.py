@@ -321,6 +321,18 @@ def linear(matrix):
     return Program((), (Product(x, b, None, out),), 0, 0, 16)
 
 
+def kinds(words):
+    """Return the names of the steps of a translated program."""
+    names = {structures.CONSTANTS[name]: name for name in ("Product", "Map", "Contract", "Clear")}
+    numbers = memoryview(words).cast("q")
+    place, found = len(structures.pack("Program", {})) // 8, []
+    while place < len(numbers):
+        kind, size, _ = numbers[place : place + 3]
+        found.append(names[kind])
+        place += size
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [1, 3, 5])
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 64])
@@ -341,8 +353,8 @@ def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, dtype,
     for row in range(11):
         alone = run(program, {"x": inputs["x"][row : row + 1]}, 1, dtype, 4, vector_bytes)
         assert_same_bits(alone, {"out": found["out"][row : row + 1]})
-    kernel_steps = CpuProgram(program, dtype, 4, vector_bytes)._translation._kept
-    assert [type(step).__name__ for step in kernel_steps if hasattr(step, "kind")] == ["Map", "Contract"]
+    found = kinds(CpuProgram(program, dtype, 4, vector_bytes)._words)
+    assert [kind for kind in found if kind != "Clear"] == ["Map", "Contract"]
 
 
 def test_programs_share_constants_which_go_with_the_last_of_them():
@@ -408,18 +420,23 @@ def test_misuse_of_the_module_is_an_error_and_no_crash():
     with pytest.raises(TypeError):
         kernel.run(1)
     arrays = {"x": torch.zeros(1, 2), "value": torch.zeros(1, 2)}
-    kernel.run(program._address, ("x", "value"), arrays, 0, 1)
+    kernel.run(program._words, ("x", "value"), arrays, 0, 1)
     with pytest.raises(ValueError, match="as many names"):
-        kernel.run(program._address, ("x",), arrays, 0, 1)
-    with pytest.raises(ValueError, match="as many names"):
+        kernel.run(program._words, ("x",), arrays, 0, 1)
+    with pytest.raises(TypeError, match="bytes"):
         kernel.run(0, ("x", "value"), arrays, 0, 1)
+    for wrong in (b"", program._words[:-8], program._words + bytes(8)):
+        with pytest.raises(ValueError, match="the words of a program"):
+            kernel.run(wrong, ("x", "value"), arrays, 0, 1)
+        with pytest.raises(ValueError, match="the words of a program"):
+            kernel.bind(program, wrong, torch.Tensor, 1, (), ())
     with pytest.raises(TypeError, match="a tuple of names"):
-        kernel.run(program._address, ["x", "value"], arrays, 0, 1)
+        kernel.run(program._words, ["x", "value"], arrays, 0, 1)
     with pytest.raises(TypeError):
-        kernel.run(program._address, ("x", "value"), arrays, "0", 1)
+        kernel.run(program._words, ("x", "value"), arrays, "0", 1)
     with pytest.raises(KeyError, match="value"):
-        kernel.run(program._address, ("x", "value"), {"x": arrays["x"]}, 0, 1)
+        kernel.run(program._words, ("x", "value"), {"x": arrays["x"]}, 0, 1)
     with pytest.raises(AttributeError, match="data_ptr"):
-        kernel.run(program._address, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
-    with pytest.raises(AttributeError):
-        structures.make("Array", spce=1)
+        kernel.run(program._words, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
+    with pytest.raises(AttributeError, match="spce"):
+        structures.pack("Array", {"spce": 1})

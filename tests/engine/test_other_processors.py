@@ -1,7 +1,7 @@
 """The C kernel on other processors: it is cross-compiled and run under QEMU on programs that this machine prepares.
 
-The kernel's structures hold addresses. They are written with offsets in place of the addresses, and ``emulated.c``
-turns the offsets into addresses again.
+A program has addresses of its constants. It is written with offsets in their place, and ``emulated.c`` turns the
+offsets into addresses again.
 """
 
 import ctypes
@@ -55,25 +55,21 @@ def emulated(tmp_path_factory):
 
 
 def image(translation):
-    """Return the bytes of a translated program, the offsets of its addresses, and the program's own offset."""
-    parts = [part for part in translation._kept if isinstance(part, ctypes.Structure | ctypes.Array | torch.Tensor)]
+    """Return the bytes of a translated program and its constants, the offsets of addresses, and the program's own."""
     places, size = [], 0
-    for part in [*parts, translation._structure]:
-        is_tensor = isinstance(part, torch.Tensor)
-        address = part.data_ptr() if is_tensor else ctypes.addressof(part)
-        length = part.nbytes if is_tensor else ctypes.sizeof(part)
-        places.append((address, length, size, is_tensor))
-        size += -(-(length + 64) // 64) * 64
-    found, relocations = bytearray(size), []
-    for address, length, offset, is_tensor in places:
+    for part in translation._constants:
+        places.append((part.data_ptr(), part.nbytes, size))
+        size += -(-(part.nbytes + 64) // 64) * 64
+    found, relocations, start = bytearray(size) + translation.words, [], size
+    for address, length, offset in places:
         found[offset : offset + length] = ctypes.string_at(address, length)
-        for at in range(offset, offset + length, 8) if not is_tensor else ():
-            (word,) = struct.unpack_from("<q", found, at)
-            target = next((place for place in places if place[0] <= word < place[0] + max(place[1], 1)), None)
-            if target is not None:
-                struct.pack_into("<q", found, at, word - target[0] + target[2])
-                relocations.append(at)
-    return bytes(found), relocations, places[-1][2]
+    for at in range(start, len(found), 8):
+        (word,) = struct.unpack_from("<q", found, at)
+        target = next((place for place in places if place[0] <= word < place[0] + max(place[1], 1)), None)
+        if target is not None:
+            struct.pack_into("<q", found, at, word - target[0] + target[2])
+            relocations.append(at)
+    return bytes(found), relocations, start
 
 
 def request(case, dtype, inputs, n):

@@ -60,7 +60,7 @@ class CpuProgram:
             raise ValueError(f"vector_bytes must be 16, 32 or 64 and at most {widest} here, got {vector_bytes}")
         self._translation = Translation(program, dtype, tile_rows, vector_bytes or widest, packed)
         self._arrays = tuple(self._translation.arrays)
-        self._address = self._translation.address
+        self._words = self._translation.words
         self._run = KERNEL.run
         self.packed_bytes = self._translation.packed_bytes
 
@@ -72,7 +72,7 @@ class CpuProgram:
             start: The first row.
             stop: The row after the last one.
         """
-        self._run(self._address, self._arrays, arrays, start, stop)
+        self._run(self._words, self._arrays, arrays, start, stop)
 
     def bind(
         self, inputs: Mapping[str, tuple[int, ...]], results: Mapping[str, tuple[int, ...]], most_rows: int
@@ -89,7 +89,7 @@ class CpuProgram:
         try:
             bound: Bound = KERNEL.bind(
                 self._translation,
-                self._address,
+                self._words,
                 Tensor,
                 most_rows,
                 tuple((index.get(name, -1), shape) for name, shape in inputs.items()),

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 
 #include "dlpack.h"
-#include "program.h"
 
 enum { MOST_INPUTS = 3, MOST_RESULTS = 16, MOST_AXES = 6, OF_ROWS = -1, UNREAD = -1 };
 
@@ -18,7 +17,7 @@ typedef struct {
 } Slot;
 
 typedef struct {
-    PyObject *owner, *tensor, *names[MOST_RESULTS];
+    PyObject *owner, *words, *tensor, *names[MOST_RESULTS];
     const DlpackFunctions *functions;
     const Program *program;
     int64_t most_rows;
@@ -26,13 +25,19 @@ typedef struct {
     Slot input[MOST_INPUTS], result[MOST_RESULTS];
 } Bound;
 
-/* A result: what torch is told about it, and 64 bytes aligned behind it the numbers. */
+/* A result: what torch is told about it, and 64 bytes aligned behind it the numbers.
+ *   is_freed   where to note that torch has freed it, as long as we have not finished with it */
 typedef struct {
     DlpackManaged managed;
     int64_t shape[MOST_AXES], strides[MOST_AXES];
+    int *is_freed;
 } Result;
 
-static void free_result(DlpackManaged *managed) { free(managed->context); }
+static void free_result(DlpackManaged *managed) {
+    Result *result = managed->context;
+    if (result->is_freed) *result->is_freed = 1;
+    free(result);
+}
 
 /* A new tensor for a result, and where its numbers are; null with an error set if there is no memory. */
 static PyObject *new_result(const Bound *bound, const Slot *slot, int64_t rows, void **numbers) {
@@ -52,7 +57,14 @@ static PyObject *new_result(const Bound *bound, const Slot *slot, int64_t rows, 
     };
     for (int axis = 0; axis < slot->ndim; axis++) result->shape[axis] = shape[axis], result->strides[axis] = strides[axis];
     void *tensor = NULL;
-    return bound->functions->import_tensor(&result->managed, &tensor) ? NULL : tensor;
+    int is_freed = 0;
+    result->is_freed = &is_freed;
+    if (!bound->functions->import_tensor(&result->managed, &tensor)) {
+        result->is_freed = NULL;
+        return tensor;
+    }
+    if (!is_freed) free(result); /* a failed import may have freed it, or not */
+    return NULL;
 }
 
 /* Whether an input is a dense tensor in main memory, of the program's numbers and of a shape that fits. */
@@ -98,11 +110,10 @@ static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count)
     PyObject *results = PyDict_New();
     for (int i = 0; results && i < bound->results; i++) {
         PyObject *tensor = new_result(bound, &bound->result[i], rows, &numbers);
-        if (bound->result[i].external != UNREAD) arrays[bound->result[i].external] = numbers;
         if (!tensor || PyDict_SetItem(results, bound->names[i], tensor)) {
             Py_DECREF(results);
             results = NULL;
-        }
+        } else if (bound->result[i].external != UNREAD) arrays[bound->result[i].external] = numbers;
         Py_XDECREF(tensor);
     }
     if (!results) return NULL;
@@ -120,6 +131,7 @@ static void free_bound(PyObject *capsule) {
     if (!bound) return;
     for (int i = 0; i < bound->results; i++) Py_XDECREF(bound->names[i]);
     Py_XDECREF(bound->tensor);
+    Py_XDECREF(bound->words);
     Py_XDECREF(bound->owner);
     PyMem_Free(bound);
 }
@@ -145,16 +157,17 @@ static PyMethodDef method = {
 
 PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
     (void)module;
-    PyObject *owner, *address, *tensor, *inputs, *results;
+    PyObject *owner, *words, *tensor, *inputs, *results;
     long long most_rows;
-    if (!PyArg_ParseTuple(arguments, "OOOLO!O!", &owner, &address, &tensor, &most_rows, &PyTuple_Type, &inputs,
+    if (!PyArg_ParseTuple(arguments, "OOOLO!O!", &owner, &words, &tensor, &most_rows, &PyTuple_Type, &inputs,
                           &PyTuple_Type, &results))
         return NULL;
-    const Program *program = PyLong_AsVoidPtr(address);
+    const Program *program = hessquik_program(words);
+    if (!program) return NULL;
     PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     const DlpackFunctions *functions = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
     Py_XDECREF(capsule); /* the functions live as long as torch */
-    if (!program || !functions) return NULL;
+    if (!functions) return NULL;
     const Py_ssize_t given = PyTuple_Size(inputs), wanted = PyTuple_Size(results);
     if (functions->version.major != DLPACK_MAJOR || !functions->describe || given > MOST_INPUTS || wanted > MOST_RESULTS ||
         program->arrays > MOST_INPUTS + MOST_RESULTS)
@@ -166,8 +179,10 @@ PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
         return PyErr_NoMemory();
     }
     Py_INCREF(owner);
+    Py_INCREF(words);
     Py_INCREF(tensor);
-    bound->owner = owner, bound->tensor = tensor, bound->functions = functions, bound->program = program;
+    bound->owner = owner, bound->words = words, bound->tensor = tensor, bound->functions = functions;
+    bound->program = program;
     bound->most_rows = most_rows, bound->inputs = (int)given;
     PyObject *function = NULL;
     for (Py_ssize_t i = 0; i < given; i++)

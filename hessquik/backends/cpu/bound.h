@@ -6,9 +6,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "program.h"
+
+/* The program in an object of bytes; null with an error set if there is none. */
+const Program *hessquik_program(PyObject *words);
+
 /* bind(owner, program, tensor, most_rows, inputs, results): a function of x, weights and directions, all of the class
  * `tensor` or None, that returns a dictionary of new tensors, or None where the inputs are not plain. `owner` keeps the
- * program's memory. Inputs are (index, shape), results (name, (index, shape)); an index is that of the program's array,
+ * program's constants. Inputs are (index, shape), results (name, (index, shape)); an index is that of the program's array,
  * or -1 if it has none; an extent of -1 is the number of rows. */
 PyObject *hessquik_bind(PyObject *module, PyObject *arguments);
 

@@ -56,6 +56,8 @@ typedef struct {
     I tile_rows, first, rows;
 } Call;
 
+static inline const Step *behind(const Step *step) { return (const Step *)((const I *)step + step->size); }
+
 #define FOR_EACH_ROW_COUNT_3(do, nv) do(1, nv) do(2, nv) do(3, nv)
 #define FOR_EACH_ROW_COUNT_4(do, nv) FOR_EACH_ROW_COUNT_3(do, nv) do(4, nv)
 #define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)

@@ -5,6 +5,15 @@
 
 enum { MOST_ARRAYS = 32 };
 
+const Program *hessquik_program(PyObject *words) {
+    const Program *program = (const Program *)PyBytes_AsString(words);
+    if (!program) return NULL;
+    const Py_ssize_t size = PyBytes_Size(words);
+    if (size >= (Py_ssize_t)sizeof(Program) && size == (Py_ssize_t)sizeof(I) * program->size) return program;
+    PyErr_SetString(PyExc_ValueError, "expected the words of a program, as many as it says");
+    return NULL;
+}
+
 /* The address of an array's first number; null with an error set if there is none. */
 static void *address(PyObject *arrays, PyObject *name) {
     static PyObject *method;
@@ -24,11 +33,11 @@ static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "expected a program, a tuple of names, arrays by name, start and stop");
         return NULL;
     }
-    const Program *program = PyLong_AsVoidPtr(arguments[0]);
+    const Program *program = hessquik_program(arguments[0]);
     const I start = PyLong_AsLongLong(arguments[3]), stop = PyLong_AsLongLong(arguments[4]);
     if (PyErr_Occurred()) return NULL;
     const Py_ssize_t names = PyTuple_Size(arguments[1]);
-    if (!program || program->arrays != names || names > MOST_ARRAYS) {
+    if (program->arrays != names || names > MOST_ARRAYS) {
         PyErr_SetString(PyExc_ValueError, "expected as many names as the program has arrays, at most 32");
         return NULL;
     }
@@ -49,20 +58,19 @@ static PyObject *vector_bytes(PyObject *self, PyObject *none) {
     return PyLong_FromLongLong(hessquik_vector_bytes());
 }
 
-/* {structure: (bytes, ((field, type, offset), …))}, {constant: number} */
+/* {structure: (bytes, ((field, type), …))}, {constant: number} */
 static PyObject *interface(PyObject *self, PyObject *none) {
     (void)self, (void)none;
     PyObject *structures = PyDict_New(), *constants = PyDict_New();
     if (!structures || !constants) goto failed;
-#define ROW(type, name) {#name, #type, offsetof(S, name)},
+#define ROW(type, name) {#name, #type},
 #define STRUCTURE(structure, fields) { \
-        typedef structure S; \
-        static const struct { const char *name, *type; size_t offset; } rows[] = {fields(ROW)}; \
+        static const char *const rows[][2] = {fields(ROW)}; \
         const Py_ssize_t size = sizeof rows / sizeof rows[0]; \
         PyObject *list = PyTuple_New(size); \
         for (Py_ssize_t i = 0; list && i < size; i++) \
-            PyTuple_SetItem(list, i, Py_BuildValue("(ssn)", rows[i].name, rows[i].type, (Py_ssize_t)rows[i].offset)); \
-        PyObject *entry = Py_BuildValue("(nN)", (Py_ssize_t)sizeof(S), list); \
+            PyTuple_SetItem(list, i, Py_BuildValue("(ss)", rows[i][0], rows[i][1])); \
+        PyObject *entry = Py_BuildValue("(nN)", (Py_ssize_t)sizeof(structure), list); \
         if (!entry || PyDict_SetItemString(structures, #structure, entry)) goto failed; \
         Py_DECREF(entry); \
     }
@@ -73,9 +81,10 @@ static PyObject *interface(PyObject *self, PyObject *none) {
         Py_DECREF(number); \
     }
 #define CONSTANT_ROW(name) NUMBER(#name, name)
+#define KIND_ROW(name) NUMBER(#name, IS_##name)
 #define PRIMITIVE_ROW(name) NUMBER(#name, OP_##name)
     SPACES(CONSTANT_ROW)
-    KINDS(CONSTANT_ROW)
+    KINDS(KIND_ROW)
     PRIMITIVES(PRIMITIVE_ROW)
     CONSTANT_ROW(CHUNK_BYTES)
     CONSTANT_ROW(NV)

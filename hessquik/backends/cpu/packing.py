@@ -13,15 +13,12 @@ from hessquik.memory import Arena
 
 __all__ = ["Packed", "pack_matrix", "pad_columns"]
 
-#: Arrays of so many bytes are recognised by their place among a network's weights, and not by their numbers.
-LARGE_BYTES = 64 << 10
-
 _arena = Arena()
 _known: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
 class Packed:
-    """The packed forms of a network's large weights, by the place of the weights in memory.
+    """The packed forms of a network's weights, by the place of the weights in memory.
 
     It must not outlive the weights, nor may these change.
 
@@ -31,8 +28,6 @@ class Packed:
     Examples:
         >>> weight = torch.ones(128, 128, dtype=torch.float64)
         >>> packed = Packed([weight])
-        >>> pack_matrix(weight, torch.float64, 8, packed) is pack_matrix(weight.clone(), torch.float64, 8, packed)
-        False
         >>> first = pack_matrix(weight, torch.float64, 8, packed)
         >>> pack_matrix(weight, torch.float64, 8, packed) is first
         True
@@ -40,12 +35,12 @@ class Packed:
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         """Start without packed forms."""
-        self._places = {weight.untyped_storage().data_ptr() for weight in weights if weight.nbytes >= LARGE_BYTES}
+        self._places = {weight.untyped_storage().data_ptr() for weight in weights}
         self.known: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
     def place(self, array: Tensor) -> tuple[object, ...] | None:
-        """Return what distinguishes a large array among the weights; ``None`` if it is small or not among them."""
-        if array.nbytes < LARGE_BYTES or array.untyped_storage().data_ptr() not in self._places:
+        """Return what distinguishes an array among the weights; ``None`` if it is not among them."""
+        if array.untyped_storage().data_ptr() not in self._places:
             return None
         return array.data_ptr(), array.shape, array.stride()
 
@@ -73,19 +68,14 @@ def pad_columns(array: Tensor, dtype: torch.dtype, columns: int, packed: Packed 
 
 
 def _shared(array: Tensor, dtype: torch.dtype, columns: int, shape: tuple[int, ...], packed: Packed | None) -> Tensor:
-    """Return the padded array in the layout of panels, the same one for the same numbers."""
-    place = None if packed is None else packed.place(array)
-    if packed is not None and place is not None:
-        key = (*place, dtype, shape)
-        found = packed.known.get(key)
-        if found is None:
-            found = packed.known[key] = _in_panels(array, dtype, columns, shape)
-        return found
-    padded = _padded(array, dtype, columns)
-    key = (hashlib.blake2b(padded.numpy().data, digest_size=16).digest(), tuple(padded.shape), dtype, shape)
-    found = _known.get(key)
+    """Return the padded array in the layout of panels, the same one for the same weights or the same numbers."""
+    key = None if packed is None else packed.place(array)
+    known = _known if packed is None or key is None else packed.known
+    if key is None:
+        key = hashlib.blake2b(array.contiguous().numpy().data, digest_size=16).digest(), array.shape, array.dtype
+    found = known.get((*key, dtype, shape))
     if found is None:
-        found = _known[key] = _in_panels(padded, dtype, columns, shape)
+        found = known[(*key, dtype, shape)] = _in_panels(array, dtype, columns, shape)
     return found
 
 

@@ -322,20 +322,21 @@ INLINE void NAME(mask_rest)(const Map *m, REAL *at, I entries, I w, I width) {
 
 static void NAME(map)(const Call *call, const Map *m) {
     const I size = CHUNK_BYTES / sizeof(REAL), inputs = m->inputs, constants = m->constants, outputs = m->outputs;
-    const I registers = inputs + constants + m->instructions;
-    const Input *input = (const Input *)m->input;
-    const Instruction *instruction = (const Instruction *)m->instruction;
-    const Output *output = (const Output *)m->output;
+    const I computed = inputs + m->instructions;
+    const Input *input = (const Input *)(m + 1);
+    const Instruction *instruction = (const Instruction *)(input + inputs);
+    const Output *output = (const Output *)(instruction + m->instructions);
+    const Number *number = (const Number *)(output + outputs);
     /* The scratch memory has the slots, the constants, and then where all registers and arrays are. */
     REAL *slots = call->scratch, *constant = slots + m->slots * size;
-    REAL **at = (REAL **)(constant + constants * VL), **base = at + registers;
+    REAL **at = (REAL **)(constant + constants * VL), **base = at + computed + constants;
     for (I i = 0; i < constants; i++) {
-        NAME(store)(constant + i * VL, SPLAT(((const double *)m->constant)[i]));
-        at[inputs + i] = constant + i * VL;
+        at[computed + i] = constant + i * VL;
+        NAME(store)(at[computed + i], SPLAT(number[i].value));
     }
     for (I i = 0; i < inputs; i++) base[i] = NAME(at)(call, &input[i].array);
     for (I i = 0; i < outputs; i++) base[inputs + i] = NAME(at)(call, &output[i].array);
-#define STEP(r) ((r) >= inputs && (r) < inputs + constants ? 0 : VL)
+#define STEP(r) ((r) < computed ? VL : 0)
     const I width = m->width, most = width < size ? size / width : 1;
     const I entries = call->rows * m->outer * m->inner;
     NAME(Place) place = {0, 0, 0, 0, 0};
@@ -350,14 +351,14 @@ static void NAME(map)(const Call *call, const Map *m) {
                 at[i] = in_place ? NAME(entry)(base[i], a, &place) : slots + input[i].slot * size;
                 if (!in_place) NAME(gather)(m, a, base[i], place, part, at[i]);
             }
-            for (I i = 0, r = inputs + constants; i < m->instructions; i++) at[r++] = slots + instruction[i].slot * size;
+            for (I i = 0; i < m->instructions; i++) at[inputs + i] = slots + instruction[i].slot * size;
             for (I i = 0; i < outputs; i++)
                 if (output[i].is_direct && (output[i].is_run || place.entries == 1))
                     at[output[i].value] = NAME(entry)(base[inputs + i], &output[i].array, &place);
             for (I i = 0; i < m->instructions; i++) {
                 const Instruction *n = &instruction[i];
-                NAME(apply)(n->op, at[inputs + constants + i], count, at[n->a], STEP(n->a), at[n->b], STEP(n->b),
-                            at[n->c], STEP(n->c));
+                NAME(apply)(n->op, at[inputs + i], count, at[n->a], STEP(n->a), at[n->b], STEP(n->b), at[n->c],
+                            STEP(n->c));
             }
             for (I i = 0; i < outputs; i++) {
                 REAL *value = at[output[i].value];

@@ -450,76 +450,36 @@ static void NAME(sum_products)(const Call *call, const SumProducts *s) {
 
 /* ---- Programs ---- */
 
-/* Zeros behind the columns of an array that was written. */
-static void NAME(clear)(const Call *call, const Array *a, I outer, I inner) {
-    if (!a->zeros) return;
-    REAL *at = NAME(at)(call, a);
+static void NAME(clear)(const Call *call, const Clear *s) {
+    REAL *at = NAME(at)(call, &s->array);
     for (I row = 0; row < call->rows; row++)
-        for (I o = 0; o < outer; o++)
-            for (I i = 0; i < inner; i++)
-                memset(at + row * a->row + o * a->outer + i * a->inner + a->zeros_at, 0, a->zeros * sizeof(REAL));
+        for (I o = 0; o < s->outer; o++)
+            for (I i = 0; i < s->inner; i++)
+                memset(at + row * s->array.row + o * s->array.outer + i * s->array.inner, 0, s->count * sizeof(REAL));
 }
 
-static void NAME(step)(const Call *call, const I *kind) {
-    switch (*kind) {
-    case PRODUCT: {
-        const Product *s = (const Product *)kind;
-        NAME(product)(call, s);
-        NAME(clear)(call, &s->out, s->outer, s->inner);
-        NAME(clear)(call, &s->scaled, s->outer, s->inner);
-        break;
-    }
-    case MAP: {
-        const Map *s = (const Map *)kind;
-        NAME(map)(call, s);
-        for (I i = 0; i < s->outputs; i++) NAME(clear)(call, &((const Output *)s->output)[i].array, s->outer, s->inner);
-        break;
-    }
-    case SUM_PRODUCTS: {
-        const SumProducts *s = (const SumProducts *)kind;
-        NAME(sum_products)(call, s);
-        NAME(clear)(call, &s->out, s->outer, 1);
-        break;
-    }
-    case CONTRACT: {
-        const Contract *s = (const Contract *)kind;
-        NAME(contract)(call, s);
-        NAME(clear)(call, &s->out, 1, s->left);
-        break;
-    }
-    case CONGRUENCE: {
-        const Congruence *s = (const Congruence *)kind;
-        NAME(congruence)(call, s);
-        NAME(clear)(call, &s->out, s->tangents, s->tangents);
-        break;
-    }
-    }
-}
-
-/* What a step writes: that it is shared decides for how many rows it runs. */
-INLINE I NAME(is_of_rows)(const I *kind) {
-    switch (*kind) {
-    case PRODUCT: {
-        const Product *s = (const Product *)kind;
-        return (s->out.space == ABSENT ? s->scaled : s->out).space != SHARED;
-    }
-    case MAP: return ((const Output *)((const Map *)kind)->output)->array.space != SHARED;
-    case SUM_PRODUCTS: return ((const SumProducts *)kind)->out.space != SHARED;
-    case CONTRACT: return ((const Contract *)kind)->out.space != SHARED;
-    default: return ((const Congruence *)kind)->out.space != SHARED;
+static void NAME(step)(const Call *call, const Step *s) {
+    switch (s->kind) {
+    case IS_Product: NAME(product)(call, (const Product *)s); break;
+    case IS_Map: NAME(map)(call, (const Map *)s); break;
+    case IS_SumProducts: NAME(sum_products)(call, (const SumProducts *)s); break;
+    case IS_Contract: NAME(contract)(call, (const Contract *)s); break;
+    case IS_Congruence: NAME(congruence)(call, (const Congruence *)s); break;
+    case IS_Clear: NAME(clear)(call, (const Clear *)s); break;
     }
 }
 
 static void NAME(run)(const Program *p, Call *call, I stop) {
-    const I *const *once = (const I *const *)p->once, *const *step = (const I *const *)p->step;
-    for (I i = 0; i < p->onces; i++) {
-        call->rows = NAME(is_of_rows)(once[i]) ? call->tile_rows : 1;
-        NAME(step)(call, once[i]);
+    const Step *first = (const Step *)(p + 1);
+    for (I i = 0; i < p->onces; i++, first = behind(first)) {
+        call->rows = first->is_shared ? 1 : call->tile_rows;
+        NAME(step)(call, first);
     }
     for (; call->first < stop; call->first += call->tile_rows) {
         const I left = stop - call->first;
         call->rows = left < call->tile_rows ? left : call->tile_rows;
-        for (I i = 0; i < p->steps; i++) NAME(step)(call, step[i]);
+        const Step *step = first;
+        for (I i = 0; i < p->steps; i++, step = behind(step)) NAME(step)(call, step);
     }
 }
 

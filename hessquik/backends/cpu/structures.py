@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import warnings
-from ctypes import Structure, c_double, c_int64
+from collections.abc import Iterable
+from struct import Struct
 from types import ModuleType
 from typing import Any
 
 from hessquik.backends.cpu.build import fingerprint
 
-__all__ = ["CONSTANTS", "KERNEL", "make"]
+__all__ = ["CONSTANTS", "KERNEL", "Fields", "pack", "pack_sized"]
+
+#: Fields of a structure by name; those that are missing are zero. A field that is a structure is such a dictionary.
+Fields = dict[str, Any]
+#: A structure's packer, its fields set to zero, in order, and the structures among them.
+_Layout = tuple[Struct, Fields, dict[str, str]]
 
 
 def _load() -> ModuleType | None:
@@ -37,27 +42,43 @@ def _load() -> ModuleType | None:
     return kernel
 
 
-def _structures(rows: dict[str, tuple[int, tuple[tuple[str, str, int], ...]]]) -> dict[str, type[Structure]]:
-    """Return ctypes classes with the kernel's fields, in order of their use."""
-    types: dict[str, Any] = {"I": c_int64, "double": c_double}
+def _structures(rows: dict[str, tuple[int, tuple[tuple[str, str], ...]]]) -> dict[str, _Layout]:
+    """Return how each of the kernel's structures is packed."""
+    formats, zeros = {"I": "q", "double": "d"}, {"I": 0, "double": 0.0}
+    found: dict[str, _Layout] = {}
     for name, (size, fields) in rows.items():
-        types[name] = type(name, (Structure,), {"_fields_": [(field, types[kind]) for field, kind, _ in fields]})
-        found = [getattr(types[name], field).offset for field, _, _ in fields]
-        if ctypes.sizeof(types[name]) != size or found != [offset for _, _, offset in fields]:
-            raise ImportError(f"the kernel lays out {name} in another way than ctypes")
-    return types
+        packer = Struct("=" + "".join(formats[kind] for _, kind in fields))
+        if packer.size != size:
+            raise ImportError(f"the kernel's {name} has {size} bytes, not {packer.size} as its fields have")
+        nested = {field: kind for field, kind in fields if kind not in zeros}
+        found[name] = packer, {field: zeros.get(kind, {}) for field, kind in fields}, nested
+        formats[name] = f"{size}s"
+    return found
 
 
 KERNEL = _load()
 _INTERFACE = ({}, {}) if KERNEL is None else KERNEL.interface()
 CONSTANTS = _INTERFACE[1]
-_TYPES = _structures(_INTERFACE[0])
+_STRUCTURES = _structures(_INTERFACE[0])
+_WORD_BYTES = 8
 
 
-def make(name: str, **values: Any) -> Any:
-    """Return a structure with some fields set and the others zero."""
-    structure = _TYPES[name]()
-    for field, value in values.items():
-        getattr(structure, field)  # a field of another name would be a new attribute
-        setattr(structure, field, value)
-    return structure
+def pack(name: str, fields: Fields) -> bytes:
+    """Return a structure's bytes.
+
+    Raises:
+        AttributeError: the structure has no such field.
+    """
+    packer, zeros, nested = _STRUCTURES[name]
+    values = zeros | fields
+    if len(values) != len(zeros):
+        raise AttributeError(f"{name} has the fields {', '.join(zeros)}, got {', '.join(fields)}")
+    for field, kind in nested.items():
+        values[field] = pack(kind, values[field])
+    return packer.pack(*values.values())
+
+
+def pack_sized(name: str, fields: Fields, behind: Iterable[bytes]) -> bytes:
+    """Return the bytes of a structure that says its size in words, and of what is behind it."""
+    rest = b"".join(behind)
+    return pack(name, fields | {"size": (_STRUCTURES[name][0].size + len(rest)) // _WORD_BYTES}) + rest

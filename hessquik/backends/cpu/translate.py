@@ -1,11 +1,8 @@
-"""Translation of programs to the C kernel's structures: one for each step, with addresses and strides of views."""
+"""Translation of programs to the C kernel's structures: one for each step, with places and strides of views."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterable
-from ctypes import Structure
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessquik.backends.cpu.packing import Packed, pack_matrix, pad_columns
-from hessquik.backends.cpu.structures import CONSTANTS, make
+from hessquik.backends.cpu.structures import CONSTANTS, Fields, pack, pack_sized
 from hessquik.steps import Congruence, Contract, Map, Product, Program, Step, SumProducts
 from hessquik.strided import Space, View
 
@@ -37,7 +34,7 @@ class Translation:
 
     Attributes:
         arrays: Names of the inputs and outputs, in the order in which a call gives their addresses.
-        address: Address of the C structure of the program; valid as long as this object lives.
+        words: The program; valid as long as this object lives, which holds the constants.
         packed_bytes: Bytes of the constants, which other programs may share.
     """
 
@@ -50,111 +47,111 @@ class Translation:
         self._dtype = dtype
         self._vector_bytes = vector_bytes
         self._lanes = vector_bytes // dtype.itemsize
-        self._kept: list[Any] = []
+        self._constants: list[Tensor] = []
         self._scratch = 0
+        self._clears: list[Fields] = []
         self.arrays: list[str] = []
-        once, steps = (self._pointers(self._step(step) for step in part) for part in (program.once, program.steps))
-        self._structure = make(
-            "Program",
-            is_double=dtype == torch.float64,
-            vector_bytes=vector_bytes,
-            tile_rows=tile_rows,
-            tile_size=program.tile_size,
-            shared_size=program.shared_size,
-            scratch=self._scratch + 4096,
-            arrays=len(self.arrays),
-            onces=len(program.once),
-            once=once,
-            steps=len(program.steps),
-            step=steps,
-        )
-        self.address = ctypes.addressof(self._structure)
-        self.packed_bytes = sum({id(t): t.nbytes for t in self._kept if isinstance(t, Tensor)}.values())
+        once, steps = ([part for step in half for part in self._step(step)] for half in (program.once, program.steps))
+        fields = {
+            "is_double": dtype == torch.float64,
+            "vector_bytes": vector_bytes,
+            "tile_rows": tile_rows,
+            "tile_size": program.tile_size,
+            "shared_size": program.shared_size,
+            "scratch": self._scratch + 4096,
+            "arrays": len(self.arrays),
+            "onces": len(once),
+            "steps": len(steps),
+        }
+        self.words = pack_sized("Program", fields, (*once, *steps))
+        self.packed_bytes = sum({id(t): t.nbytes for t in self._constants}.values())
 
     # ---- Arrays ----
-
-    def _pointers(self, structures: Iterable[Structure]) -> int:
-        """Return the address of an array of the structures' addresses."""
-        found = list(structures)
-        pointers = (ctypes.c_void_p * len(found))(*map(ctypes.addressof, found))
-        self._kept += [found, pointers]
-        return ctypes.addressof(pointers)
-
-    def _list(self, name: str, structures: list[Any]) -> int:
-        """Return the address of an array of structures."""
-        array = (type(make(name)) * len(structures))(*structures)
-        self._kept.append(array)
-        return ctypes.addressof(array)
 
     def _whole(self, columns: int) -> int:
         """Return a number of columns rounded up to whole vectors."""
         return -(-columns // self._lanes) * self._lanes
 
-    def _read(self, view: View | None, width: int = 0) -> Any:
-        """Return the structure of a view that is read up to column ``width``, or of an absent array for ``None``."""
+    def _read(self, view: View | None, width: int = 0) -> Fields:
+        """Return the fields of a view that is read up to column ``width``, or of an absent array for ``None``."""
         if view is None:
-            return make("Array", space=CONSTANTS["ABSENT"])
-        if view.buffer.data is not None:
+            return {}
+        buffer = view.buffer
+        if buffer.data is not None:
             return self._constant(view, width)
         outer, inner, column = view.strides
-        array = make(
-            "Array",
-            space=CONSTANTS[view.buffer.space.name if view.buffer.space in _INSIDE else "EXTERNAL"],
-            start=view.offset,
-            row=view.buffer.row_stride,
-            outer=outer,
-            inner=inner,
-            column=1 if view.shape[2] == 1 else column,
-        )
-        if view.buffer.space in _INSIDE:
-            array.base = view.buffer.offset
-        else:
-            if view.buffer.name not in self.arrays:
-                self.arrays.append(view.buffer.name)
-            array.external = self.arrays.index(view.buffer.name)
-        # Tile memory can be read past the end of an array; a caller's array may end with its last column.
-        array.is_whole = array.column == 1 and (view.buffer.space in _INSIDE or width <= view.shape[2])
-        return array
+        is_dense = view.shape[2] == 1 or column == 1
+        array = {
+            "start": view.offset,
+            "row": buffer.row_stride,
+            "outer": outer,
+            "inner": inner,
+            "column": 1 if is_dense else column,
+            # Tile memory can be read past the end of an array; a caller's array may end with its last column.
+            "is_whole": is_dense and (buffer.space in _INSIDE or width <= view.shape[2]),
+        }
+        if buffer.space in _INSIDE:
+            return array | {"space": CONSTANTS[buffer.space.name], "base": buffer.offset}
+        if buffer.name not in self.arrays:
+            self.arrays.append(buffer.name)
+        return array | {"space": CONSTANTS["EXTERNAL"], "external": self.arrays.index(buffer.name)}
 
-    def _constant(self, view: View, width: int) -> Any:
-        """Return the structure of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
+    def _constant(self, view: View, width: int) -> Fields:
+        """Return the fields of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
         single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
         columns = max(width, view.shape[2])
         data = pad_columns(view.constants[(*single, slice(None))], self._dtype, self._whole(columns), self._packed)
-        self._kept.append(data)
         outer, inner = (0 if data.shape[axis] == 1 else data.stride(axis) for axis in (0, 1))
-        return make(
-            "Array",
-            space=CONSTANTS["CONSTANT"],
-            address=data.data_ptr(),
-            outer=outer,
-            inner=inner,
-            column=1,
-            is_whole=True,
-        )
+        return self._held(data) | {"outer": outer, "inner": inner}
 
-    def _write(self, view: View | None, width: int = 0) -> Any:
-        """Return the structure of a view that is written up to ``width`` in whole vectors, including its padding."""
-        array = self._read(view, width)
-        if view is not None:
-            columns, padding = view.shape[2], self._program.padding(view)
-            array.is_whole = array.column == 1 and width - columns <= padding
-            array.zeros_at = width if array.is_whole else columns
-            array.zeros = max(columns + padding - array.zeros_at, 0) if padding else 0
+    def _held(self, data: Tensor) -> Fields:
+        """Keep a packed constant, and return the fields of an array that begins there."""
+        self._constants.append(data)
+        return {"space": CONSTANTS["CONSTANT"], "address": data.data_ptr(), "column": 1, "is_whole": True}
+
+    def _write(self, view: View | None, width: int = 0) -> Fields:
+        """Return the fields of a view that is written up to ``width`` in whole vectors, including its padding."""
+        return {} if view is None else self._written(view, width)
+
+    def _numbers(self, view: View | None, width: int = 0) -> Fields:
+        """Return the fields of a view that is written one number at a time, followed by its padding."""
+        return {} if view is None else self._written(view, view.shape[2]) | {"is_whole": False}
+
+    def _written(self, view: View, width: int) -> Fields:
+        """Return the fields of a view that is written up to ``width`` if it may be, and have zeros set behind."""
+        outer, inner, columns = view.shape
+        padding, array = self._program.padding(view), self._read(view, width)
+        array["is_whole"] = array["column"] == 1 and width - columns <= padding
+        written = width if array["is_whole"] else columns
+        count = columns + padding - written
+        if count > 0:
+            rest = array | {"start": array["start"] + written}
+            self._clears.append({"array": rest, "outer": outer, "inner": inner, "count": count})
         return array
+
+    def _reduced(self, view: View | None) -> Fields:
+        """Return the fields of a view that is read in whole vectors, its columns padded with zeros."""
+        if view is not None and (not _has_plain_columns(view) or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
+            raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
+        return self._read(view, 0 if view is None else self._whole(view.shape[2]))
 
     # ---- Steps ----
 
-    def _step(self, step: Step) -> Structure:
-        structure: Structure = _RULES[type(step)](self, step)
-        self._kept.append(structure)
-        return structure
+    def _step(self, step: Step) -> Iterator[bytes]:
+        """Yield the words of a step, and of those that set padding behind its results to zero."""
+        self._clears.clear()
+        is_shared = all(view.buffer.space is Space.SHARED for view in step.writes())
+        name, fields, behind = _RULES[type(step)](self, step)
+        steps = [(name, fields, behind), *(("Clear", fields, ()) for fields in self._clears)]
+        for name, fields, behind in steps:
+            head = {"kind": CONSTANTS[name], "is_shared": is_shared}
+            yield pack_sized(name, head | fields, (pack(*part) for part in behind))
 
     def _needs(self, size: int) -> None:
         """Reserve at least ``size`` bytes of scratch memory."""
         self._scratch = max(self._scratch, size)
 
-    def _product(self, step: Product) -> Structure:
+    def _product(self, step: Product) -> _Translated:
         contraction = self._as_contraction(step)
         if contraction is not None:
             return self._contract(contraction)
@@ -162,151 +159,39 @@ class Translation:
         outer, inner, depth = a.shape
         columns = b.shape[2]
         width, panel = self._whole(columns), CONSTANTS["NV"] * self._lanes
-        structure = make(
-            "Product", kind=CONSTANTS["PRODUCT"], outer=outer, inner=inner, depth=depth, columns=columns, panel=panel
-        )
+        fields: Fields = {"outer": outer, "inner": inner, "depth": depth, "columns": columns, "panel": depth * panel}
         if b.buffer.data is not None:
-            data = pack_matrix(b.constants[0], self._dtype, panel, self._packed)
-            self._kept.append(data)
-            structure.panel = depth * panel
-            structure.b = make("Array", space=CONSTANTS["CONSTANT"], address=data.data_ptr(), inner=panel, column=1)
+            fields["b"] = self._held(pack_matrix(b.constants[0], self._dtype, panel, self._packed)) | {"inner": panel}
         else:
-            structure.b = self._read(b, width)
-            if b.buffer.space not in _INSIDE or structure.b.column != 1:
-                structure.packs, structure.panel = True, depth * panel
+            fields["b"] = self._read(b, width)
+            if b.buffer.space not in _INSIDE or fields["b"]["column"] != 1:
+                fields["packs"] = True
                 self._needs(-(-columns // panel) * depth * panel * self._dtype.itemsize)
+            else:
+                fields["panel"] = panel
         beside = (step.add, *((scaling.out, scaling.by, scaling.add, scaling.add_by) if scaling else ()))
         matrices = [view for view in (a, out) if view is not None]
         is_b_shared = b.buffer.row_stride == 0
-        structure.is_merged = is_b_shared and (outer == 1 or b.strides[0] == 0) and all(map(_is_even, matrices))
-        structure.period = inner
-        if not structure.is_merged or all(view is None or _is_even(view) for view in beside):
-            structure.period = _NO_PERIOD
-        names = {"a": a, "add": step.add}
-        if scaling is not None:
-            structure.alpha = scaling.alpha
-            names |= {"by": scaling.by, "term": scaling.add, "term_by": scaling.add_by}
+        is_merged = is_b_shared and (outer == 1 or b.strides[0] == 0) and all(map(_is_even, matrices))
+        has_jumps = is_merged and not all(view is None or _is_even(view) for view in beside)
         around = [view for view in (*beside, out) if view is not None]
-        structure.is_plain = all(_has_plain_columns(view) for view in around)
+        is_plain = all(map(_has_plain_columns, around))
         # If the columns of any array are not adjacent, all arrays are written number by number.
-        write = self._write if structure.is_plain else self._numbers
-        structure.out = write(out, width)
-        structure.scaled = write(scaling.out if scaling else None, width)
-        for name, view in names.items():
-            setattr(structure, name, self._read(view, width))
-        if structure.is_merged and inner == 1:
-            for name in (*names, "out", "scaled"):
-                array = getattr(structure, name)
-                array.inner = array.row
-        return structure  # type: ignore[no-any-return]
-
-    def _map(self, step: Map) -> Structure:
-        outer, inner, columns = step.shape
-        views = [*step.inputs, *(view for _, view in step.outputs)]
-        width = self._whole(columns)
-        padded = -(-columns // self._program.vector) * self._program.vector
-        if padded % self._lanes == 0 and all(_is_run(view, padded) for view in views):
-            width = padded
-        inputs, outputs = len(step.inputs), step.outputs
-        numbers = sorted({x for instruction in step.instructions for x in instruction.inputs if isinstance(x, float)})
-        results = inputs + len(numbers)
-        # The kernel numbers registers: inputs, then constants, then results.
-        number = {register: register if register < inputs else register + len(numbers) for register in range(
-            inputs + len(step.instructions))}  # fmt: skip
-        operands = [
-            [inputs + numbers.index(x) if isinstance(x, float) else number[x] for x in instruction.inputs]
-            for instruction in step.instructions
-        ]
-        last_use = {register: i for i, read in enumerate(operands) for register in read}
-        last_use |= {number[register]: len(operands) for register, _ in outputs}
-        slots, used = self._slots(operands, last_use, inputs, results)
-        read = [self._read(view, width) for view in step.inputs]
-        written = [self._write(view, width) for _, view in outputs]
-        direct: set[int] = set()
-        flags: list[bool] = []
-        for (register, view), array in zip(outputs, written, strict=True):
-            place = number[register]
-            overwritten = [i for i, other in enumerate(step.inputs) if other.buffer is view.buffer]
-            for i in overwritten:
-                if last_use.get(i, -1) == len(operands):  # kept as it was: read it before anything is written
-                    read[i].is_whole = False
-            is_free = all(last_use.get(i, -1) <= place - results for i in overwritten)
-            flags.append(
-                place >= results and place not in direct and array.is_whole and array.column == 1 and is_free
-            )
-            if flags[-1]:
-                direct.add(place)
-        pointers = 3 * len(views) + results + len(operands)
-        self._needs(used * CONSTANTS["CHUNK_BYTES"] + len(numbers) * self._vector_bytes + 2 * 8 * pointers)
-        constants = (ctypes.c_double * len(numbers))(*numbers)
-        self._kept.append(constants)
-        return make(  # type: ignore[no-any-return]
-            "Map",
-            kind=CONSTANTS["MAP"],
-            outer=outer,
-            inner=inner,
-            columns=columns,
-            width=width,
-            slots=used,
-            inputs=inputs,
-            input=self._list(
-                "Input",
-                [
-                    make("Input", array=array, slot=slot, is_run=_is_run(view, width))
-                    for array, slot, view in zip(read, count(), step.inputs, strict=False)
-                ],
-            ),
-            constants=len(numbers),
-            constant=ctypes.addressof(constants),
-            instructions=len(operands),
-            instruction=self._list(
-                "Instruction",
-                [
-                    make(
-                        "Instruction",
-                        op=CONSTANTS[instruction.op],
-                        slot=slot,
-                        **dict(zip("abc", read_, strict=False)),
-                    )
-                    for instruction, slot, read_ in zip(step.instructions, slots, operands, strict=True)
-                ],
-            ),
-            outputs=len(outputs),
-            output=self._list(
-                "Output",
-                [
-                    make("Output", array=array, value=number[register], is_run=_is_run(view, width), is_direct=flag)
-                    for (register, view), array, flag in zip(outputs, written, flags, strict=True)
-                ],
-            ),
-        )
-
-    @staticmethod
-    def _slots(
-        operands: list[list[int]], last_use: dict[int, int], inputs: int, results: int
-    ) -> tuple[list[int], int]:
-        """Allocate a slot to every result, reused after its last use; return the slots and their number."""
-        free: list[int] = []
-        found: list[int] = []
-        used = inputs
-        for i, read in enumerate(operands):
-            if not free:
-                free.append(used)
-                used += 1
-            found.append(free.pop())
-            for register in {*read, results + i}:
-                if register >= results and last_use.get(register, i) == i:
-                    free.append(found[register - results])
-        return found, used
-
-    def _sum_products(self, step: SumProducts) -> Structure:
-        outer, inner, columns = step.a.shape
-        width = self._whole(columns)
-        a, b = (self._reduced(view) for view in (step.a, step.b))
-        return make(  # type: ignore[no-any-return]
-            "SumProducts", kind=CONSTANTS["SUM_PRODUCTS"], a=a, b=b, out=self._write(step.out, width), outer=outer,
-            inner=inner, columns=columns,
-        )  # fmt: skip
+        write = self._write if is_plain else self._numbers
+        arrays = {"out": write(out, width), "a": self._read(a, width), "add": self._read(step.add, width)}
+        if scaling is not None:
+            arrays |= {
+                "scaled": write(scaling.out, width),
+                "by": self._read(scaling.by, width),
+                "term": self._read(scaling.add, width),
+                "term_by": self._read(scaling.add_by, width),
+            }
+            fields["alpha"] = scaling.alpha
+        if is_merged and inner == 1:
+            for array in arrays.values():
+                array["inner"] = array.get("row", 0)
+        fields |= {"is_merged": is_merged, "period": inner if has_jumps else _NO_PERIOD, "is_plain": is_plain}
+        return "Product", fields | arrays, ()
 
     def _as_contraction(self, step: Product) -> Contract | None:
         """Return the contraction that equals a product with a constant of a single column, or ``None``."""
@@ -319,50 +204,134 @@ class Translation:
             return None
         return Contract(a, b.permuted((0, 2, 1)), step.out)
 
-    def _contract(self, step: Contract) -> Structure:
+    def _map(self, step: Map) -> _Translated:
+        outer, inner, columns = step.shape
+        views = [*step.inputs, *(view for _, view in step.outputs)]
+        width = self._whole(columns)
+        padded = -(-columns // self._program.vector) * self._program.vector
+        if padded % self._lanes == 0 and all(_is_run(view, padded) for view in views):
+            width = padded
+        # Registers: inputs, results, constants.
+        inputs = len(step.inputs)
+        computed = inputs + len(step.instructions)
+        numbers = sorted({x for instruction in step.instructions for x in instruction.inputs if isinstance(x, float)})
+        operands = [
+            [computed + numbers.index(x) if isinstance(x, float) else x for x in instruction.inputs]
+            for instruction in step.instructions
+        ]
+        last_use = {register: i for i, read in enumerate(operands) for register in read}
+        last_use |= {register: len(operands) for register, _ in step.outputs}
+        slots, used = _slots(operands, last_use, inputs)
+        read = [self._read(view, width) for view in step.inputs]
+        outputs: list[Fields] = []
+        direct: set[int] = set()
+        for register, view in step.outputs:
+            array = self._write(view, width)
+            overwritten = [i for i, other in enumerate(step.inputs) if other.buffer is view.buffer]
+            for i in overwritten:
+                if last_use.get(i, -1) == len(operands):  # kept as it was: read it before anything is written
+                    read[i]["is_whole"] = False
+            is_free = register not in direct and all(last_use.get(i, -1) <= register - inputs for i in overwritten)
+            is_direct = register >= inputs and array["is_whole"] and is_free
+            if is_direct:
+                direct.add(register)
+            is_run = _is_run(view, width)
+            outputs.append({"array": array, "value": register, "is_run": is_run, "is_direct": is_direct})
+        pointers = computed + len(numbers) + len(views)
+        self._needs(used * CONSTANTS["CHUNK_BYTES"] + len(numbers) * self._vector_bytes + 8 * pointers)
+        fields = {
+            "outer": outer,
+            "inner": inner,
+            "columns": columns,
+            "width": width,
+            "slots": used,
+            "inputs": inputs,
+            "instructions": len(operands),
+            "outputs": len(outputs),
+            "constants": len(numbers),
+        }
+        given = [
+            {"array": array, "slot": slot, "is_run": _is_run(view, width)}
+            for slot, (array, view) in enumerate(zip(read, step.inputs, strict=True))
+        ]
+        computed_by = [
+            {"op": CONSTANTS[instruction.op], "slot": slot, **dict(zip("abc", registers, strict=False))}
+            for instruction, slot, registers in zip(step.instructions, slots, operands, strict=True)
+        ]
+        lists = {
+            "Input": given,
+            "Instruction": computed_by,
+            "Output": outputs,
+            "Number": [{"value": number} for number in numbers],
+        }
+        behind = [(name, entry) for name, entries in lists.items() for entry in entries]
+        return "Map", fields, behind
+
+    def _sum_products(self, step: SumProducts) -> _Translated:
+        outer, inner, columns = step.a.shape
+        a, b, out = self._reduced(step.a), self._reduced(step.b), self._write(step.out, self._whole(columns))
+        return "SumProducts", {"a": a, "b": b, "out": out, "outer": outer, "inner": inner, "columns": columns}, ()
+
+    def _contract(self, step: Contract) -> _Translated:
         a, b, out = self._reduced(step.a), self._reduced(step.b), self._numbers(step.out)
         is_merged = step.b.buffer.row_stride == 0 and _is_even(step.a) and _is_even(step.out)
         if is_merged and step.a.shape[1] == 1:
-            a.inner, out.inner = a.row, out.row
-        return make(  # type: ignore[no-any-return]
-            "Contract", kind=CONSTANTS["CONTRACT"], a=a, b=b, out=out, left=step.a.shape[1], right=step.b.shape[1],
-            columns=self._whole(step.a.shape[2]), is_merged=is_merged,
-        )  # fmt: skip
+            a["inner"], out["inner"] = a.get("row", 0), out["row"]
+        fields = {
+            "a": a,
+            "b": b,
+            "out": out,
+            "left": step.a.shape[1],
+            "right": step.b.shape[1],
+            "columns": self._whole(step.a.shape[2]),
+            "is_merged": is_merged,
+        }
+        return "Contract", fields, ()
 
-    def _congruence(self, step: Congruence) -> Structure:
+    def _congruence(self, step: Congruence) -> _Translated:
         tangents, outputs, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
         by_pairs = outputs >= OUTPUTS_BY_PAIRS and step.out.strides[2] == 1
         panel = CONSTANTS["NV"] * self._lanes
         rows = max(CONSTANTS["BLOCK"], CONSTANTS["PAIRS"] + -(-outputs // panel) * panel)
         self._needs(rows * columns * self._dtype.itemsize)
-        out = self._write(step.out, self._whole(outputs)) if by_pairs else self._numbers(step.out)
-        return make(  # type: ignore[no-any-return]
-            "Congruence", kind=CONSTANTS["CONGRUENCE"], a=self._reduced(step.a), b=self._reduced(step.b), out=out,
-            tangents=tangents, outputs=outputs, columns=columns, by_pairs=by_pairs,
-        )  # fmt: skip
-
-    def _reduced(self, view: View | None) -> Any:
-        """Return the structure of a view that is read in whole vectors, its columns padded with zeros."""
-        is_dense = view is None or view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
-        if view is not None and (not is_dense or view.buffer.space in {Space.INPUT, Space.OUTPUT}):
-            raise ValueError(f"sums over columns need an array of the tile with neighbouring columns, got {view}")
-        return self._read(view, 0 if view is None else self._whole(view.shape[2]))
-
-    def _numbers(self, view: View | None, width: int = 0) -> Any:
-        """Return the structure of a view that is written one number at a time, followed by its padding."""
-        array = self._write(view, 0 if view is None else view.shape[2])
-        array.is_whole = False
-        return array
+        fields = {
+            "a": self._reduced(step.a),
+            "b": self._reduced(step.b),
+            "out": self._write(step.out, self._whole(outputs)) if by_pairs else self._numbers(step.out),
+            "tangents": tangents,
+            "outputs": outputs,
+            "columns": columns,
+            "by_pairs": by_pairs,
+        }
+        return "Congruence", fields, ()
 
 
 _INSIDE = frozenset({Space.TILE, Space.SHARED})
-_RULES: dict[type, Any] = {
+#: A structure's name and fields, and the structures behind it.
+_Translated = tuple[str, Fields, Sequence[tuple[str, Fields]]]
+_RULES: dict[type, Callable[[Translation, Any], _Translated]] = {
     Product: Translation._product,
     Map: Translation._map,
     SumProducts: Translation._sum_products,
     Contract: Translation._contract,
     Congruence: Translation._congruence,
 }
+
+
+def _slots(operands: list[list[int]], last_use: dict[int, int], inputs: int) -> tuple[list[int], int]:
+    """Allocate a slot to every result, reused after its last use; return the slots and their number."""
+    free: list[int] = []
+    found: list[int] = []
+    used = inputs
+    for i, read in enumerate(operands):
+        if not free:
+            free.append(used)
+            used += 1
+        found.append(free.pop())
+        for register in {*read, inputs + i}:
+            if inputs <= register < inputs + len(operands) and last_use.get(register, i) == i:
+                free.append(found[register - inputs])
+    return found, used
 
 
 def _is_even(view: View) -> bool:
