@@ -151,18 +151,21 @@ class Builder:
 
     def constant(self, data: Tensor) -> int:
         """Add a constant of at least two axes, converted to float64 unless it is in float32."""
-        data = data.detach().to("cpu", torch.float32 if data.dtype == torch.float32 else torch.float64)
-        while data.ndim < 2:
-            data = data.unsqueeze(0)
-        shape = tuple(data.shape)
-        place = data.data_ptr(), data.stride(), shape  # nodes hold their data, so no other array has its place
-        if place not in self._known:
-            fill = fill_of(data)
-            key = place if fill is None else (fill, shape)
-            if key not in self._known:
-                self._known[key] = self.append(Node("constant", (), shape, True, (), data, fill))
-            return self._known[key]
-        return self._known[place]
+        place = data.data_ptr(), data.stride(), data.shape
+        if place in self._known:
+            return self._known[place]
+        kept = data.detach().to("cpu", torch.float32 if data.dtype == torch.float32 else torch.float64)
+        while kept.ndim < 2:
+            kept = kept.unsqueeze(0)
+        shape, fill = tuple(kept.shape), fill_of(kept)
+        if (fill, shape) in self._known:
+            return self._known[fill, shape]
+        found = self.append(Node("constant", (), shape, True, (), kept, fill))
+        if fill is not None:
+            self._known[fill, shape] = found
+        elif kept.data_ptr() == data.data_ptr():  # as long as the node holds the memory, nothing else has its place
+            self._known[place] = found
+        return found
 
     def full(self, number: float, shape: Shape = (1, 1)) -> int:
         """Add a constant of equal entries, whose memory is that of one number."""

@@ -12,6 +12,7 @@ Three decisions are made here, each in separate functions:
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
@@ -605,16 +606,17 @@ def _view(array: View | None) -> View | None:
 
 def _first_fit(lives: list[tuple[int, int, Buffer]]) -> int:
     """Assign offsets to arrays, each with its first and last step, so that no two live arrays overlap (first fit)."""
-    placed: list[tuple[int, int, Buffer]] = []
+    placed: list[tuple[int, Buffer]] = []  # last step and array, by offset
     total = 0
     for start, stop, buffer in sorted(lives, key=lambda life: life[0]):
         offset = 0
-        others = [other for begin, end, other in placed if begin <= stop and start <= end]
-        for other in sorted(others, key=lambda other: other.offset):
+        for last, other in placed:
+            if last < start:
+                continue
             if offset + buffer.size <= other.offset:
                 break
             offset = max(offset, other.offset + other.size)
         buffer.offset = offset
         total = max(total, offset + buffer.size)
-        placed.append((start, stop, buffer))
+        insort(placed, (stop, buffer), key=lambda life: life[1].offset)
     return total

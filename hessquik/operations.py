@@ -101,4 +101,7 @@ def fold(node: Node, inputs: Sequence[Node]) -> Tensor:
     arrays: list[Any] = [one.data for one in inputs]
     if node.op not in VIEWS:
         arrays = [array.double() for array in arrays]
+    if node.is_pointwise:
+        found: Tensor = PRIMITIVES[node.op].on_tensors(*arrays)
+        return found
     return compute_node(node, [array.unsqueeze(0) for array in arrays]).squeeze(0)

@@ -172,7 +172,7 @@ def _node(builder: Builder, operand: Any) -> int:
 
 def _apply(op: str, *operands: Any) -> Array:
     builder = _builder(*operands)
-    return Array(builder, builder.add(op, *(_node(builder, operand) for operand in operands)))
+    return Array(builder, builder.add(op, *[_node(builder, operand) for operand in operands]))
 
 
 def _primitive(op: str) -> Callable[..., Array]:

@@ -228,7 +228,7 @@ def _per_sample(tensor: Tensor, n: int) -> Tensor:
 
 
 def uniform_(tensor: Tensor | None, fan_in: int) -> None:
-    """Fill a parameter, if there is one, from U(−1/√fan_in, 1/√fan_in)."""
-    if tensor is not None:
+    """Fill a parameter, if there is one, from U(−1/√fan_in, 1/√fan_in); one without memory is left as it is."""
+    if tensor is not None and not tensor.is_meta:
         bound = 1 / math.sqrt(fan_in)
         nn.init.uniform_(tensor, -bound, bound)

@@ -141,11 +141,11 @@ class Translation:
         """Yield the words of a step, and of those that set padding behind its results to zero."""
         self._clears.clear()
         is_shared = all(view.buffer.space is Space.SHARED for view in step.writes())
-        name, fields, behind = _RULES[type(step)](self, step)
-        steps = [(name, fields, behind), *(("Clear", fields, ()) for fields in self._clears)]
-        for name, fields, behind in steps:
-            head = {"kind": CONSTANTS[name], "is_shared": is_shared}
-            yield pack_sized(name, head | fields, (pack(*part) for part in behind))
+        translated = [_RULES[type(step)](self, step)]
+        translated += [("Clear", clear, ()) for clear in self._clears]
+        for name, fields, behind in translated:
+            fields |= {"kind": CONSTANTS[name], "is_shared": is_shared}
+            yield pack_sized(name, fields, [pack(*part) for part in behind])
 
     def _needs(self, size: int) -> None:
         """Reserve at least ``size`` bytes of scratch memory."""
