@@ -19,7 +19,7 @@ features; Hessians are (d, d, m). A node that depends only on constants and on i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Node:
         arguments: Arguments of the operation: a name, axes, a range.
         data: Entries of a constant: float64, or float32 weights as they are.
         fill: The number that all entries of a constant are; ``None`` if they differ.
+        number: The number that a formula has here; ``None`` for weights, also if they are a single one.
     """
 
     op: str
@@ -57,6 +58,7 @@ class Node:
     arguments: tuple[Any, ...] = ()
     data: Tensor | None = None
     fill: float | None = None
+    number: float | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -68,15 +70,16 @@ class Node:
             return False
         return bool((entries.diagonal() == 1).all()) and int(self.data.count_nonzero()) == len(entries)
 
+    def structure(self) -> Hashable:
+        """Return all of the node but the entries of a constant; a number is a part of it, to the bit."""
+        strides = None if self.data is None else self.data.stride()
+        number = None if self.number is None else self.number.hex()
+        return self.op, self.inputs, self.shape, self.is_shared, self.arguments, strides, number
+
     @property
     def is_pointwise(self) -> bool:
         """Return whether the operation is a primitive of :mod:`hessquik.pointwise`."""
         return self.op in PRIMITIVES
-
-    @property
-    def number(self) -> float | None:
-        """Return the value of a constant with one entry, else ``None``."""
-        return self.fill if self.data is not None and self.data.numel() == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,19 @@ class Graph:
             for j in node.inputs:
                 uses[j].append(i)
         return uses
+
+    def structure(self) -> Hashable:
+        """Return all that a program's steps depend on: of constants the strides, of numbers the values.
+
+        Examples:
+            >>> def times(*weights, number=1.0):
+            ...     builder = Builder()
+            ...     product = builder.add("mul", builder.constant(torch.tensor(weights)), builder.full(number))
+            ...     return builder.finish({"y": product}).structure()
+            >>> times(1.0, 2.0) == times(3.0, 0.0), times(1.0, number=2.0) == times(1.0, number=3.0)
+            (True, False)
+        """
+        return tuple(map(Node.structure, self.nodes)), tuple(self.outputs.items())
 
     def __str__(self) -> str:
         """Return one line per node, and one with the results."""
@@ -168,9 +184,13 @@ class Builder:
         return found
 
     def full(self, number: float, shape: Shape = (1, 1)) -> int:
-        """Add a constant of equal entries, whose memory is that of one number."""
-        known = self._known.get((number, shape))
-        return self.constant(torch.tensor(number, dtype=torch.float64).expand(shape)) if known is None else known
+        """Add a number, or a constant of equal entries, whose memory is that of one."""
+        key = "full", number, shape
+        if key not in self._known:
+            data, fill = torch.tensor(number, dtype=torch.float64).expand(shape), float(number)
+            one = fill if data.numel() == 1 else None
+            self._known[key] = self.append(Node("constant", (), shape, True, (), data, fill, one))
+        return self._known[key]
 
     def input(self, name: str, shape: Shape, is_shared: bool = False) -> int:
         """Add an input of the call."""
@@ -192,7 +212,8 @@ class Builder:
         for i in place:
             node = self.nodes[i]
             inputs = tuple([place[j] for j in node.inputs])
-            nodes.append(Node(node.op, inputs, node.shape, node.is_shared, node.arguments, node.data, node.fill))
+            same = node.arguments, node.data, node.fill, node.number
+            nodes.append(Node(node.op, inputs, node.shape, node.is_shared, *same))
         return Graph(tuple(nodes), {name: place[i] for name, i in outputs.items()})
 
 

@@ -13,11 +13,12 @@ Three decisions are made here, each in separate functions:
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 
 from hessquik.graph import VIEWS, Graph, Node
+from hessquik.recent import Recent
 from hessquik.steps import (
     Congruence,
     Contract,
@@ -67,9 +68,21 @@ class _MapDraft:
     members: list[int] = field(default_factory=list)
 
 
+#: Bytes of the steps that are kept, and what those of a node take with their translation for a backend, about.
+RECENT_BYTES, NODE_BYTES = 16 << 20, 2048
+#: Steps that were laid out last, and the nodes of their constants, by the structure of graphs.
+recent: Recent[tuple[Program, list[int]]] = Recent(RECENT_BYTES)
+
+
 def lay_out(graph: Graph, lanes: int) -> Program:
-    """Return the program of a graph for vectors of ``lanes`` numbers."""
-    return _Layout(graph, lanes).finish()
+    """Return the program of a graph for vectors of ``lanes`` numbers.
+
+    Graphs of one structure, as networks of one architecture have, share the steps.
+    """
+    key = graph.structure(), lanes
+    program, constants = recent.get(key, lambda: _Layout(graph, lanes).finish(), NODE_BYTES * len(graph.nodes))
+    data = tuple(graph.nodes[i].data for i in constants)
+    return replace(program, constants=data)
 
 
 class _Layout:
@@ -83,6 +96,7 @@ class _Layout:
         self.owner: dict[int, int] = {}
         self.destination: dict[int, View] = {}
         self.arrays: dict[int, View] = {}
+        self.constants: list[int] = []
         self.position: dict[int, int] = {}
         self.steps: list[Step | _MapDraft] = []
         #: Positions of the steps that run once per call, and those of the last of these and of the others.
@@ -92,8 +106,8 @@ class _Layout:
         self.externals: dict[str, Buffer] = {}
         self.padded_copies: dict[int, View] = {}
 
-    def finish(self) -> Program:
-        """Run all stages in order, and return the program."""
+    def finish(self) -> tuple[Program, list[int]]:
+        """Run all stages in order, and return the program without its constants, and the nodes that these are."""
         for i, node in enumerate(self.nodes):
             if node.op == "matmul":
                 self.fuse_product(i)
@@ -116,7 +130,7 @@ class _Layout:
         done = [(place in self.once, step) for place, draft in enumerate(self.steps) for step in self.finished(draft)]
         once, steps = ([step for is_once, step in done if is_once is wanted] for wanted in (True, False))
         tile_size, shared_size = self.assign_memory(once, steps)
-        return Program(tuple(once), tuple(steps), tile_size, shared_size, self.lanes)
+        return Program(tuple(once), tuple(steps), tile_size, shared_size, self.lanes), self.constants
 
     # ---- Fusion ----
 
@@ -326,9 +340,9 @@ class _Layout:
         if i in self.arrays:
             return self.arrays[i]
         if node.data is not None:
-            data = node.data
-            buffer = Buffer(Space.CONSTANT, data.numel(), data=data, is_shared=True)
-            self.arrays[i] = View(buffer, node.shape, data.stride())
+            buffer = Buffer(Space.CONSTANT, node.data.numel(), constant=len(self.constants), is_shared=True)
+            self.constants.append(i)
+            self.arrays[i] = View(buffer, node.shape, node.data.stride())
         elif node.op == "input":
             self.arrays[i] = self.external(Space.INPUT, node.arguments[0], node.shape, node.is_shared)
         elif node.op in VIEWS:

@@ -27,7 +27,9 @@ def fold_constants(builder: Builder, node: Node) -> int | None:
     inputs = [builder.nodes[i] for i in node.inputs]
     if any(one.data is None for one in inputs):
         return None
-    return builder.constant(operations.fold(node, inputs))
+    data = operations.fold(node, inputs)
+    is_number = data.numel() == 1 and all(one.number is not None for one in inputs)
+    return builder.full(float(data), node.shape) if is_number else builder.constant(data)
 
 
 def drop_zeros(builder: Builder, node: Node) -> int | None:

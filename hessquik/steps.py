@@ -26,10 +26,12 @@ Invariants that layout establishes and backends keep:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
+
+from torch import Tensor
 
 from hessquik.pointwise import PRIMITIVES
 from hessquik.strided import Space, View
@@ -251,6 +253,8 @@ class Program:
         tile_size: Numbers of TILE memory per row of a tile.
         shared_size: Numbers of SHARED memory.
         vector: The columns of TILE and SHARED arrays are padded with zeros to a multiple of this.
+        constants: Tensors in float64 or float32.
+        derived: What follows from the steps alone, by name; programs that differ in their constants share it.
     """
 
     once: tuple[Step, ...]
@@ -258,6 +262,19 @@ class Program:
     tile_size: int
     shared_size: int
     vector: int = 16
+    constants: tuple[Tensor, ...] = ()
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def derive(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what follows from the steps alone; it is made once."""
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
+
+    def constant(self, view: View) -> Tensor:
+        """Return the entries of a constant view."""
+        data = self.constants[view.buffer.constant]
+        return data.as_strided(view.shape, view.strides, data.storage_offset() + view.offset)
 
     def padding(self, view: View) -> int:
         """Return how many numbers after the columns of a written array its step sets to zero.
@@ -266,7 +283,7 @@ class Program:
         the columns are scattered, where rows have no padding between them, or where some step writes other columns of
         the buffer after these (an array written in pieces).
         """
-        written = self._written.get(id(view.buffer), [])
+        written = self.derive("written", self._written).get(id(view.buffer), [])
         scattered = any(other.strides[2] != 1 and other.shape[2] > 1 for other in written)
         if view.buffer.space not in {Space.TILE, Space.SHARED} or scattered:
             return 0
@@ -289,7 +306,6 @@ class Program:
         is_free = all(begin >= stop + count or begin + columns <= stop for begin, columns in begins)
         return count if is_free else 0
 
-    @cached_property
     def _written(self) -> dict[int, list[View]]:
         """Return the arrays that steps write, by the identity of the buffer."""
         found: dict[int, list[View]] = {}
@@ -301,26 +317,25 @@ class Program:
     @property
     def operations(self) -> int:
         """Floating-point operations per row."""
-        return sum(step.operations for step in self.steps)
+        return int(self.derive("operations", lambda: sum(step.operations for step in self.steps)))
 
     @property
     def moved(self) -> int:
         """Numbers per row that steps read and write, constants excluded, each counted once per step."""
-        return sum(
-            view.size
-            for step in self.steps
-            for view in (*step.reads(), *step.writes())
-            if view.buffer.space is not Space.CONSTANT
-        )
+        return int(self.derive("moved", self._moved))
+
+    def _moved(self) -> int:
+        views = (view for step in self.steps for view in (*step.reads(), *step.writes()))
+        return sum(view.size for view in views if view.buffer.space is not Space.CONSTANT)
 
     @property
     def matrix_size(self) -> int:
         """Numbers of the constant matrices that products read; a matrix and its transpose are two."""
-        matrices = {
-            (step.b.buffer.data.data_ptr(), step.b.strides): step.b.size
-            for step in self.steps
-            if isinstance(step, Product) and step.b.buffer.data is not None
-        }
+        return int(self.derive("matrix_size", self._matrix_size))
+
+    def _matrix_size(self) -> int:
+        factors = [step.b for step in self.steps if isinstance(step, Product)]
+        matrices = {(b.buffer.constant, b.strides): b.size for b in factors if b.buffer.space is Space.CONSTANT}
         return sum(matrices.values())
 
     def __str__(self) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
-from torch import Tensor
-
 __all__ = ["Buffer", "Space", "View", "collapsed"]
 
 
@@ -29,7 +27,7 @@ class Buffer:
         space: Its kind of memory.
         size: Numbers per row, or in total if all rows share it.
         name: Name of an input (``x``, ``weights``, ``directions``) or of an output (a quantity).
-        data: The numbers of a constant, float64 or float32.
+        constant: The place of a constant among those of its program.
         is_shared: Whether all rows share it: constants, SHARED memory and inputs that are given once for all rows.
         offset: Its begin in TILE memory, in numbers per row of the tile, or in SHARED memory, in numbers.
     """
@@ -37,7 +35,7 @@ class Buffer:
     space: Space
     size: int
     name: str = ""
-    data: Tensor | None = None
+    constant: int = 0
     is_shared: bool = False
     offset: int = 0
 
@@ -54,7 +52,7 @@ class Buffer:
         """Return the name of an input or output, else the space, and the offset unless it is a constant."""
         if self.name:
             return self.name
-        return self.space.value if self.data is not None else f"{self.space.value}[{self.offset}]"
+        return self.space.value if self.space is Space.CONSTANT else f"{self.space.value}[{self.offset}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +75,6 @@ class View:
     def size(self) -> int:
         """Number of distinct entries."""
         return prod(extent for extent, stride in zip(self.shape, self.strides, strict=True) if stride)
-
-    @property
-    def constants(self) -> Tensor:
-        """The entries of a constant as a tensor, float64 or float32."""
-        assert self.buffer.data is not None
-        return self.buffer.data.as_strided(self.shape, self.strides, self.buffer.data.storage_offset() + self.offset)
 
     def permuted(self, axes: tuple[int, ...]) -> View:
         """Return the array with its axes in another order."""

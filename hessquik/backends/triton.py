@@ -169,17 +169,15 @@ class _Device:
                 found = self._kernels.setdefault(key, found)
         return found
 
-    def constant(self, view: View, dtype: torch.dtype) -> Tensor:
+    def constant(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a constant as a dense tensor on the device, its columns zero-padded to whole vectors of 16 bytes."""
-        data = view.buffer.data
-        assert data is not None
-        key = (data.data_ptr(), view.offset, view.shape, view.strides, dtype)
-        columns = view.shape[2]
+        key = (data.data_ptr(), data.shape, data.stride(), dtype)
+        columns = data.shape[2]
         with self._lock:
             found = self._constants.get(key)
             if found is None:
-                matrix = view.constants
-                for axis, stride in enumerate(view.strides):
+                matrix = data
+                for axis, stride in enumerate(data.stride()):
                     if not stride:
                         matrix = matrix.narrow(axis, 0, 1)
                 lanes = 16 // dtype.itemsize
@@ -188,7 +186,7 @@ class _Device:
                 if found.data_ptr() == data.data_ptr():
                     found = found.clone()
                 self._constants[key] = found
-        return found if view.strides[2] else found[..., :1].expand(*found.shape[:2], columns)
+        return found if data.stride(2) else found[..., :1].expand(*found.shape[:2], columns)
 
     def free_memory(self) -> None:
         """Free the memory of idle stages and the unused memory in torch's cache."""
@@ -246,7 +244,7 @@ class TritonProgram:
 
     def _place(self, view: View) -> Tensor:
         """Return a constant on the device in the shape of its view, and keep it alive as long as the program."""
-        found = self._state.constant(view, self._dtype)
+        found = self._state.constant(self._program.constant(view), self._dtype)
         self._keep.append(found)
         shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
         return found[..., : shape[2]].expand(view.shape)

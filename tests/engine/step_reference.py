@@ -47,8 +47,8 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], n: int, tile_rows:
             if buffer.space is Space.SHARED:
                 memory, offset = common, buffer.offset
             elif buffer.space is Space.CONSTANT:
-                assert buffer.data is not None
-                memory, offset = buffer.data, buffer.data.storage_offset()
+                memory = program.constants[buffer.constant]
+                offset = memory.storage_offset()
             elif buffer.space in {Space.INPUT, Space.OUTPUT}:
                 memory, offset = arrays[buffer.name], first * buffer.row_stride
             strides = (buffer.row_stride, *view.strides[:2], 1 if view.shape[2] == 1 else view.strides[2])
@@ -173,6 +173,7 @@ class _Writer:
     once: list[Step] = field(default_factory=list)
     known: list[View] = field(default_factory=list)
     sizes: dict[Space, int] = field(default_factory=lambda: {Space.TILE: 0, Space.SHARED: 0})
+    constants: list[Tensor] = field(default_factory=list)
     outputs: int = 0
     dead: list[Buffer] = field(default_factory=list)
     kept: set[int] = field(default_factory=set)
@@ -249,10 +250,11 @@ class _Writer:
         data = scale * torch.randn(stored, generator=self.generator).double()
         strides = (stored[1] * stored[2], stored[2], 1)
         view = View(
-            Buffer(Space.CONSTANT, data.numel(), data=data, is_shared=True),
+            Buffer(Space.CONSTANT, data.numel(), constant=len(self.constants), is_shared=True),
             tuple(extents),  # type: ignore[arg-type]
             tuple(strides[axes.index(i)] for i in range(3)),  # type: ignore[arg-type]
         )
+        self.constants.append(data)
         return view.repeated(shape)
 
     def retire(self) -> None:
@@ -333,7 +335,7 @@ class _Writer:
                     and add is not out
                 ):
                     out = None
-        found = self.size(a, b) * (1.0 if b.buffer.data is not None else depth**0.5) + self.size(add)
+        found = self.size(a, b) * (1.0 if b.buffer.space is Space.CONSTANT else depth**0.5) + self.size(add)
         scaled = 0.0
         if scaling is not None:
             scaled = 2 * found * self.size(scaling.by) + self.size(scaling.add, scaling.add_by)
@@ -494,7 +496,6 @@ def random_case(seed: int, vector: int = 16, count: int = 14) -> Case:
             writer.retire()
     for view in writer.known[2:]:
         writer.steps.append(Map((view,), (), ((0, writer.output(view.shape)),)))
-    program = Program(
-        tuple(writer.once), tuple(writer.steps), writer.sizes[Space.TILE], writer.sizes[Space.SHARED], vector
-    )
+    sizes = writer.sizes[Space.TILE], writer.sizes[Space.SHARED]
+    program = Program(tuple(writer.once), tuple(writer.steps), *sizes, vector, tuple(writer.constants))
     return Case(program, shared, each)

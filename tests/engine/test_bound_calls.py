@@ -261,7 +261,7 @@ def test_results_that_torch_does_not_take_are_freed_once(frees):
     tensor = type("OtherTensor", (), {"__dlpack_c_exchange_api__": capsule_of(functions)})
     program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
     results = (("value", (-1, (4 << 20,))),)
-    bound = cpu.KERNEL.bind(program, program._words, tensor, 1, (), results)
+    bound = cpu.KERNEL.bind(program, program._words, program._addresses, tensor, 1, (), results)
 
     def mapped_bytes():
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -288,4 +288,4 @@ def test_results_that_torch_does_not_take_are_freed_once(frees):
 def test_the_kernel_refuses_what_it_could_not_hold(inputs, results, error):
     program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
     with pytest.raises(error):
-        cpu.KERNEL.bind(program, program._words, torch.Tensor, 1, inputs, results)
+        cpu.KERNEL.bind(program, program._words, program._addresses, torch.Tensor, 1, inputs, results)

@@ -316,9 +316,9 @@ def test_the_smallest_numbers_count_as_zero_whatever_the_thread_is_set_to(vector
 def linear(matrix):
     p, q = matrix.shape
     x = View(Buffer(Space.INPUT, p, "x"), (1, 1, p), (0, 0, 1))
-    b = View(Buffer(Space.CONSTANT, p * q, data=matrix, is_shared=True), (1, p, q), (0, q, 1))
+    b = View(Buffer(Space.CONSTANT, p * q, is_shared=True), (1, p, q), (0, q, 1))
     out = View(Buffer(Space.OUTPUT, q, "out"), (1, 1, q), (0, 0, 1))
-    return Program((), (Product(x, b, None, out),), 0, 0, 16)
+    return Program((), (Product(x, b, None, out),), 0, 0, 16, (matrix,))
 
 
 def kinds(words):
@@ -341,10 +341,11 @@ def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, dtype,
     x = View(Buffer(Space.INPUT, entries * width, "x"), (1, entries, width), (0, width, 1))
     tile = View(Buffer(Space.TILE, entries * pitch), (1, entries, width), (0, pitch, 1))
     square = Map((x,), (Instruction("mul", (0, 0)),), ((1, tile),))
-    column = Buffer(Space.CONSTANT, width, data=torch.randn(width, 1, dtype=torch.float64), is_shared=True)
+    column = Buffer(Space.CONSTANT, width, is_shared=True)
     out = View(Buffer(Space.OUTPUT, entries, "out"), (1, entries, 1), (0, 1, 1))
     product = Product(tile, View(column, (1, width, 1), (0, 1, 1)), None, out)
-    program = Program((), (square, product), entries * pitch, 0, 16)
+    constants = (torch.randn(width, 1, dtype=torch.float64),)
+    program = Program((), (square, product), entries * pitch, 0, 16, constants)
     inputs = {"x": torch.randn(11, entries * width)}
     expected = interpret(program, {"x": inputs["x"].double()}, 11, tile_rows=4)
     run(program, {"x": torch.full((11, entries * width), math.inf)}, 11, dtype, 4, vector_bytes)  # into the memory
@@ -420,23 +421,25 @@ def test_misuse_of_the_module_is_an_error_and_no_crash():
     with pytest.raises(TypeError):
         kernel.run(1)
     arrays = {"x": torch.zeros(1, 2), "value": torch.zeros(1, 2)}
-    kernel.run(program._words, ("x", "value"), arrays, 0, 1)
+    kernel.run(program._words, program._addresses, ("x", "value"), arrays, 0, 1)
     with pytest.raises(ValueError, match="as many names"):
-        kernel.run(program._words, ("x",), arrays, 0, 1)
+        kernel.run(program._words, program._addresses, ("x",), arrays, 0, 1)
     with pytest.raises(TypeError, match="bytes"):
-        kernel.run(0, ("x", "value"), arrays, 0, 1)
+        kernel.run(0, program._addresses, ("x", "value"), arrays, 0, 1)
     for wrong in (b"", program._words[:-8], program._words + bytes(8)):
         with pytest.raises(ValueError, match="the words of a program"):
-            kernel.run(wrong, ("x", "value"), arrays, 0, 1)
+            kernel.run(wrong, program._addresses, ("x", "value"), arrays, 0, 1)
         with pytest.raises(ValueError, match="the words of a program"):
-            kernel.bind(program, wrong, torch.Tensor, 1, (), ())
+            kernel.bind(program, wrong, program._addresses, torch.Tensor, 1, (), ())
+        with pytest.raises(ValueError, match="as many constants as it says"):
+            kernel.run(program._words, wrong, ("x", "value"), arrays, 0, 1)
     with pytest.raises(TypeError, match="a tuple of names"):
-        kernel.run(program._words, ["x", "value"], arrays, 0, 1)
+        kernel.run(program._words, program._addresses, ["x", "value"], arrays, 0, 1)
     with pytest.raises(TypeError):
-        kernel.run(program._words, ("x", "value"), arrays, "0", 1)
+        kernel.run(program._words, program._addresses, ("x", "value"), arrays, "0", 1)
     with pytest.raises(KeyError, match="value"):
-        kernel.run(program._words, ("x", "value"), {"x": arrays["x"]}, 0, 1)
+        kernel.run(program._words, program._addresses, ("x", "value"), {"x": arrays["x"]}, 0, 1)
     with pytest.raises(AttributeError, match="data_ptr"):
-        kernel.run(program._words, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
+        kernel.run(program._words, program._addresses, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
     with pytest.raises(AttributeError, match="spce"):
         structures.pack("Array", {"spce": 1})

@@ -1,7 +1,6 @@
 """The C kernel on other processors: it is cross-compiled and run under QEMU on programs that this machine prepares.
 
-A program has addresses of its constants. It is written with offsets in their place, and ``emulated.c`` turns the
-offsets into addresses again.
+A program has no addresses; those of its constants are given as offsets, which ``emulated.c`` turns into addresses.
 """
 
 import ctypes
@@ -54,33 +53,24 @@ def emulated(tmp_path_factory):
     return run
 
 
-def image(translation):
-    """Return the bytes of a translated program and its constants, the offsets of addresses, and the program's own."""
-    places, size = [], 0
-    for part in translation._constants:
-        places.append((part.data_ptr(), part.nbytes, size))
-        size += -(-(part.nbytes + 64) // 64) * 64
-    found, relocations, start = bytearray(size) + translation.words, [], size
-    for address, length, offset in places:
-        found[offset : offset + length] = ctypes.string_at(address, length)
-    for at in range(start, len(found), 8):
-        (word,) = struct.unpack_from("<q", found, at)
-        target = next((place for place in places if place[0] <= word < place[0] + max(place[1], 1)), None)
-        if target is not None:
-            struct.pack_into("<q", found, at, word - target[0] + target[2])
-            relocations.append(at)
-    return bytes(found), relocations, start
+def image(program):
+    """Return the bytes of a program's constants and words, the offsets of the constants, and that of the words."""
+    found, offsets = bytearray(), []
+    for constant in program._constants:
+        offsets.append(len(found))
+        found += ctypes.string_at(constant.data_ptr(), constant.nbytes)
+        found += bytes(64 + -len(found) % 64)
+    return bytes(found) + program._words, offsets, len(found)
 
 
 def request(case, dtype, inputs, n):
     """Return the input that runs a program for all rows, the arrays in the order of the answer, and the outputs."""
-    translation = cpu.CpuProgram(case.program, dtype, 3, 16)._translation
+    program = cpu.CpuProgram(case.program, dtype, 3, 16)
     outputs = {name: torch.full((n, size), math.nan, dtype=dtype) for name, size in outputs_of(case.program).items()}
     arrays = {name: array.to(dtype).contiguous() for name, array in inputs.items()} | outputs
-    contents, relocations, start = image(translation)
-    sizes = [arrays[name].nbytes for name in translation.arrays]
-    head = [len(contents), len(relocations), start, len(sizes), 0, n, *sizes, *relocations]
-    ordered = [arrays[name] for name in translation.arrays]
+    contents, offsets, start = image(program)
+    ordered = [arrays[name] for name in program._arrays]
+    head = [len(contents), len(offsets), start, len(ordered), 0, n, *(array.nbytes for array in ordered), *offsets]
     data = b"".join(array.numpy().tobytes() for array in ordered)
     return struct.pack(f"<{len(head)}q", *head) + contents + data, ordered, outputs
 

@@ -16,9 +16,16 @@ from hessquik.activations import siluActivation, sinActivation, softplusActivati
 from hessquik.backends import names
 from hessquik.backends import torch as torch_backend
 from hessquik.proof import prove
+from hessquik.recent import Recent
 from hessquik.steps import Congruence, Contract, Map, Product, SumProducts
 
 ON_CPU = pytest.mark.skipif("cpu" not in names(), reason="needs the CPU kernel: install where there is a C compiler")
+
+
+@pytest.fixture(autouse=True)
+def no_steps_kept(monkeypatch):
+    """Have every graph laid out and translated anew."""
+    monkeypatch.setattr(layout, "recent", Recent(0))
 
 
 def networks():

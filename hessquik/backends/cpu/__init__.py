@@ -7,6 +7,7 @@ on its index or on the other rows, so neither do its bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from struct import pack
 
 import torch
 from torch import Tensor
@@ -58,11 +59,14 @@ class CpuProgram:
         widest = int(KERNEL.vector_bytes())
         if vector_bytes is not None and (vector_bytes not in {16, 32, 64} or vector_bytes > widest):
             raise ValueError(f"vector_bytes must be 16, 32 or 64 and at most {widest} here, got {vector_bytes}")
-        self._translation = Translation(program, dtype, tile_rows, vector_bytes or widest, packed)
-        self._arrays = tuple(self._translation.arrays)
-        self._words = self._translation.words
+        kind = Translation, dtype, tile_rows, vector_bytes or widest
+        translation: Translation = program.derive(kind, lambda: Translation(program, *kind[1:]))
+        self._arrays = tuple(translation.arrays)
+        self._words = translation.words
+        self._constants = translation.packed(program, packed)
+        self._addresses = pack(f"={len(self._constants)}q", *(constant.data_ptr() for constant in self._constants))
         self._run = KERNEL.run
-        self.packed_bytes = self._translation.packed_bytes
+        self.packed_bytes = sum({id(constant): constant.nbytes for constant in self._constants}.values())
 
     def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``; other rows are unchanged.
@@ -72,7 +76,7 @@ class CpuProgram:
             start: The first row.
             stop: The row after the last one.
         """
-        self._run(self._words, self._arrays, arrays, start, stop)
+        self._run(self._words, self._addresses, self._arrays, arrays, start, stop)
 
     def bind(
         self, inputs: Mapping[str, tuple[int, ...]], results: Mapping[str, tuple[int, ...]], most_rows: int
@@ -88,8 +92,9 @@ class CpuProgram:
         index = {name: i for i, name in enumerate(self._arrays)}
         try:
             bound: Bound = KERNEL.bind(
-                self._translation,
+                self._constants,
                 self._words,
+                self._addresses,
                 Tensor,
                 most_rows,
                 tuple((index.get(name, -1), shape) for name, shape in inputs.items()),

@@ -17,9 +17,10 @@ typedef struct {
 } Slot;
 
 typedef struct {
-    PyObject *owner, *words, *tensor, *names[MOST_RESULTS];
+    PyObject *owner, *words, *addresses, *tensor, *names[MOST_RESULTS];
     const DlpackFunctions *functions;
     const Program *program;
+    void *const *constants;
     int64_t most_rows;
     int inputs, results;
     Slot input[MOST_INPUTS], result[MOST_RESULTS];
@@ -119,7 +120,7 @@ static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count)
     if (!results) return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = hessquik_run(bound->program, arrays, 0, rows);
+    failed = hessquik_run(bound->program, bound->constants, arrays, 0, rows);
     Py_END_ALLOW_THREADS
     if (!failed) return results;
     Py_DECREF(results);
@@ -132,6 +133,7 @@ static void free_bound(PyObject *capsule) {
     for (int i = 0; i < bound->results; i++) Py_XDECREF(bound->names[i]);
     Py_XDECREF(bound->tensor);
     Py_XDECREF(bound->words);
+    Py_XDECREF(bound->addresses);
     Py_XDECREF(bound->owner);
     PyMem_Free(bound);
 }
@@ -157,12 +159,13 @@ static PyMethodDef method = {
 
 PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
     (void)module;
-    PyObject *owner, *words, *tensor, *inputs, *results;
+    PyObject *owner, *words, *addresses, *tensor, *inputs, *results;
     long long most_rows;
-    if (!PyArg_ParseTuple(arguments, "OOOLO!O!", &owner, &words, &tensor, &most_rows, &PyTuple_Type, &inputs,
-                          &PyTuple_Type, &results))
+    if (!PyArg_ParseTuple(arguments, "OOOOLO!O!", &owner, &words, &addresses, &tensor, &most_rows, &PyTuple_Type,
+                          &inputs, &PyTuple_Type, &results))
         return NULL;
-    const Program *program = hessquik_program(words);
+    void *const *constants;
+    const Program *program = hessquik_program(words, addresses, &constants);
     if (!program) return NULL;
     PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     const DlpackFunctions *functions = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
@@ -180,9 +183,10 @@ PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
     }
     Py_INCREF(owner);
     Py_INCREF(words);
+    Py_INCREF(addresses);
     Py_INCREF(tensor);
-    bound->owner = owner, bound->words = words, bound->tensor = tensor, bound->functions = functions;
-    bound->program = program;
+    bound->owner = owner, bound->words = words, bound->addresses = addresses, bound->tensor = tensor;
+    bound->functions = functions, bound->program = program, bound->constants = constants;
     bound->most_rows = most_rows, bound->inputs = (int)given;
     PyObject *function = NULL;
     for (Py_ssize_t i = 0; i < given; i++)

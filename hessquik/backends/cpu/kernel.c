@@ -52,7 +52,7 @@ enum { MOST_NV = 4 * NV, MOST_SUMS = 16 };
 /* What a program runs with: memory, the call's arrays and the tile. */
 typedef struct {
     void *tile, *shared, *scratch;
-    void *const *arrays;
+    void *const *arrays, *const *constants;
     I tile_rows, first, rows;
 } Call;
 
@@ -236,7 +236,7 @@ static void restore(uint64_t mode) {
 #endif
 }
 
-int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
+int hessquik_run(const Program *p, void *const *constants, void *const *arrays, I start, I stop) {
     if (start >= stop) return 0;
     const I most = p->tile_rows < stop - start ? p->tile_rows : stop - start;
     const size_t real = p->is_double ? 8 : 4, head = 64;
@@ -246,7 +246,7 @@ int hessquik_run(const Program *p, void *const *arrays, I start, I stop) {
     Block *block = acquire(head + shared + tile + (size_t)p->scratch);
     if (!block) return -1;
     char *memory = (char *)block + head;
-    Call call = {memory + shared, memory, memory + shared + tile, arrays, most, start, most};
+    Call call = {memory + shared, memory, memory + shared + tile, arrays, constants, most, start, most};
     const uint64_t mode = flush_denormals();
     void (*run)(const Program *, Call *, I) = p->is_double ? run_double_16 : run_float_16;
 #ifdef HAS_WIDE_VECTORS

@@ -5,12 +5,15 @@
 
 enum { MOST_ARRAYS = 32 };
 
-const Program *hessquik_program(PyObject *words) {
+const Program *hessquik_program(PyObject *words, PyObject *addresses, void *const **constants) {
     const Program *program = (const Program *)PyBytes_AsString(words);
-    if (!program) return NULL;
-    const Py_ssize_t size = PyBytes_Size(words);
-    if (size >= (Py_ssize_t)sizeof(Program) && size == (Py_ssize_t)sizeof(I) * program->size) return program;
-    PyErr_SetString(PyExc_ValueError, "expected the words of a program, as many as it says");
+    *constants = (void *const *)PyBytes_AsString(addresses);
+    if (!program || !*constants) return NULL;
+    const Py_ssize_t size = PyBytes_Size(words), word = sizeof(I);
+    if (size >= (Py_ssize_t)sizeof(Program) && size == word * program->size &&
+        PyBytes_Size(addresses) == word * program->constants)
+        return program;
+    PyErr_SetString(PyExc_ValueError, "expected the words of a program and as many constants as it says");
     return NULL;
 }
 
@@ -29,25 +32,27 @@ static void *address(PyObject *arrays, PyObject *name) {
 static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     void *arrays[MOST_ARRAYS];
-    if (count != 5 || !PyTuple_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "expected a program, a tuple of names, arrays by name, start and stop");
+    if (count != 6 || !PyTuple_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError,
+                        "expected a program, its constants, a tuple of names, arrays by name, start and stop");
         return NULL;
     }
-    const Program *program = hessquik_program(arguments[0]);
-    const I start = PyLong_AsLongLong(arguments[3]), stop = PyLong_AsLongLong(arguments[4]);
+    void *const *constants;
+    const Program *program = hessquik_program(arguments[0], arguments[1], &constants);
+    const I start = PyLong_AsLongLong(arguments[4]), stop = PyLong_AsLongLong(arguments[5]);
     if (PyErr_Occurred()) return NULL;
-    const Py_ssize_t names = PyTuple_Size(arguments[1]);
+    const Py_ssize_t names = PyTuple_Size(arguments[2]);
     if (program->arrays != names || names > MOST_ARRAYS) {
         PyErr_SetString(PyExc_ValueError, "expected as many names as the program has arrays, at most 32");
         return NULL;
     }
     for (Py_ssize_t i = 0; i < names; i++) {
-        arrays[i] = address(arguments[2], PyTuple_GetItem(arguments[1], i));
+        arrays[i] = address(arguments[3], PyTuple_GetItem(arguments[2], i));
         if (!arrays[i] && PyErr_Occurred()) return NULL;
     }
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = hessquik_run(program, arrays, start, stop);
+    failed = hessquik_run(program, constants, arrays, start, stop);
     Py_END_ALLOW_THREADS
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
@@ -99,9 +104,9 @@ failed:
 
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
-     "run(program, names, arrays, start, stop)\n--\n\nCompute rows start to stop of the arrays, in the program's order."},
+     "run(program, constants, names, arrays, start, stop)\n--\n\nCompute rows start to stop of the arrays, in the program's order."},
     {"bind", hessquik_bind, METH_VARARGS,
-     "bind(owner, program, tensor, most_rows, inputs, results)\n--\n\nReturn a function of tensors for few rows."},
+     "bind(owner, program, constants, tensor, most_rows, inputs, results)\n--\n\nReturn a function of tensors for few rows."},
     {"vector_bytes", vector_bytes, METH_NOARGS,
      "vector_bytes()\n--\n\nReturn the bytes of this machine's vectors."},
     {"interface", interface, METH_NOARGS,

@@ -320,7 +320,7 @@ INLINE void NAME(mask_rest)(const Map *m, REAL *at, I entries, I w, I width) {
             NAME(store)(at + v, (V)((VI)NAME(load)(at + v) & NAME(lanes)(count > v ? count - v : 0)));
 }
 
-static void NAME(map)(const Call *call, const Map *m) {
+static __attribute__((noinline)) void NAME(map)(const Call *call, const Map *m) {
     const I size = CHUNK_BYTES / sizeof(REAL), inputs = m->inputs, constants = m->constants, outputs = m->outputs;
     const I computed = inputs + m->instructions;
     const Input *input = (const Input *)(m + 1);

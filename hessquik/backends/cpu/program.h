@@ -1,8 +1,8 @@
 /* A program as the kernel reads it: what hessquik.steps says, with every array's place worked out.
  *
- * It is one block of words, which are numbers of eight bytes, with no addresses but those of constants. The structures
- * are lists of fields, from which both the C types and the table by which Python packs them are made: names and order
- * are written once.
+ * It is one block of words, which are numbers of eight bytes, without addresses, so that networks that differ in their
+ * weights alone may share it. The structures are lists of fields, from which both the C types and the table by which
+ * Python packs them are made: names and order are written once.
  */
 
 #ifndef HESSQUIK_PROGRAM_H
@@ -29,14 +29,14 @@ enum { KINDS(KIND_CODE) };
 enum { PRIMITIVES(PRIMITIVE_CODE) };
 
 /* An array (rows, outer, inner, columns).
- *   address    of a constant
+ *   constant   which of the program's constants
  *   external   which of the call's arrays
  *   base       of TILE memory, numbers per row of the tile; of SHARED memory, numbers
  *   start      numbers from the beginning of a row
  *   row, outer, inner, column   numbers between neighbours
  *   is_whole   the vector that holds the last column may be read or written whole */
 #define ARRAY_FIELDS(F) \
-    F(I, space) F(I, address) F(I, external) F(I, base) F(I, start) F(I, row) F(I, outer) F(I, inner) F(I, column) \
+    F(I, space) F(I, constant) F(I, external) F(I, base) F(I, start) F(I, row) F(I, outer) F(I, inner) F(I, column) \
     F(I, is_whole)
 
 /* What every step begins with.
@@ -84,7 +84,7 @@ enum { PRIMITIVES(PRIMITIVE_CODE) };
  *   scratch   bytes */
 #define PROGRAM_FIELDS(F) \
     F(I, size) F(I, is_double) F(I, vector_bytes) F(I, tile_rows) F(I, tile_size) F(I, shared_size) F(I, scratch) \
-    F(I, arrays) F(I, onces) F(I, steps)
+    F(I, constants) F(I, arrays) F(I, onces) F(I, steps)
 
 #define FIELD(type, name) type name;
 typedef struct { ARRAY_FIELDS(FIELD) } Array;
@@ -114,7 +114,8 @@ enum { CHUNK_BYTES = 2048, NV = 2, PAIRS = 24, BLOCK = 4 };
 /* Bytes of this machine's vectors. */
 I hessquik_vector_bytes(void);
 
-/* Compute rows start to stop; 0, or -1 if there is no memory for a tile. */
-int hessquik_run(const Program *program, void *const *arrays, I start, I stop);
+/* Compute rows start to stop, given the addresses of the constants and of the call's arrays; 0, or -1 if there is no
+ * memory for a tile. */
+int hessquik_run(const Program *program, void *const *constants, void *const *arrays, I start, I stop);
 
 #endif

@@ -91,7 +91,7 @@ INLINE void NAME(store_last)(REAL *p, V v, I count, I is_whole) {
 /* Where an array begins for the first row of the tile, or null if there is none. */
 INLINE REAL *NAME(at)(const Call *call, const Array *a) {
     switch (a->space) {
-    case CONSTANT: return (REAL *)a->address + a->start;
+    case CONSTANT: return (REAL *)call->constants[a->constant] + a->start;
     case EXTERNAL: return (REAL *)call->arrays[a->external] + a->start + call->first * a->row;
     case TILE: return (REAL *)call->tile + a->base * call->tile_rows + a->start;
     case SHARED: return (REAL *)call->shared + a->base + a->start;
@@ -243,7 +243,7 @@ FOR_EACH_FEW_ROWS(BLOCK_FUNCTION, 4)
 BLOCK_FUNCTION(1, 8)
 
 /* Few rows take several panels at a time, so that there are sums enough to keep the multipliers busy. */
-static void NAME(multiply)(const NAME(Matrices) *p) {
+static __attribute__((noinline)) void NAME(multiply)(const NAME(Matrices) *p) {
     static void (*const functions[4][MR])(const NAME(Matrices) *, I, I) = {
         {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 1)},
         {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 2)},
@@ -281,7 +281,7 @@ INLINE NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I oute
     return (NAME(Beside)){NAME(at)(call, a) + row * a->row + outer * a->outer, a->row, a->inner, a->column};
 }
 
-static void NAME(product)(const Call *call, const Product *s) {
+static __attribute__((noinline)) void NAME(product)(const Call *call, const Product *s) {
     const I count = s->is_merged ? 1 : call->rows;
     for (I row = 0; row < count; row++)
         for (I o = 0; o < s->outer; o++) {
@@ -401,7 +401,7 @@ static void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const 
         }
 }
 
-static void NAME(congruence)(const Call *call, const Congruence *s) {
+static __attribute__((noinline)) void NAME(congruence)(const Call *call, const Congruence *s) {
     const REAL *J = NAME(at)(call, &s->a), *c = NAME(at)(call, &s->b);
     REAL *H = NAME(at)(call, &s->out);
     for (I row = 0; row < call->rows; row++, J += s->a.row, c += s->b.row, H += s->out.row)

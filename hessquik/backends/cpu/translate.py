@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,32 +23,41 @@ _NO_PERIOD = 2**31 - 1
 OUTPUTS_BY_PAIRS = 8
 
 
+class _Constant(NamedTuple):
+    """How a constant is packed.
+
+    Attributes:
+        view: Its entries.
+        width: Columns of a panel of a matrix, or to which the columns of another array are padded.
+        is_matrix: Whether it is a matrix that is packed in panels.
+    """
+
+    view: View
+    width: int
+    is_matrix: bool
+
+
 class Translation:
-    """A program in the kernel's structures.
+    """The steps of a program in the kernel's structures, whatever the constants.
 
     Args:
         program: The program.
         dtype: Dtype of all arrays.
         tile_rows: Rows of a tile.
         vector_bytes: Bytes of one SIMD vector.
-        packed: The packed weights of the network, if its programs share them.
 
     Attributes:
         arrays: Names of the inputs and outputs, in the order in which a call gives their addresses.
-        words: The program; valid as long as this object lives, which holds the constants.
-        packed_bytes: Bytes of the constants, which other programs may share.
+        words: The steps.
     """
 
-    def __init__(
-        self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int, packed: Packed | None = None
-    ) -> None:
+    def __init__(self, program: Program, dtype: torch.dtype, tile_rows: int, vector_bytes: int) -> None:
         """Translate every step."""
-        self._packed = packed
-        self._program = program
+        self._program = replace(program, constants=())  # which are not to be kept
         self._dtype = dtype
         self._vector_bytes = vector_bytes
         self._lanes = vector_bytes // dtype.itemsize
-        self._constants: list[Tensor] = []
+        self._constants: list[_Constant] = []
         self._scratch = 0
         self._clears: list[Fields] = []
         self.arrays: list[str] = []
@@ -59,12 +69,26 @@ class Translation:
             "tile_size": program.tile_size,
             "shared_size": program.shared_size,
             "scratch": self._scratch + 4096,
+            "constants": len(self._constants),
             "arrays": len(self.arrays),
             "onces": len(once),
             "steps": len(steps),
         }
         self.words = pack_sized("Program", fields, (*once, *steps))
-        self.packed_bytes = sum({id(t): t.nbytes for t in self._constants}.values())
+
+    def packed(self, program: Program, packed: Packed | None = None) -> list[Tensor]:
+        """Return the constants of a program with these steps as the kernel reads them.
+
+        Args:
+            program: The program.
+            packed: The packed weights of the network, if its programs share them.
+        """
+        return [
+            pack_matrix(program.constant(view)[0], self._dtype, width, packed)
+            if is_matrix
+            else pad_columns(program.constant(view), self._dtype, width, packed)
+            for view, width, is_matrix in self._constants
+        ]
 
     # ---- Arrays ----
 
@@ -77,7 +101,7 @@ class Translation:
         if view is None:
             return {}
         buffer = view.buffer
-        if buffer.data is not None:
+        if buffer.space is Space.CONSTANT:
             return self._constant(view, width)
         outer, inner, column = view.strides
         is_dense = view.shape[2] == 1 or column == 1
@@ -98,16 +122,19 @@ class Translation:
 
     def _constant(self, view: View, width: int) -> Fields:
         """Return the fields of a dense copy of a constant, zero-padded to ``width``; strides of 0 stay 0."""
-        single = [slice(1) if stride == 0 else slice(None) for stride in view.strides[:2]]
-        columns = max(width, view.shape[2])
-        data = pad_columns(view.constants[(*single, slice(None))], self._dtype, self._whole(columns), self._packed)
-        outer, inner = (0 if data.shape[axis] == 1 else data.stride(axis) for axis in (0, 1))
-        return self._held(data) | {"outer": outer, "inner": inner}
+        rows = View(
+            view.buffer, (*map(_distinct, view.shape, view.strides[:2]), view.shape[2]), view.strides, view.offset
+        )
+        columns = self._whole(max(width, view.shape[2]))
+        outer, inner, _ = rows.shape
+        strides = {"outer": inner * columns if outer > 1 else 0, "inner": columns if inner > 1 else 0}
+        return self._held(_Constant(rows, columns, False)) | strides
 
-    def _held(self, data: Tensor) -> Fields:
-        """Keep a packed constant, and return the fields of an array that begins there."""
-        self._constants.append(data)
-        return {"space": CONSTANTS["CONSTANT"], "address": data.data_ptr(), "column": 1, "is_whole": True}
+    def _held(self, constant: _Constant) -> Fields:
+        """Note how a constant is to be packed, and return the fields of an array that begins there."""
+        self._constants.append(constant)
+        place = len(self._constants) - 1
+        return {"space": CONSTANTS["CONSTANT"], "constant": place, "column": 1, "is_whole": True}
 
     def _write(self, view: View | None, width: int = 0) -> Fields:
         """Return the fields of a view that is written up to ``width`` in whole vectors, including its padding."""
@@ -160,8 +187,8 @@ class Translation:
         columns = b.shape[2]
         width, panel = self._whole(columns), CONSTANTS["NV"] * self._lanes
         fields: Fields = {"outer": outer, "inner": inner, "depth": depth, "columns": columns, "panel": depth * panel}
-        if b.buffer.data is not None:
-            fields["b"] = self._held(pack_matrix(b.constants[0], self._dtype, panel, self._packed)) | {"inner": panel}
+        if b.buffer.space is Space.CONSTANT:
+            fields["b"] = self._held(_Constant(b, panel, True)) | {"inner": panel}
         else:
             fields["b"] = self._read(b, width)
             if b.buffer.space not in _INSIDE or fields["b"]["column"] != 1:
@@ -196,7 +223,7 @@ class Translation:
     def _as_contraction(self, step: Product) -> Contract | None:
         """Return the contraction that equals a product with a constant of a single column, or ``None``."""
         a, b = step.a, step.b
-        is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.data is not None
+        is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.space is Space.CONSTANT
         if not is_single or step.out is None or step.add is not None or step.scaling is not None:
             return None
         is_dense = a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1)
@@ -306,6 +333,11 @@ class Translation:
         return "Congruence", fields, ()
 
 
+def _distinct(extent: int, stride: int) -> int:
+    """Return how many distinct entries an axis has."""
+    return extent if stride else 1
+
+
 _INSIDE = frozenset({Space.TILE, Space.SHARED})
 #: A structure's name and fields, and the structures behind it.
 _Translated = tuple[str, Fields, Sequence[tuple[str, Fields]]]
@@ -341,7 +373,7 @@ def _is_even(view: View) -> bool:
 
 def _has_plain_columns(view: View) -> bool:
     """Return whether columns are adjacent in memory; those of a constant are, since it is copied densely."""
-    return view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.data is not None
+    return view.shape[2] == 1 or view.strides[2] == 1 or view.buffer.space is Space.CONSTANT
 
 
 def _is_run(view: View, width: int) -> bool:
