@@ -13,6 +13,7 @@ Three decisions are made here, each in separate functions:
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
@@ -248,11 +249,15 @@ class _Layout:
 
     # ---- Placement ----
 
+    def whole(self, columns: int) -> int:
+        """Return a number of columns rounded up to whole vectors."""
+        return -(-columns // self.lanes) * self.lanes
+
     def new(self, shape: tuple[int, ...], space: Space) -> View:
         """Return a new array, its rows padded to whole vectors: of columns, or of the last two of three axes."""
         *outer, columns = shape
         inner = outer.pop() if len(shape) > 2 else 1
-        pitch = -(-inner * columns // self.lanes) * self.lanes
+        pitch = self.whole(inner * columns)
         strides = [pitch]
         for extent in reversed(outer[1:]):
             strides.insert(0, strides[0] * extent)
@@ -303,16 +308,24 @@ class _Layout:
 
     def place_side(self, terms: tuple[int, ...]) -> View:
         """Return an array with room for all terms, each padded to whole vectors, and place those that can be."""
-        widths = [-(-self.nodes[j].shape[-1] // self.lanes) * self.lanes for j in terms]
+        columns = sum(self.whole(self.nodes[j].shape[-1]) for j in terms)
         inner = max(self.nodes[j].shape[-2] for j in terms)
         is_shared = all(self.nodes[j].is_shared for j in terms)
-        joint = self.new((inner, sum(widths)), Space.SHARED if is_shared else Space.TILE)
-        for j, start in zip(terms, accumulate(widths, initial=0), strict=False):
+        joint = self.new((inner, columns), Space.SHARED if is_shared else Space.TILE)
+        for j, place in self.slots(joint, terms):
             node = self.nodes[j]
             is_computed = node.op not in VIEWS and node.op not in {"constant", "input"}
             if is_computed and node.is_shared == is_shared and node.shape[-2] == inner and j not in self.destination:
-                self.destination[j] = joint.part(-1, start, start + node.shape[-1])
+                self.destination[j] = place
         return joint
+
+    def slots(self, joint: View, terms: tuple[int, ...]) -> Iterator[tuple[int, View]]:
+        """Yield each term with its columns of the joint array, which begin at whole vectors."""
+        start = 0
+        for j in terms:
+            columns = self.nodes[j].shape[-1]
+            yield j, joint.part(-1, start, start + columns)
+            start += self.whole(columns)
 
     def array(self, i: int) -> View:
         """Return the array of a computed node, which is chosen on first use."""
@@ -516,9 +529,7 @@ class _Layout:
             if joint is None:
                 sides.append(self.padded(terms[0]))
                 continue
-            widths = [-(-self.nodes[j].shape[-1] // self.lanes) * self.lanes for j in terms]
-            for j, start in zip(terms, accumulate(widths, initial=0), strict=False):
-                place = joint.part(-1, start, start + self.nodes[j].shape[-1])
+            for j, place in self.slots(joint, terms):
                 if self.read(j) != place:
                     self.copy(self.read(j), [place], self.nodes[j].is_shared)
             sides.append(joint)

@@ -21,8 +21,6 @@ from hessquik.graph import Builder
 
 __all__ = ["Array"]
 
-Operand = "Array | Tensor | float"
-
 
 class Array:
     """A node of a graph that is being built, used like a tensor (rows, k, w).

@@ -41,9 +41,6 @@ class CpuProgram:
         tile_rows: Rows of a tile.
         vector_bytes: Bytes of the vectors, 16, 32 or 64; the machine's widest if not given.
         packed: The packed weights of the network, if its programs share them.
-
-    Attributes:
-        packed_bytes: Bytes of its constants, which other programs of the same network share.
     """
 
     def __init__(
@@ -66,7 +63,6 @@ class CpuProgram:
         self._constants = translation.packed(program, packed)
         self._addresses = pack(f"={len(self._constants)}q", *(constant.data_ptr() for constant in self._constants))
         self._run = KERNEL.run
-        self.packed_bytes = sum({id(constant): constant.nbytes for constant in self._constants}.values())
 
     def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``; other rows are unchanged.

@@ -137,23 +137,19 @@ class Translation:
         return {"space": CONSTANTS["CONSTANT"], "constant": place, "column": 1, "is_whole": True}
 
     def _write(self, view: View | None, width: int = 0) -> Fields:
-        """Return the fields of a view that is written up to ``width`` in whole vectors, including its padding."""
-        return {} if view is None else self._written(view, width)
+        """Return the fields of a view that is written up to ``width`` in whole vectors where it may be.
 
-    def _numbers(self, view: View | None, width: int = 0) -> Fields:
-        """Return the fields of a view that is written one number at a time, followed by its padding."""
-        return {} if view is None else self._written(view, view.shape[2]) | {"is_whole": False}
-
-    def _written(self, view: View, width: int) -> Fields:
-        """Return the fields of a view that is written up to ``width`` if it may be, and have zeros set behind."""
+        Else, and without a width, it is written one number at a time. Zeros are set behind what is written.
+        """
+        if view is None:
+            return {}
         outer, inner, columns = view.shape
-        padding, array = self._program.padding(view), self._read(view, width)
-        array["is_whole"] = array["column"] == 1 and width - columns <= padding
+        padding, array = self._program.padding(view), self._read(view)
+        array["is_whole"] = array["column"] == 1 and 0 < width <= columns + padding
         written = width if array["is_whole"] else columns
-        count = columns + padding - written
-        if count > 0:
+        if written < columns + padding:
             rest = array | {"start": array["start"] + written}
-            self._clears.append({"array": rest, "outer": outer, "inner": inner, "count": count})
+            self._clears.append({"array": rest, "outer": outer, "inner": inner, "count": columns + padding - written})
         return array
 
     def _reduced(self, view: View | None) -> Fields:
@@ -204,11 +200,11 @@ class Translation:
         around = [view for view in (*beside, out) if view is not None]
         is_plain = all(map(_has_plain_columns, around))
         # If the columns of any array are not adjacent, all arrays are written number by number.
-        write = self._write if is_plain else self._numbers
-        arrays = {"out": write(out, width), "a": self._read(a, width), "add": self._read(step.add, width)}
+        written = width if is_plain else 0
+        arrays = {"out": self._write(out, written), "a": self._read(a, width), "add": self._read(step.add, width)}
         if scaling is not None:
             arrays |= {
-                "scaled": write(scaling.out, width),
+                "scaled": self._write(scaling.out, written),
                 "by": self._read(scaling.by, width),
                 "term": self._read(scaling.add, width),
                 "term_by": self._read(scaling.add_by, width),
@@ -300,7 +296,7 @@ class Translation:
         return "SumProducts", {"a": a, "b": b, "out": out, "outer": outer, "inner": inner, "columns": columns}, ()
 
     def _contract(self, step: Contract) -> _Translated:
-        a, b, out = self._reduced(step.a), self._reduced(step.b), self._numbers(step.out)
+        a, b, out = self._reduced(step.a), self._reduced(step.b), self._write(step.out)
         is_merged = step.b.buffer.row_stride == 0 and _is_even(step.a) and _is_even(step.out)
         if is_merged and step.a.shape[1] == 1:
             a["inner"], out["inner"] = a.get("row", 0), out["row"]
@@ -324,7 +320,7 @@ class Translation:
         fields = {
             "a": self._reduced(step.a),
             "b": self._reduced(step.b),
-            "out": self._write(step.out, self._whole(outputs)) if by_pairs else self._numbers(step.out),
+            "out": self._write(step.out, self._whole(outputs) if by_pairs else 0),
             "tangents": tangents,
             "outputs": outputs,
             "columns": columns,
