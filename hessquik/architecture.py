@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -228,7 +227,7 @@ def _type_and_arguments(
 
 def _checked_arguments(kind: type[Any], arguments: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Check each constructor argument of a class by its name and return what the constructor takes."""
-    known = _parameters(kind)
+    known = inspect.signature(kind).parameters
     for name in kind.parameter_names:
         is_required = known[name].default is inspect.Parameter.empty
         _require(name in arguments or not is_required, place, f"have the argument {name!r}", sorted(arguments))
@@ -237,12 +236,6 @@ def _checked_arguments(kind: type[Any], arguments: Mapping[str, Any], place: str
         _require(is_known, place, f"have no arguments but {', '.join(kind.parameter_names) or 'its type'}", name)
     checks = {name: ARGUMENTS.get(f"{kind.__name__}.{name}", ARGUMENTS[name]) for name in arguments}
     return {name: check(arguments[name], f"{place}.{name}") for name, check in checks.items()}
-
-
-@lru_cache
-def _parameters(kind: type[Any]) -> Mapping[str, inspect.Parameter]:
-    """Return the constructor arguments of a class out of the tables."""
-    return inspect.signature(kind).parameters
 
 
 def _require(holds: bool, place: str, expected: str, got: Any) -> None:

@@ -82,8 +82,8 @@ def lay_out(graph: Graph, lanes: int) -> Program:
     """
     key = graph.structure(), lanes
     program, constants = recent.get(key, lambda: _Layout(graph, lanes).finish(), NODE_BYTES * len(graph.nodes))
-    data = tuple(graph.nodes[i].data for i in constants)
-    return replace(program, constants=data)
+    data = (graph.nodes[i].data for i in constants)
+    return replace(program, constants=tuple(array for array in data if array is not None))
 
 
 class _Layout:
