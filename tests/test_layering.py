@@ -16,7 +16,7 @@ LAYERS = {
     "hessquik": """
         hessquik.errors hessquik.original
         hessquik.expressions
-        hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities
+        hessquik.activations hessquik.device hessquik.memory hessquik.pointwise hessquik.quantities hessquik.recent
         hessquik.strict_json
         hessquik.algebra hessquik.graph hessquik.strided
         hessquik.operations hessquik.steps hessquik.trace
