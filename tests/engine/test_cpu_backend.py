@@ -335,16 +335,24 @@ def kinds(words):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [1, 3, 5])
-@pytest.mark.parametrize("width", [1, 7, 16, 33, 64])
-def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, dtype, vector_bytes):
+@pytest.mark.parametrize("added", [None, "number", "constant", "array"])
+@pytest.mark.parametrize("width", [1, 7, 33, 64])
+def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, added, dtype, vector_bytes):
     pitch = -(-width // 16) * 16
     x = View(Buffer(Space.INPUT, entries * width, "x"), (1, entries, width), (0, width, 1))
     tile = View(Buffer(Space.TILE, entries * pitch), (1, entries, width), (0, pitch, 1))
     square = Map((x,), (Instruction("mul", (0, 0)),), ((1, tile),))
     column = Buffer(Space.CONSTANT, width, is_shared=True)
     out = View(Buffer(Space.OUTPUT, entries, "out"), (1, entries, 1), (0, 1, 1))
-    product = Product(tile, View(column, (1, width, 1), (0, 1, 1)), None, out)
-    constants = (torch.randn(width, 1, dtype=torch.float64),)
+    add = {
+        None: None,
+        "number": View(Buffer(Space.CONSTANT, 1, constant=1, is_shared=True), (1, entries, 1), (0, 0, 1)),
+        "constant": View(Buffer(Space.CONSTANT, entries, constant=2, is_shared=True), (1, entries, 1), (0, 1, 1)),
+        "array": tile.part(2, width - 1, width),
+    }[added]
+    product = Product(tile, View(column, (1, width, 1), (0, 1, 1)), add, out)
+    shapes = ((width, 1), (1, 1), (entries, 1))
+    constants = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
     program = Program((), (square, product), entries * pitch, 0, 16, constants)
     inputs = {"x": torch.randn(11, entries * width)}
     expected = interpret(program, {"x": inputs["x"].double()}, 11, tile_rows=4)

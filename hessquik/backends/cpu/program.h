@@ -69,10 +69,11 @@ enum { PRIMITIVES(PRIMITIVE_CODE) };
 #define OUTPUT_FIELDS(F) F(Array, array) F(I, value) F(I, is_run) F(I, is_direct)
 #define NUMBER_FIELDS(F) F(double, value)
 
-/* Sums over the inner axis; over the columns; and J diag(c_m) J^T. */
+/* Sums over the inner axis; over the columns, to which D is added; and J diag(c_m) J^T. */
 #define SUM_PRODUCTS_FIELDS(F) STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, out) F(I, outer) F(I, inner) F(I, columns)
 #define CONTRACT_FIELDS(F) \
-    STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, out) F(I, left) F(I, right) F(I, columns) F(I, is_merged)
+    STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, add) F(Array, out) F(I, left) F(I, right) F(I, columns) \
+    F(I, is_merged)
 #define CONGRUENCE_FIELDS(F) \
     STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, out) F(I, tangents) F(I, outputs) F(I, columns) F(I, by_pairs)
 

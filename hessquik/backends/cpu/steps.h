@@ -409,10 +409,10 @@ static __attribute__((noinline)) void NAME(congruence)(const Call *call, const C
 }
 
 static void NAME(contract)(const Call *call, const Contract *s) {
-    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b);
+    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *D = NAME(at)(call, &s->add);
     REAL *C = NAME(at)(call, &s->out), dot[BLOCK * BLOCK];
     const I count = s->is_merged ? 1 : call->rows, left = s->is_merged ? call->rows * s->left : s->left;
-    for (I row = 0; row < count; row++, A += s->a.row, B += s->b.row, C += s->out.row)
+    for (I row = 0; row < count; row++, A += s->a.row, B += s->b.row, C += s->out.row, D += D ? s->add.row : 0)
         for (I i0 = 0; i0 < left; i0 += BLOCK)
             for (I j0 = 0; j0 < s->right; j0 += BLOCK) {
                 const I rows = left - i0 < BLOCK ? left - i0 : BLOCK;
@@ -421,8 +421,11 @@ static void NAME(contract)(const Call *call, const Contract *s) {
                     s->columns, A + i0 * s->a.inner, s->a.inner, B + j0 * s->b.inner, s->b.inner, dot
                 );
                 for (I i = 0; i < rows; i++)
-                    for (I j = 0; j < columns; j++)
-                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = dot[i * columns + j];
+                    for (I j = 0; j < columns; j++) {
+                        REAL c = dot[i * columns + j];
+                        if (D) c += D[(i0 + i) * s->add.inner + (j0 + j) * s->add.column];
+                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = c;
+                    }
             }
 }
 

@@ -175,9 +175,9 @@ class Translation:
         self._scratch = max(self._scratch, size)
 
     def _product(self, step: Product) -> _Translated:
-        contraction = self._as_contraction(step)
-        if contraction is not None:
-            return self._contract(contraction)
+        if self._is_contraction(step):
+            assert step.out is not None
+            return self._contract(Contract(step.a, step.b.permuted((0, 2, 1)), step.out), step.add)
         a, b, out, scaling = step.a, step.b, step.out, step.scaling
         outer, inner, depth = a.shape
         columns = b.shape[2]
@@ -216,16 +216,14 @@ class Translation:
         fields |= {"is_merged": is_merged, "period": inner if has_jumps else _NO_PERIOD, "is_plain": is_plain}
         return "Product", fields | arrays, ()
 
-    def _as_contraction(self, step: Product) -> Contract | None:
-        """Return the contraction that equals a product with a constant of a single column, or ``None``."""
+    def _is_contraction(self, step: Product) -> bool:
+        """Return whether a product with a constant of a single column is faster as a sum over columns."""
         a, b = step.a, step.b
         is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.space is Space.CONSTANT
-        if not is_single or step.out is None or step.add is not None or step.scaling is not None:
-            return None
+        if not is_single or step.out is None or step.scaling is not None:
+            return False
         is_dense = a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1)
-        if not is_dense or a.shape[2] + self._program.padding(a) < self._whole(a.shape[2]):
-            return None
-        return Contract(a, b.permuted((0, 2, 1)), step.out)
+        return is_dense and a.shape[2] + self._program.padding(a) >= self._whole(a.shape[2])
 
     def _map(self, step: Map) -> _Translated:
         outer, inner, columns = step.shape
@@ -295,21 +293,20 @@ class Translation:
         a, b, out = self._reduced(step.a), self._reduced(step.b), self._write(step.out, self._whole(columns))
         return "SumProducts", {"a": a, "b": b, "out": out, "outer": outer, "inner": inner, "columns": columns}, ()
 
-    def _contract(self, step: Contract) -> _Translated:
-        a, b, out = self._reduced(step.a), self._reduced(step.b), self._write(step.out)
-        is_merged = step.b.buffer.row_stride == 0 and _is_even(step.a) and _is_even(step.out)
-        if is_merged and step.a.shape[1] == 1:
-            a["inner"], out["inner"] = a.get("row", 0), out["row"]
-        fields = {
-            "a": a,
-            "b": b,
-            "out": out,
-            "left": step.a.shape[1],
-            "right": step.b.shape[1],
-            "columns": self._whole(step.a.shape[2]),
-            "is_merged": is_merged,
+    def _contract(self, step: Contract, add: View | None = None) -> _Translated:
+        arrays = {
+            "a": self._reduced(step.a),
+            "b": self._reduced(step.b),
+            "add": self._read(add),
+            "out": self._write(step.out),
         }
-        return "Contract", fields, ()
+        matrices = [view for view in (step.a, add, step.out) if view is not None]
+        is_merged = step.b.buffer.row_stride == 0 and all(map(_is_even, matrices))
+        if is_merged and step.a.shape[1] == 1:
+            for name in ("a", "add", "out"):
+                arrays[name]["inner"] = arrays[name].get("row", 0)
+        left, right, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
+        return "Contract", arrays | {"left": left, "right": right, "columns": columns, "is_merged": is_merged}, ()
 
     def _congruence(self, step: Congruence) -> _Translated:
         tangents, outputs, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
