@@ -336,7 +336,7 @@ def kinds(words):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [1, 3, 5])
 @pytest.mark.parametrize("added", [None, "number", "constant", "array"])
-@pytest.mark.parametrize("width", [1, 7, 33, 64])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 64])
 def test_a_constants_only_column_is_multiplied_like_a_row(width, entries, added, dtype, vector_bytes):
     pitch = -(-width // 16) * 16
     x = View(Buffer(Space.INPUT, entries * width, "x"), (1, entries, width), (0, width, 1))
