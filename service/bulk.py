@@ -267,7 +267,6 @@ class _Npy:
         self._shapes, self._dtype, self._rows = shapes, dtype, 0
         self._files = {name: path.open("w+b") for name, path in paths.items()}
         self._write_headers(2**62)
-        self._starts = {name: file.tell() for name, file in self._files.items()}
 
     def write(self, results: dict[str, Array]) -> None:
         for name, array in results.items():
