@@ -34,14 +34,15 @@ $(STAMP): pyproject.toml constraints.txt $(KERNEL)
 serve: $(SERVER)  ## serve models/ on http://127.0.0.1:8000 (PORT= changes it)
 	$(BIN)/hessquik serve models --port $(PORT)
 
+# Files are begun in the order of tests/conftest.py, those that take long first; pytest-xdist's own is by numbers of tests.
 # Two processes test at once: threads of OpenMP that wait for a core make products ten times as slow.
 test quick chaos: export OMP_NUM_THREADS = 1
 
 test: $(STAMP)  ## all tests but those marked whole, counts in their short form
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: $(STAMP)  ## the first case of each test that starts no process, for the inner loop; about a minute
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --quick -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --quick -q
 
 chaos: $(STAMP)  ## every test with every count in full, and those that take longest; about two hours, one of them simulated
 	CHAOS=whole $(BIN)/python -m pytest --timeout 7200
