@@ -192,6 +192,8 @@ class Process:
             self.send("out", self.lose)
 
     def receive(self, head: dict[str, Any], fields: dict[str, Any]) -> None:
+        if head["op"] == "load" and self.fault:  # it is lost while the model is to be loaded
+            self.world.spoil(head["model"], fields["file"])
         if self.has_ended or self.is_hung:
             return
         match head["op"]:
