@@ -481,10 +481,19 @@ class Worker:
 
     # The loading thread.
 
-    def load(self, model: int, data: bytes | mmap.mmap, path: str | None = None) -> dict[str, Any]:
-        """Load a model; return its description, or the reason why it is refused, whatever its file raises."""
+    def load(self, model: int, file: bytes | int) -> dict[str, Any]:
+        """Load a model; return its description, or the reason why it is refused, whatever its file raises.
+
+        Args:
+            model: Number of the model.
+            file: The bytes of its file, or the descriptor of memory that has them and never changes.
+        """
         try:
-            loaded = Model(storage.parse(data, path), self.device, self.threads)
+            if isinstance(file, int):
+                saved = storage.parse(mmap.mmap(file, 0, prot=mmap.PROT_READ), f"/proc/self/fd/{file}")
+            else:
+                saved = storage.parse(file)
+            loaded = Model(saved, self.device, self.threads)
             loaded.warm_up()
             facts = loaded.facts()
         except HessQuikError as error:
@@ -516,11 +525,9 @@ class Worker:
         self._tell = send
 
         def load(model: int, fields: dict[str, Any], fds: list[int]) -> None:
-            if fds:
-                facts = self.load(model, mmap.mmap(fds[0], 0, prot=mmap.PROT_READ), f"/proc/self/fd/{fds[0]}")
-                os.close(fds[0])
-            else:
-                facts = self.load(model, bytes(fields.pop("file")))  # the frame is freed before it is parsed
+            facts = self.load(model, fds[0] if fds else bytes(fields.pop("file")))  # the frame is freed before
+            for fd in fds:
+                os.close(fd)
             send({"op": "loaded", "model": model, **facts})
 
         send({"op": "ready", "pid": os.getpid(), "torch": torch.__version__, "backend": backends(self.device)[0]})

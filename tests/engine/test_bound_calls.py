@@ -14,7 +14,9 @@ from hessquik import Evaluator, ShapeError, evaluator, memory
 from hessquik.backends import cpu
 from hessquik.networks import fullyConnectedNN
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="needs the CPU kernel: make check, with a C compiler")
+pytestmark = pytest.mark.skipif(
+    not cpu.is_available(), reason="needs the CPU kernel: install where there is a C compiler"
+)
 ALL = ("value", "gradient", "hessian")
 
 
@@ -254,7 +256,7 @@ def capsule_of(functions):
 NAME = b"dlpack_exchange_api"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc: run on Linux")
 @pytest.mark.parametrize("frees", [False, True])
 def test_results_that_torch_does_not_take_are_freed_once(frees):
     functions = Failing(frees)

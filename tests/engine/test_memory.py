@@ -127,7 +127,7 @@ def mebibytes_beyond_inputs_and_results(n, call, backend):
     return float(run.stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc: run on Linux")
 @pytest.mark.parametrize("backend", backends.names())
 @pytest.mark.parametrize("n", choose([2048], [2048, 16384]))
 def test_memory_beyond_inputs_and_results_does_not_grow_with_the_rows(n, backend):

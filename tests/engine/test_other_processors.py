@@ -26,7 +26,7 @@ SEEDS = range(choose(12, 400))
 ROWS = 7
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.is_available(), reason="needs the CPU kernel: make check, with a C compiler"),
+    pytest.mark.skipif(not cpu.is_available(), reason="needs the CPU kernel: install where there is a C compiler"),
     pytest.mark.skipif(
         COMPILER is None or EMULATOR is None,
         reason="needs aarch64-linux-gnu-gcc and qemu-aarch64: Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross "

@@ -69,7 +69,7 @@ def test_what_is_saved_is_loaded(dtype, tmp_path):
     assert all(parameter.requires_grad for parameter in g.parameters())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc: run on Linux")
 @pytest.mark.parametrize("padding", [0, 8, 3], ids="{} blanks".format)
 def test_weights_are_views_of_a_file_that_never_changes(padding, tmp_path):
     """But copied where its header ends at another place than a multiple of 8 bytes."""

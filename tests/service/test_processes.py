@@ -18,7 +18,7 @@ import pytest
 
 import hessquik
 from service.supervisor import add_up
-from tests.live import LiveServer
+from tests.live import LiveServer, wait_until
 from tests.service.faulty_worker import SLOW, SLOW_S
 from tests.service.seeded import network, value, write_first
 
@@ -127,13 +127,6 @@ def own(tmp_path: Path) -> Iterator[LiveServer]:
         yield live
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def ready(front: Front) -> bool:
     return front.call("GET", "/readyz")[0] == 200
 
@@ -206,8 +199,8 @@ def test_readiness_is_that_of_the_workers_in_both(server: LiveServer) -> None:
     assert all(map(ready, fronts))
     (worker,) = server.workers()
     worker.send_signal(signal.SIGSTOP)
-    until(lambda: not any(map(ready, fronts)))
-    until(lambda: all(map(ready, fronts)))  # when it was replaced
+    wait_until(lambda: not any(map(ready, fronts)))
+    wait_until(lambda: all(map(ready, fronts)))  # when it was replaced
     assert [front.ask()[0] for front in fronts] == [200, 200]
 
 
@@ -228,15 +221,17 @@ def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: 
     asking.start()
     lines = len(server.log)
     psutil.Process(victim.pid).kill()
-    until(lambda: len(front_processes(server)) == 2 and victim.pid not in [p.pid for p in front_processes(server)])
+    wait_until(
+        lambda: len(front_processes(server)) == 2 and victim.pid not in [p.pid for p in front_processes(server)]
+    )
     is_over.set()
     asking.join()
     assert set(answered) == {200}
-    until(lambda: any("the front end serves" in line for line in server.log[lines:]))
+    wait_until(lambda: any("the front end serves" in line for line in server.log[lines:]))
     fronts = connect(server)
     assert victim.pid not in [front.pid for front in fronts]
     for front in fronts:
-        until(lambda front=front: ready(front))
+        wait_until(lambda front=front: ready(front))
         status, reply = front.call("POST", "/v1/models/kept/value", {"inputs": [1.0, 1.0]})
         assert (status, reply["value"][0]) == (200, pytest.approx(value(5), rel=1e-12))
         assert front.ask()[0] == 404, "what was unloaded stays so in a new front end"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import socket
 import threading
@@ -338,6 +339,17 @@ def test_whatever_a_file_raises_is_a_refusal(error: type[Exception], monkeypatch
     assert set(facts) == {"error"}
     assert 2 not in worker.models
     assert 1 in worker.models
+
+
+def test_memory_that_cannot_be_mapped_is_a_refusal() -> None:
+    worker = loaded()
+    read_end, write_end = os.pipe()
+    try:
+        assert set(worker.load(2, read_end)) == {"error"}
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert 2 not in worker.models
 
 
 @pytest.mark.parametrize("field", ["h", "beta", "threshold"])
