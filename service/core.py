@@ -29,8 +29,8 @@ BATCH_COST = 1e8
 BATCH_BYTES = 8 << 20
 #: Batch keys that are kept for a model.
 MAX_KEYS = 1024
-#: Interval between searches for unused shared memory.
-TIDY_S = 1.0
+#: Interval at which metrics are counted and unused shared memory is freed.
+TIDY_S = 0.25
 
 
 class Core:
@@ -44,7 +44,7 @@ class Core:
     def __init__(self, settings: Settings, node: NodeLike) -> None:
         """Connect the parts; :meth:`start` starts them."""
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics(self._gauges)
         self.keys = Keys(settings)
         self.is_draining = False
         self.node = node
@@ -55,7 +55,6 @@ class Core:
             *(BATCH_COST, BATCH_BYTES, settings.batch_timeout_s),
         )
         self.scheduler = self.links.scheduler = Scheduler(limits, self.links, LoopClock(), self.metrics)
-        self.metrics.read_off(self._gauges)
         self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -174,9 +173,10 @@ class Core:
         return key
 
     async def _tidy(self) -> None:
-        """Free idle shared memory periodically until cancelled."""
+        """Count metrics and free idle shared memory, periodically until cancelled."""
         while True:
             await asyncio.sleep(TIDY_S)
+            self.metrics.settle()
             self.links.drop_idle_buffers()
 
     def _gauges(self) -> Iterator[Gauge]:

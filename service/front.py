@@ -283,7 +283,7 @@ class Call:
             job = Job(key, rows, inputs, weights, directions, payload_bytes, deadline_s, self._end, on_rows)
             core.scheduler.submit(job)
         except ServiceError:
-            served.statistics.fail.add(0.0)
+            served.statistics.failed += 1
             raise
         core.repository.hold(served)
         request.job, request.body = job, b""
@@ -291,13 +291,10 @@ class Call:
 
     def _end(self, job: Job) -> None:
         """Answer the request when its job has ended."""
-        served, now = self.served, monotonic()
-        self.core.repository.release(served)
+        self.core.repository.release(self.served)
         if job.failure is not None:
-            served.statistics.fail.add(now - job.queued_at)
             self._front.fail(self.request, job.failure.error())
             return
-        served.statistics.answered(job.rows, job.started_at - job.queued_at, now - job.started_at)
         try:
             reply = self._write(self, job.answers)
         except Exception as error:
@@ -393,7 +390,7 @@ class Front:
         is_sent = request.respond(request, reply)
         request.cancel = None
         label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
-        self.core.metrics.answered(label, request.model, status, request.began_s)
+        self.core.metrics.answered[label, request.model, status].append(monotonic() - request.began_s)
         for watcher in self._watchers:
             watcher.ended(request, label, status)
         if target is not None and label.endswith(_ADMIN_ACTIONS):

@@ -1,13 +1,16 @@
-"""Prometheus metrics of the service. Label values come from fixed sets only."""
+"""Prometheus metrics of the service. Label values come from fixed sets only.
+
+The front and the scheduler append to the lists of :class:`Metrics` what happens, which takes no call; it is counted
+several times a second, and when the metrics are read.
+"""
 
 from __future__ import annotations
 
 import operator
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from time import monotonic, time_ns
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector, generate_latest
@@ -17,7 +20,7 @@ from prometheus_client.utils import floatToGoString
 
 from .versions import versions
 
-__all__ = ["REFUSED", "Distribution", "Gauge", "Metrics", "ModelStatistics", "Tally", "Total"]
+__all__ = ["REFUSED", "Gauge", "Histogram", "Metrics"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: Route label of input that was refused before it was a complete request.
@@ -40,246 +43,141 @@ class Gauge(NamedTuple):
     samples: Mapping[Any, float]
     labels: tuple[str, ...] = ()
 
-
-class _ReadOff(Collector):
-    """Collector of gauges whose values are computed at each scrape."""
-
-    def __init__(self, read: Callable[[], Iterable[Gauge]]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the current gauges."""
-        for gauge in self._read():
-            kind = CounterMetricFamily if gauge.name.endswith("_total") else GaugeMetricFamily
-            family = kind(gauge.name.removesuffix("_total"), gauge.text, labels=gauge.labels)
-            for values, sample in gauge.samples.items():
-                family.add_metric(values, sample)
-            yield family
+    def family(self) -> Metric:
+        """Return the metric in the form of Prometheus' client."""
+        kind = CounterMetricFamily if self.name.endswith("_total") else GaugeMetricFamily
+        family = kind(self.name.removesuffix("_total"), self.text, labels=self.labels)
+        for values, sample in self.samples.items():
+            family.add_metric(list(map(str, values)), sample)
+        return family
 
 
-class Tally(Collector):
-    """A counter that is fast enough for thousands of events a second.
+class Histogram:
+    """Numbers of values by bucket, and their sums, for each combination of labels.
 
     Args:
-        name: Name of the metric, without ``_total``.
-        text: Help text.
-        labels: Names of the labels.
-
-    Examples:
-        >>> requests = Tally("requests", "Requests.", ("route", "status"))
-        >>> requests.add("/livez", 200)
-        >>> [(sample.name, sample.labels, sample.value) for family in requests.collect() for sample in family.samples]
-        [('requests_total', {'route': '/livez', 'status': '200'}, 1)]
-    """
-
-    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
-        """Start with no series."""
-        self._name, self._text, self._labels = name, text, labels
-        self._counts: dict[tuple[object, ...], int] = {}
-
-    def add(self, *labels: object, times: int = 1) -> None:
-        """Increment the series with these labels."""
-        self._counts[labels] = self._counts.get(labels, 0) + times
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the current counter."""
-        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, total in self._counts.items():
-            family.add_metric(list(map(str, labels)), total)
-        yield family
-
-
-class Distribution(Collector):
-    """A histogram that is fast enough for thousands of observations a second.
-
-    Args:
-        name: Name of the metric.
-        text: Help text.
         bounds: Upper bounds of the buckets.
-        label: Name of the label; empty for a histogram without labels.
-
-    Examples:
-        >>> rows = Distribution("rows", "Points.", (1.0, 2.0), "kind")
-        >>> rows.observe("even", 2.0)
-        >>> [(sample.labels["le"], sample.value) for family in rows.collect() for sample in family.samples[:3]]
-        [('1.0', 0.0), ('2.0', 1.0), ('+Inf', 1.0)]
-    """
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str = "") -> None:
-        """Start without series; a histogram without labels has its only one from the start."""
-        self._name, self._text, self._bounds, self._label = name, text, bounds, label
-        self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
-        if not label:
-            self._begin("")
-
-    def observe(self, label: str, value: float) -> None:
-        """Count a value in the series with this label."""
-        counts = self._counts.get(label)
-        if counts is None:
-            counts = self._begin(label)
-        counts[bisect_left(self._bounds, value)] += 1
-        self._sums[label] += value
-
-    def add(self, label: str, counts: Sequence[int], total: float) -> None:
-        """Add the counts of the buckets, and the sum, of values that were observed elsewhere."""
-        mine = self._counts.get(label) or self._begin(label)
-        mine[:] = map(operator.add, mine, counts)
-        self._sums[label] += total
-
-    def merged(self, name: str, text: str) -> Distribution:
-        """Return the sum of all series as a histogram without labels."""
-        whole = Distribution(name, text, self._bounds)
-        for label, counts in self._counts.items():
-            whole.add("", counts, self._sums[label])
-        return whole
-
-    def _begin(self, label: str) -> list[int]:
-        self._sums[label] = 0.0
-        return self._counts.setdefault(label, [0] * (len(self._bounds) + 1))
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the current histogram."""
-        family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
-        ends = [*map(floatToGoString, self._bounds), "+Inf"]
-        for label, counts in self._counts.items():
-            buckets = list(zip(ends, map(float, accumulate(counts)), strict=True))
-            family.add_metric([label] if self._label else [], buckets, self._sums[label])
-        yield family
-
-
-class _Answers(Collector):
-    """Requests by route and by model, counted once and summed into one family for each at a scrape."""
-
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str, int], int] = {}
-        self._buckets: dict[tuple[str, str], list[int]] = {}
-        self._sums: dict[tuple[str, str], float] = {}
-
-    def add(self, route: str, model: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        counts, key, pair = self._counts, (route, model, status), (route, model)
-        counts[key] = counts.get(key, 0) + 1
-        buckets = self._buckets.get(pair)
-        if buckets is None:
-            buckets, self._sums[pair] = self._buckets.setdefault(pair, [0] * (len(_SECONDS) + 1)), 0.0
-        buckets[bisect_left(_SECONDS, seconds)] += 1
-        self._sums[pair] += seconds
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the families by route and by model."""
-        for axis, prefix, text in ((0, "hessquik", ""), (1, "hessquik_model", " for a model")):
-            label = ("route", "model")[axis]
-            requests = Tally(f"{prefix}_requests", f"Requests answered{text}.", (label, "status"))
-            for key, total in self._counts.items():
-                if key[axis]:
-                    requests.add(key[axis], key[2], times=total)
-            seconds = Distribution(f"{prefix}_request_seconds", f"Time from head to reply{text}.", _SECONDS, label)
-            for pair, buckets in self._buckets.items():
-                if pair[axis] and pair[0] != REFUSED:
-                    seconds.add(pair[axis], buckets, self._sums[pair])
-            yield from requests.collect()
-            yield from seconds.collect()
-
-
-class _Queueing(Distribution):
-    """Histograms of the times in the queue, by model and of all models together."""
-
-    def collect(self) -> Iterable[Metric]:
-        """Return both families."""
-        yield from self.merged("hessquik_queue_seconds", "Time in the queue.").collect()
-        yield from super().collect()
-
-
-@dataclass(slots=True)
-class Total:
-    """Number of events and their total duration in seconds."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one event."""
-        self.count += 1
-        self.seconds += seconds
-
-
-@dataclass(slots=True)
-class ModelStatistics:
-    """Statistics of one version of a model since it was loaded.
 
     Attributes:
-        rows: Points answered.
-        batches: Batches computed.
-        last_answer_ms: When the last request was answered, in milliseconds since 1970; 0 if none was.
-        success: Requests that were answered with results.
-        fail: Requests that failed.
-        queue: Times in the queue of successful requests.
-        compute: Times after the queue of successful requests.
+        series: By the values of the labels, the number of values in each bucket, and at the end their sum.
+
+    Examples:
+        >>> rows = Histogram((1.0, 2.0))
+        >>> rows.count(("peaks", 200), [2.0, 1.0])
+        >>> rows.count(("peaks", 503), [4.0])
+        >>> rows.by(0).series, rows.by(1).totals()
+        ({('peaks',): [1.0, 1.0, 1.0, 7.0]}, {(200,): 2.0, (503,): 1.0})
     """
 
-    rows: int = 0
-    batches: int = 0
-    last_answer_ms: int = 0
-    success: Total = field(default_factory=Total)
-    fail: Total = field(default_factory=Total)
-    queue: Total = field(default_factory=Total)
-    compute: Total = field(default_factory=Total)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start without series."""
+        self._bounds = bounds
+        self.series: dict[tuple[Any, ...], list[float]] = {}
 
-    def answered(self, rows: int, queue_s: float, compute_s: float) -> None:
-        """Count a request that was answered with results."""
-        self.rows += rows
-        self.last_answer_ms = time_ns() // 1_000_000
-        for total, seconds in ((self.success, queue_s + compute_s), (self.queue, queue_s), (self.compute, compute_s)):
-            total.count += 1
-            total.seconds += seconds
+    def count(self, labels: tuple[Any, ...], values: Iterable[float]) -> None:
+        """Count values with the same labels."""
+        series = self._of(labels)
+        for value in values:
+            series[bisect_left(self._bounds, value)] += 1.0
+            series[-1] += value
+
+    def by(self, *axes: int, among: Callable[[tuple[Any, ...]], object] = lambda labels: True) -> Histogram:
+        """Return the sums over all labels but some, of those series that fulfil a condition.
+
+        Args:
+            axes: The positions of the labels that stay; if there are none, there is one series, even without values.
+            among: Tells by its labels whether a series is included.
+        """
+        whole = Histogram(self._bounds)
+        if not axes:
+            whole._of(())
+        for labels, series in self.series.items():
+            if among(labels):
+                sums = whole._of(tuple(labels[axis] for axis in axes))
+                sums[:] = map(operator.add, sums, series)
+        return whole
+
+    def totals(self) -> dict[tuple[Any, ...], float]:
+        """Return the number of values of each series."""
+        return {labels: sum(series[:-1]) for labels, series in self.series.items()}
+
+    def family(self, name: str, text: str, *labels: str) -> Metric:
+        """Return the histogram in the form of Prometheus' client."""
+        family = HistogramMetricFamily(name, text, labels=labels)
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        for values, (*counts, total) in self.series.items():
+            family.add_metric(list(map(str, values)), list(zip(ends, accumulate(counts), strict=True)), total)
+        return family
+
+    def _of(self, labels: tuple[Any, ...]) -> list[float]:
+        return self.series.setdefault(labels, [0.0] * (len(self._bounds) + 2))
 
 
-class Metrics:
-    """The service's counters and histograms."""
+class Metrics(Collector):
+    """The service's counters and histograms.
 
-    def __init__(self) -> None:
+    Args:
+        gauges: Returns the metrics that are computed at each scrape.
+
+    Attributes:
+        answered: Seconds from the head to the reply of each request, by route, model (or empty) and status.
+        queued: Seconds in the queue of each job, by model.
+        computed: Rows and requests of each batch, by quantities.
+    """
+
+    def __init__(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
         """Start at zero."""
+        self.answered: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)
+        self.queued: defaultdict[str, list[float]] = defaultdict(list)
+        self.computed: defaultdict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
+        self._gauges = gauges
+        self._request_seconds, self._queue_seconds = Histogram(_SECONDS), Histogram(_SECONDS)
+        self._batch_rows, self._batch_requests = Histogram(_POWERS), Histogram(_POWERS)
         self._registry = CollectorRegistry()
-        self._answers = _Answers()
-        self._queue_seconds = _Queueing(
-            "hessquik_model_queue_seconds", "Time in the queue of requests for a model.", _SECONDS, "model"
-        )
-        self._batch_rows = Distribution("hessquik_batch_rows", "Points per batch.", _POWERS, "quantities")
-        self._batch_requests = Distribution("hessquik_batch_requests", "Requests per batch.", _POWERS, "quantities")
-        self._rows = Tally("hessquik_rows", "Points computed.", ())
-        self._rows.add(times=0)
-        for collector in vars(self).copy().values():
-            if isinstance(collector, _Answers | Distribution | Tally):
-                self._registry.register(collector)
+        self._registry.register(self)
         ProcessCollector(registry=self._registry)
         Info("hessquik_build", "What runs here.", registry=self._registry).info(versions())
 
-    def read_off(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
-        """Add gauges that are computed at each scrape."""
-        self._registry.register(_ReadOff(gauges))
+    def settle(self) -> None:
+        """Count what has happened since the last call, and empty the lists."""
+        for labels, seconds in self.answered.items():
+            self._request_seconds.count(labels, seconds)
+        for model, seconds in self.queued.items():
+            self._queue_seconds.count((model,), seconds)
+        for quantities, batches in self.computed.items():
+            rows, requests = zip(*batches, strict=True)
+            # All sets of several quantities share one label, so that labels stay few.
+            label = quantities[0] if len(quantities) == 1 else "several"
+            self._batch_rows.count((label,), rows)
+            self._batch_requests.count((label,), requests)
+        for events in (self.answered, self.queued, self.computed):
+            events.clear()
 
-    def answered(self, route: str, model: str, status: int, began_s: float) -> None:
-        """Count a request that was answered.
-
-        Args:
-            route: Path of the route, with placeholders.
-            model: Name of the served model, or empty.
-            status: Status of the reply.
-            began_s: Time when the head was complete, on the monotonic clock.
-        """
-        self._answers.add(route, model, status, monotonic() - began_s)
-
-    def queued(self, model: str, seconds: float) -> None:
-        """Count a request that left the queue."""
-        self._queue_seconds.observe(model, seconds)
-
-    def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
-        """Count a batch; all sets of several quantities share one label, so that labels stay few."""
-        label = quantities[0] if len(quantities) == 1 else "several"
-        self._batch_rows.observe(label, rows)
-        self._batch_requests.observe(label, requests)
-        self._rows.add(times=rows)
+    def collect(self) -> Iterable[Metric]:
+        """Return all metrics of the service."""
+        self.settle()
+        answered, queued, rows = self._request_seconds, self._queue_seconds, self._batch_rows
+        routes = answered.by(0, among=lambda labels: labels[0] != REFUSED)
+        of_models = answered.by(1, 2, among=operator.itemgetter(1))
+        points = sum(series[-1] for series in rows.series.values())
+        counters = (
+            Gauge("hessquik_requests_total", "Requests answered.", answered.by(0, 2).totals(), ("route", "status")),
+            Gauge(
+                "hessquik_model_requests_total", "Requests answered for a model.", of_models.totals(),
+                ("model", "status"),
+            ),
+            Gauge("hessquik_rows_total", "Points computed.", {(): points}),
+        )  # fmt: skip
+        for gauge in (*counters, *self._gauges()):
+            yield gauge.family()
+        yield routes.family("hessquik_request_seconds", "Time from head to reply.", "route")
+        yield of_models.by(0).family(
+            "hessquik_model_request_seconds", "Time from head to reply for a model.", "model"
+        )
+        yield queued.by().family("hessquik_queue_seconds", "Time in the queue.")
+        yield queued.family("hessquik_model_queue_seconds", "Time in the queue of requests for a model.", "model")
+        yield rows.family("hessquik_batch_rows", "Points per batch.", "quantities")
+        yield self._batch_requests.family("hessquik_batch_requests", "Requests per batch.", "quantities")
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

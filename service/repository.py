@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 
-from .metrics import ModelStatistics
+from .scheduler import Statistics
 from .shared import Sealed, share
 from .workers import LoadError, Workers
 
@@ -195,7 +195,7 @@ class Served:
     users: int = 0
     is_retired: bool = False
     tried: Stamp = ("", 0, 0, 0)
-    statistics: ModelStatistics = field(default_factory=ModelStatistics)
+    statistics: Statistics = field(default_factory=Statistics)
 
     @property
     def state(self) -> str:

@@ -36,7 +36,6 @@ from hessquik_client.errors import (
     WorkerLost,
 )
 
-from .metrics import ModelStatistics
 from .wire import Array
 
 __all__ = [
@@ -48,11 +47,13 @@ __all__ = [
     "Job",
     "Limits",
     "LoopClock",
+    "Observer",
     "OnRows",
     "Queue",
     "Reason",
     "Scheduler",
     "Slice",
+    "Statistics",
     "Worker",
     "Workers",
 ]
@@ -128,6 +129,43 @@ class _Line:
         self.begun.pop(job, None)
 
 
+@dataclass(slots=True)
+class Statistics:
+    """Counts of the jobs of one version of a model since it was loaded, and their times.
+
+    Attributes:
+        rows: Points answered.
+        batches: Batches computed.
+        answered: Jobs that ended with results.
+        queue_s: Time that these waited in the queue.
+        compute_s: Time from then to their ends.
+        last_answer_ms: When the last of them ended, in milliseconds since 1970; 0 if none did.
+        failed: Jobs that ended with an error, and requests that were refused before they became jobs.
+        failed_s: Time from their submission to their ends.
+    """
+
+    rows: int = 0
+    batches: int = 0
+    answered: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    last_answer_ms: int = 0
+    failed: int = 0
+    failed_s: float = 0.0
+
+    def count(self, job: Job, now_s: float) -> None:
+        """Count a job that has ended."""
+        if job.failure is not None:
+            self.failed += 1
+            self.failed_s += now_s - job.queued_at
+            return
+        self.rows += job.rows
+        self.answered += 1
+        self.queue_s += job.started_at - job.queued_at
+        self.compute_s += now_s - job.started_at
+        self.last_answer_ms = time.time_ns() // 1_000_000
+
+
 @dataclass(slots=True, eq=False)
 class BatchKey:
     """The common properties of jobs that may share a batch; one object per combination, compared by identity.
@@ -159,7 +197,7 @@ class BatchKey:
     row_bytes: int
     is_weighted: bool
     k: int
-    statistics: ModelStatistics
+    statistics: Statistics
     row_cost: float | None = None
     row_s: float = 0.0
     refusal: Failure | None = None
@@ -342,13 +380,15 @@ class Workers(Protocol):
 
 
 class Observer(Protocol):
-    """The metrics that the scheduler counts."""
+    """The lists that the scheduler appends to what happens, for metrics."""
 
-    def queued(self, model: str, seconds: float) -> None:
-        """Count a job that left the queue."""
+    @property
+    def queued(self) -> Mapping[str, list[float]]:
+        """Return the lists of seconds in the queue, by model; an unknown model gets an empty one."""
 
-    def computed(self, quantities: Sequence[str], rows: int, requests: int) -> None:
-        """Count a batch."""
+    @property
+    def computed(self) -> Mapping[tuple[str, ...], list[tuple[int, int]]]:
+        """Return the lists of rows and requests of batches, by quantities; likewise."""
 
 
 class Limits(NamedTuple):
@@ -526,7 +566,7 @@ class Scheduler:
         limits: Limits of the queue and of batches.
         workers: The pool of workers.
         clock: Time and timers.
-        observer: The metrics.
+        observer: Gets what happens, for metrics.
     """
 
     def __init__(self, limits: Limits, workers: Workers, clock: Clock, observer: Observer) -> None:
@@ -600,7 +640,7 @@ class Scheduler:
     def finish(self, batch: Batch, parts: Sequence[Mapping[str, Any]]) -> None:
         """Pass the results of a batch, one part per slice, to its jobs."""
         key = batch.key
-        self._observer.computed(key.quantities, batch.rows, len(batch.slices))
+        self._observer.computed[key.quantities].append((batch.rows, len(batch.slices)))
         key.statistics.batches += 1
         for (job, start, stop), part in zip(batch.slices, parts, strict=True):
             if not job.is_closed and job.receive(start, stop - start, part) and not job.is_closed:
@@ -666,6 +706,7 @@ class Scheduler:
     def _close(self, job: Job) -> None:
         self.queue.close(job)
         self._open.discard(job)
+        job.key.statistics.count(job, self._clock.time())
         end, job.end, job.on_rows = job.end, None, None
         assert end is not None
         end(job)
@@ -695,7 +736,7 @@ class Scheduler:
         for job, start, _ in batch.slices:
             if start == 0 and not batch.is_retry:
                 job.started_at = now
-                self._observer.queued(job.key.name, now - job.queued_at)
+                self._observer.queued[job.key.name].append(now - job.queued_at)
 
 
 def _overloaded(what: str, now: int, limit: int) -> Overloaded:

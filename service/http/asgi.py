@@ -33,7 +33,7 @@ async def answer(application: Application, max_body_bytes: int, scope: Scope, re
             replied.set_result(reply)
         return is_there
 
-    request = Request(_read_head(scope), respond)
+    request = Request.of(_read_head(scope), respond)
     try:
         application.admit(request.head)
         request.body = await _read_body(request, max_body_bytes, receive)

@@ -178,9 +178,7 @@ class Connection(asyncio.Protocol):
             head = self._listener.heads.get(data[:end])
             if head is not None and len(data) - end == head.length:
                 self._receive_by_s = math.inf
-                request = Request(head, self.respond, self)
-                request.body = data[end:]
-                self._current = request
+                request = self._current = Request(head, self.respond, self, data[end:])
                 self._application.handle(request)
                 return
         if self._receive_by_s == math.inf and self._is_between:
@@ -270,7 +268,7 @@ class Connection(asyncio.Protocol):
             return
         head = self._read_head(parser.get_method().decode("ascii"), parser.get_http_version())
         self._is_in_head = False
-        request = self._incoming = Request(head, self.respond, self)
+        request = self._incoming = Request.of(head, self.respond, self)
         self._pieces, self._body_bytes = [], 0
         try:
             self._application.admit(head)

@@ -19,7 +19,6 @@ from hessquik_client.errors import InvalidInput, ServiceError
 from .. import open_inference, schemas
 from ..front import Call, Dialect
 from ..http.messages import JSON, Cancel, Reply
-from ..metrics import Total
 from ..repository import Served, find_files
 from ..routes.operation import Deadline, Direct, ModelName, faults
 from ..scheduler import Answers
@@ -213,13 +212,13 @@ def _write(inference: open_inference.Inference, call: Call, answers: Answers) ->
 
 def _statistics(served: Served) -> dict[str, Any]:
     """Return the statistics of a version in the format of Triton's extension."""
-    counts, unused = served.statistics, Total()
+    counted, unused = served.statistics, (0, 0.0)
     totals = {
-        "success": counts.success,
-        "fail": counts.fail,
-        "queue": counts.queue,
+        "success": (counted.answered, counted.queue_s + counted.compute_s),
+        "fail": (counted.failed, counted.failed_s),
+        "queue": (counted.answered, counted.queue_s),
         "compute_input": unused,
-        "compute_infer": counts.compute,
+        "compute_infer": (counted.answered, counted.compute_s),
         "compute_output": unused,
         "cache_hit": unused,
         "cache_miss": unused,
@@ -227,11 +226,11 @@ def _statistics(served: Served) -> dict[str, Any]:
     return {
         "name": served.file.name,
         "version": str(served.file.version),
-        "last_inference": counts.last_answer_ms,
-        "inference_count": counts.rows,
-        "execution_count": counts.batches,
+        "last_inference": counted.last_answer_ms,
+        "inference_count": counted.rows,
+        "execution_count": counted.batches,
         "inference_stats": {
-            name: {"count": total.count, "ns": round(total.seconds * 1e9)} for name, total in totals.items()
+            name: {"count": count, "ns": round(seconds * 1e9)} for name, (count, seconds) in totals.items()
         },
         "response_stats": {},
         "batch_stats": [],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from hessquik_client.errors import ServiceError
-from service.metrics import ModelStatistics
-from service.scheduler import Batch, BatchKey, Job, Limits, Scheduler
+from service.scheduler import Batch, BatchKey, Job, Limits, Scheduler, Statistics
 
 #: Operations that a simulated worker does in a second.
 SPEED = 1e10
@@ -57,13 +57,10 @@ class SimulatedClock:
 
 
 class Observer:
-    """An observer that does nothing."""
+    """An observer that drops what it gets."""
 
-    def queued(self, model: str, seconds: float) -> None:
-        pass
-
-    def computed(self, *what: Any) -> None:
-        pass
+    queued: Mapping[str, Any] = defaultdict(lambda: deque(maxlen=0))
+    computed: Mapping[tuple[str, ...], Any] = defaultdict(lambda: deque(maxlen=0))
 
 
 class SimulatedWorker:
@@ -161,7 +158,7 @@ class SimulatedWorkers:
     def key(self, row_cost: float | None = 1e5, row_bytes: int = 8, model: int = 1) -> BatchKey:
         return BatchKey(
             *(model, "a", "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0),
-            *(ModelStatistics(), row_cost),
+            *(Statistics(), row_cost),
         )
 
     def job(self, key: BatchKey, rows: int = 1, deadline_s: float = 1e6, payload_bytes: int = 8) -> Job:

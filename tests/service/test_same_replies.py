@@ -163,7 +163,7 @@ def test_a_connection_and_asgi_give_the_same_reply(served: Served, note: Note) -
 
 
 #: Most Python calls of the front for a small request, most files whose functions run, and the kinds of values made.
-MOST_CALLS, MOST_FILES = 78, 10
+MOST_CALLS, MOST_FILES = 70, 8
 KINDS = {"Batch", "Call", "Job", "Question", "Reply", "Request"}
 COUNTED = 50
 ROOT = str(MODELS.parent)

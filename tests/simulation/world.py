@@ -16,7 +16,6 @@ import numpy as np
 
 from hessquik_client.errors import ClientGone, ServiceError
 from service import scheduler as scheduler_module
-from service.metrics import ModelStatistics
 from service.scheduler import CLOCK_S, MAX_FAILURES, Batch, BatchKey, Job, Limits
 from tests.service.simulated import SPEED, Observer, SimulatedClock
 
@@ -150,7 +149,7 @@ class World:
         row_cost = 10 ** self.random.uniform(3, 8.2) if self.random.random() > 0.03 else 1e12
         row_bytes = self.random.choice([8, 64, 4096])
         key = self.module.BatchKey(
-            *(1, "a", "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0, ModelStatistics()),
+            *(1, "a", "float64", ("value",), "arrays", ((1,),), row_bytes, False, 0, self.module.Statistics()),
         )
         self.row_costs[key] = row_cost
         return key
