@@ -130,7 +130,7 @@ def models(folder: Folder = None) -> None:
     """Show the saved networks in a folder."""
     from hessquik import FormatError, storage
 
-    from .repository import find_files
+    from .repository import printable, scan
     from .workers import LoadError
 
     root = folder or Path("models")
@@ -138,7 +138,8 @@ def models(folder: Folder = None) -> None:
         _fail(f"expected a folder, {root} is none", status=2)
     table = Table("name", "version", "architecture", "d", "m", "dtype", "parameters")
     refused = []
-    for file in find_files(root):
+    look = scan(root)
+    for file in look.files:
         try:
             saved = storage.parse(file.read())
         except (FormatError, LoadError) as error:
@@ -151,8 +152,11 @@ def models(folder: Folder = None) -> None:
         sizes = (network.dim_input(), network.dim_output())
         table.add_row(file.name, str(file.version), saved.architecture["type"], *map(str, sizes), dtype, str(count))
     Console().print(table)
-    for line in refused:
-        Console(stderr=True).print(f"refused: {line}", highlight=False)
+    for line in (
+        *(f"left out: {printable(path)}: {why}" for path, why in sorted(look.left_out.items())),
+        *(f"refused: {line}" for line in refused),
+    ):
+        sys.stderr.write(f"{line}\n")
     raise typer.Exit(1 if refused else 0)
 
 

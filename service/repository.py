@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count, groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
@@ -30,7 +30,7 @@ from .scheduler import Statistics
 from .shared import Sealed, share
 from .workers import LoadError, Workers
 
-__all__ = ["ModelFile", "Repository", "Served", "Table", "find_files", "printable", "scan"]
+__all__ = ["Look", "ModelFile", "Repository", "Served", "Table", "printable", "scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ SUFFIX = ".safetensors"
 MAX_FILE_BYTES = 512 << 20
 #: Files that are read and loaded at a time.
 CONCURRENT_LOADS = 4
+#: The reason why a link is left out, be it to the folder itself.
+LEADS_OUT = "it is a link that leads out of the folder"
 #: The reason why a version is not served that was unloaded during its load.
 UNLOADED = "expected a model that stays, it was unloaded while it was loaded"
 
@@ -92,71 +94,92 @@ class ModelFile:
             raise LoadError(f"expected a file that fits into memory, got {self.size_bytes} bytes") from None
 
 
-def scan(root: Path) -> tuple[list[ModelFile], dict[str, str]]:
-    """Find the models in a folder.
+class Look(NamedTuple):
+    """The contents of a folder of models.
 
-    Returns:
-        The files, one per version, ordered by name and version; and the reason for each entry left out, by its path.
+    Attributes:
+        files: The files, one per version, ordered by name and version.
+        left_out: The reason for each entry that is left out, by its path.
+        unreadable: Subfolders whose contents are unknown, since they cannot be read; ``.`` for the folder itself.
     """
+
+    files: list[ModelFile]
+    left_out: dict[str, str]
+    unreadable: set[str]
+
+
+def scan(root: Path) -> Look:
+    """Find the models in a folder."""
+    look = Look([], {}, set())
+    real_root = os.path.realpath(root) + os.sep
     found: dict[tuple[str, int], ModelFile] = {}
-    left_out: dict[str, str] = {}
-    real_root = os.path.realpath(root)
-    for entry, folder in _candidates(root, left_out):
+    for entry, folder in _candidates(root, real_root, look):
         path = Path(entry.path)
         shown = str(path.relative_to(root))
-        name, version = (path.stem, "1") if folder is None else (folder.name, path.stem)
+        name, version = (path.stem, "1") if folder is None else (folder, path.stem)
         if not NAME.fullmatch(name) or not VERSION.fullmatch(version):
-            left_out[shown] = "its name is not that of a model and a version"
+            look.left_out[shown] = "its name is not that of a model and a version"
             continue
         try:
             status = entry.stat()
         except OSError as error:
-            left_out[shown] = f"it cannot be read ({error.strerror})"
+            look.left_out[shown] = f"it cannot be read ({error.strerror})"
             continue
         key = name, int(version)
-        is_linked = entry.is_symlink() or (folder is not None and folder.is_symlink())
-        if is_linked and not os.path.realpath(path).startswith(real_root + os.sep):
-            left_out[shown] = "it leads out of the folder"
+        if _leads_out(entry, real_root):
+            look.left_out[shown] = LEADS_OUT
         elif not stat.S_ISREG(status.st_mode):
-            left_out[shown] = "it is not a regular file"
+            look.left_out[shown] = "it is not a regular file"
         elif key in found:
             first = found[key].path.relative_to(root)
-            left_out[shown] = f"{first} is version {version} of {name} already"
+            look.left_out[shown] = f"{first} is version {version} of {name} already"
         else:
             found[key] = ModelFile(*key, path, (shown, status.st_mtime_ns, status.st_size, status.st_ino))
-    return [found[key] for key in sorted(found)], left_out
+    look.files.extend(found[key] for key in sorted(found))
+    return look
 
 
-def find_files(root: Path) -> Iterator[ModelFile]:
-    """Yield the models' files in a folder, ordered by name and version."""
-    yield from scan(root)[0]
-
-
-def _candidates(root: Path, left_out: dict[str, str]) -> Iterator[tuple[os.DirEntry[str], os.DirEntry[str] | None]]:
-    """Yield every ``*.safetensors`` entry with ``None``, then those of subfolders with the entry of the subfolder."""
+def _candidates(root: Path, real_root: str, look: Look) -> Iterator[tuple[os.DirEntry[str], str | None]]:
+    """Yield every ``*.safetensors`` entry with ``None``, then those of subfolders with the name of the subfolder."""
     folders = []
-    for entry in _entries(root, root, left_out):
+    for entry in _entries(root, ".", look):
         if entry.name.endswith(SUFFIX):
             yield entry, None
-        else:
-            try:
-                if entry.is_dir():
-                    folders.append(entry)
-            except OSError as error:
-                left_out[entry.name] = f"it cannot be read ({error.strerror})"
+            continue
+        try:
+            if entry.is_dir():
+                folders.append(entry)
+        except OSError as error:
+            _miss(entry.name, error, look)
     for folder in folders:
-        for entry in _entries(Path(folder.path), root, left_out):
-            if entry.name.endswith(SUFFIX):
-                yield entry, folder
+        if _leads_out(folder, real_root):
+            look.left_out[folder.name] = LEADS_OUT
+            continue
+        entries = [one for one in _entries(folder.path, folder.name, look) if one.name.endswith(SUFFIX)]
+        if NAME.fullmatch(folder.name):
+            yield from ((entry, folder.name) for entry in entries)
+        elif entries:
+            look.left_out[folder.name] = "its name is not that of a model"
 
 
-def _entries(folder: Path, root: Path, left_out: dict[str, str]) -> list[os.DirEntry[str]]:
+def _entries(path: str | Path, name: str, look: Look) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        with os.scandir(path) as entries:
+            return sorted(entries, key=attrgetter("name"))
     except OSError as error:
-        left_out[str(folder.relative_to(root))] = f"it cannot be read ({error.strerror})"
+        _miss(name, error, look)
         return []
+
+
+def _miss(name: str, error: OSError, look: Look) -> None:
+    """Note a folder that cannot be read."""
+    look.left_out[name] = f"it cannot be read ({error.strerror})"
+    look.unreadable.add(name)
+
+
+def _leads_out(entry: os.DirEntry[str], real_root: str) -> bool:
+    """Return whether an entry is a link to a place that is not inside the folder."""
+    return entry.is_symlink() and not os.path.realpath(entry.path).startswith(real_root)
 
 
 def printable(text: object) -> str:
@@ -328,9 +351,9 @@ class Repository(Table):
         super().__init__(root)
         self._workers = workers
         self._ids = count(1)
-        #: The last look at the folder: its files by model, and the reason for each entry left out.
+        #: The last look at the folder, and its files by model.
+        self._look = Look([], {}, set())
         self._files: dict[str, list[ModelFile]] = {}
-        self._left_out: dict[str, str] = {}
         #: When models (version ``None``) and single versions were unloaded, in the order of ids.
         self._unloaded: dict[tuple[str, int | None], int] = {}
         self._looking = asyncio.Lock()
@@ -383,7 +406,7 @@ class Repository(Table):
         Args:
             at_a_time: Number of models that are loaded at a time.
         """
-        await self._look()
+        await self._scan()
         slots = asyncio.Semaphore(at_a_time)
 
         async def catch_up(name: str) -> None:
@@ -426,18 +449,18 @@ class Repository(Table):
         if not task.cancelled():
             task.exception()
 
-    async def _look(self) -> None:
+    async def _scan(self) -> None:
         """Look at the folder, after the looks that are under way; log each entry that is left out once."""
         async with self._looking:
-            found, left_out = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
-            for path in left_out.keys() - self._left_out.keys():
-                logger.warning("%s is left out: %s", printable(path), left_out[path])
-            self._left_out = left_out
-            self._files = {name: list(files) for name, files in groupby(found, attrgetter("name"))}
+            look = await asyncio.get_running_loop().run_in_executor(None, scan, self.root)
+            for path in sorted(look.left_out.keys() - self._look.left_out.keys()):
+                logger.warning("%s is left out: %s", printable(path), look.left_out[path])
+            self._look = look
+            self._files = {name: list(files) for name, files in groupby(look.files, attrgetter("name"))}
 
     def _is_hidden(self, name: str) -> bool:
         """Return whether the folder, or the model's subfolder, could not be read."""
-        return "." in self._left_out or name in self._left_out
+        return not {".", name}.isdisjoint(self._look.unreadable)
 
     def _is_unloaded(self, file: ModelFile) -> bool:
         """Return whether a version, or its model, was unloaded and not loaded since."""
@@ -463,7 +486,7 @@ class Repository(Table):
     async def _load(self, name: str, asked: int) -> list[Served]:
         """Load a model's versions, except those that were unloaded after the moment ``asked``."""
         async with self._lock(name):
-            await self._look()
+            await self._scan()
             if self._is_hidden(name):
                 raise ModelRefused("expected a folder that can be read, this one cannot", loaded=[])
             if name not in self._files:

@@ -104,6 +104,16 @@ class Settings(BaseSettings):
         False, description="An OpenTelemetry span for every request, sent as the OTEL_ variables say; needs [otel]."
     )
 
+    @field_validator("models")
+    @classmethod
+    def _expect_utf8(cls, folder: Path) -> Path:
+        """Refuse a path that frames between processes, which are JSON, cannot hold."""
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"expected a path in UTF-8, got {str(folder)!a}") from None
+        return folder
+
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:

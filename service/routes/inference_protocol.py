@@ -6,6 +6,7 @@ Specification: https://github.com/kserve/open-inference-protocol; extensions: Tr
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as installed_version
@@ -19,7 +20,7 @@ from hessquik_client.errors import InvalidInput, ServiceError
 from .. import open_inference, schemas
 from ..front import Call, Dialect
 from ..http.messages import JSON, Cancel, Reply
-from ..repository import Served, find_files
+from ..repository import Served, scan
 from ..routes.operation import Deadline, Direct, ModelName, faults
 from ..scheduler import Answers
 
@@ -132,12 +133,13 @@ def statistics(call: Call) -> Reply:
 
 def repository_index(call: Call) -> Reply | Cancel:
     """List all versions in the folder and in service; with ``ready`` in the body, only ready ones."""
-    return _read_optional(call, _index)
+    return _read_optional(call, lambda call: call.run(_index(call)))
 
 
-def _index(call: Call) -> Reply:
+async def _index(call: Call) -> Reply:
     repository = call.core.repository
-    found = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in find_files(repository.root)}
+    look = await asyncio.to_thread(scan, repository.root)
+    found = {(file.name, file.version): ("UNAVAILABLE", "unloaded") for file in look.files}
     for name in repository.names():
         for version, served in repository.versions(name).items():
             found[name, version] = (_STATES[served.state], served.reason or "")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
-from service.repository import ModelFile, Repository, find_files, scan
+from service.repository import ModelFile, Repository, scan
 from service.workers import LoadError
 
 FACTS = {"d": 2, "m": 1, "dtype": "float64"}
@@ -84,7 +84,7 @@ def test_files_are_found_by_name_and_version(tmp_path: Path) -> None:
     for name in ("b", "a", "c/2", "c/10", "c/1"):
         put(tmp_path, name, b"")
     (tmp_path / "notes.txt").write_text("")
-    assert [(file.name, file.version) for file in find_files(tmp_path)] == [
+    assert [(file.name, file.version) for file in scan(tmp_path).files] == [
         *(("a", 1), ("b", 1), ("c", 1), ("c", 2), ("c", 10)),
     ]
 
@@ -94,12 +94,18 @@ def make_odd_entries(root: Path) -> int:
     put(root, "good", b"good")
     outside = root.parent / "outside"
     outside.mkdir()
-    put(outside, "1", b"outside")
+    for name in ("1", "2", "3"):
+        put(outside, name, b"outside")
     (root / "loop").symlink_to(root / "loop")
     (root / "circle.safetensors").symlink_to(root / "circle.safetensors")
     (root / "broken.safetensors").symlink_to(root / "nothing")
     (root / "leads_out.safetensors").symlink_to(outside / "1.safetensors")
     (root / "folder_out").symlink_to(outside)
+    (root / "itself").symlink_to(root)
+    (root / "parent").symlink_to("..")
+    for name in ("1", "2"):
+        put(root, f"..data/{name}", b"")
+    (root / ".git").mkdir()  # holds no model: not reported
     (root / "directory.safetensors").mkdir()
     os.mkfifo(root / "fifo.safetensors")
     with socket.socket(socket.AF_UNIX) as sock:
@@ -111,7 +117,7 @@ def make_odd_entries(root: Path) -> int:
     put(root, "good/01", b"")
     put(root, "good/9" + "9" * 9, b"")
     os.link(root / "good.safetensors", os.fsencode(root) + b"/not-utf8-\xff.safetensors")
-    return 15
+    return 18
 
 
 def test_odd_entries_are_reported_once_each_and_left_out(
@@ -134,7 +140,25 @@ def test_odd_entries_are_reported_once_each_and_left_out(
     lines = [record.getMessage() for record in caplog.records]
     assert len([line for line in lines if "is left out" in line]) == count, "\n".join(lines)
     assert all(line.isprintable() for line in lines)
+    assert lines == sorted(lines, key=lambda line: line.lstrip("'"))
     assert any("good/1.safetensors is left out: good.safetensors is version 1 of good" in line for line in lines)
+    for name in ("folder_out", "itself", "parent"):
+        assert f"{name} is left out: it is a link that leads out of the folder" in lines
+    assert "..data is left out: its name is not that of a model" in lines
+
+
+def test_a_folder_that_becomes_a_link_out_of_the_folder_is_no_longer_served(
+    tmp_path: Path, repository: Repository
+) -> None:
+    async def work() -> None:
+        put(tmp_path, "a/1", b"one")
+        await repository.load_all()
+        moved = (tmp_path / "a").rename(tmp_path.parent / "elsewhere")
+        (tmp_path / "a").symlink_to(moved)
+        await repository.follow()
+        assert served(repository) == {}
+
+    run(work())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -143,16 +167,17 @@ def test_what_may_not_be_read_is_left_out(tmp_path: Path) -> None:
     put(tmp_path, "closed/1", b"")
     (tmp_path / "closed").chmod(0)
     try:
-        found, left_out = scan(tmp_path)
+        found, left_out, unreadable = scan(tmp_path)
     finally:
         (tmp_path / "closed").chmod(0o700)
     assert [file.name for file in found] == ["good"]
     assert "closed" in left_out
+    assert unreadable == {"closed"}
 
 
 def test_a_folder_that_is_gone_is_an_empty_one(tmp_path: Path) -> None:
-    found, left_out = scan(tmp_path / "none")
-    assert (found, list(left_out)) == ([], ["."])
+    found, left_out, unreadable = scan(tmp_path / "none")
+    assert (found, list(left_out), unreadable) == ([], ["."], {"."})
 
 
 def test_a_fifo_that_takes_a_files_place_is_refused_at_once(tmp_path: Path) -> None:
@@ -176,7 +201,7 @@ def test_a_look_at_a_folder_takes_as_many_calls_per_file_when_the_folder_is_larg
         calls = 0
         sys.setprofile(count_call)
         try:
-            files = list(find_files(tmp_path))
+            files = scan(tmp_path).files
         finally:
             sys.setprofile(None)
         assert len(files) == count

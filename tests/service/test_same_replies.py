@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from hessquik.networks import NN
 from hessquik_client.errors import StartUpError
 from service.app import Application, create_app
 from service.http.connection import Limits, Listener
+from service.repository import Look
 from service.settings import Settings
 from tests.raw import Reply, replies
 from tests.service.random_requests import Drawn, draw
@@ -250,6 +253,23 @@ def test_a_span_has_its_parent_its_times_and_its_parts(served: Served, ask: Any)
     assert times == sorted(times, key=int)
     assert queue.end_time == compute.start_time
     assert int(whole.end_time or 0) <= over_ns + slack_ns
+
+
+def test_the_list_of_the_folder_is_read_beside_the_event_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder on a slow disk must not stall other requests."""
+    threads: list[threading.Thread] = []
+
+    def scan(root: Path) -> Look:
+        threads.append(threading.current_thread())
+        return Look([], {}, set())
+
+    monkeypatch.setattr("service.routes.inference_protocol.scan", scan)
+    reply = served.runner.run(over_a_connection(served.port, Drawn("POST", "/v2/repository/index", {}, b"")))
+    assert (reply.status, {one["name"] for one in json.loads(reply.body)}) == (200, {"peaks", "vector", "steep"})
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 def test_only_a_fault_of_ours_is_an_error_and_a_refusal_has_no_parts(served: Served) -> None:

@@ -126,8 +126,8 @@ NODE_BUGS = {
     "a version without files leaves an empty model": ("repository", "        if not versions:\n            self._table.pop(name, None)\n        return dropped", "        return dropped"),
     "what was refused is tried at every turn": ("repository", "            old.tried = file.stamp\n", "            pass\n"),
     "two loads of a model race": ("repository", "self._locks.setdefault(name, asyncio.Lock())", "asyncio.Lock()"),
-    "a command does not look at the folder": ("repository", "            await self._look()\n            if self._is_hidden", "            if self._is_hidden"),
-    "a folder that cannot be read is an empty one": ("repository", 'return "." in self._left_out or name in self._left_out', "return False"),
+    "a command does not look at the folder": ("repository", "            await self._scan()\n            if self._is_hidden", "            if self._is_hidden"),
+    "a folder that cannot be read is an empty one": ("repository", 'return not {".", name}.isdisjoint(self._look.unreadable)', "return False"),
     "two files of one version replace each other": ("repository", "        elif key in found:", "        elif key in found and False:"),
     "the folder is followed once": ("node", "        while True:\n            await asyncio.sleep(self.settings.watch_s)", "        if True:\n            await asyncio.sleep(self.settings.watch_s)"),
 }  # fmt: skip
