@@ -4,9 +4,10 @@ Run as ``python -P -m service.frontend FD``; FD is one end of a socket pair with
 
     start     {"op", "settings", "fds": 1}         the first frame: what to serve, and a socket to listen on
     worker    {"op", "fds": 1}                     a connection to a worker that is ready
-    table     {"op", "number", "served", "gone"}   models as they are now → {"op": "told", "number"}
+    state     {"op", "number"} + "news"            a few times a second, and at once when the table of models changes:
+                                                   JSON with the workers' state "health", and the versions that are
+                                                   "served" or changed, and "gone" → {"op": "told", "number"}
     keys      {"op", "api_keys", "admin_keys"}     keys that replace those of the start
-    health    {"op", …}                            state of the workers, a few times a second
     replied   {"op", "number", …}                  the answer to a load, unload or metrics frame
     report    {"op", "number"}                     → {"op": "reported", "number"} + metrics of this process
     give_up   {"op"}                               workers cannot be kept alive
@@ -28,6 +29,8 @@ from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from hessquik_client.errors import BY_CODE, InternalError, ServiceError
 
@@ -159,13 +162,13 @@ class RemoteNode:
         match head.pop("op", None):
             case "worker":
                 self._user.links.add(socket.socket(fileno=head["fds"][0]))
-            case "table":
-                self.repository.apply(head["served"], head["gone"])
-                self.write({"op": "told", "number": head["number"]})
-            case "health":
-                self._health, self._heard_s = Health(**head), time.monotonic()
+            case "state":
+                news = orjson.loads(fields["news"])
+                self.repository.apply(news["served"], news["gone"])
+                self._health, self._heard_s = Health(**news["health"]), time.monotonic()
                 if self._health.is_loaded:
                     self._loaded.set()
+                self.write({"op": "told", "number": head["number"]})
             case "keys":
                 self._user.keys.replace(head["api_keys"], head["admin_keys"])
             case "replied":

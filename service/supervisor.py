@@ -14,15 +14,19 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from hessquik_client.errors import ServiceError, StartUpError
+import orjson
+
+from hessquik_client.errors import InternalError, ServiceError, StartUpError
 
 from .child import Child
 from .devices import resolve_devices
 from .keys import Keys
 from .node import Node
+from .repository import Served
 from .settings import Settings
 from .wire import WireError
 from .workers import WorkerProcess
@@ -36,8 +40,8 @@ FRONT_MODULE = f"{__package__}.frontend"
 EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
-#: Time limit for a front end to apply a change, or to report its metrics.
-ANSWER_S = 5.0
+#: Time limits for a front end to apply a change, after which it is killed, and to report its metrics.
+HANG_S, REPORT_S = 10.0, 5.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
@@ -65,8 +69,8 @@ class FrontEnd:
     def __init__(self, supervisor: Supervisor, port: int) -> None:
         """Start the process."""
         self.is_up = False
-        self.told: dict[tuple[str, int], tuple[Any, ...]] = {}
-        self.held: dict[int, Any] = {}
+        self._told: dict[tuple[str, int], tuple[Any, ...]] = {}
+        self._held: dict[int, Served] = {}
         self._supervisor = supervisor
         self._numbers = count(1)
         self._awaited: dict[int, asyncio.Future[Any]] = {}
@@ -77,11 +81,7 @@ class FrontEnd:
             # SIGHUP is for the supervisor only; in a group of its own, signals that reach ours are our business.
             self.child = Child(FRONT_MODULE, (), self._on_frame, self._on_lost, {signal.SIGHUP}, has_own_group=True)
             start = {"op": "start", "settings": settings | supervisor.keys.shown()}
-            try:
-                self.child.write(start, {}, (listening.fileno(),))
-            except OSError:
-                self.child.close()
-                raise
+            self.child.write(start, {}, (listening.fileno(),))
 
     def attach(self, worker: WorkerProcess) -> None:
         """Send it a connection to a worker; kill it, so that it is replaced, if the system refuses."""
@@ -93,61 +93,66 @@ class FrontEnd:
             self.child.kill()
 
     async def tell(self) -> None:
-        """Send it the changes of the table and then the state of the workers; return when it has applied all changes.
+        """Send it the state of the workers and the changes of the table; return when it has applied them.
 
-        One call after the other, so that changes which another call has sent are applied, too.
+        One that does not answer is killed, so that it is replaced. One call follows the other, so that changes which
+        another call has sent are applied, too.
         """
         async with self._telling:
-            health = self._supervisor.node.health()  # of the same moment as the table: says if all models are in it
-            await self._tell_table()
-            self.child.write({"op": "health", **health._asdict()}, {})
+            if await self._ask("state", HANG_S, {"news": orjson.dumps(self._news())}) is None:
+                logger.error("front end %d has not answered for %g s and is killed", self.child.pid, HANG_S)
+                self.child.kill()
 
-    async def _tell_table(self) -> None:
-        repository = self._supervisor.node.repository
+    def _news(self) -> dict[str, Any]:
+        """Return the state of the workers and the changes of the table, which are those of the same moment."""
+        node = self._supervisor.node
         now: dict[tuple[str, int], tuple[Any, ...]] = {}
-        for name in repository.names():
-            for version, served in repository.versions(name).items():
-                now[name, version] = (served.id, served.file, served.reason, bool(served.facts), served)
-        changed = [key for key, state in now.items() if self.told.get(key) != state]
-        gone = [key for key in self.told if key not in now]
-        if not changed and not gone:
-            return
-        for key in changed:
-            served = now[key][-1]
-            if served.id not in self.held:
-                repository.hold(served)
-                self.held[served.id] = served
-        self.told = now
+        changed = []
+        for name in node.repository.names():
+            for version, served in node.repository.versions(name).items():
+                state = now[name, version] = served.id, served.file, served.reason, bool(served.facts)
+                if self._told.get((name, version)) != state:
+                    changed.append(served)
+        gone = [{"name": name, "version": version} for name, version in self._told.keys() - now.keys()]
+        self._told = now
+        for served in changed:
+            if served.id not in self._held:
+                node.repository.hold(served)
+                self._held[served.id] = served
         members = [
             {
-                "name": name,
-                "version": version,
+                "name": served.file.name,
+                "version": served.file.version,
                 "id": served.id,
                 "path": str(served.file.path),
                 "stamp": served.file.stamp,
                 "facts": served.facts,
                 "reason": served.reason,
             }
-            for name, version in changed
-            for served in [now[name, version][-1]]
+            for served in changed
         ]
-        await self.ask("table", served=members, gone=[{"name": name, "version": version} for name, version in gone])
+        return {"health": node.health()._asdict(), "served": members, "gone": gone}
 
     @property
     def is_told(self) -> bool:
         """Return whether it has answered all that it was told."""
         return not self._telling.locked()
 
-    async def ask(self, op: str, **members: Any) -> dict[str, Any] | None:
+    async def report(self) -> bytes:
+        """Return its metrics; nothing if it does not answer in time."""
+        return bytes((await self._ask("report", REPORT_S) or {}).get("text", b""))
+
+    async def _ask(self, op: str, limit_s: float, fields: Mapping[str, bytes] = {}) -> dict[str, Any] | None:
         """Send a frame and return the fields of the answer; ``None`` if no answer comes within the time limit."""
         number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._awaited[number] = answer
-        self.child.write({"op": op, "number": number, **members}, {})
+        self.child.write({"op": op, "number": number}, fields)
         try:
-            return await asyncio.wait_for(answer, ANSWER_S)
-        except TimeoutError:
-            return None
+            # The second wait is for what came while this process was stopped: its timers are first when it goes on.
+            for wait_s in (limit_s, TICK_S):
+                await asyncio.wait([answer], timeout=wait_s)
+            return answer.result() if answer.done() else None
         finally:
             del self._awaited[number]
 
@@ -161,7 +166,7 @@ class FrontEnd:
                 if answer is not None and not answer.done():
                     answer.set_result(fields)
             case "released":
-                served = self.held.pop(head["id"], None)
+                served = self._held.pop(head["id"], None)
                 if served is not None:
                     self._supervisor.node.repository.release(served)
             case "load" | "unload" | "metrics":
@@ -173,9 +178,9 @@ class FrontEnd:
         for answer in self._awaited.values():
             if not answer.done():
                 answer.set_result({})
-        for served in self.held.values():
+        for served in self._held.values():
             self._supervisor.node.repository.release(served)
-        self.held.clear()
+        self._held.clear()
         self._supervisor.on_lost(self)
 
 
@@ -283,7 +288,12 @@ class Supervisor:
                     await self.node.unload(head["name"], head["version"])
                 case _:
                     fields["text"] = await self._metrics()
-        except ServiceError as error:
+        except Exception as fault:
+            error = (
+                fault if isinstance(fault, ServiceError) else InternalError("something went wrong; the log has it")
+            )
+            if error is not fault:
+                logger.exception("a front end's %s failed", head["op"])
             reply["error"] = {"code": error.code, "detail": error.detail, "extra": error.extra}
         if head["op"] != "metrics":
             await self._tell_all()
@@ -293,8 +303,7 @@ class Supervisor:
         await asyncio.gather(*(front.tell() for front in self._fronts if front.is_up))
 
     async def _metrics(self) -> bytes:
-        reports = await asyncio.gather(*(front.ask("report") for front in self._fronts if front.is_up))
-        return add_up([bytes(report["text"]) for report in reports if report and "text" in report])
+        return add_up(await asyncio.gather(*(front.report() for front in self._fronts if front.is_up)))
 
     def _say_keys(self) -> None:
         for front in self._fronts:

@@ -280,30 +280,28 @@ class Channel:
         self._on_frame, self._on_lost, self._on_head = on_frame, on_lost, on_head
         self._receiver = Receiver(sock, most_fds)
         self._is_announced = False
-        self._waiting: deque[tuple[list[memoryview], Sequence[int]]] = deque()
+        self._waiting: deque[tuple[list[bytes | memoryview], Sequence[int]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.is_closed = False
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     def write(self, head: Mapping[str, Any], fields: Mapping[str, Field], fds: Sequence[int] = ()) -> None:
-        """Send a frame, with duplicates of descriptors; bytes that the socket does not accept now are buffered."""
+        """Send a frame, with duplicates of descriptors; bytes that the socket does not accept now are buffered.
+
+        A channel that cannot send, or finds no descriptor for a duplicate, is lost.
+        """
         if self.is_closed:
             return
-        pieces: list[Any] = encode({**head, "fds": len(fds)} if fds else head, fields)
-        if len(pieces) == 1 and not fds and not self._waiting:
-            try:
-                sent = self._sock.send(pieces[0])
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except OSError:
-                self._loop.call_soon(self._lose)
-                return
-            if sent == len(pieces[0]):
-                return
-            pieces = [memoryview(pieces[0])[sent:]]
-        self._waiting.append(([memoryview(piece) for piece in pieces], [os.dup(fd) for fd in fds]))
-        if len(self._waiting) == 1 and not self._send():
-            self._loop.add_writer(self._sock.fileno(), self._on_writable)
+        pieces = encode({**head, "fds": len(fds)} if fds else head, fields)
+        try:
+            if not self._waiting:
+                pieces, fds = self._send(pieces, fds)
+            if pieces:
+                self._waiting.append((pieces, [os.dup(fd) for fd in fds]))
+                if len(self._waiting) == 1:
+                    self._loop.add_writer(self._sock.fileno(), self._on_writable)
+        except OSError:
+            self._loop.call_soon(self._lose)
 
     def close(self) -> None:
         """Forget what waits and whom to call, and close the socket."""
@@ -319,31 +317,42 @@ class Channel:
         self._waiting.clear()
         self._receiver.close()
 
-    def _send(self) -> bool:
-        """Send as much as the socket accepts; return whether everything is sent."""
-        while self._waiting:
-            pieces, fds = self._waiting[0]
+    def _send(
+        self, pieces: list[bytes | memoryview], fds: Sequence[int]
+    ) -> tuple[list[bytes | memoryview], Sequence[int]]:
+        """Send as much of a frame as the socket accepts, and return the rest.
+
+        Raises:
+            OSError: the other side is gone.
+        """
+        while pieces:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
             try:
                 sent = self._sock.sendmsg(pieces[:MOST_PIECES], ancillary)
             except (BlockingIOError, InterruptedError):
-                return False
-            except OSError:
-                self._loop.call_soon(self._lose)
-                return True
-            _close_all(fds)
+                break
+            fds = ()
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
-            if pieces:
-                pieces[0] = pieces[0][sent:]
-                self._waiting[0] = (pieces, ())
-            else:
-                self._waiting.popleft()
-        return True
+            if sent:
+                pieces[0] = memoryview(pieces[0])[sent:]
+        return pieces, fds
 
     def _on_writable(self) -> None:
-        if self._send():
-            self._loop.remove_writer(self._sock.fileno())
+        while self._waiting:
+            pieces, fds = self._waiting[0]
+            try:
+                rest, unsent = self._send(pieces, fds)
+            except OSError:
+                self._lose()
+                return
+            if not unsent:
+                _close_all(fds)
+            if rest:
+                self._waiting[0] = rest, unsent
+                return
+            self._waiting.popleft()
+        self._loop.remove_writer(self._sock.fileno())
 
     def _on_readable(self) -> None:
         try:

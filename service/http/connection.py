@@ -17,6 +17,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
+from time import monotonic
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
@@ -178,7 +179,7 @@ class Connection(asyncio.Protocol):
             head = self._listener.heads.get(data[:end])
             if head is not None and len(data) - end == head.length:
                 self._receive_by_s = math.inf
-                request = self._current = Request(head, self.respond, self, data[end:])
+                request = self._current = Request(head, self.respond, monotonic(), self, data[end:])
                 self._application.handle(request)
                 return
         if self._receive_by_s == math.inf and self._is_between:
@@ -491,7 +492,7 @@ class Connection(asyncio.Protocol):
                 if self._is_idle():
                     self._close(lingers=True)
                 return
-            request = Request(Head("GET", "", b"", {}, keep_alive=False), self.respond, self)
+            request = Request.of(Head("GET", "", b"", {}, keep_alive=False), self.respond, self)
         limits = self._limits
         request.head.keep_alive = False
         request.refusal = error or MalformedBody(

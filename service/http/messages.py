@@ -56,10 +56,10 @@ class Request:
     Attributes:
         head: The parsed head.
         respond: Called once with the request and its reply; returns whether the reply could be sent.
+        began_s: Time when the head was complete, on the monotonic clock.
         stream: Sends parts of a large reply before the rest is computed; ``None`` where that is not possible.
         body: The whole body, once it has arrived.
         id: The client's ``X-Request-Id``, see :meth:`of`, or a new one.
-        began_s: Time when the head was complete, on the monotonic clock.
         model: Name of the served model, for the metrics.
         rows: Number of points in the request.
         refusal: The error with which the request is refused before its body is read, if any.
@@ -70,10 +70,10 @@ class Request:
 
     head: Head
     respond: Callable[[Request, Reply], bool]
+    began_s: float
     stream: Stream | None = None
     body: bytes = b""
     id: bytes = field(default_factory=_ids.__next__)
-    began_s: float = field(default_factory=monotonic)
     model: str = ""
     rows: int = 0
     refusal: Exception | None = None
@@ -83,8 +83,8 @@ class Request:
 
     @classmethod
     def of(cls, head: Head, respond: Callable[[Request, Reply], bool], stream: Stream | None = None) -> Request:
-        """Return the request of a head, with the id that the client chose, if it is usable."""
-        request = cls(head, respond, stream)
+        """Return a request whose head is complete now, with the id that the client chose, if it is usable."""
+        request = cls(head, respond, monotonic(), stream)
         chosen = head.headers.get(b"x-request-id", b"")
         if _REQUEST_ID.fullmatch(chosen):
             request.id = chosen

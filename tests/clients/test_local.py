@@ -177,7 +177,7 @@ def test_a_file_is_counted_as_held_before_it_is_read(tmp_path: Path) -> None:
     front: Any = SimpleNamespace(budget=Budget(150_000), core=SimpleNamespace(settings=Settings()))
 
     async def ask() -> Request:
-        request = Request(Head("GET", "", b"", {}), lambda *_: True)
+        request = Request.of(Head("GET", "", b"", {}), lambda *_: True)
         reply = await _send_file(Call(front, request), served)  # type: ignore[arg-type]
         assert b"".join(reply.body) == path.read_bytes()
         return request

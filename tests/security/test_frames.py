@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -244,6 +245,43 @@ def test_descriptors_come_with_their_frame() -> None:
         os.close(read)
 
     assert [one[0]["op"] for one in on_loop(work, most_fds=1)[:2]] == ["first", "attach"]
+
+
+def refuse_descriptors(_: int) -> int:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_frame_that_the_socket_takes_needs_no_descriptor_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        read, write = os.pipe()
+        monkeypatch.setattr("os.dup", refuse_descriptors)
+        channel.write({"op": "attach"}, {}, fds=(write,))
+        monkeypatch.undo()
+        ((head, _),) = wire.Receiver(theirs, most_fds=1).receive() or []
+        os.write(head["fds"][0], b"x")
+        assert os.read(read, 1) == b"x"
+        for fd in (read, write, head["fds"][0]):
+            os.close(fd)
+
+    before = open_fds()
+    assert on_loop(work) == ["lost"]  # when the test closes the other end
+    assert open_fds() <= before
+
+
+def test_a_frame_that_must_wait_and_gets_no_descriptor_ends_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for its answer learns that none comes; left in the channel, it would wait for ever."""
+
+    async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
+        channel.write({"op": "load"}, {"file": bytes(4 << 20)})
+        monkeypatch.setattr("os.dup", refuse_descriptors)
+        channel.write({"op": "attach"}, {}, fds=(theirs.fileno(),))
+        monkeypatch.undo()
+        assert seen == [], "not before the caller is done"
+        await until(lambda: channel.is_closed)
+
+    before = open_fds()
+    assert on_loop(work) == ["lost"]
+    assert open_fds() <= before
 
 
 @pytest.mark.parametrize("count", [1, -1, "1", True, 1.0, 2**70, [1]], ids=repr)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import threading
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 
 from service import supervisor as supervisor_module
+from service import wire
 from service.repository import ModelFile, Served
 from service.settings import Settings
 from service.supervisor import FrontEnd, Supervisor
@@ -24,9 +28,22 @@ class FakeChild:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.frames: list[dict[str, Any]] = []
+        self.kills = 0
 
     def write(self, head: dict[str, Any], fields: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        self.frames.append(head)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            sending = threading.Thread(target=wire.send, args=(ours, head, fields))
+            sending.start()
+            receiver, received = wire.Receiver(theirs), list[wire.Frame]()
+            while not received:
+                received = receiver.receive() or []
+            sending.join()
+        ((head, fields),) = received
+        self.frames.append(head | orjson.loads(fields.get("news", b"{}")))
+
+    def kill(self) -> None:
+        self.kills += 1
 
 
 @contextlib.contextmanager
@@ -45,10 +62,10 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     return made
 
 
-def put(supervisor: Supervisor, name: str) -> None:
+def put(supervisor: Supervisor, name: str, facts: dict[str, Any] | None = None) -> None:
     """Add a model to the table."""
     repository = supervisor.node.repository
-    repository._put(Served(ModelFile(name, 1, Path(name)), next(repository._ids), facts={"d": 1}))
+    repository._put(Served(ModelFile(name, 1, Path(name)), next(repository._ids), facts=facts or {"d": 1}))
 
 
 def frames(front: FrontEnd, *kinds: str) -> list[dict[str, Any]]:
@@ -56,7 +73,7 @@ def frames(front: FrontEnd, *kinds: str) -> list[dict[str, Any]]:
 
 
 def acknowledge(front: FrontEnd) -> None:
-    front._on_frame({"op": "told", "number": frames(front, "table")[-1]["number"]}, {})
+    front._on_frame({"op": "told", "number": frames(front, "state")[-1]["number"]}, {})
 
 
 async def settle() -> None:
@@ -68,22 +85,7 @@ def run(work: Awaitable[Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 20))  # type: ignore[arg-type]
 
 
-def test_a_new_front_end_gets_the_table_before_it_hears_that_all_is_loaded(supervisor: Supervisor) -> None:
-    async def work() -> None:
-        put(supervisor, "a")
-        supervisor.node.is_loaded = True
-        front = supervisor._fronts[0]
-        front._on_frame({"op": "hello"}, {})
-        await settle()
-        acknowledge(front)
-        await settle()
-        assert [head["op"] for head in frames(front, "table", "health")] == ["table", "health"]
-        assert frames(front, "health")[0]["is_loaded"]
-
-    run(work())
-
-
-def test_all_is_loaded_only_for_a_front_end_that_has_all_of_it(supervisor: Supervisor) -> None:
+def test_a_new_front_end_gets_the_table_and_the_state_of_the_same_moment(supervisor: Supervisor) -> None:
     """The last model is loaded while a front end applies the table without it."""
 
     async def work() -> None:
@@ -93,15 +95,28 @@ def test_all_is_loaded_only_for_a_front_end_that_has_all_of_it(supervisor: Super
         await settle()
         put(supervisor, "b")
         supervisor.node.is_loaded = True
-        acknowledge(front)
-        await settle()
-        assert [head["is_loaded"] for head in frames(front, "health")] == [False]
+        telling = asyncio.ensure_future(front.tell())
+        for news in ((["a"], False), (["b"], True)):
+            await settle()
+            state = frames(front, "state")[-1]
+            assert ([one["name"] for one in state["served"]], state["health"]["is_loaded"]) == news
+            acknowledge(front)
+        await telling
+        assert len(frames(front, "state")) == 2
+
+    run(work())
+
+
+def test_a_table_of_thousands_of_models_fits_into_a_frame(supervisor: Supervisor) -> None:
+    async def work() -> None:
+        front = supervisor._fronts[0]
+        for number in range(3000):
+            put(supervisor, f"model{number}", {"d": 1, "architecture": "x" * 2000})
         telling = asyncio.ensure_future(front.tell())
         await settle()
-        assert [one["name"] for one in frames(front, "table")[-1]["served"]] == ["b"]
+        assert len(frames(front, "state")[-1]["served"]) == 3000
         acknowledge(front)
         await telling
-        assert [head["is_loaded"] for head in frames(front, "health")] == [False, True]
 
     run(work())
 
@@ -122,7 +137,7 @@ def test_a_load_is_answered_when_a_change_that_is_under_way_is_applied_too(super
     run(work())
 
 
-def test_a_front_end_that_hangs_does_not_keep_news_from_another(
+def test_a_front_end_that_hangs_does_not_keep_news_from_another_and_gets_no_more_frames(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "TICK_S", 0.01)
@@ -134,18 +149,55 @@ def test_a_front_end_that_hangs_does_not_keep_news_from_another(
         await settle()
         put(supervisor, "a")
         ticking = asyncio.ensure_future(supervisor._tick())
-        while not frames(well, "table"):
-            await asyncio.sleep(0.01)
-        acknowledge(well)
-        count = len(frames(well, "health"))
-        while len(frames(well, "health")) < count + 5:
-            await asyncio.sleep(0.01)
-        assert len(supervisor._tasks) <= 2, "what waits for a front end that hangs does not grow"
-        acknowledge(hung)
+        for number in range(5):
+            while len(frames(well, "state")) <= number:
+                await asyncio.sleep(0.01)
+            acknowledge(well)
+        assert [one["name"] for frame in frames(well, "state") for one in frame["served"]] == ["a"]
+        assert len(frames(hung, "state")) == 1, "frames for a front end that hangs do not pile up"
+        assert len(supervisor._tasks) <= 2, "nor does what waits for it"
         ticking.cancel()
         await settle()
 
-    run(asyncio.wait_for(work(), supervisor_module.ANSWER_S / 2))
+    run(asyncio.wait_for(work(), supervisor_module.HANG_S / 2))
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_front_end_that_does_not_answer_is_killed(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """But not one whose answer is there, unread, when this process goes on after it was stopped."""
+    monkeypatch.setattr(supervisor_module, "HANG_S", 0.05)
+
+    async def work() -> None:
+        front = supervisor._fronts[0]
+        telling = asyncio.ensure_future(front.tell())
+        await settle()
+        if is_there:
+            asyncio.get_running_loop().call_later(0.06, acknowledge, front)
+        await telling
+        assert front.child.kills == (not is_there)  # type: ignore[attr-defined]
+        assert front.is_told
+
+    run(work())
+
+
+def test_a_command_that_fails_is_answered(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of a front end would wait for an answer that never comes."""
+
+    async def fail(_: str) -> None:
+        raise RuntimeError("not foreseen")
+
+    async def work() -> None:
+        front = supervisor._fronts[0]
+        monkeypatch.setattr(supervisor.node, "load", fail)
+        front._on_frame({"op": "load", "number": 7, "name": "a"}, {})
+        await settle()
+        (reply,) = frames(front, "replied")
+        assert (reply["number"], reply["error"]["code"]) == (7, "internal_error")
+        assert "foreseen" not in str(reply)
+
+    run(work())
 
 
 def test_a_file_that_moved_is_news(supervisor: Supervisor) -> None:
@@ -156,7 +208,7 @@ def test_a_file_that_moved_is_news(supervisor: Supervisor) -> None:
             supervisor.node.repository._table["a"][1].file = ModelFile("a", 1, Path(path))
             telling = asyncio.ensure_future(front.tell())
             await settle()
-            assert frames(front, "table")[-1]["served"][0]["path"] == path
+            assert frames(front, "state")[-1]["served"][0]["path"] == path
             acknowledge(front)
             await telling
 

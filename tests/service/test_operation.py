@@ -271,7 +271,7 @@ def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(logs, "CLOSE_S", 10.0)
     read, write = os.pipe()
     log = logs.AccessLog(write)
-    request = Request(Head("POST", "/", b"", {}), lambda *_: True)
+    request = Request.of(Head("POST", "/", b"", {}), lambda *_: True)
     for _ in range(5000):  # more than a pipe holds
         log.ended(request, "x" * 100, 200)
     lines: list[dict[str, Any]] = []

@@ -237,6 +237,19 @@ def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: 
         assert front.ask()[0] == 404, "what was unloaded stays so in a new front end"
 
 
+@pytest.mark.whole
+def test_a_front_end_that_hangs_is_replaced(server: LiveServer) -> None:
+    """Until then its connections wait, since the system gives it some of the new ones, too."""
+    victim, other = connect(server)
+    process = psutil.Process(victim.pid)
+    process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    assert any(f"front end {victim.pid} has not answered for" in line for line in server.log)
+    assert other.ask()[0] == 200
+    wait_until(lambda: len(front_processes(server)) == 2)
+    assert [front.ask()[0] for front in connect(server)] == [200, 200]
+
+
 def test_what_a_killed_front_end_held_is_freed(server: LiveServer, folder: Path) -> None:
     """A worker forgets a model that was replaced while a front end that is gone used it."""
     restarts = server.metric("hessquik_worker_restarts_total")

@@ -159,7 +159,7 @@ class Front:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         monkeypatch.setattr(link, "Channel", Socket)
         self.loop = SimulatedLoop(lambda: 0.0)
-        for module in ("service.http.messages", "service.front"):
+        for module in ("service.http.connection", "service.http.messages", "service.front"):
             monkeypatch.setattr(f"{module}.monotonic", self.loop.time)
         self.node = Node()
         self.state = SimpleNamespace(connections=set(), default_headers=[])
