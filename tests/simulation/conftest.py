@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.simulation.planted import FIRST_SEEDS
 from tests.whole import Note, choose
 
 Run = Callable[[int], Any]
@@ -40,16 +41,17 @@ def run_worlds(note: Note) -> Callable[[Run], Counter[str]]:
 
 
 @pytest.fixture
-def find(note: Note) -> Callable[[Run, int], None]:
-    """Return a function that fails unless simulations raise an error within a number of events."""
+def find(note: Note) -> Callable[[str, Run, int], None]:
+    """Return a function that fails unless simulations with a planted bug raise an error within a number of events."""
 
-    def find(run: Run, most_events: int) -> None:
-        events = seed = 0
+    def find(bug: str, run: Run, most_events: int) -> None:
+        events, seed = 0, choose(FIRST_SEEDS.get(bug, 0), 0)
         while events < most_events:
             try:
                 events += run(seed).events
             except Exception as error:
-                note(f"found after {events + error.events} events: {error}")  # type: ignore[attr-defined]
+                events += error.events  # type: ignore[attr-defined]
+                note(f"found after {events} events, in the world of seed {seed}: {error}")
                 return
             seed += 1
         pytest.fail(f"not found in {events} events")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.planted import CONNECTION_BUGS, names
+from tests.simulation.planted import CONNECTION_BUGS
 from tests.simulation.wire_world import WireWorld, make_module, run_wire
 
 STEPS = 800
@@ -32,7 +32,7 @@ def test_a_seed_replays() -> None:
     assert history(run_wire(5, STEPS, module)) != history(run_wire(6, STEPS, module))
 
 
-@pytest.mark.parametrize("name", names(CONNECTION_BUGS))
-def test_planted_bugs_are_found(name: str, find: Callable[[Any, int], None]) -> None:
+@pytest.mark.parametrize("name", CONNECTION_BUGS)
+def test_planted_bugs_are_found(name: str, find: Callable[[str, Any, int], None]) -> None:
     module = make_module(*CONNECTION_BUGS[name])
-    find(lambda seed: run_wire(seed, STEPS, module), MOST_EVENTS)
+    find(name, lambda seed: run_wire(seed, STEPS, module), MOST_EVENTS)

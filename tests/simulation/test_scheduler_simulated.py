@@ -32,6 +32,6 @@ def test_a_seed_replays() -> None:
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bugs_are_found(name: str, find: Callable[[Any, int], None]) -> None:
+def test_planted_bugs_are_found(name: str, find: Callable[[str, Any, int], None]) -> None:
     module = planted(scheduler, *BUGS[name])
-    find(lambda seed: run(seed, STEPS, module), MOST_EVENTS)
+    find(name, lambda seed: run(seed, STEPS, module), MOST_EVENTS)
