@@ -284,9 +284,9 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
 
     monkeypatch.setattr(program, "_scratch", scratch)
     monkeypatch.setattr(program._state, "free_memory", lambda: freed.append(len(asked)))
-    x = torch.randn(40, 2, dtype=torch.float64)
-    value = torch.full((40, 1), float("nan"), dtype=torch.float64)
-    program.run({"x": x, "value": value}, 0, 40)
+    x = torch.randn(10, 2, dtype=torch.float64)
+    value = torch.full((10, 1), float("nan"), dtype=torch.float64)
+    program.run({"x": x, "value": value}, 0, 10)
     torch.testing.assert_close(value, evaluate(x).value)
     assert freed[0] == 1, "cached memory is given back before tiles become smaller"
     assert asked[-1] < asked[0] or failures == 1
@@ -294,7 +294,7 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
         program, "_scratch", lambda count, stream: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
     )
     with pytest.raises(torch.OutOfMemoryError):
-        program.run({"x": x, "value": value}, 0, 40)
+        program.run({"x": x, "value": value}, 0, 10)
 
 
 _COMPILE = """
