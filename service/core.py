@@ -190,6 +190,7 @@ class Core:
         oldest = queue.oldest()
         age_s = 0.0 if oldest is None else max(0.0, time.monotonic() - oldest)
         memory_bytes = {(str(slot),): float(size) for slot, size in enumerate(health.memory_bytes)}
+        busy_s = {(str(slot),): seconds for slot, seconds in enumerate(health.busy_total_s)}
         workers = {(state,): float(count) for state, count in health.states.items()}
         yield Gauge("hessquik_ready", "1 while /readyz answers 200, else 0.", {(): float(not self.why_not_ready())})
         yield Gauge("hessquik_models", "Versions of models, by state.", states, ("state",))
@@ -199,6 +200,7 @@ class Core:
         yield Gauge("hessquik_queue_age_seconds", "Time that the oldest request has waited.", {(): age_s})
         yield Gauge("hessquik_workers", "Workers, by state.", workers, ("state",))
         yield Gauge("hessquik_device_memory_bytes", "Memory of a worker.", memory_bytes, ("worker",))
+        yield Gauge("hessquik_device_busy_seconds_total", "Time spent on batches by a worker.", busy_s, ("worker",))
         yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})
         yield Gauge(
             "hessquik_self_check_rows_total", "Points computed again by self-checks.", {(): health.checked_rows}

@@ -26,6 +26,7 @@ class Health(NamedTuple):
         states: Number of workers in each state.
         devices: Device of each worker.
         memory_bytes: Memory of each worker.
+        busy_total_s: Time that each worker has spent on batches since its start.
         restarts: Number of workers that were replaced.
         checked_rows: Number of rows that self-checks computed again.
         mismatches: Number of self-checks that failed.
@@ -36,6 +37,7 @@ class Health(NamedTuple):
     states: dict[str, int] = {}  # noqa: RUF012 - never written to
     devices: tuple[str, ...] = ()
     memory_bytes: tuple[int, ...] = ()
+    busy_total_s: tuple[float, ...] = ()
     restarts: int = 0
     checked_rows: int = 0
     mismatches: int = 0
@@ -125,8 +127,9 @@ class Node:
         states = {state.value: count for state, count in workers.states().items()}
         devices = tuple(worker.device for worker in workers.workers)
         memory_bytes = tuple(worker.memory_bytes for worker in workers.workers)
+        busy_total_s = tuple(worker.busy_total_s for worker in workers.workers)
         counts = (workers.restarts, workers.checked_rows, workers.mismatches)
-        return Health(self.is_loaded, workers.is_fresh(), states, devices, memory_bytes, *counts)
+        return Health(self.is_loaded, workers.is_fresh(), states, devices, memory_bytes, busy_total_s, *counts)
 
     async def load(self, name: str) -> list[Served]:
         """Load a model from the folder; see :meth:`Repository.load <service.repository.Repository.load>`."""

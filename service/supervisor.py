@@ -49,7 +49,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 MAX_DEATHS = 8
 #: Metrics that are not added up, since all front ends report them alike or the largest counts.
 SHARED_METRICS = (
-    "hessquik_workers", "hessquik_device_memory", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
+    "hessquik_workers", "hessquik_device", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
     "hessquik_models", "hessquik_model_ready", "hessquik_queue_age", "process_start_time", "process_max_fds",
     "hessquik_self_check",
 )  # fmt: skip

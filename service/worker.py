@@ -9,7 +9,8 @@ From the supervisor, on the control socket:
                                                      comes as sealed memory, "fds": 1
     unload    {"op", "model"}                      → nothing
     ping      {"op"}                               → {"op": "pong", "memory_bytes", "busy_s", "stalled_s",
-                                                      "checked_rows"}; the last counts since the last pong
+                                                      "busy_total_s", "checked_rows"}; the last counts
+                                                      since the last pong
 
 A worker whose self-check fails sends {"op": "disagreed", "model"} and exits.
 
@@ -276,6 +277,7 @@ class Worker:
         self._waited_s = 0.0
         self._busy_since_s = 0.0
         self._looked_s = 0.0
+        self.busy_total_s = 0.0
 
     # The computing thread.
 
@@ -368,6 +370,7 @@ class Worker:
                 self._is_single, self._is_alone = len(head["sizes"]) == 1, head["is_alone"]
                 self._busy_since_s = self._looked_s = time.monotonic()
                 reply = self.evaluate(head, fields, connection)
+                self.busy_total_s += time.monotonic() - self._busy_since_s
                 self._busy_since_s = 0.0
                 connection.send(*reply)
             case "plan":
@@ -559,8 +562,14 @@ class Worker:
             evaluate = model.evaluator(model.dtype)
             evaluate(torch.zeros(1, evaluate.d, dtype=model.dtype))
         checked_rows, self.checked_rows = self.checked_rows, 0
-        facts = {"memory_bytes": self._memory_bytes(), "checked_rows": checked_rows}
-        return {"op": "pong", "busy_s": busy_s, "stalled_s": stalled_s, **facts}
+        return {
+            "op": "pong",
+            "memory_bytes": self._memory_bytes(),
+            "busy_s": busy_s,
+            "stalled_s": stalled_s,
+            "busy_total_s": self.busy_total_s,
+            "checked_rows": checked_rows,
+        }
 
     def _memory_bytes(self) -> int:
         """Return the memory in use, in bytes: of the device, or on a CPU of the process."""

@@ -101,6 +101,7 @@ class WorkerProcess:
         loaded: Models that it has loaded.
         well_s: Time of its last sign of life, on the clock of the pool.
         memory_bytes: Memory that it uses, as it last reported.
+        busy_total_s: Time that it has spent on batches since its start, as it last reported.
     """
 
     def __init__(self, workers: Workers, device: str) -> None:
@@ -111,6 +112,7 @@ class WorkerProcess:
         self.loaded: set[int] = set()
         self.well_s = float("-inf")
         self.memory_bytes = 0
+        self.busy_total_s = 0.0
         self._workers = workers
         self._since_s = self._heard_s = self._load_since_s = workers.now()
         self._is_asked = False
@@ -257,13 +259,14 @@ class WorkerProcess:
 
     def _on_pong(self, now: float, head: dict[str, Any]) -> None:
         try:
-            busy_s, stalled_s = float(head["busy_s"]), float(head["stalled_s"])
+            busy_s, stalled_s, busy_total_s = (float(head[name]) for name in ("busy_s", "stalled_s", "busy_total_s"))
             memory_bytes, checked_rows = int(head["memory_bytes"]), int(head["checked_rows"])
         except (KeyError, TypeError, ValueError):
-            raise WireError("expected four numbers in a pong") from None
+            raise WireError("expected five numbers in a pong") from None
         self._workers.checked_rows += checked_rows
         settings, self._is_asked = self._workers.settings, False
         self._heard_s, self.well_s, self.memory_bytes = now, now - stalled_s, memory_bytes
+        self.busy_total_s = busy_total_s
         state = State.BUSY if busy_s > 0 else State.READY
         if state is not self.state:
             self.become(state)

@@ -335,6 +335,7 @@ def test_dashboard_shows_what_an_operator_asks_for() -> None:
         "hessquik_workers",
         "hessquik_worker_restarts_total",
         "hessquik_device_memory_bytes",
+        "hessquik_device_busy_seconds_total",
         "hessquik_ready",
         "hessquik_models",
         "hessquik_queue_age_seconds",

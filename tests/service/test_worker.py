@@ -516,6 +516,20 @@ def test_a_pong_says_for_how_long_the_batch_has_run() -> None:
     assert pong["stalled_s"] == pytest.approx(1, abs=0.5)
 
 
+def test_a_pong_says_how_long_all_batches_took() -> None:
+    worker = loaded()
+    front, points = Front(worker), np.zeros((10_000, 2))
+    head, totals_s = {**HEAD, "form": "arrays", "sizes": [len(points)], "is_small": False}, [0.0]
+    with serving(worker):
+        for number in range(2):
+            began_s = time.monotonic()
+            front.send({**head, "number": number}, {"inputs": points})
+            front.receive()
+            totals_s.append(worker.pong()["busy_total_s"])
+            assert 0.0 < totals_s[-1] - totals_s[-2] <= time.monotonic() - began_s
+        assert worker.pong()["busy_total_s"] == totals_s[-1]
+
+
 # A front that goes.
 
 

@@ -66,6 +66,7 @@ class Process:
                         "memory_bytes": 7,
                         "checked_rows": 3,
                         "busy_s": self.busy_s,
+                        "busy_total_s": 0.25,
                         "stalled_s": self.stalled_s,
                     }
                 )
@@ -395,6 +396,7 @@ def test_a_sign_of_life_forgets_deaths(supervised: Callable[..., Supervised]) ->
         for number in range(2 * MAX_DEATHS):
             await sim.until(lambda number=number: len(sim.attached) == number + 1)
             await sim.until(lambda: sim.workers.workers[0].memory_bytes == 7)
+            assert sim.workers.workers[0].busy_total_s == 0.25
             sim.processes[-1].end()
         assert not sim.is_given_up
 

@@ -50,7 +50,7 @@ REPLACED_S = 2 * workers_module.END_S + workers_module.LONGEST_PAUSE_S + ROOM_S
 PATHS = ["a", "b", "a/1", "a/2", "a/10", "b/1", "b/3", "c/2", "c/1", "a/01", "two words"]
 KINDS = ["good"] * 7 + ["slow"] * 3 + ["bad", "kills", "hangs"]
 NONSENSE = [{}, {"op": "pong"}, {"op": "loaded", "model": -1}, {"op": "ready"}, {"op": ["x"]}]
-PONG = {"op": "pong", "memory_bytes": 1, "checked_rows": 0}
+PONG = {"op": "pong", "memory_bytes": 1, "busy_total_s": 0.25, "checked_rows": 0}
 
 
 def make_modules(part: str = "", old: str = "", new: str = "") -> dict[str, ModuleType]:
