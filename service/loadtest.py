@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
+import re
 import ssl
 import sys
 import time
@@ -22,6 +24,7 @@ from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import h11
+import httpx
 import numpy as np
 import safetensors.numpy
 
@@ -42,6 +45,8 @@ MAX_BODIES, MAX_BODIES_BYTES = 256, 32 << 20
 LINGER_S = 10.0
 #: Seconds that a client waits after a failure before it reconnects.
 PAUSE_S = 0.1
+#: Time after which the metrics have the batches that are answered.
+REPORTED_S = 0.75
 #: Time between looks at the tally.
 TICK_S = 0.25
 
@@ -379,18 +384,23 @@ def main(given: Sequence[str]) -> int:
         api_key=options.api_key,
     )
     on_tick = _show if sys.stderr.isatty() else None
+    before = _busy_s(options.url, options.api_key)
     try:
         import uvloop
     except ImportError:
         tally = asyncio.run(run(load, on_tick))
     else:
         tally = uvloop.run(run(load, on_tick))
+    time.sleep(REPORTED_S)
+    after = _busy_s(options.url, options.api_key)
+    busy_s = [after[worker] - before[worker] for worker in after if after[worker] >= before.get(worker, math.inf)]
     shown = {
         "requests": f"{tally.answers} answered, {tally.errors.total()} failed",
         "requests/s": f"{tally.answers / tally.elapsed_s:.1f}",
         "rows/s": f"{tally.answers * options.rows / tally.elapsed_s:.1f}",
         "received": f"{tally.received_bytes / tally.elapsed_s / 1e6:.2f} MB/s",
         **{f"p{percent}": f"{tally.percentile_ms(percent):.3f} ms" for percent in (50, 90, 99)},
+        **({"devices busy": f"{sum(busy_s) / len(busy_s) / tally.elapsed_s:.0%}"} if busy_s else {}),
         **{f"error {code}": str(times) for code, times in tally.errors.most_common()},
     }
     if on_tick is not None:
@@ -398,6 +408,21 @@ def main(given: Sequence[str]) -> int:
     width = max(map(len, shown))
     sys.stdout.write("".join(f"{name:<{width}} │ {text}\n" for name, text in shown.items()))
     return 1 if tally.errors or not tally.answers else 0
+
+
+def _busy_s(url: str, api_key: str | None) -> dict[tuple[str, str], float]:
+    """Return the time that each worker's device has computed; nothing if the metrics cannot be read.
+
+    A worker is known by its number and the start of its front end, which behind a balancer may be another each time.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        text = httpx.get(f"{url.rstrip('/')}/metrics", headers=headers).raise_for_status().text
+    except httpx.HTTPError:
+        return {}
+    (start,) = re.findall(r"^process_start_time_seconds (\S+)$", text, flags=re.M) or [""]
+    busy_s = re.findall(r'^hessquik_device_busy_seconds_total{worker="(\d+)"} (\S+)$', text, flags=re.M)
+    return {(start, worker): float(seconds) for worker, seconds in busy_s}
 
 
 def _show(tally: Tally) -> None:

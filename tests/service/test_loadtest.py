@@ -146,6 +146,7 @@ def test_command_shows_a_table_and_succeeds(server: LiveServer) -> None:
     assert answered > 3
     assert rates["rows/s"] == pytest.approx(2 * rates["requests/s"], rel=1e-3)
     assert rates["p99"] > 0
+    assert 0 < int(re.search(r"devices busy +│ (\d+)%", output)[1]) <= 100  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
