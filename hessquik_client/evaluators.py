@@ -18,6 +18,7 @@ from hessquik.proof import Asked, prove_quickly
 from hessquik.quantities import SPREADS
 from hessquik_client.domain import Domain
 from hessquik_client.quantities import DOMAIN_DISTANCE
+from hessquik_client.question import Question, Shape
 
 __all__ = ["TORCH_DTYPES", "Evaluators"]
 
@@ -98,6 +99,21 @@ class Evaluators:
                 self._refused[dtype, asked] = error
                 raise
             self._unproven[dtype] -= {asked}
+
+    def shape(self, max_rows: int, outside: str = "allow") -> Shape:
+        """Return the sizes and limits that a question must fit."""
+        evaluate = self.evaluator(self.dtype)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Shape(evaluate.d, evaluate.m, dtype, max_rows, self.domain, outside, self.members)
+
+    def answer(self, question: Question) -> dict[str, Array]:
+        """Return the quantities of a question, computed as in a worker of the service."""
+        n, arrays = len(question.inputs), {}
+        for name in ("inputs", "weights", "directions"):
+            array = getattr(question, name)
+            if array is not None:  # a row for each point, as a batch has them; torch wants it writable
+                arrays[name] = np.require(np.broadcast_to(array, (n, *array.shape[1:])), requirements=["C", "W"])
+        return self.evaluate(arrays, TORCH_DTYPES[question.dtype], question.quantities)
 
     def evaluate(
         self,

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from hessquik import storage
-from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
-from hessquik_client.messages import Answer, Array, Facts, Question
+from hessquik_client.evaluators import Evaluators
+from hessquik_client.messages import Answer, Facts, Question
 from hessquik_client.models import Model
 from hessquik_client.progress import bar
 from hessquik_client.question import Shape, make_question
@@ -72,13 +71,7 @@ class _LocalConversation(Conversation):
         tensors = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
         given = {name: array for name, array in tensors.items() if array is not None}
         checked = make_question(given, list(question.quantities), None, question.dtype, self._shape, question.outside)
-        arrays: dict[str, Array] = {}
-        for name in given:
-            array = getattr(checked, name)
-            if array is not None:  # a row for each point, as a batch of the service has them; torch wants it writable
-                rows = np.broadcast_to(array, (question.rows, *array.shape[1:]))
-                arrays[name] = np.require(rows, requirements=["C", "W"])
-        found = self._evaluators.evaluate(arrays, TORCH_DTYPES[checked.dtype], checked.quantities)
+        found = self._evaluators.answer(checked)
         assert self.version is not None
         return Answer(self.model, self.version, {name: found[name] for name in question.quantities})
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hessquik_client.errors import InvalidInput, OutsideDomain
-from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
+from hessquik_client.evaluators import Evaluators
 from hessquik_client.quantities import AXES, floats_per_row, row_shapes
-from hessquik_client.question import DTYPES, Shape, make_question
+from hessquik_client.question import DTYPES, make_question
 
 __all__ = ["FORMATS", "Job", "evaluate_file"]
 
@@ -81,16 +81,15 @@ def evaluate_file(
         InvalidInput: a point or an option does not fit; ``row`` counts from the file's first point.
         OutsideDomain: a point is outside the bounds, and ``job.outside`` is ``refuse``.
     """
-    evaluate = evaluators.evaluator(None)
-    dtype = job.dtype or str(evaluators.dtype).removeprefix("torch.")
-    shape = Shape(evaluate.d, evaluate.m, dtype, TILE_ROWS, evaluators.domain, job.outside, evaluators.members)
+    shape = evaluators.shape(TILE_ROWS, job.outside)
+    dtype = job.dtype or shape.dtype
     k = 0 if job.directions is None else len(job.directions)
-    sizes = (job.quantities, evaluate.d, evaluate.m, k, job.weights is not None)
+    sizes = (job.quantities, shape.d, shape.m, k, job.weights is not None)
     row_bytes = floats_per_row(*sizes) * DTYPES[dtype].itemsize
     rows = max(1, min(TILE_ROWS // max(1, k), TILE_BYTES // max(1, row_bytes)))
-    names = evaluators.saved.metadata.get("input_names") or [f"x{a}" for a in range(evaluate.d)]
-    outputs = evaluators.saved.metadata.get("output_names") or [f"f{j}" for j in range(evaluate.m)]
-    tiles, total = _read(source, rows, evaluate.d, names)
+    names = evaluators.saved.metadata.get("input_names") or [f"x{a}" for a in range(shape.d)]
+    outputs = evaluators.saved.metadata.get("output_names") or [f"f{j}" for j in range(shape.m)]
+    tiles, total = _read(source, rows, shape.d, names)
     letters = {"d": names, "m": ["f"] if job.weights is not None else outputs}
     partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     done = 0
@@ -107,13 +106,7 @@ def evaluate_file(
                     question = make_question(arrays, list(job.quantities), None, dtype, shape)
                 except (InvalidInput, OutsideDomain) as error:
                     raise _counted_from_the_start(error, done) from None
-                asked = {"inputs": question.inputs, "weights": question.weights, "directions": question.directions}
-                arrays = {
-                    name: np.require(np.broadcast_to(array, (len(points), *array.shape[1:])), requirements=["C", "W"])
-                    for name, array in asked.items()
-                    if array is not None
-                }
-                writer.write(evaluators.evaluate(arrays, TORCH_DTYPES[dtype], job.quantities))
+                writer.write(evaluators.answer(question))
                 done += len(points)
                 advance(len(points), total)
         partial.replace(target)
@@ -158,16 +151,19 @@ def _rows_of(array: Array, rows: int) -> Iterator[Array]:
 def _rows_of_csv(source: Path, rows: int, d: int, names: Sequence[str]) -> Iterator[Array]:
     with source.open(newline="") as file:
         reader = csv.reader(file)
-        first = next(reader, None)
+        numbered: Iterator[tuple[int, list[str]]] = (
+            (reader.line_num, row) for row in reader if row
+        )  # empty lines are skipped
+        first = next(numbered, None)
         if first is None:
             return
-        columns = None if _are_numbers(first) else _columns(source, [name.strip() for name in first], d, names)
-        waiting = [first] if columns is None else []
-        line = 1 if columns is None else 2
-        while lines := [*waiting, *islice(reader, rows - len(waiting))]:
-            waiting = []
-            yield np.array([_numbers(source, line + i, row, columns, d) for i, row in enumerate(lines)], np.float64)
-            line += len(lines)
+        columns = None
+        if _are_numbers(first[1]):
+            numbered = chain([first], numbered)
+        else:
+            columns = _columns(source, [name.strip() for name in first[1]], d, names)
+        while lines := list(islice(numbered, rows)):
+            yield np.array([_numbers(source, line, row, columns, d) for line, row in lines], np.float64)
 
 
 def _are_numbers(row: Sequence[str]) -> bool:
@@ -261,12 +257,12 @@ def _flat(results: dict[str, Array]) -> Array:
 
 
 class _Npy:
-    """Writer of one ``.npy`` file per quantity; the header leaves room for any number of rows."""
+    """Writer of one ``.npy`` file per quantity; numpy's headers leave room for any number of rows."""
 
     def __init__(self, paths: dict[str, Path], shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-        self._shapes, self._dtype, self._rows = shapes, dtype, 0
+        self._shapes, self._dtype, self._rows = shapes, np.lib.format.dtype_to_descr(np.dtype(dtype)), 0
         self._files = {name: path.open("w+b") for name, path in paths.items()}
-        self._write_headers(2**62)
+        self._write_headers(0)
 
     def write(self, results: dict[str, Array]) -> None:
         for name, array in results.items():
@@ -281,10 +277,8 @@ class _Npy:
     def _write_headers(self, rows: int) -> None:
         for name, file in self._files.items():
             file.seek(0)
-            descr = np.dtype(self._dtype).newbyteorder("=").str
-            text = repr({"descr": descr, "fortran_order": False, "shape": (rows, *self._shapes[name])})
-            length = 246  # as long for any number of rows; with the ten bytes before it, a multiple of 64
-            file.write(b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n")
+            header = {"descr": self._dtype, "fortran_order": False, "shape": (rows, *self._shapes[name])}
+            np.lib.format.write_array_header_1_0(file, header)
 
 
 class _Csv:

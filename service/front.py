@@ -392,7 +392,10 @@ class Front:
         label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
         self.core.metrics.answered[label, request.model, status].append(monotonic() - request.began_s)
         for watcher in self._watchers:
-            watcher.ended(request, label, status)
+            try:
+                watcher.ended(request, label, status)
+            except Exception:  # of a library: other requests of the same batch are still to be answered
+                logger.exception("request %s could not be logged or traced", request.id.decode())
         if target is not None and label.endswith(_ADMIN_ACTIONS):
             log_administration(request, label, target.model, status, _key(request.head))
 

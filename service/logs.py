@@ -152,7 +152,7 @@ class AccessLog:
             sleep(GATHER_S)
             while not self._lines.empty():
                 lines.append(self._lines.get())
-            is_open = lines[-1] is not None
+            is_open = None not in lines
             chunk = b""
             for line in filter(None, lines):
                 if len(chunk) + len(line) > WRITE_BYTES:

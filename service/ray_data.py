@@ -43,34 +43,21 @@ class _Actor:
 
         from hessquik import storage
         from hessquik_client.evaluators import Evaluators
-        from hessquik_client.question import Shape
 
         self._evaluators = Evaluators(storage.parse(data), torch.device(device), 1)
-        evaluate = self._evaluators.evaluator(None)
-        dtype = str(self._evaluators.dtype).removeprefix("torch.")
-        domain, outside = self._evaluators.domain, options.get("outside") or "allow"
-        rows, members = BATCH_ROWS * 1024, self._evaluators.members
-        self._shape = Shape(evaluate.d, evaluate.m, dtype, rows, domain, outside, members)
+        self._shape = self._evaluators.shape(BATCH_ROWS * 1024, options.get("outside") or "allow")
         self._quantities, self._columns, self._options = list(quantities), list(columns), options
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
         """Return a batch with one more column for each quantity."""
-        from hessquik_client.evaluators import TORCH_DTYPES
         from hessquik_client.question import make_question
 
         points = _join(batch, self._columns)
         given = {name: self._options.get(name) for name in ("weights", "directions")}
         arrays = {name: np.asarray(array) for name, array in given.items() if array is not None}
-        asked = make_question(
-            {"inputs": points, **arrays}, self._quantities, None, self._options.get("dtype"), self._shape
-        )
-        fields = {"inputs": asked.inputs, "weights": asked.weights, "directions": asked.directions}
-        ready = {
-            name: np.require(np.broadcast_to(array, (len(points), *array.shape[1:])), requirements=["C", "W"])
-            for name, array in fields.items()
-            if array is not None
-        }
-        return {**batch, **self._evaluators.evaluate(ready, TORCH_DTYPES[asked.dtype], asked.quantities)}
+        dtype = self._options.get("dtype")
+        question = make_question({"inputs": points, **arrays}, self._quantities, None, dtype, self._shape)
+        return {**batch, **self._evaluators.answer(question)}
 
 
 def _join(batch: Mapping[str, Array], columns: Sequence[str]) -> Array:

@@ -121,6 +121,15 @@ def test_an_empty_file_has_no_results(model: Path, tmp_path: Path) -> None:
         assert (result.exit_code, np.load(tmp_path / "out.npy").shape) == (0, (0, M)), result.stderr
 
 
+def test_empty_lines_of_a_text_file_are_skipped_and_counted(model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.npy"
+    source.write_text("\nx,y,z\n0.1,0.2,0.3\n\n0.4,0.5,0.6\n\n")
+    assert run(model, source, target).exit_code == 0
+    assert np.load(target).shape == (2, M)
+    source.write_text("\n0.1,0.2,0.3\n\n0.4,0.5\n")
+    assert "line 4: expected 3 numbers, got 2" in run(model, source, target).stderr
+
+
 BAD = {
     "suffix in": ("in.txt", "out.npy", (), "expected a file of points that ends in .npy, .csv, .parquet"),
     "suffix out": ("in.npy", "out.txt", (), "expected a folder, or a file that ends in"),

@@ -272,6 +272,26 @@ def test_the_list_of_the_folder_is_read_beside_the_event_loop(
     assert threads[0] is not threading.main_thread()
 
 
+def test_a_watcher_that_fails_costs_no_reply(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither of its own request nor of those that were computed in the same batch."""
+
+    class Watcher:
+        def ended(self, *_: Any) -> None:
+            raise RuntimeError("the collector of spans is broken")
+
+    monkeypatch.setattr(served.app, "_watchers", [Watcher()])
+    request = Drawn("POST", "/v1/models/peaks/hessian", {}, POINT)
+
+    async def work() -> list[Reply]:
+        asked = asyncio.gather(*(over_a_connection(served.port, request) for _ in range(16)))
+        return await asyncio.wait_for(asked, 10)
+
+    assert {reply.status for reply in served.runner.run(work())} == {200}
+    assert caplog.text.count("could not be logged or traced") == 16
+
+
 def test_only_a_fault_of_ours_is_an_error_and_a_refusal_has_no_parts(served: Served) -> None:
     served.spans.clear()
     for path, body in (("/v1/models/none/value", POINT), ("/none", b""), ("/v1/models/peaks/value", b"{")):
