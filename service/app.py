@@ -84,7 +84,7 @@ class Application(Front, FastAPI):
         gc.collect()
         gc.freeze()
         gc.set_threshold(*COLLECT)
-        self.is_starting = False
+        self.core.is_starting = False
 
     async def stop(self) -> None:
         """Stop the workers, and flush the access log."""

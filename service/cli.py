@@ -130,7 +130,8 @@ def models(folder: Folder = None) -> None:
     """Show the saved networks in a folder."""
     from hessquik import FormatError, storage
 
-    from .repository import printable, scan
+    from .logs import printable
+    from .repository import scan
     from .workers import LoadError
 
     root = folder or Path("models")

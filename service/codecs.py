@@ -1,4 +1,4 @@
-"""Media types, the safetensors format of requests and replies, and numbers as JSON text."""
+"""Media types, the safetensors format of requests and replies, shapes in requests, and numbers as JSON text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import orjson
 import safetensors.numpy
 
 from hessquik_client.errors import InvalidInput, MalformedBody, NotAcceptable, UnsupportedMediaType
-from hessquik_client.question import DTYPES, Question, Shape, make_question
+from hessquik_client.question import DTYPES, MAX_NESTING, Question, Shape, make_question
 
 from .http.negotiation import best
 from .wire import Array
@@ -28,7 +28,9 @@ __all__ = [
     "json_rows",
     "parse_safetensors",
     "raw",
+    "read_shape",
     "safetensors_header",
+    "shaped",
 ]
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"
@@ -88,6 +90,33 @@ def parse_safetensors(body: bytes | bytearray, fixed: str | None, query: Mapping
     listed = query.get("quantities")
     names = listed.split(",") if listed else None
     return make_question(arrays, names, fixed, query.get("dtype"), shape, query.get("outside"))
+
+
+def read_shape(field: str, listed: Any, least_axes: int = 0) -> tuple[int, ...]:
+    """Return the shape that a request gives for an array.
+
+    Raises:
+        InvalidInput: it is not a list of as many whole numbers as an array of a request may have axes.
+    """
+    is_shape = isinstance(listed, list) and least_axes <= len(listed) <= MAX_NESTING
+    if not is_shape or not all(type(size) is int and 0 <= size < 1 << 63 for size in listed):
+        raise _invalid(field, f"a shape of {least_axes} to {MAX_NESTING} whole numbers", "something else")
+    return tuple(listed)
+
+
+def shaped(field: str, numbers: Array, shape: tuple[int, ...]) -> Array:
+    """Return numbers as an array of the shape that a request gives.
+
+    Raises:
+        InvalidInput: there are more or fewer numbers, or no array can have this shape.
+    """
+    size = math.prod(shape)
+    if numbers.size != size:
+        raise _invalid(field, f"{size} numbers for its shape", f"{numbers.size}")
+    try:
+        return numbers.reshape(shape)
+    except ValueError:  # such as 0 × 2⁶²
+        raise _invalid(field, "a shape that an array can have", "another one") from None
 
 
 def json_rows(array: Array) -> bytes:

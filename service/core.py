@@ -46,7 +46,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics(self._gauges)
         self.keys = Keys(settings)
-        self.is_draining = False
+        self.is_starting = self.is_draining = False
         self.node = node
         self.repository = node.repository
         self.links = Links(settings.batch_timeout_s)
@@ -82,33 +82,6 @@ class Core:
         """Fail all jobs, now and later, because workers cannot be kept alive."""
         self.scheduler.give_up()
 
-    async def load(self, name: str) -> list[Served]:
-        """Load a model's versions from the folder.
-
-        Raises:
-            ModelNotFound: the folder has no file for this name.
-            ModelRefused: a file was refused; the version served so far stays.
-        """
-        return await self.node.load(name)
-
-    async def unload(self, name: str, version: int | None = None) -> None:
-        """Stop serving a model, or one of its versions, until it is loaded again.
-
-        Raises:
-            ModelNotFound: there is no such model.
-            VersionNotFound: it has no such version.
-        """
-        await self.node.unload(name, version)
-
-    async def metrics_text(self) -> bytes:
-        """Return the metrics of all front ends in Prometheus' text format."""
-        return await self.node.metrics_text(self.metrics.text())
-
-    @property
-    def is_given_up(self) -> bool:
-        """Return whether the service has given up starting workers."""
-        return self.scheduler.is_given_up
-
     def time_ms(self, header: bytes) -> int:
         """Return the time limit of a request in milliseconds.
 
@@ -142,8 +115,8 @@ class Core:
         reasons, health = [], self.node.health()
         if self.is_draining:
             reasons.append("the service is stopping")
-        if not health.is_loaded:
-            reasons.append("models are being loaded")
+        if self.is_starting or not health.is_loaded:
+            reasons.append("the service is still loading its models")
         if not health.is_fresh:
             reasons.append("no worker answered lately")
         if not any(self.repository.default(name).state == "ready" for name in self.repository.names()):

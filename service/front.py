@@ -211,10 +211,6 @@ class Call:
             self.document = expect_object(document)
             return go_on(self)
 
-    def why_not_ready(self) -> list[str]:
-        """Return the reasons why the service is not ready; an empty list if it is."""
-        return self._front.why_not_ready()
-
     def run(self, work: Coroutine[Any, Any, Reply | Cancel]) -> Cancel:
         """Run a coroutine as a task, and answer with its result."""
         return self._front.run(self.request, work)
@@ -315,7 +311,6 @@ class Front:
     def __init__(self, core: Core, operations: Collection[Operation], dialects: tuple[Dialect, ...]) -> None:
         self.core = core
         self.budget = Budget(core.settings.max_held_bytes)
-        self.is_starting = False
         self._dialects = dialects
         self._fixed = {operation.path: operation for operation in operations if operation.pattern is None}
         self._patterns = [operation for operation in operations if operation.pattern is not None]
@@ -323,11 +318,6 @@ class Front:
         self._watchers: list[AccessLog | Tracer] = [AccessLog()] if settings.access_log else []
         self._watchers += [Tracer()] if settings.tracing else []
         self._tasks: set[asyncio.Task[Any]] = set()
-
-    def why_not_ready(self) -> list[str]:
-        """Return the reasons why the service is not ready; an empty list if it is."""
-        reasons = self.core.why_not_ready()
-        return reasons if not self.is_starting else ["the service is still loading its models", *reasons]
 
     def table(self) -> dict[str, frozenset[str]]:
         """Return the methods of every route, by path with placeholders."""
@@ -355,7 +345,7 @@ class Front:
         coding = head.headers.get(b"content-encoding", b"identity")
         if coding.lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("expected a body without Content-Encoding")
-        if self.is_starting and path not in OPEN_PATHS:
+        if self.core.is_starting and path not in OPEN_PATHS:
             raise NotReady("expected a service that has started, this one is still loading its models")
         if operation.parameters is not None:
             time_s = self.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000 if operation.computes else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
@@ -18,7 +17,15 @@ from .http.messages import Request
 from .settings import Settings
 from .versions import versions
 
-__all__ = ["AccessLog", "JSONFormatter", "TextFormatter", "log_administration", "log_start", "set_up_logging"]
+__all__ = [
+    "AccessLog",
+    "JSONFormatter",
+    "TextFormatter",
+    "log_administration",
+    "log_start",
+    "printable",
+    "set_up_logging",
+]
 
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("service.audit")
@@ -31,18 +38,16 @@ MAX_LINES, GATHER_S = 1 << 16, 0.05
 CLOSE_S = 2.0
 #: Bytes that a pipe takes at once, so that the lines of several processes are not mixed.
 WRITE_BYTES = 4096
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def printable(text: str) -> str:
-    r"""Return text with control characters and undecodable bytes escaped, so that it cannot forge a line.
+    r"""Return text with all characters escaped that are not printable, so that it cannot forge a line.
 
     Examples:
-        >>> printable("a\nb\x1b[31m\udcff")
-        'a\\nb\\x1b[31m\\udcff'
+        >>> printable("a\nb\x1b[31m\udcff\u202e")
+        'a\\nb\\x1b[31m\\udcff\\u202e'
     """
-    escaped = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-    return escaped.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class TextFormatter(logging.Formatter):

@@ -70,10 +70,20 @@ class NodeLike(Protocol):
         """Return how the workers are."""
 
     async def load(self, name: str) -> list[Served]:
-        """Load a model from the folder, for all front ends."""
+        """Load a model's versions from the folder, for all front ends.
+
+        Raises:
+            ModelNotFound: the folder has no file for this name.
+            ModelRefused: a file was refused; the version served so far stays.
+        """
 
     async def unload(self, name: str, version: int | None = None) -> None:
-        """Stop serving a model or a version, in all front ends."""
+        """Stop serving a model or a version, in all front ends, until it is loaded again.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            VersionNotFound: it has no such version.
+        """
 
     async def metrics_text(self, own: bytes) -> bytes:
         """Return the metrics of all front ends together; ``own`` are those of this one."""

@@ -20,7 +20,7 @@ from hessquik_client.errors import InvalidInput, MalformedBody
 from hessquik_client.quantities import QUANTITIES, quantities_of, row_shapes
 from hessquik_client.question import Question, Shape, make_question, numbers
 
-from .codecs import Piece, json_rows
+from .codecs import Piece, json_rows, read_shape, shaped
 from .http.messages import JSON, Reply
 from .wire import Array
 
@@ -47,7 +47,6 @@ DATATYPES = {
     **{f"UINT{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
 }
 _MODEL_DATATYPE = {"float32": "FP32", "float64": "FP64"}
-_MAX_RANK = 3
 #: Longer time limits are cut to this one.
 MAX_TIMEOUT_US = 10**12
 
@@ -211,7 +210,7 @@ def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[s
             raise InvalidInput.of("inputs", f"the tensors {', '.join(INPUTS)}, each once", "something else")
         if str(tensor.get("datatype")) not in DATATYPES:
             raise InvalidInput.of(name, f"a datatype out of {', '.join(DATATYPES)}", "another one")
-        item_type, dims = np.dtype(DATATYPES[tensor["datatype"]]), _read_shape(name, tensor.get("shape"))
+        item_type, dims = np.dtype(DATATYPES[tensor["datatype"]]), read_shape(name, tensor.get("shape"), 1)
         parameters = _object(tensor, "parameters")
         if any(parameter.startswith("shared_memory") for parameter in parameters):
             raise InvalidInput.of(name, "data in the request", "shared memory, which is not served")
@@ -223,12 +222,7 @@ def _read_inputs(listed: Any, rest: memoryview, may_be_booleans: bool) -> dict[s
             if type(size) is not int or size != expected or size > len(rest) or "data" in tensor:
                 raise InvalidInput.of(name, f"{expected} bytes of binary data and no other data", "something else")
             array, rest = np.frombuffer(rest[:size], item_type), rest[size:]
-        if array.size != math.prod(dims):
-            raise InvalidInput.of(name, f"{math.prod(dims)} numbers for its shape", f"{array.size}")
-        try:
-            arrays[name] = array.reshape(dims)
-        except ValueError:  # such as 0 × 2⁶²
-            raise InvalidInput.of(name, "a shape that an array can have", "another one") from None
+        arrays[name] = shaped(name, array, dims)
     if rest:
         raise InvalidInput.of("body", "no bytes after the last binary tensor", f"{len(rest)}")
     return arrays
@@ -249,13 +243,6 @@ def _read_outputs(listed: Any, is_binary: bool) -> dict[str, bool]:
             raise InvalidInput.of(name, "no parameter but binary_data", "classification or shared memory")
         outputs[name] = _flag(parameters, "binary_data", is_binary)
     return outputs
-
-
-def _read_shape(name: str, listed: Any) -> tuple[int, ...]:
-    is_shape = isinstance(listed, list) and 0 < len(listed) <= _MAX_RANK
-    if not is_shape or not all(type(size) is int and size >= 0 for size in listed):
-        raise InvalidInput.of(name, f"a shape of 1 to {_MAX_RANK} whole numbers", "something else")
-    return tuple(listed)
 
 
 def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:

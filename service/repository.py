@@ -26,11 +26,12 @@ from weakref import WeakValueDictionary
 
 from hessquik_client.errors import ModelNotFound, ModelRefused, NotReady, VersionNotFound
 
+from .logs import printable
 from .scheduler import Statistics
 from .shared import Sealed, share
 from .workers import LoadError, Workers
 
-__all__ = ["Look", "ModelFile", "Repository", "Served", "Table", "printable", "scan"]
+__all__ = ["Look", "ModelFile", "Repository", "Served", "Table", "scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,16 +183,6 @@ def _leads_out(entry: os.DirEntry[str], real_root: str) -> bool:
     return entry.is_symlink() and not os.path.realpath(entry.path).startswith(real_root)
 
 
-def printable(text: object) -> str:
-    r"""Return text that is safe to print as one line on a terminal.
-
-    Examples:
-        >>> printable("peaks.safetensors"), printable("a\nb\udcff")
-        ('peaks.safetensors', "'a\\nb\\udcff'")
-    """
-    return str(text) if str(text).isprintable() else ascii(str(text))
-
-
 @dataclass(slots=True, eq=False)
 class Served:
     """One version of a model, as the workers hold it.
@@ -224,6 +215,11 @@ class Served:
     def state(self) -> str:
         """Return ``ready``, ``loading`` or ``failed``."""
         return "failed" if self.reason is not None else "ready" if self.facts else "loading"
+
+    @property
+    def outcome(self) -> dict[str, str | None]:
+        """Return the result of loading its file, as replies have it."""
+        return {"version": str(self.file.version), "state": self.state, "reason": self.reason}
 
     @property
     def d(self) -> int:
@@ -497,7 +493,7 @@ class Repository(Table):
         if refused:
             raise ModelRefused(
                 f"expected files that can be served, version {refused[0].file.version}: {refused[0].reason}",
-                loaded=[_attempt(served) for served in loaded],
+                loaded=[served.outcome for served in loaded],
             )
         return loaded
 
@@ -575,7 +571,3 @@ def _read(file: ModelFile) -> tuple[bytes | Sealed, bytes]:
     """
     data = file.read()
     return share(data), hashlib.sha256(data).digest()
-
-
-def _attempt(served: Served) -> dict[str, Any]:
-    return {"version": str(served.file.version), "state": served.state, "reason": served.reason}

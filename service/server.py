@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
             logger.info("the front end serves")
             return
-        self._app.is_starting = True
+        self._app.core.is_starting = True
         await super().startup(sockets)
         self._starting = asyncio.get_running_loop().create_task(self._start())
 
@@ -120,7 +120,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Stop if workers cannot be kept alive, and check the files of keys once a second; return whether to stop."""
         core = self._app.core
-        if core.is_given_up:
+        if core.scheduler.is_given_up:
             self.should_exit = True
         if self._is_hung_up:
             self._is_hung_up = False
@@ -201,6 +201,6 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
         return int(exit_.code or 0)
     if server.start_error is not None:
         raise server.start_error
-    if core.is_given_up:
+    if core.scheduler.is_given_up:
         return EXIT_GIVEN_UP
     return EXIT_FORCED if server.force_exit else EXIT_DRAINED

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from itertools import count
 from typing import Any
 
@@ -170,7 +170,7 @@ class FrontEnd:
                 if served is not None:
                     self._supervisor.node.repository.release(served)
             case "load" | "unload" | "metrics":
-                self._supervisor.answer(self, head)
+                self._supervisor.spawn(self._supervisor.answer(self, head))
             case _:
                 raise WireError("expected a frame of a front end")
 
@@ -225,7 +225,7 @@ class Supervisor:
             for _ in range(self.settings.processes):
                 self._start_front()
             starting = loop.create_task(self.node.start(self))
-            self._spawn(self._tick())
+            self.spawn(self._tick())
             stopping = loop.create_task(self._stop.wait())
             await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
             try:
@@ -262,7 +262,7 @@ class Supervisor:
     def on_up(self, front: FrontEnd) -> None:
         """Send a new front end the table of models, connections to the workers, and their state."""
         self._deaths = 0
-        self._spawn(front.tell())
+        self.spawn(front.tell())
         for worker in self.node.workers.workers:
             if worker.is_ready:
                 front.attach(worker)
@@ -270,13 +270,10 @@ class Supervisor:
     def on_lost(self, front: FrontEnd) -> None:
         """Replace a front end that has died."""
         self._fronts.remove(front)
-        self._spawn(self._replace(front))
+        self.spawn(self._replace(front))
 
-    def answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
+    async def answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
         """Execute a front end's frame to load, unload or report metrics, on behalf of all front ends."""
-        self._spawn(self._answer(front, head))
-
-    async def _answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
         reply: dict[str, Any] = {"op": "replied", "number": head["number"]}
         fields = {}
         try:
@@ -314,7 +311,7 @@ class Supervisor:
             self._fronts.append(FrontEnd(self, self._port))
         except OSError as error:
             logger.error("a front end cannot be started: %s", error.strerror)
-            self._spawn(self._replace(None))
+            self.spawn(self._replace(None))
 
     async def _replace(self, front: FrontEnd | None) -> None:
         if self._is_stopping:
@@ -340,7 +337,7 @@ class Supervisor:
             self.keys.follow()
             for front in self._fronts:
                 if front.is_up and front.is_told:
-                    self._spawn(front.tell())
+                    self.spawn(front.tell())
 
     def _on_signal(self) -> None:
         """Drain at the first signal; exit immediately at the second."""
@@ -367,7 +364,8 @@ class Supervisor:
         statuses = await asyncio.gather(*(loop.run_in_executor(None, wait, front) for front in fronts))
         return all(status == EXIT_DRAINED for status in statuses)
 
-    def _spawn(self, coroutine: Any) -> None:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine until the end, or until this service stops."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from ..routes.operation import ANY, CoreOf, refusals
 from ..schemas import Liveness, Readiness
@@ -24,9 +24,9 @@ async def live() -> Liveness:
     openapi_extra=_OPEN,
     responses={503: {"model": Readiness, "description": "Not ready, and why."}, **refusals(*ANY[1:])},
 )
-async def ready(request: Request, response: Response) -> Readiness:
+async def ready(core: CoreOf, response: Response) -> Readiness:
     """Return 200 if a worker has answered an evaluation recently and a model is ready, else 503."""
-    reasons = request.app.why_not_ready()
+    reasons = core.why_not_ready()
     if reasons:
         response.status_code = 503
         response.headers["retry-after"] = "1"
@@ -42,4 +42,4 @@ class MetricsText(Response):
 @router.get("/metrics", response_class=MetricsText, responses=refusals(*ANY))
 async def metrics(core: CoreOf) -> Response:
     """Return the metrics in Prometheus' text format."""
-    return MetricsText(await core.metrics_text(), media_type="text/plain; version=0.0.4")
+    return MetricsText(await core.node.metrics_text(core.metrics.text()), media_type="text/plain; version=0.0.4")

@@ -57,7 +57,7 @@ def server_live(call: Call) -> Reply:
 
 def server_ready(call: Call) -> Reply:
     """Return the server's readiness, as /readyz does."""
-    is_ready = not call.why_not_ready()
+    is_ready = not call.core.why_not_ready()
     return Reply.of({"ready": is_ready}, 200 if is_ready else 503)
 
 
@@ -164,7 +164,7 @@ def load(call: Call) -> Reply | Cancel:
 
 
 async def _load(call: Call) -> Reply:
-    for served in await call.core.load(call.target.model):
+    for served in await call.core.node.load(call.target.model):
         if served.reason is not None:
             raise InvalidInput(f"version {served.file.version} is refused: {served.reason}")
     return Reply.of({})
@@ -176,7 +176,7 @@ def unload(call: Call) -> Reply | Cancel:
 
 
 async def _unload(call: Call) -> Reply:
-    await call.core.unload(call.target.model)
+    await call.core.node.unload(call.target.model)
     return Reply.of({})
 
 

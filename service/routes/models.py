@@ -126,9 +126,8 @@ router.routes.append(
 )
 async def load_model(core: CoreOf, model: ModelName) -> Any:
     """Load the model's files again; if a file is refused, the version served so far stays."""
-    loaded = await core.load(model)
-    attempts = [{"version": str(one.file.version), "state": one.state, "reason": one.reason} for one in loaded]
-    return {**_summary(core, model), "loaded": attempts}
+    loaded = await core.node.load(model)
+    return {**_summary(core, model), "loaded": [served.outcome for served in loaded]}
 
 
 @router.post(
@@ -140,10 +139,10 @@ async def load_model(core: CoreOf, model: ModelName) -> Any:
 async def unload_model(core: CoreOf, model: ModelName, version: UnloadQuery = None) -> Any:
     """Stop serving a model, or one version of it, until the next load; the highest other version is the default."""
     if version is None:
-        await core.unload(model)
+        await core.node.unload(model)
         return {"name": model, "state": "unloaded"}
     core.repository.get(model, version)
-    await core.unload(model, int(version))
+    await core.node.unload(model, int(version))
     return {"name": model, "state": "unloaded", "version": version}
 
 

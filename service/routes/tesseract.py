@@ -25,7 +25,7 @@ from hessquik_client.quantities import AXES, DIRECTIONAL, TEXTS, quantities_of, 
 from hessquik_client.question import make_question, numbers
 
 from .. import schemas
-from ..codecs import Piece
+from ..codecs import Piece, read_shape, shaped
 from ..front import Call, Dialect, too_large
 from ..http.messages import JSON, Cancel, Head, Reply
 from ..http.negotiation import best
@@ -42,7 +42,6 @@ _TYPES = tuple(f"application/{name}" for name in FORMATS)
 DATATYPES = frozenset(
     {"float16", "float32", "float64"} | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 )
-_MAX_RANK = 3
 #: Places of what a question consists of.
 PLACES = {"inputs": "inputs.x", "weights": "inputs.weights", "directions": "tangent_vector.x"}
 PLACES |= {"outside": "inputs.outside", "quantities": "inputs.outputs"}
@@ -130,7 +129,7 @@ class Body:
             return numbers(name, given, may_be_booleans)
         given = _members(name, given, ("shape", "dtype", "data"), ("object_type",))
         data = _members(f"{name}.data", given["data"], ("buffer", "encoding"), ("compression",))
-        shape, dtype, encoding = _shape(name, given["shape"]), given["dtype"], data["encoding"]
+        shape, dtype, encoding = read_shape(f"{name}.shape", given["shape"]), given["dtype"], data["encoding"]
         if encoding not in ("json", "raw", "base64") or data.get("compression") is not None:
             raise InvalidInput.of(f"{name}.data", "the encoding json or base64, without compression", "another one")
         if not isinstance(dtype, str) or dtype not in DATATYPES:
@@ -141,9 +140,7 @@ class Body:
             array = _decoded(name, data["buffer"], np.dtype(dtype))
         else:
             array = numbers(name, data["buffer"], may_be_booleans).ravel()
-        if array.size != math.prod(shape):
-            raise InvalidInput.of(name, f"{math.prod(shape)} numbers for its shape", f"{array.size}")
-        return array.reshape(shape)
+        return shaped(name, array, shape)
 
     def points(self) -> Array:
         """Return the points ``x``."""
@@ -266,13 +263,6 @@ def _members(place: str, given: Any, needed: tuple[str, ...], others: tuple[str,
     return given
 
 
-def _shape(name: str, listed: Any) -> tuple[int, ...]:
-    is_shape = isinstance(listed, list) and len(listed) <= _MAX_RANK
-    if not is_shape or not all(type(size) is int and 0 <= size < 1 << 40 for size in listed):
-        raise InvalidInput.of(f"{name}.shape", f"at most {_MAX_RANK} whole numbers", "something else")
-    return tuple(listed)
-
-
 def _decoded(name: str, buffer: Any, dtype: np.dtype[Any]) -> Array:
     try:
         data = b64decode(buffer, validate=True)
@@ -320,14 +310,14 @@ def _vector_jacobian_product(body: Body) -> Cancel:
     weights = body.weights(x)
     (value,) = body.values(["value"], x.shape, weights is not None)
     cotangent = body.vector("cotangent_vector", "value", value.shape)
-    weights = cotangent if weights is None else cotangent * weights
+    weights = cotangent if weights is None else cotangent.astype(np.float64) * weights  # whole numbers could overflow
     return body.ask("vectors", [Output("x", "gradient", x.shape)], x, weights=weights)
 
 
 def _abstract_eval(body: Body) -> Reply:
     """Return the shapes and dtypes that ``apply`` would return."""
     d, dtype = body.served.d, body.served.facts["dtype"]
-    x = _shape("inputs.x", _members("inputs.x", body.inputs["x"], ("shape", "dtype"))["shape"])
+    x = read_shape("inputs.x.shape", _members("inputs.x", body.inputs["x"], ("shape", "dtype"))["shape"])
     if len(x) not in (1, 2) or x[-1] != d:
         raise InvalidInput.of("inputs.x.shape", f"[{d}] or [n, {d}]", "another one")
     outputs = body.values(body.outputs(), x, body.inputs.get("weights") is not None)

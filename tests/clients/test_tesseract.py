@@ -166,6 +166,10 @@ REFUSED: dict[str, tuple[str, Any, list[Any]]] = {
                  ["body", "inputs", "x"]),
     "shape": ("apply", {"inputs": {"x": array([[1.0]], shape=[-1, 3])}}, ["body", "inputs", "x", "shape"]),
     "huge shape": ("apply", {"inputs": {"x": array([[1.0]], shape=[2**39, 2**39])}}, ["body", "inputs", "x"]),
+    "huge shape of nothing": ("apply", {"inputs": {"x": array([], shape=[0, 2**39, 2**39])}},
+                              ["body", "inputs", "x"]),
+    "huge number": ("abstract_eval", {"inputs": {"x": {"shape": [2**70, 3], "dtype": float("nan")}}},
+                    ["body", "inputs", "x", "shape"]),
     "booleans": ("apply", {"inputs": {"x": [[True, 1.0, 2.0]]}}, ["body", "inputs", "x"]),
     "output": ("apply", {"inputs": {"x": GOOD, "outputs": ["hvp"]}}, ["body", "inputs", "outputs"]),
     "spread": ("apply", {"inputs": {"x": GOOD, "outputs": ["value_std"]}}, ["body", "inputs", "outputs"]),
@@ -198,6 +202,20 @@ def test_what_does_not_fit_is_refused_with_its_place(zoo: Zoo, endpoint: str, bo
     assert fault.keys() == {"type", "loc", "msg", "input"}
     assert fault["loc"] == place, fault
     assert "expected" in fault["msg"]
+
+
+def test_narrow_whole_numbers_are_multiplied_without_overflow(zoo: Zoo) -> None:
+    def pull(cotangent: Any, weights: Any) -> Any:
+        body = {"inputs": {"x": GOOD, "weights": weights}, "vjp_inputs": ["x"], "vjp_outputs": ["value"]}
+        body["cotangent_vector"] = {"value": cotangent}
+        return httpx.post(f"{zoo.url}/tesseract/vector/vector_jacobian_product", json=body).json()["x"]["data"]
+
+    def narrow(shape: list[int]) -> dict[str, Any]:
+        return array(b64encode(bytes([100] * max(shape))).decode(), "base64", shape=shape, dtype="int8")
+
+    as_base64 = array(b64encode(np.full(4, 1e4)).decode(), "base64", shape=[4])
+    assert pull(narrow([1, 1]), narrow([4])) == pull([[1]], as_base64)
+    assert pull([[2**62]], [4] * 4) == pull([[1]], [2.0**64] * 4)
 
 
 def test_other_errors_are_one_string(zoo: Zoo, vector: Tesseract) -> None:

@@ -31,7 +31,7 @@ def test_entries_that_are_left_out_are_listed_one_a_line(tmp_path: Path) -> None
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
         "left out: itself: it is a link that leads out of the folder",
-        f"left out: '{'long ' * 20}\\n.safetensors': its name is not that of a model and a version",
+        f"left out: {'long ' * 20}\\n.safetensors: its name is not that of a model and a version",
     ]
 
 
