@@ -5,6 +5,7 @@ import gc
 import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -262,8 +263,8 @@ def test_results_that_torch_does_not_take_are_freed_once(frees):
     functions = Failing(frees)
     tensor = type("OtherTensor", (), {"__dlpack_c_exchange_api__": capsule_of(functions)})
     program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
-    results = (("value", (-1, (4 << 20,))),)
-    bound = cpu.KERNEL.bind(program, program._words, program._addresses, tensor, 1, (), results)
+    results = cpu._slots([(-1, (4 << 20,))])
+    bound = cpu.KERNEL.bind(program, program._words, program._addresses, tensor, 1, b"", ("value",), results)
 
     def mapped_bytes():
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -276,18 +277,28 @@ def test_results_that_torch_does_not_take_are_freed_once(frees):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "results", "error"),
+    ("inputs", "names", "results", "error"),
     [
-        (((0, (1,) * 7),), (), ValueError),
-        (((99, (-1, 3)),), (), ValueError),
-        (((0, (-1, 3)),) * 4, (), ValueError),
-        (((0, (-1, 3)),), (("value", (1, (-1, 2))),) * 17, ValueError),
-        (((0, (-1, "3")),), (), TypeError),
-        ((), (("value", (0,)),), TypeError),
-        ([], (), TypeError),
+        ([(0, (1,) * 7)], (), [], ValueError),
+        ([], ("value",), [(0, (1,) * 7)], ValueError),
+        ([(99, (-1, 3))], (), [], ValueError),
+        ([(-2, (-1, 3))], (), [], ValueError),
+        ([(0, (-1, 3))] * 4, (), [], ValueError),
+        ([(0, (-1, 3))], ("value",) * 17, [(1, (-1, 2))] * 17, ValueError),
+        ([(0, (-1, 3))], ("value", "value"), [(1, (-1, 2))], ValueError),
+        ([(0, (-1, 3))], ["value"], [(1, (-1, 2))], TypeError),
     ],
 )
-def test_the_kernel_refuses_what_it_could_not_hold(inputs, results, error):
+def test_the_kernel_refuses_what_it_could_not_hold(inputs, names, results, error):
     program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
+    bind = partial(cpu.KERNEL.bind, program, program._words, program._addresses, torch.Tensor, 1)
     with pytest.raises(error):
-        cpu.KERNEL.bind(program, program._words, program._addresses, torch.Tensor, 1, inputs, results)
+        bind(cpu._slots(inputs), names, cpu._slots(results))
+
+
+def test_slots_that_are_no_bytes_are_refused():
+    program = small_evaluator()._runner(evaluator._SECOND_ORDER).run.__self__
+    bind = partial(cpu.KERNEL.bind, program, program._words, program._addresses, torch.Tensor, 1)
+    for inputs, results in ((None, b""), (b"", None)):
+        with pytest.raises(TypeError, match="bytes"):
+            bind(inputs, (), results)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 
 import mpmath
 import pytest
@@ -429,26 +430,39 @@ def test_misuse_of_the_module_is_an_error_and_no_crash():
     program = CpuProgram(linear(torch.ones(2, 2, dtype=torch.float64)), torch.float32, 4)
     with pytest.raises(TypeError):
         kernel.run(1)
-    arrays = {"x": torch.zeros(1, 2), "value": torch.zeros(1, 2)}
-    kernel.run(program._words, program._addresses, ("x", "value"), arrays, 0, 1)
-    with pytest.raises(ValueError, match="as many names"):
-        kernel.run(program._words, program._addresses, ("x",), arrays, 0, 1)
-    with pytest.raises(TypeError, match="bytes"):
-        kernel.run(0, program._addresses, ("x", "value"), arrays, 0, 1)
-    for wrong in (b"", program._words[:-8], program._words + bytes(8)):
+    arrays = {"x": torch.zeros(1, 2), "out": torch.zeros(1, 2)}
+    words, constants, addresses = program._words, program._addresses, bytes(16)
+    kernel.run(words, constants, addresses, 0, 0)
+    for wrong in (b"", words[:-8], words + bytes(8)):
         with pytest.raises(ValueError, match="the words of a program"):
-            kernel.run(wrong, program._addresses, ("x", "value"), arrays, 0, 1)
+            kernel.run(wrong, constants, addresses, 0, 1)
         with pytest.raises(ValueError, match="the words of a program"):
-            kernel.bind(program, wrong, program._addresses, torch.Tensor, 1, (), ())
-        with pytest.raises(ValueError, match="as many constants as it says"):
-            kernel.run(program._words, wrong, ("x", "value"), arrays, 0, 1)
-    with pytest.raises(TypeError, match="a tuple of names"):
-        kernel.run(program._words, program._addresses, ["x", "value"], arrays, 0, 1)
+            kernel.bind(program, wrong, constants, torch.Tensor, 1, b"", (), b"")
+    for wrong in (bytes(8), bytes(24)):
+        with pytest.raises(ValueError, match="expected 2 addresses"):
+            kernel.run(words, constants, wrong, 0, 1)
+    with pytest.raises(ValueError, match="expected 1 addresses"):
+        kernel.run(words, b"", addresses, 0, 1)
+    with pytest.raises(ValueError, match="expected 1 addresses"):
+        kernel.bind(program, words, bytes(16), torch.Tensor, 1, b"", (), b"")
+    for arguments in ((0, constants, addresses), (words, 0, addresses), (words, constants, 0)):
+        with pytest.raises(TypeError, match="bytes"):
+            kernel.run(*arguments, 0, 1)
     with pytest.raises(TypeError):
-        kernel.run(program._words, program._addresses, ("x", "value"), arrays, "0", 1)
-    with pytest.raises(KeyError, match="value"):
-        kernel.run(program._words, program._addresses, ("x", "value"), {"x": arrays["x"]}, 0, 1)
+        kernel.run(words, constants, addresses, "0", 1)
+    slot = structures.CONSTANTS["MOST_AXES"] + 2
+    for head in ((2, 2), (-2, 2), (0, -1), (0, slot - 1)):  # an array that the program lacks; no such number of axes
+        wrong = array("q", [*head, *[1] * (slot - 2)]).tobytes()
+        for inputs, results in ((wrong, b""), (b"", wrong)):
+            with pytest.raises(ValueError, match="arrays of the program"):
+                kernel.bind(program, words, constants, torch.Tensor, 1, inputs, ("out",), results)
+    with pytest.raises(ValueError, match="at most 3 arrays"):
+        kernel.bind(program, words, constants, torch.Tensor, 1, bytes(4 * 8 * slot), (), b"")
+    with pytest.raises(ValueError, match="a name for each result"):
+        kernel.bind(program, words, constants, torch.Tensor, 1, b"", ("out",), b"")
+    with pytest.raises(KeyError, match="out"):
+        program.run({"x": arrays["x"]}, 0, 1)
     with pytest.raises(AttributeError, match="data_ptr"):
-        kernel.run(program._words, program._addresses, ("x", "value"), {"x": arrays["x"], "value": 1}, 0, 1)
+        program.run({"x": arrays["x"], "out": 1}, 0, 1)
     with pytest.raises(AttributeError, match="spce"):
         structures.pack("Array", {"spce": 1})

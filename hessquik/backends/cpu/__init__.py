@@ -6,14 +6,14 @@ on its index or on the other rows, so neither do its bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from struct import pack
+from array import array
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from hessquik.backends.cpu.packing import Packed
-from hessquik.backends.cpu.structures import KERNEL
+from hessquik.backends.cpu.structures import CONSTANTS, KERNEL
 from hessquik.backends.cpu.translate import Translation
 from hessquik.backends.runner import Bound, refuse
 from hessquik.steps import Program
@@ -29,7 +29,7 @@ def is_available() -> bool:
 def vector_bytes() -> int:
     """Return the bytes of this machine's vectors."""
     assert KERNEL is not None
-    return int(KERNEL.vector_bytes())
+    return int(KERNEL.vector_bytes)
 
 
 class CpuProgram:
@@ -53,7 +53,7 @@ class CpuProgram:
     ) -> None:
         """Translate the program."""
         assert KERNEL is not None, "the CPU kernel was not built"
-        widest = int(KERNEL.vector_bytes())
+        widest = int(KERNEL.vector_bytes)
         if vector_bytes is not None and (vector_bytes not in {16, 32, 64} or vector_bytes > widest):
             raise ValueError(f"vector_bytes must be 16, 32 or 64 and at most {widest} here, got {vector_bytes}")
         kind = Translation, dtype, tile_rows, vector_bytes or widest
@@ -61,8 +61,7 @@ class CpuProgram:
         self._arrays = tuple(translation.arrays)
         self._words = translation.words
         self._constants = translation.packed(program, packed)
-        self._addresses = pack(f"={len(self._constants)}q", *(constant.data_ptr() for constant in self._constants))
-        self._run = KERNEL.run
+        self._addresses = _words(constant.data_ptr() for constant in self._constants)
 
     def run(self, arrays: Mapping[str, Tensor], start: int, stop: int) -> None:
         """Compute rows ``start`` to ``stop``; other rows are unchanged.
@@ -72,7 +71,9 @@ class CpuProgram:
             start: The first row.
             stop: The row after the last one.
         """
-        self._run(self._words, self._addresses, self._arrays, arrays, start, stop)
+        assert KERNEL is not None
+        addresses = _words(arrays[name].data_ptr() for name in self._arrays)
+        KERNEL.run(self._words, self._addresses, addresses, start, stop)
 
     def bind(
         self, inputs: Mapping[str, tuple[int, ...]], results: Mapping[str, tuple[int, ...]], most_rows: int
@@ -86,6 +87,10 @@ class CpuProgram:
         """
         assert KERNEL is not None
         index = {name: i for i, name in enumerate(self._arrays)}
+
+        def slots(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+            return _slots((index.get(name, -1), shape) for name, shape in shapes.items())
+
         try:
             bound: Bound = KERNEL.bind(
                 self._constants,
@@ -93,9 +98,21 @@ class CpuProgram:
                 self._addresses,
                 Tensor,
                 most_rows,
-                tuple((index.get(name, -1), shape) for name, shape in inputs.items()),
-                tuple((name, (index.get(name, -1), shape)) for name, shape in results.items()),
+                slots(inputs),
+                tuple(results),
+                slots(results),
             )
         except (AttributeError, ValueError):  # a torch without DLPack's functions; more results than a call may have
             return refuse
         return bound
+
+
+def _words(numbers: Iterable[int]) -> bytes:
+    """Return integers of eight bytes."""
+    return array("q", numbers).tobytes()
+
+
+def _slots(arrays: Iterable[tuple[int, tuple[int, ...]]]) -> bytes:
+    """Return arrays as ``bind`` takes them: the place among those of the program, or -1, and the shape of each."""
+    axes = CONSTANTS["MOST_AXES"]
+    return b"".join(_words((place, len(shape), *shape, *[0] * (axes - len(shape)))) for place, shape in arrays)

@@ -8,22 +8,21 @@
 
 #include "dlpack.h"
 
-enum { MOST_INPUTS = 3, MOST_RESULTS = 16, MOST_AXES = 6, OF_ROWS = -1, UNREAD = -1 };
+enum { MOST_INPUTS = 3, MOST_RESULTS = 16, OF_ROWS = -1, UNREAD = -1 };
 
-/* Shapes may have OF_ROWS as their first extent. */
+/* Which of the program's arrays it is, or UNREAD, and its shape, of which the first extent may be OF_ROWS. */
 typedef struct {
-    int external, ndim;
-    int64_t shape[MOST_AXES];
+    I external, ndim, shape[MOST_AXES];
 } Slot;
 
+/* `arguments` are those of bind(), which hold what the pointers point to. */
 typedef struct {
-    PyObject *owner, *words, *addresses, *tensor, *names[MOST_RESULTS];
+    PyObject *arguments, *tensor, *names;
     const DlpackFunctions *functions;
     const Program *program;
     void *const *constants;
-    int64_t most_rows;
-    int inputs, results;
-    Slot input[MOST_INPUTS], result[MOST_RESULTS];
+    const Slot *input, *result;
+    I inputs, results, most_rows;
 } Bound;
 
 /* A result: what torch is told about it, and 64 bytes aligned behind it the numbers.
@@ -54,7 +53,7 @@ static PyObject *new_result(const Bound *bound, const Slot *slot, int64_t rows, 
     *numbers = (char *)result + head;
     result->managed = (DlpackManaged){
         {DLPACK_MAJOR, DLPACK_MINOR}, result, free_result, 0,
-        {*numbers, DLPACK_CPU, 0, slot->ndim, DLPACK_FLOAT, (uint8_t)(8 * real), 1, result->shape, result->strides, 0},
+        {*numbers, DLPACK_CPU, 0, (int32_t)slot->ndim, DLPACK_FLOAT, (uint8_t)(8 * real), 1, result->shape, result->strides, 0},
     };
     for (int axis = 0; axis < slot->ndim; axis++) result->shape[axis] = shape[axis], result->strides[axis] = strides[axis];
     void *tensor = NULL;
@@ -96,10 +95,10 @@ static int is_plain(const Bound *bound, const Slot *slot, PyObject *input, int64
 static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count) {
     const Bound *bound = PyCapsule_GetPointer(self, "bound");
     if (!bound) return NULL;
-    if (count != bound->inputs) return PyErr_Format(PyExc_TypeError, "expected %d inputs", bound->inputs);
+    if (count != bound->inputs) return PyErr_Format(PyExc_TypeError, "expected %d inputs", (int)bound->inputs);
     void *arrays[MOST_INPUTS + MOST_RESULTS] = {0}, *numbers = NULL;
     int64_t rows = -1;
-    for (int i = 0; i < bound->inputs; i++) {
+    for (I i = 0; i < bound->inputs; i++) {
         const Slot *slot = &bound->input[i];
         if (!is_plain(bound, slot, inputs[i], &rows, &numbers)) {
             PyErr_Clear(); /* of a tensor without memory; the caller reports it */
@@ -109,9 +108,9 @@ static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count)
     }
     if (rows > bound->most_rows) Py_RETURN_NONE;
     PyObject *results = PyDict_New();
-    for (int i = 0; results && i < bound->results; i++) {
+    for (I i = 0; results && i < bound->results; i++) {
         PyObject *tensor = new_result(bound, &bound->result[i], rows, &numbers);
-        if (!tensor || PyDict_SetItem(results, bound->names[i], tensor)) {
+        if (!tensor || PyDict_SetItem(results, PyTuple_GetItem(bound->names, i), tensor)) {
             Py_DECREF(results);
             results = NULL;
         } else if (bound->result[i].external != UNREAD) arrays[bound->result[i].external] = numbers;
@@ -129,27 +128,20 @@ static PyObject *call(PyObject *self, PyObject *const *inputs, Py_ssize_t count)
 
 static void free_bound(PyObject *capsule) {
     Bound *bound = PyCapsule_GetPointer(capsule, "bound");
-    if (!bound) return;
-    for (int i = 0; i < bound->results; i++) Py_XDECREF(bound->names[i]);
-    Py_XDECREF(bound->tensor);
-    Py_XDECREF(bound->words);
-    Py_XDECREF(bound->addresses);
-    Py_XDECREF(bound->owner);
+    if (bound) Py_DECREF(bound->arguments);
     PyMem_Free(bound);
 }
 
-/* Read (external, shape) into a slot; 0, or -1 with an error set. */
-static int read_slot(const Program *program, PyObject *pair, Slot *slot) {
-    PyObject *shape;
-    if (!PyArg_ParseTuple(pair, "iO!", &slot->external, &PyTuple_Type, &shape)) return -1;
-    const Py_ssize_t ndim = PyTuple_Size(shape);
-    if (ndim > MOST_AXES || slot->external < UNREAD || slot->external >= program->arrays) {
-        PyErr_SetString(PyExc_ValueError, "expected at most 6 axes, and an array of the program or -1");
-        return -1;
-    }
-    slot->ndim = (int)ndim;
-    for (Py_ssize_t axis = 0; axis < ndim; axis++) slot->shape[axis] = PyLong_AsLongLong(PyTuple_GetItem(shape, axis));
-    return PyErr_Occurred() ? -1 : 0;
+/* The slots in an object of bytes, and their number; null with an error set if one does not fit the program. */
+static const Slot *read_slots(const Program *program, PyObject *bytes, I most, I *count) {
+    const Slot *slots = (const Slot *)PyBytes_AsString(bytes);
+    if (!slots) return NULL;
+    *count = PyBytes_Size(bytes) / (Py_ssize_t)sizeof(Slot);
+    int fits = *count <= most;
+    for (I i = 0; fits && i < *count; i++)
+        fits = slots[i].ndim >= 0 && slots[i].ndim <= MOST_AXES && slots[i].external >= UNREAD &&
+               slots[i].external < program->arrays;
+    return fits ? slots : (void *)PyErr_Format(PyExc_ValueError, "expected at most %d arrays of the program", (int)most);
 }
 
 static PyMethodDef method = {
@@ -159,47 +151,33 @@ static PyMethodDef method = {
 
 PyObject *hessquik_bind(PyObject *module, PyObject *arguments) {
     (void)module;
-    PyObject *owner, *words, *addresses, *tensor, *inputs, *results;
+    Bound given = {.arguments = arguments};
+    PyObject *owner, *words, *addresses, *inputs, *results;
     long long most_rows;
-    if (!PyArg_ParseTuple(arguments, "OOOOLO!O!", &owner, &words, &addresses, &tensor, &most_rows, &PyTuple_Type,
-                          &inputs, &PyTuple_Type, &results))
+    if (!PyArg_ParseTuple(arguments, "OOOOLOO!O", &owner, &words, &addresses, &given.tensor, &most_rows, &inputs,
+                          &PyTuple_Type, &given.names, &results) ||
+        !(given.program = hessquik_program(words)) ||
+        !(given.constants = hessquik_addresses(addresses, given.program->constants)) ||
+        !(given.input = read_slots(given.program, inputs, MOST_INPUTS, &given.inputs)) ||
+        !(given.result = read_slots(given.program, results, MOST_RESULTS, &given.results)))
         return NULL;
-    void *const *constants;
-    const Program *program = hessquik_program(words, addresses, &constants);
-    if (!program) return NULL;
-    PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
-    const DlpackFunctions *functions = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+    given.most_rows = most_rows;
+    PyObject *capsule = PyObject_GetAttrString(given.tensor, "__dlpack_c_exchange_api__");
+    given.functions = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
     Py_XDECREF(capsule); /* the functions live as long as torch */
-    if (!functions) return NULL;
-    const Py_ssize_t given = PyTuple_Size(inputs), wanted = PyTuple_Size(results);
-    if (functions->version.major != DLPACK_MAJOR || !functions->describe || given > MOST_INPUTS || wanted > MOST_RESULTS ||
-        program->arrays > MOST_INPUTS + MOST_RESULTS)
-        return PyErr_Format(PyExc_ValueError, "expected version 1 of DLPack, at most 3 inputs and 16 results");
-    Bound *bound = PyMem_Calloc(1, sizeof(Bound));
+    if (!given.functions) return NULL;
+    if (given.functions->version.major != DLPACK_MAJOR || !given.functions->describe ||
+        given.results != PyTuple_Size(given.names) || given.program->arrays > MOST_INPUTS + MOST_RESULTS)
+        return PyErr_Format(PyExc_ValueError, "expected version 1 of DLPack, and a name for each result");
+    Bound *bound = PyMem_Malloc(sizeof(Bound));
     PyObject *held = bound ? PyCapsule_New(bound, "bound", free_bound) : NULL;
     if (!held) {
         PyMem_Free(bound);
         return PyErr_NoMemory();
     }
-    Py_INCREF(owner);
-    Py_INCREF(words);
-    Py_INCREF(addresses);
-    Py_INCREF(tensor);
-    bound->owner = owner, bound->words = words, bound->addresses = addresses, bound->tensor = tensor;
-    bound->functions = functions, bound->program = program, bound->constants = constants;
-    bound->most_rows = most_rows, bound->inputs = (int)given;
-    PyObject *function = NULL;
-    for (Py_ssize_t i = 0; i < given; i++)
-        if (read_slot(program, PyTuple_GetItem(inputs, i), &bound->input[i])) goto done;
-    for (Py_ssize_t i = 0; i < wanted; i++) {
-        PyObject *name, *slot;
-        if (!PyArg_ParseTuple(PyTuple_GetItem(results, i), "UO!", &name, &PyTuple_Type, &slot)) goto done;
-        Py_INCREF(name);
-        bound->names[bound->results++] = name;
-        if (read_slot(program, slot, &bound->result[i])) goto done;
-    }
-    function = PyCFunction_New(&method, held);
-done:
+    *bound = given;
+    Py_INCREF(arguments);
+    PyObject *function = PyCFunction_New(&method, held);
     Py_DECREF(held);
     return function;
 }

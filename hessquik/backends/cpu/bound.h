@@ -8,13 +8,13 @@
 
 #include "program.h"
 
-/* The program and the addresses of its constants in two objects of bytes; null with an error set if they are not. */
-const Program *hessquik_program(PyObject *words, PyObject *addresses, void *const **constants);
+/* The program in an object of bytes, and the addresses in one; null with an error set if they are not there. */
+const Program *hessquik_program(PyObject *words);
+void *const *hessquik_addresses(PyObject *bytes, I count);
 
-/* bind(owner, program, constants, tensor, most_rows, inputs, results): a function of x, weights and directions, all of the class
- * `tensor` or None, that returns a dictionary of new tensors, or None where the inputs are not plain. `owner` keeps the
- * program's constants. Inputs are (index, shape), results (name, (index, shape)); an index is that of the program's array,
- * or -1 if it has none; an extent of -1 is the number of rows. */
+/* bind(owner, program, constants, tensor, most_rows, inputs, names, results): a function of x, weights and directions,
+ * all of the class `tensor` or None, that returns a dictionary of new tensors, or None where the inputs are not plain.
+ * `owner` keeps the program's constants. Inputs and results are bytes, a Slot each; `names` are those of the results. */
 PyObject *hessquik_bind(PyObject *module, PyObject *arguments);
 
 #endif

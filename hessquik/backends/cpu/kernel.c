@@ -19,7 +19,10 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
-#define INLINE static inline __attribute__((always_inline))
+/* Functions of steps.h, for processors with the features TARGET. */
+#define FUNCTION static TARGET
+#define APART static __attribute__((noinline)) TARGET
+#define INLINE static inline __attribute__((always_inline)) TARGET
 
 /* A product that is rounded before it is added to: else the compiler makes one operation of both here and two there. */
 #if defined(__x86_64__)
@@ -47,6 +50,48 @@
 #define JOINED_(a, b) a##b
 #define JOINED(a, b) JOINED_(a, b)
 
+/* ---- What is another one for each REAL, float or double, and VECTOR_BYTES ---- */
+
+/* x with a suffix of its own. */
+#define NAME_(x, real, bytes) x##_##real##_##bytes
+#define NAME_OF(x, real, bytes) NAME_(x, real, bytes)
+#define NAME(x) NAME_OF(x, REAL, VECTOR_BYTES)
+#define IS_float 0
+#define IS_double 1
+#define IS_DOUBLE JOINED(IS_, REAL)
+#define INT_float int32_t
+#define INT_double int64_t
+#define INT JOINED(INT_, REAL)
+#define COEFFICIENTS(name) JOINED(name##_, REAL)
+
+/* A vector, integers of the same size, and how many numbers it holds. */
+#define V NAME(vector)
+#define VI NAME(integers)
+#define VL ((I)LANES)
+#define LANES_float_64 16
+#define LANES_double_64 8
+#define LANES_float_32 8
+#define LANES_double_32 4
+#define LANES_float_16 4
+#define LANES_double_16 2
+#define LANES NAME(LANES)
+
+#define SPLAT(a) NAME(splat)((REAL)(a))
+#define SELECT(mask, a, b) NAME(select)((VI)(mask), a, b)
+#define POLYNOMIAL(p, x, coefficients) \
+    V p = SPLAT(coefficients[sizeof coefficients / sizeof *coefficients - 1]); \
+    UNROLL for (int i_ = sizeof coefficients / sizeof *coefficients - 2; i_ >= 0; i_--) p = p * (x) + coefficients[i_]
+
+/* Rows of the matrix product's block, as many as its sums fit the registers, and of one that is twice as wide. */
+#define ROWS_64 8
+#define ROWS_32 6
+#define ROWS_16 6
+#define MR JOINED(ROWS_, VECTOR_BYTES)
+#define FEW_ROWS_64 4
+#define FEW_ROWS_32 3
+#define FEW_ROWS_16 3
+#define FEW_ROWS JOINED(FEW_ROWS_, VECTOR_BYTES)
+
 enum { MOST_NV = 4 * NV, MOST_SUMS = 16 };
 
 /* What a program runs with: memory, the call's arrays and the tile. */
@@ -58,108 +103,40 @@ typedef struct {
 
 static inline const Step *behind(const Step *step) { return (const Step *)((const I *)step + step->size); }
 
-#define FOR_EACH_ROW_COUNT_3(do, nv) do(1, nv) do(2, nv) do(3, nv)
-#define FOR_EACH_ROW_COUNT_4(do, nv) FOR_EACH_ROW_COUNT_3(do, nv) do(4, nv)
-#define FOR_EACH_ROW_COUNT_6(do, nv) FOR_EACH_ROW_COUNT_4(do, nv) do(5, nv) do(6, nv)
-#define FOR_EACH_ROW_COUNT_8(do, nv) FOR_EACH_ROW_COUNT_6(do, nv) do(7, nv) do(8, nv)
+#define FOR_EACH_UP_TO_3(do, nv) do(1, nv) do(2, nv) do(3, nv)
+#define FOR_EACH_UP_TO_4(do, nv) FOR_EACH_UP_TO_3(do, nv) do(4, nv)
+#define FOR_EACH_UP_TO_6(do, nv) FOR_EACH_UP_TO_4(do, nv) do(5, nv) do(6, nv)
+#define FOR_EACH_UP_TO_8(do, nv) FOR_EACH_UP_TO_6(do, nv) do(7, nv) do(8, nv)
+#define FOR_EACH_UP_TO(count) JOINED(FOR_EACH_UP_TO_, count)
 
 /* HESSQUIK_GENERIC: only the vectors that every processor has, which compile in a fraction of the time. */
 #if defined(__x86_64__) && !defined(HESSQUIK_GENERIC)
 #define HAS_WIDE_VECTORS
-#endif
-#define GENERIC_BYTES 16
-#ifdef HAS_WIDE_VECTORS
-/* ---- Vectors of 64 bytes ---- */
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2")
-#endif
-#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_8
+/* The first `count` lanes, fewer than all. */
+#define BITS(count) ((1u << (count)) - 1)
+#define MASKED_LOAD_float_64(p, count) (V) _mm512_maskz_loadu_ps((__mmask16)BITS(count), p)
+#define MASKED_LOAD_double_64(p, count) (V) _mm512_maskz_loadu_pd((__mmask8)BITS(count), p)
+#define MASKED_LOAD_float_32(p, count) (V) _mm256_maskload_ps(p, (__m256i)NAME(lanes)(count))
+#define MASKED_LOAD_double_32(p, count) (V) _mm256_maskload_pd(p, (__m256i)NAME(lanes)(count))
+#define MASKED_STORE_float_64(p, v, count) _mm512_mask_storeu_ps(p, (__mmask16)BITS(count), (__m512)(v))
+#define MASKED_STORE_double_64(p, v, count) _mm512_mask_storeu_pd(p, (__mmask8)BITS(count), (__m512d)(v))
+#define MASKED_STORE_float_32(p, v, count) _mm256_maskstore_ps(p, (__m256i)NAME(lanes)(count), (__m256)(v))
+#define MASKED_STORE_double_32(p, v, count) _mm256_maskstore_pd(p, (__m256i)NAME(lanes)(count), (__m256d)(v))
+
+#define HAS_MASKS
 #define VECTOR_BYTES 64
-#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_4
-#define MR 8
-#define FEW_ROWS 4
-#define REAL float
-#define INT int32_t
-#define LANES 16
-#define NAME(x) x##_float_64
-#define MASKED_LOAD(p, count) (V) _mm512_maskz_loadu_ps((__mmask16)((1u << (count)) - 1), p)
-#define MASKED_STORE(p, v, count) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (count)) - 1), (__m512)(v))
-#include "steps.h"
-#define REAL double
-#define INT int64_t
-#define LANES 8
-#define NAME(x) x##_double_64
-#define MASKED_LOAD(p, count) (V) _mm512_maskz_loadu_pd((__mmask8)((1u << (count)) - 1), p)
-#define MASKED_STORE(p, v, count) _mm512_mask_storeu_pd(p, (__mmask8)((1u << (count)) - 1), (__m512d)(v))
-#include "steps.h"
-#undef VECTOR_BYTES
-#undef MR
-#undef FEW_ROWS
-#undef FOR_EACH_ROW_COUNT
-#undef FOR_EACH_FEW_ROWS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-/* ---- Vectors of 32 bytes ---- */
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2")
-#endif
-#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512cd,avx2,fma,bmi,bmi2")))
+#include "both.h"
 #define VECTOR_BYTES 32
-#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_3
-#define MR 6
-#define FEW_ROWS 3
-#define REAL float
-#define INT int32_t
-#define LANES 8
-#define NAME(x) x##_float_32
-#define MASKED_LOAD(p, count) (V) _mm256_maskload_ps(p, (__m256i)NAME(lanes)(count))
-#define MASKED_STORE(p, v, count) _mm256_maskstore_ps(p, (__m256i)NAME(lanes)(count), (__m256)(v))
-#include "steps.h"
-#define REAL double
-#define INT int64_t
-#define LANES 4
-#define NAME(x) x##_double_32
-#define MASKED_LOAD(p, count) (V) _mm256_maskload_pd(p, (__m256i)NAME(lanes)(count))
-#define MASKED_STORE(p, v, count) _mm256_maskstore_pd(p, (__m256i)NAME(lanes)(count), (__m256d)(v))
-#include "steps.h"
-#undef VECTOR_BYTES
-#undef MR
-#undef FEW_ROWS
-#undef FOR_EACH_ROW_COUNT
-#undef FOR_EACH_FEW_ROWS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#define TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#include "both.h"
+#undef HAS_MASKS
 #endif
 
-/* ---- Vectors of 16 bytes, which every processor has ---- */
-#define FOR_EACH_ROW_COUNT FOR_EACH_ROW_COUNT_6
-#define VECTOR_BYTES GENERIC_BYTES
-#define FOR_EACH_FEW_ROWS FOR_EACH_ROW_COUNT_3
-#define MR 6
-#define FEW_ROWS 3
-#define REAL float
-#define INT int32_t
-#define LANES 4
-#define NAME(x) x##_float_16
-#include "steps.h"
-#define REAL double
-#define INT int64_t
-#define LANES 2
-#define NAME(x) x##_double_16
-#include "steps.h"
+/* The vectors that every processor has. */
+#define VECTOR_BYTES 16
+#define TARGET
+#include "both.h"
 
 I hessquik_vector_bytes(void) {
 #ifdef HAS_WIDE_VECTORS
@@ -171,7 +148,7 @@ I hessquik_vector_bytes(void) {
                            __builtin_cpu_supports("avx512cd");
     if (has_avx2) return has_avx512 ? 64 : 32;
 #endif
-    return GENERIC_BYTES;
+    return 16;
 }
 
 /* ---- Memory of a call: blocks that are kept for the next one, whichever thread makes it ---- */

@@ -7,13 +7,7 @@
 INLINE V NAME(magnitude)(V x) { return (V)((VI)x & ~(VI)NAME(splat)((REAL)-0.0)); }
 INLINE V NAME(with_sign)(V x, V sign) { return (V)((VI)x | ((VI)sign & (VI)NAME(splat)((REAL)-0.0))); }
 INLINE VI NAME(is_nan)(V x) { return (VI)(x != x); }
-INLINE V NAME(power_of_two)(VI k) { return (V)((k + (DOUBLE ? 1023 : 127)) << (DOUBLE ? 52 : 23)); }
-
-#define SPLAT(a) NAME(splat)((REAL)(a))
-#define SELECT(mask, a, b) NAME(select)((VI)(mask), a, b)
-#define POLYNOMIAL(p, x, coefficients) \
-    V p = SPLAT(coefficients[sizeof coefficients / sizeof *coefficients - 1]); \
-    UNROLL for (int i_ = sizeof coefficients / sizeof *coefficients - 2; i_ >= 0; i_--) p = p * (x) + coefficients[i_]
+INLINE V NAME(power_of_two)(VI k) { return (V)((k + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23)); }
 
 /* y + low = k ln 2 + r; returns exp(r) - 1 by its series. */
 INLINE V NAME(reduced_expm1)(V y, V low, V *k) {
@@ -23,7 +17,7 @@ INLINE V NAME(reduced_expm1)(V y, V low, V *k) {
         1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0,
 #endif
     };
-    const V shift = SPLAT(DOUBLE ? 6755399441055744.0 : 12582912.0); /* adding it rounds to an integer */
+    const V shift = SPLAT(IS_DOUBLE ? 6755399441055744.0 : 12582912.0); /* adding it rounds to an integer */
     *k = (y * (REAL)1.4426950408889634 + shift) - shift;
     /* The first part of ln 2 has few enough bits that k times it is exact. */
     V r = y - *k * COEFFICIENTS(log_2)[0];
@@ -34,7 +28,7 @@ INLINE V NAME(reduced_expm1)(V y, V low, V *k) {
 
 /* exp(y + low) for y <= 0. */
 INLINE V NAME(exp_negative)(V y, V low) {
-    const V lowest = SPLAT(DOUBLE ? -708.0 : -87.0);
+    const V lowest = SPLAT(IS_DOUBLE ? -708.0 : -87.0);
     VI vanishes = (VI)(y < lowest);
     V k, p = NAME(reduced_expm1)(SELECT(vanishes, lowest, y), low, &k);
     V scale = NAME(power_of_two)(__builtin_convertvector(k, VI));
@@ -44,7 +38,7 @@ INLINE V NAME(exp_negative)(V y, V low) {
 
 /* exp(y) - 1 for y <= 0. */
 INLINE V NAME(expm1_negative)(V y) {
-    const V lowest = SPLAT(DOUBLE ? -708.0 : -87.0);
+    const V lowest = SPLAT(IS_DOUBLE ? -708.0 : -87.0);
     V k, p = NAME(reduced_expm1)(SELECT(y < lowest, lowest, y), (V){0}, &k);
     V scale = NAME(power_of_two)(__builtin_convertvector(k, VI));
     return scale * p + (scale - 1);
@@ -56,13 +50,13 @@ INLINE V NAME(clamp)(V x, REAL low, REAL high) {
 }
 
 INLINE V NAME(exp)(V x) {
-    V k, p = NAME(reduced_expm1)(NAME(clamp)(x, (REAL)(DOUBLE ? -746 : -104), (REAL)(DOUBLE ? 710 : 89)), (V){0}, &k);
+    V k, p = NAME(reduced_expm1)(NAME(clamp)(x, (REAL)(IS_DOUBLE ? -746 : -104), (REAL)(IS_DOUBLE ? 710 : 89)), (V){0}, &k);
     VI whole = __builtin_convertvector(k, VI), half = whole >> 1; /* 2^k itself may be out of range */
     return (p + 1) * NAME(power_of_two)(half) * NAME(power_of_two)(whole - half);
 }
 
 INLINE V NAME(expm1)(V x) {
-    V k, p = NAME(reduced_expm1)(NAME(clamp)(x, (REAL)(DOUBLE ? -708 : -87), (REAL)(DOUBLE ? 710 : 89)), (V){0}, &k);
+    V k, p = NAME(reduced_expm1)(NAME(clamp)(x, (REAL)(IS_DOUBLE ? -708 : -87), (REAL)(IS_DOUBLE ? 710 : 89)), (V){0}, &k);
     V scale = NAME(power_of_two)(__builtin_convertvector(k, VI) - 1);
     V result = 2 * (scale * p + (scale - (REAL)0.5));
     return SELECT(x == 0, x, result);
@@ -87,8 +81,8 @@ INLINE V NAME(log_and)(V u, V more) {
 #endif
     };
     const VI root_half = (VI)SPLAT(0.70710678118654752440);
-    VI exponent = ((VI)u - root_half) >> (DOUBLE ? 52 : 23);
-    V f = (V)((VI)u - (exponent << (DOUBLE ? 52 : 23))) - 1, k = __builtin_convertvector(exponent, V);
+    VI exponent = ((VI)u - root_half) >> (IS_DOUBLE ? 52 : 23);
+    V f = (V)((VI)u - (exponent << (IS_DOUBLE ? 52 : 23))) - 1, k = __builtin_convertvector(exponent, V);
     V s = f / (f + 2), z = s * s, square = (REAL)0.5 * f * f;
     POLYNOMIAL(p, z, odd);
     /* log(1 + f) = f - f²/2 + s (f²/2 + 2 z p) */
@@ -97,7 +91,7 @@ INLINE V NAME(log_and)(V u, V more) {
 }
 
 INLINE V NAME(log)(V x) {
-    const V infinity = SPLAT(__builtin_inf()), smallest = SPLAT(DOUBLE ? 2.2250738585072014e-308 : 1.17549435e-38f);
+    const V infinity = SPLAT(__builtin_inf()), smallest = SPLAT(IS_DOUBLE ? 2.2250738585072014e-308 : 1.17549435e-38f);
     V result = NAME(log_and)(x, (V){0});
     result = SELECT(x < smallest, -infinity, result);
     result = SELECT(x == infinity, infinity, result);
@@ -124,7 +118,7 @@ INLINE V NAME(erfcx)(V a) {
 
 /* exp(-scale a²) without the error that rounding a² would make: a² = high² + (a - high) (a + high), high² exact. */
 INLINE V NAME(gaussian)(V a, REAL scale) {
-    V high = (V)((VI)a & ((VI){0} - ((INT)1 << (DOUBLE ? 27 : 12))));
+    V high = (V)((VI)a & ((VI){0} - ((INT)1 << (IS_DOUBLE ? 27 : 12))));
     return NAME(exp_negative)(-scale * (high * high), -scale * ((a - high) * (a + high)));
 }
 
@@ -133,21 +127,21 @@ INLINE V NAME(erf)(V x) {
     VI is_small = (VI)(a < 1);
     z = SELECT(is_small, z, SPLAT(1));
     POLYNOMIAL(small, z, COEFFICIENTS(erf));
-    a = SELECT(a > (REAL)ERFCX_LARGEST, SPLAT(ERFCX_LARGEST), a);
+    a = SELECT(a > (REAL)COEFFICIENTS(ERFCX_LARGEST), SPLAT(COEFFICIENTS(ERFCX_LARGEST)), a);
     V large = 1 - NAME(exp_negative)(-(a * a), (V){0}) * NAME(erfcx)(a);
     return SELECT(is_small, x * small, NAME(with_sign)(large, x));
 }
 
 INLINE V NAME(ndtr)(V x) {
     V a = NAME(magnitude)(x);
-    a = SELECT(a > (REAL)(ERFCX_LARGEST * 1.414), SPLAT(ERFCX_LARGEST * 1.414), a);
+    a = SELECT(a > (REAL)(COEFFICIENTS(ERFCX_LARGEST) * 1.414), SPLAT(COEFFICIENTS(ERFCX_LARGEST) * 1.414), a);
     V tail = (REAL)0.5 * (NAME(gaussian)(a, (REAL)0.5) * NAME(erfcx)(a * (REAL)0.70710678118654752440));
     return SELECT(x > 0, 1 - tail, tail);
 }
 
 /* x = k pi/2 + r, |r| <= pi/4, for x that is not large: the parts of pi/2 but the last have few bits. */
 INLINE V NAME(quarter)(V x, VI *k) {
-    const V shift = SPLAT(DOUBLE ? 6755399441055744.0 : 12582912.0);
+    const V shift = SPLAT(IS_DOUBLE ? 6755399441055744.0 : 12582912.0);
     V turns = (x * (REAL)0.63661977236758134308 + shift) - shift;
     *k = __builtin_convertvector(turns, VI);
     for (unsigned i = 0; i < sizeof COEFFICIENTS(half_pi) / sizeof(REAL); i++) x = x - turns * COEFFICIENTS(half_pi)[i];
@@ -175,7 +169,7 @@ INLINE V NAME(sine)(V x, INT quarters) {
     s = r + r * z * s;
     c = 1 - (REAL)0.5 * z + z * z * c;
     V result = SELECT((k & 1) == 0, s, c);
-    return (V)((VI)result ^ ((k & 2) << (DOUBLE ? 62 : 30)));
+    return (V)((VI)result ^ ((k & 2) << (IS_DOUBLE ? 62 : 30)));
 }
 
 INLINE V NAME(atan)(V x) {
@@ -189,14 +183,15 @@ INLINE V NAME(atan)(V x) {
     return NAME(with_sign)(start + t * p, x);
 }
 
+#define LARGEST_ANGLE (IS_DOUBLE ? 5e5 : 1600.0)
 /* sin and cos of numbers whose quarter turns have too many bits: lane by lane. */
-static __attribute__((noinline)) void NAME(sine_of_large)(const REAL *x, REAL *result, I count, INT quarters) {
+APART void NAME(sine_of_large)(const REAL *x, REAL *result, I count, INT quarters) {
     for (I i = 0; i < count; i++)
         if (!(__builtin_fabs((double)x[i]) <= LARGEST_ANGLE))
             result[i] = (REAL)(quarters ? cos((double)x[i]) : sin((double)x[i]));
 }
 
-static void NAME(sines)(const REAL *x, I step, REAL *result, I count, INT quarters) {
+FUNCTION void NAME(sines)(const REAL *x, I step, REAL *result, I count, INT quarters) {
     REAL copy[CHUNK_BYTES / sizeof(REAL)];
     VI is_large = {0};
     for (I i = 0; i < count; i++) {
@@ -213,7 +208,7 @@ static void NAME(sines)(const REAL *x, I step, REAL *result, I count, INT quarte
 /* ---- Maps ---- */
 
 /* One instruction on count vectors; a step of 0 instead of a vector repeats a constant. */
-static void NAME(apply)(
+FUNCTION void NAME(apply)(
     I op, REAL *restrict result, I count, const REAL *a, I a_step, const REAL *b, I b_step, const REAL *c, I c_step
 ) {
 #define APPLY(name, value) \
@@ -254,7 +249,7 @@ static void NAME(apply)(
     case OP_cos: NAME(sines)(a, a_step, result, count, 1); break;
     case OP_sqrt:
         for (I i = 0; i < count; i++)
-            for (I l = 0; l < VL; l++) result[i * VL + l] = SQUARE_ROOT(a[i * a_step + l]);
+            for (I l = 0; l < VL; l++) result[i * VL + l] = IS_DOUBLE ? __builtin_sqrt(a[i * a_step + l]) : __builtin_sqrtf(a[i * a_step + l]);
         break;
     case OP_where:
         for (I i = 0; i < count; i++) {
@@ -263,8 +258,6 @@ static void NAME(apply)(
         }
         break;
     }
-#undef APPLY
-#undef APPLY_2
 }
 
 /* Where a map is: inner entry (row, o, i) and the numbers from w on of this and the next `entries` ones. */
@@ -284,7 +277,7 @@ INLINE void NAME(next)(NAME(Place) *at, const Map *m) {
 }
 
 /* Copy entries of an array, which lie anyhow, to neighbouring places, `width` apart. */
-static void NAME(gather)(
+FUNCTION void NAME(gather)(
     const Map *m, const Array *a, const REAL *base, NAME(Place) at, I width, REAL *restrict copy
 ) {
     const I left = m->columns - at.w, count = left < width ? left : width, whole = a->is_whole ? count : count / VL * VL;
@@ -299,7 +292,7 @@ static void NAME(gather)(
     }
 }
 
-static void NAME(scatter)(const Map *m, const Array *a, REAL *base, NAME(Place) at, I width, const REAL *copy) {
+FUNCTION void NAME(scatter)(const Map *m, const Array *a, REAL *base, NAME(Place) at, I width, const REAL *copy) {
     const I left = m->columns - at.w, count = left < width ? left : width, whole = count / VL * VL;
     for (I n = 0; n < at.entries; n++, copy += width, NAME(next)(&at, m)) {
         REAL *to = NAME(entry)(base, a, &at);
@@ -320,7 +313,7 @@ INLINE void NAME(mask_rest)(const Map *m, REAL *at, I entries, I w, I width) {
             NAME(store)(at + v, (V)((VI)NAME(load)(at + v) & NAME(lanes)(count > v ? count - v : 0)));
 }
 
-static __attribute__((noinline)) void NAME(map)(const Call *call, const Map *m) {
+APART void NAME(map)(const Call *call, const Map *m) {
     const I size = CHUNK_BYTES / sizeof(REAL), inputs = m->inputs, constants = m->constants, outputs = m->outputs;
     const I computed = inputs + m->instructions;
     const Input *input = (const Input *)(m + 1);
@@ -369,5 +362,4 @@ static __attribute__((noinline)) void NAME(map)(const Call *call, const Map *m) 
         }
         for (I n = 0; n < place.entries; n++) NAME(next)(&place, m);
     }
-#undef STEP
 }

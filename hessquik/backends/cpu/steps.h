@@ -1,12 +1,6 @@
 /* The steps of a program for one kind of number and one kind of processor.
  *
- * Included by kernel.c once per pair, with
- *   REAL, INT       the numbers, and integers of the same size
- *   NAME(x)         x with a suffix of its own
- *   VECTOR_BYTES    size of a vector register, and LANES numbers that it holds
- *   MR              rows of the matrix product's block, as many as its accumulators fit the registers
- *   FEW_ROWS        rows of a block that is twice as wide, likewise
- *   MASKED_LOAD, MASKED_STORE   of the first `count` lanes, where the processor has them
+ * Included by kernel.c for each REAL and VECTOR_BYTES, by which it names everything.
  *
  * Every number of a row is computed by the same operations in the same order wherever the row stands: products
  * add up over their inner index from its start to its end, never over rows, and no loop over rows has another
@@ -14,22 +8,6 @@
  */
 
 #include "coefficients.h"
-
-#define V NAME(vector)
-#define VI NAME(integers)
-#define VL ((I)LANES)
-#define IS_DOUBLE (LANES * 8 == VECTOR_BYTES)
-#define DOUBLE IS_DOUBLE
-#if IS_DOUBLE
-#define COEFFICIENTS(name) name##_double
-#define SQUARE_ROOT(x) __builtin_sqrt(x)
-#define LARGEST_ANGLE 5e5
-#else
-#define COEFFICIENTS(name) name##_float
-#define SQUARE_ROOT(x) __builtin_sqrtf(x)
-#define LARGEST_ANGLE 1600.0
-#endif
-#define ERFCX_LARGEST COEFFICIENTS(ERFCX_LARGEST)
 
 typedef REAL V __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef INT VI __attribute__((vector_size(VECTOR_BYTES), may_alias));
@@ -43,26 +21,15 @@ INLINE V NAME(select)(VI mask, V a, V b) { return (V)((mask & (VI)a) | (~mask & 
 
 /* All bits in the first `count` lanes, at most all. */
 INLINE VI NAME(lanes)(I count) {
-    static const INT bits[2 * LANES] = {
-        -1, -1,
-#if LANES > 2
-        -1, -1,
-#endif
-#if LANES > 4
-        -1, -1, -1, -1,
-#endif
-#if LANES > 8
-        -1, -1, -1, -1, -1, -1, -1, -1,
-#endif
-    };
+    static const INT bits[2 * LANES] = {[0 ... LANES - 1] = -1};
     return *(const NAME(unaligned_integers) *)(bits + LANES - (count < VL ? count : VL));
 }
 
 /* The first `count` numbers of a vector, at least one, and zeros. */
 INLINE V NAME(load_some)(const REAL *p, I count) {
     if (count >= VL) return NAME(load)(p);
-#ifdef MASKED_LOAD
-    return MASKED_LOAD(p, count);
+#ifdef HAS_MASKS
+    return NAME(MASKED_LOAD)(p, count);
 #else
     V v = {0};
     for (I l = 0; l < count; l++) v[l] = p[l];
@@ -75,8 +42,8 @@ INLINE void NAME(store_some)(REAL *p, V v, I count) {
         NAME(store)(p, v);
         return;
     }
-#ifdef MASKED_STORE
-    MASKED_STORE(p, v, count);
+#ifdef HAS_MASKS
+    NAME(MASKED_STORE)(p, v, count);
 #else
     for (I l = 0; l < count; l++) p[l] = v[l];
 #endif
@@ -130,7 +97,7 @@ INLINE REAL *NAME(beside)(const NAME(Beside) *b, I period, I i, I j) {
 }
 
 /* Write the sums of mr rows from i and nv vectors from j where columns lie apart. */
-static __attribute__((noinline)) void NAME(write_apart)(
+APART void NAME(write_apart)(
     const NAME(Matrices) *p, I mr, I nv, I i0, I j0, const V *sum
 ) {
     for (I i = i0; i < i0 + mr; i++)
@@ -207,8 +174,6 @@ INLINE void NAME(write)(
         place = is_last ? 0 : place;
         UNROLL for (int o = 0; o < 4; o++) if (at[o]) at[o] += is_last ? jump[o] : step[o];
     }
-#undef LOAD
-#undef STORE
 }
 
 /* The part of C with mr rows from i and nv vectors of columns from j. */
@@ -235,19 +200,19 @@ INLINE void NAME(block)(const int mr, const int nv, const NAME(Matrices) *p, I i
 
 /* Each size of block is a function of its own, small enough for the compiler to keep its sums in registers. */
 #define BLOCK_FUNCTION(mr, nv) \
-    static void NAME(block_##mr##_##nv)(const NAME(Matrices) *p, I i, I j) { NAME(block)(mr, nv, p, i, j); }
+    FUNCTION void NAME(block_##mr##_##nv)(const NAME(Matrices) *p, I i, I j) { NAME(block)(mr, nv, p, i, j); }
 #define BLOCK_ENTRY(mr, nv) NAME(block_##mr##_##nv),
-FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 1)
-FOR_EACH_ROW_COUNT(BLOCK_FUNCTION, 2)
-FOR_EACH_FEW_ROWS(BLOCK_FUNCTION, 4)
+FOR_EACH_UP_TO(MR)(BLOCK_FUNCTION, 1)
+FOR_EACH_UP_TO(MR)(BLOCK_FUNCTION, 2)
+FOR_EACH_UP_TO(FEW_ROWS)(BLOCK_FUNCTION, 4)
 BLOCK_FUNCTION(1, 8)
 
 /* Few rows take several panels at a time, so that there are sums enough to keep the multipliers busy. */
-static __attribute__((noinline)) void NAME(multiply)(const NAME(Matrices) *p) {
+APART void NAME(multiply)(const NAME(Matrices) *p) {
     static void (*const functions[4][MR])(const NAME(Matrices) *, I, I) = {
-        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 1)},
-        {FOR_EACH_ROW_COUNT(BLOCK_ENTRY, 2)},
-        {FOR_EACH_FEW_ROWS(BLOCK_ENTRY, 4)},
+        {FOR_EACH_UP_TO(MR)(BLOCK_ENTRY, 1)},
+        {FOR_EACH_UP_TO(MR)(BLOCK_ENTRY, 2)},
+        {FOR_EACH_UP_TO(FEW_ROWS)(BLOCK_ENTRY, 4)},
         {BLOCK_ENTRY(1, 8)},
     };
     /* Blocks of about the same height: 5 and 5 rows are faster than 8 and 2. */
@@ -265,11 +230,9 @@ static __attribute__((noinline)) void NAME(multiply)(const NAME(Matrices) *p) {
         j += VL << size;
     }
 }
-#undef BLOCK_FUNCTION
-#undef BLOCK_ENTRY
 
 /* Copy a matrix, whose numbers may lie anyhow, into panels. */
-static void NAME(pack)(const REAL *B, I b_depth, I b_column, I depth, I columns, REAL *restrict packed) {
+FUNCTION void NAME(pack)(const REAL *B, I b_depth, I b_column, I depth, I columns, REAL *restrict packed) {
     const I panel = NV * VL;
     for (I j = 0; j < columns; j += panel)
         for (I k = 0; k < depth; k++, packed += panel)
@@ -281,7 +244,7 @@ INLINE NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I oute
     return (NAME(Beside)){NAME(at)(call, a) + row * a->row + outer * a->outer, a->row, a->inner, a->column};
 }
 
-static __attribute__((noinline)) void NAME(product)(const Call *call, const Product *s) {
+APART void NAME(product)(const Call *call, const Product *s) {
     const I count = s->is_merged ? 1 : call->rows;
     for (I row = 0; row < count; row++)
         for (I o = 0; o < s->outer; o++) {
@@ -338,25 +301,23 @@ INLINE void NAME(dots)(
 
 /* Like those of products, each size is a function of its own. */
 #define DOTS_FUNCTION(rows, columns) \
-    static void NAME(dots_##rows##_##columns)( \
+    FUNCTION void NAME(dots_##rows##_##columns)( \
         I width, const REAL *A, I a_row, const REAL *B, I b_row, REAL *out \
     ) { NAME(dots)(rows, columns, width, A, a_row, B, b_row, out); }
 #define DOTS_ENTRY(rows, columns) NAME(dots_##rows##_##columns),
-FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 1)
-FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 2)
-FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 3)
-FOR_EACH_ROW_COUNT_4(DOTS_FUNCTION, 4)
+FOR_EACH_UP_TO_4(DOTS_FUNCTION, 1)
+FOR_EACH_UP_TO_4(DOTS_FUNCTION, 2)
+FOR_EACH_UP_TO_4(DOTS_FUNCTION, 3)
+FOR_EACH_UP_TO_4(DOTS_FUNCTION, 4)
 static void (*const NAME(dots_of)[BLOCK][BLOCK])(I, const REAL *, I, const REAL *, I, REAL *) = {
-    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 1)},
-    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 2)},
-    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 3)},
-    {FOR_EACH_ROW_COUNT_4(DOTS_ENTRY, 4)},
+    {FOR_EACH_UP_TO_4(DOTS_ENTRY, 1)},
+    {FOR_EACH_UP_TO_4(DOTS_ENTRY, 2)},
+    {FOR_EACH_UP_TO_4(DOTS_ENTRY, 3)},
+    {FOR_EACH_UP_TO_4(DOTS_ENTRY, 4)},
 };
-#undef DOTS_FUNCTION
-#undef DOTS_ENTRY
 
 /* One output after the other: the weighted rows J_a c_m times the rows J_b, blocks of about the same height. */
-static void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *weighted) {
+FUNCTION void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *weighted) {
     const I d = s->tangents, width = s->columns, row = s->a.inner, blocks = (d + BLOCK - 1) / BLOCK;
     REAL dot[BLOCK * BLOCK];
     for (I m = 0, a = 0, rows; m < blocks; m++, a += rows) {
@@ -380,7 +341,7 @@ static void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, cons
 }
 
 /* All outputs at once: the products J_a J_b, entry by entry, times the matrix of the c, written to both halves. */
-static void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *scratch) {
+FUNCTION void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *scratch) {
     const I d = s->tangents, width = s->columns;
     REAL *pairs = scratch, *packed = scratch + PAIRS * width;
     NAME(pack)(c, 1, s->b.inner, width, s->outputs, packed);
@@ -401,14 +362,14 @@ static void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const 
         }
 }
 
-static __attribute__((noinline)) void NAME(congruence)(const Call *call, const Congruence *s) {
+APART void NAME(congruence)(const Call *call, const Congruence *s) {
     const REAL *J = NAME(at)(call, &s->a), *c = NAME(at)(call, &s->b);
     REAL *H = NAME(at)(call, &s->out);
     for (I row = 0; row < call->rows; row++, J += s->a.row, c += s->b.row, H += s->out.row)
         (s->by_pairs ? NAME(congruence_by_pairs) : NAME(congruence_by_outputs))(s, J, c, H, call->scratch);
 }
 
-static void NAME(contract)(const Call *call, const Contract *s) {
+FUNCTION void NAME(contract)(const Call *call, const Contract *s) {
     const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *D = NAME(at)(call, &s->add);
     REAL *C = NAME(at)(call, &s->out), dot[BLOCK * BLOCK];
     const I count = s->is_merged ? 1 : call->rows, left = s->is_merged ? call->rows * s->left : s->left;
@@ -430,7 +391,7 @@ static void NAME(contract)(const Call *call, const Contract *s) {
 }
 
 /* C[w] = sum over the inner axis of A[j, w] (* B[j, w]). */
-static void NAME(sum_products)(const Call *call, const SumProducts *s) {
+FUNCTION void NAME(sum_products)(const Call *call, const SumProducts *s) {
     const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b);
     REAL *C = NAME(at)(call, &s->out);
     for (I row = 0; row < call->rows; row++)
@@ -453,7 +414,7 @@ static void NAME(sum_products)(const Call *call, const SumProducts *s) {
 
 /* ---- Programs ---- */
 
-static void NAME(clear)(const Call *call, const Clear *s) {
+FUNCTION void NAME(clear)(const Call *call, const Clear *s) {
     REAL *at = NAME(at)(call, &s->array);
     for (I row = 0; row < call->rows; row++)
         for (I o = 0; o < s->outer; o++)
@@ -461,7 +422,7 @@ static void NAME(clear)(const Call *call, const Clear *s) {
                 memset(at + row * s->array.row + o * s->array.outer + i * s->array.inner, 0, s->count * sizeof(REAL));
 }
 
-static void NAME(step)(const Call *call, const Step *s) {
+FUNCTION void NAME(step)(const Call *call, const Step *s) {
     switch (s->kind) {
     case IS_Product: NAME(product)(call, (const Product *)s); break;
     case IS_Map: NAME(map)(call, (const Map *)s); break;
@@ -472,7 +433,7 @@ static void NAME(step)(const Call *call, const Step *s) {
     }
 }
 
-static void NAME(run)(const Program *p, Call *call, I stop) {
+FUNCTION void NAME(run)(const Program *p, Call *call, I stop) {
     const Step *first = (const Step *)(p + 1);
     for (I i = 0; i < p->onces; i++, first = behind(first)) {
         call->rows = first->is_shared ? 1 : call->tile_rows;
@@ -485,22 +446,3 @@ static void NAME(run)(const Program *p, Call *call, I stop) {
         for (I i = 0; i < p->steps; i++, step = behind(step)) NAME(step)(call, step);
     }
 }
-
-#undef V
-#undef VI
-#undef VL
-#undef IS_DOUBLE
-#undef DOUBLE
-#undef COEFFICIENTS
-#undef SQUARE_ROOT
-#undef LARGEST_ANGLE
-#undef ERFCX_LARGEST
-#undef SPLAT
-#undef SELECT
-#undef POLYNOMIAL
-#undef REAL
-#undef INT
-#undef LANES
-#undef NAME
-#undef MASKED_LOAD
-#undef MASKED_STORE

@@ -24,42 +24,43 @@ def _load() -> ModuleType | None:
     try:
         kernel = importlib.import_module("hessquik.backends.cpu._kernel")
     except ImportError:
-        warnings.warn(
-            "the CPU kernel was not built, so torch evaluates networks, several times more slowly: "
-            "install again where there is a C compiler",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    if kernel.sources != fingerprint():
-        warnings.warn(
-            "the CPU kernel was built from other sources and is not used, so torch evaluates networks, several times "
-            "more slowly: install again",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return kernel
+        problem = "was not built"
+    else:
+        if kernel.sources == fingerprint():
+            return kernel
+        problem = "was built from other sources and is not used"
+    warnings.warn(
+        f"the CPU kernel {problem}, so torch evaluates networks, several times more slowly: install again where there "
+        "is a C compiler",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
-def _structures(rows: dict[str, tuple[int, tuple[tuple[str, str], ...]]]) -> dict[str, _Layout]:
-    """Return how each of the kernel's structures is packed."""
+def _constants(kernel: ModuleType) -> dict[str, int]:
+    """Return the kernel's constants: numbered names, a list in each line, and sizes, one in each line."""
+    numbered = [(name, i) for line in kernel.numbered.splitlines() for i, name in enumerate(line.split())]
+    return dict(numbered) | {name: int(size) for name, size in map(str.split, kernel.sizes.splitlines())}
+
+
+def _structures(kernel: ModuleType) -> dict[str, _Layout]:
+    """Return how each of the kernel's structures is packed: a line has its name, then types and names of fields."""
     formats, zeros = {"I": "q", "double": "d"}, {"I": 0, "double": 0.0}
     found: dict[str, _Layout] = {}
-    for name, (size, fields) in rows.items():
-        packer = Struct("=" + "".join(formats[kind] for _, kind in fields))
-        if packer.size != size:
-            raise ImportError(f"the kernel's {name} has {size} bytes, not {packer.size} as its fields have")
-        nested = {field: kind for field, kind in fields if kind not in zeros}
-        found[name] = packer, {field: zeros.get(kind, {}) for field, kind in fields}, nested
-        formats[name] = f"{size}s"
+    for line in kernel.structures.splitlines():
+        name, *words = line.split()
+        fields = dict(zip(words[1::2], words[::2], strict=True))
+        packer = Struct("=" + "".join(formats[kind] for kind in fields.values()))
+        nested = {field: kind for field, kind in fields.items() if kind not in zeros}
+        found[name] = packer, {field: zeros.get(kind, {}) for field, kind in fields.items()}, nested
+        formats[name] = f"{packer.size}s"
     return found
 
 
 KERNEL = _load()
-_INTERFACE = ({}, {}) if KERNEL is None else KERNEL.interface()
-CONSTANTS = _INTERFACE[1]
-_STRUCTURES = _structures(_INTERFACE[0])
+CONSTANTS = {} if KERNEL is None else _constants(KERNEL)
+_STRUCTURES = {} if KERNEL is None else _structures(KERNEL)
 _WORD_BYTES = 8
 
 
