@@ -389,7 +389,7 @@ class _Layout:
         if array.buffer.space is Space.CONSTANT and array.strides[-1] == 1:
             return array
         is_even = all(not stride % self.lanes for stride in (array.offset, *array.strides[:-1]))
-        is_own = array.buffer.space in {Space.TILE, Space.SHARED} and array.strides[-1] == 1
+        is_own = array.buffer.space.is_inside and array.strides[-1] == 1
         if is_own and is_even and not self.is_unpadded(i):
             return array
         if i not in self.padded_copies:
@@ -401,7 +401,7 @@ class _Layout:
     def has_padding(self, places: list[View]) -> bool:
         """Return whether an array among those to be written has a single column, which zeros have to follow."""
         return any(
-            place.buffer.space in {Space.TILE, Space.SHARED} and place.shape[-1] == 1 and prod(place.shape) > 1
+            place.buffer.space.is_inside and place.shape[-1] == 1 and prod(place.shape) > 1
             for place in places
         )
 
@@ -471,9 +471,9 @@ class _Layout:
     def operand_b(self, i: int) -> View:
         """Return the right factor of a product: a constant, or an array whose rows can be read in whole vectors."""
         array = self.read(i)
-        if array.buffer.space in {Space.INPUT, Space.OUTPUT}:
-            return self.padded(i)
-        return array
+        has_rows = array.shape[-1] == 1 or array.strides[-1] == 1
+        is_readable = array.buffer.space is Space.CONSTANT or (array.buffer.space.is_inside and has_rows)
+        return array if is_readable else self.padded(i)
 
     def merged(self, a: View, b: View, add: View | None, out: View | None, scaling: Scaling | None) -> Product:
         """Return a product; outer entries are joined with inner ones if all share B and the strides allow it."""

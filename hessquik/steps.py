@@ -20,6 +20,8 @@ Invariants that layout establishes and backends keep:
   column and the next multiple of the vector are zero: the step that writes the columns writes these zeros too
   (:meth:`Program.padding`). ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of
   their inputs, which are TILE, SHARED or CONSTANT arrays of unit column stride.
+* What is written in pieces is written from left to right, so that the zeros after one piece are overwritten by the next.
+* A product's B is a constant, or an array in TILE or SHARED memory whose columns are adjacent.
 * A step never writes what it reads, except that a map may write an output onto one of its inputs, entry by entry, and
   that a product may add D in place (C is D).
 """
@@ -280,39 +282,14 @@ class Program:
         """Return how many numbers after the columns of a written array its step sets to zero.
 
         In TILE and SHARED memory these are the numbers up to the next multiple of the vector. There are none where
-        the columns are scattered, where rows have no padding between them, or where some step writes other columns of
-        the buffer after these (an array written in pieces).
+        the columns are scattered or rows have no padding between them.
         """
-        written = self.derive("written", self._written).get(id(view.buffer), [])
-        scattered = any(other.strides[2] != 1 and other.shape[2] > 1 for other in written)
-        if view.buffer.space not in {Space.TILE, Space.SHARED} or scattered:
+        rows = zip(view.shape[:2], view.strides[:2], strict=True)
+        is_scattered = view.shape[2] > 1 and view.strides[2] != 1
+        has_no_gaps = any(extent > 1 and stride % self.vector for extent, stride in rows)
+        if not view.buffer.space.is_inside or is_scattered or has_no_gaps:
             return 0
-        if any(
-            stride % self.vector
-            for extent, stride in zip(view.shape[:2], view.strides[:2], strict=True)
-            if extent > 1
-        ):
-            return 0
-        pitches = [
-            stride
-            for other in written
-            for extent, stride in zip(other.shape[:2], other.strides[:2], strict=True)
-            if extent > 1
-        ]
-        pitch = min(pitches, default=view.buffer.size)
-        count = -(view.offset + view.shape[2]) % self.vector
-        begins = [((other.offset - view.offset) % pitch, other.shape[2]) for other in written]
-        stop = view.shape[2]
-        is_free = all(begin >= stop + count or begin + columns <= stop for begin, columns in begins)
-        return count if is_free else 0
-
-    def _written(self) -> dict[int, list[View]]:
-        """Return the arrays that steps write, by the identity of the buffer."""
-        found: dict[int, list[View]] = {}
-        for step in (*self.once, *self.steps):
-            for view in step.writes():
-                found.setdefault(id(view.buffer), []).append(view)
-        return found
+        return -(view.offset + view.shape[2]) % self.vector
 
     @property
     def operations(self) -> int:

@@ -18,6 +18,11 @@ class Space(Enum):
     TILE = "tile"
     SHARED = "shared"
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is memory that steps write for other steps."""
+        return self in {Space.TILE, Space.SHARED}
+
 
 @dataclass(eq=False, slots=True)
 class Buffer:

@@ -297,7 +297,9 @@ class _Writer:
             turned
             for view in self.known
             for turned in (view, view.permuted((0, 2, 1)), view.permuted((1, 0, 2)))
-            if turned.shape[0] in {1, outer}
+            if view.buffer.space.is_inside
+            and (turned.strides[2] == 1 or turned.shape[2] == 1)
+            and turned.shape[0] in {1, outer}
             and turned.shape[1] == depth
             and outer * inner * turned.shape[2] <= MOST_NUMBERS
         ]
@@ -460,10 +462,8 @@ class _Writer:
         width = first.shape[2] + second.shape[2]
         whole = self.new((*first.shape[:2], width))
         at = first.shape[2]
-        parts = [(first, whole.part(2, 0, at)), (second, whole.part(2, at, width))]
-        self.random.shuffle(parts)
         known = list(self.known)
-        for source, out in parts:
+        for source, out in ((first, whole.part(2, 0, at)), (second, whole.part(2, at, width))):
             self.steps.append(Map((source,), (), ((0, out),)))
         self.known = known
         if whole.buffer.space is not Space.OUTPUT:

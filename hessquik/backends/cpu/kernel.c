@@ -151,40 +151,25 @@ I hessquik_vector_bytes(void) {
     return 16;
 }
 
-/* ---- Memory of a call: blocks that are kept for the next one, whichever thread makes it ---- */
+/* ---- Memory of a call, which is kept for the next one, whichever thread makes it ---- */
 
-enum { CACHED_BLOCKS = 16 };
-static const size_t CACHE_BYTES = (size_t)64 << 20;
 typedef struct {
     size_t size;
 } Block;
-static Block *cache[CACHED_BLOCKS];
-static size_t cached_bytes;
+static const size_t MOST_KEPT_BYTES = (size_t)64 << 20;
+static Block *kept;
 
 static Block *acquire(size_t size) {
-    for (int i = 0; i < CACHED_BLOCKS; i++) {
-        if (!__atomic_load_n(&cache[i], __ATOMIC_RELAXED)) continue;
-        Block *block = __atomic_exchange_n(&cache[i], NULL, __ATOMIC_ACQ_REL);
-        if (!block) continue;
-        __atomic_fetch_sub(&cached_bytes, block->size, __ATOMIC_RELAXED);
-        if (block->size >= size) return block;
-        free(block); /* a larger one is kept in its place */
-    }
-    Block *block = NULL;
+    Block *block = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQ_REL);
+    if (block && block->size >= size) return block;
+    free(block);
     if (posix_memalign((void **)&block, 64, size)) return NULL;
     block->size = size;
     return block;
 }
 
 static void release(Block *block) {
-    const size_t size = block->size;
-    if (__atomic_add_fetch(&cached_bytes, size, __ATOMIC_RELAXED) <= CACHE_BYTES)
-        for (int i = 0; i < CACHED_BLOCKS; i++) {
-            Block *empty = NULL;
-            if (__atomic_compare_exchange_n(&cache[i], &empty, block, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
-        }
-    __atomic_fetch_sub(&cached_bytes, size, __ATOMIC_RELAXED);
-    free(block);
+    free(block->size > MOST_KEPT_BYTES ? block : __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL));
 }
 
 /* Numbers below the smallest normal one count as zero, whatever the calling thread's setting, which is returned. */

@@ -16,7 +16,7 @@ typedef int64_t I;
 /* Constants by name, numbered from 0: where an array begins, which kind a step is, and the primitives of
  * hessquik.pointwise. ABSENT: there is no array. */
 #define SPACES(F) F(ABSENT) F(CONSTANT) F(EXTERNAL) F(TILE) F(SHARED)
-#define KINDS(F) F(Product) F(Map) F(SumProducts) F(Contract) F(Congruence) F(Clear)
+#define KINDS(F) F(Product) F(Map) F(SumProducts) F(Contract) F(Clear)
 #define PRIMITIVES(F) \
     F(add) F(sub) F(mul) F(div) F(neg) F(abs) F(sqrt) F(maximum) F(minimum) F(gt) F(ge) F(where) \
     F(exp) F(expm1) F(log) F(log1p) F(tanh) F(sigmoid) F(erf) F(ndtr) F(sin) F(cos) F(atan)
@@ -43,13 +43,12 @@ typedef int64_t I;
     S(Step, STEP_FIELDS(F)) \
     /* C = A B + D, then E = alpha C * S + F * T. \
      *   panel       numbers between panels of B's columns \
-     *   packs       B has to be packed first, into the scratch memory \
      *   is_merged   the inner entries of all rows are one matrix \
      *   period      rows of that matrix after which D, E, S, F and T go on to the next row \
      *   is_plain    all columns are neighbours */ \
     S(Product, STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, add) F(Array, out) F(Array, scaled) F(Array, by) \
       F(Array, term) F(Array, term_by) F(double, alpha) F(I, outer) F(I, inner) F(I, depth) F(I, columns) F(I, panel) \
-      F(I, packs) F(I, is_merged) F(I, period) F(I, is_plain)) \
+      F(I, is_merged) F(I, period) F(I, is_plain)) \
     /* Pointwise instructions. Behind it are its inputs, instructions, outputs and constants. \
      * Registers: inputs, results, constants. \
      *   width       numbers from one inner entry to the next where all are neighbours; a multiple of the vector \
@@ -62,12 +61,14 @@ typedef int64_t I;
     S(Instruction, F(I, op) F(I, slot) F(I, a) F(I, b) F(I, c)) \
     S(Output, F(Array, array) F(I, value) F(I, is_run) F(I, is_direct)) \
     S(Number, F(double, value)) \
-    /* Sums over the inner axis; over the columns, to which D is added; and J diag(c_m) J^T. */ \
+    /* C[o, 0, w] = sum over the inner axis of A (* B). */ \
     S(SumProducts, STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, out) F(I, outer) F(I, inner) F(I, columns)) \
-    S(Contract, STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, add) F(Array, out) F(I, left) F(I, right) \
-      F(I, columns) F(I, is_merged)) \
-    S(Congruence, STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, out) F(I, tangents) F(I, outputs) F(I, columns) \
-      F(I, by_pairs)) \
+    /* C[i, j, k] = sum over the columns w of A[i, w] W[k, w] B[j, w] (+ D[i, j]). \
+     *   left, right, outputs   extents of C; with W, B is A and C is symmetric, and without there is one output \
+     *   is_merged      the rows of A, C and D of all rows are those of one matrix \
+     *   by_pairs       by products of pairs, for all outputs at once */ \
+    S(Contract, STEP_FIELDS(F) F(Array, a) F(Array, b) F(Array, weights) F(Array, add) F(Array, out) F(I, left) \
+      F(I, right) F(I, outputs) F(I, columns) F(I, is_merged) F(I, by_pairs)) \
     /* Zeros behind the columns of an array that the step before it wrote. */ \
     S(Clear, STEP_FIELDS(F) F(Array, array) F(I, outer) F(I, inner) F(I, count)) \
     /* Behind it are the steps, first those that run once. \

@@ -231,14 +231,6 @@ APART void NAME(multiply)(const NAME(Matrices) *p) {
     }
 }
 
-/* Copy a matrix, whose numbers may lie anyhow, into panels. */
-FUNCTION void NAME(pack)(const REAL *B, I b_depth, I b_column, I depth, I columns, REAL *restrict packed) {
-    const I panel = NV * VL;
-    for (I j = 0; j < columns; j += panel)
-        for (I k = 0; k < depth; k++, packed += panel)
-            for (I l = 0; l < panel; l++) packed[l] = j + l < columns ? B[k * b_depth + (j + l) * b_column] : 0;
-}
-
 INLINE NAME(Beside) NAME(placed)(const Call *call, const Array *a, I row, I outer) {
     if (a->space == ABSENT) return (NAME(Beside)){0};
     return (NAME(Beside)){NAME(at)(call, a) + row * a->row + outer * a->outer, a->row, a->inner, a->column};
@@ -248,18 +240,11 @@ APART void NAME(product)(const Call *call, const Product *s) {
     const I count = s->is_merged ? 1 : call->rows;
     for (I row = 0; row < count; row++)
         for (I o = 0; o < s->outer; o++) {
-            const REAL *B = NAME(placed)(call, &s->b, row, o).at;
-            I b_depth = s->b.inner;
-            if (s->packs) {
-                REAL *packed = call->scratch;
-                const int is_known = o ? !s->b.outer : row && !s->b.row && !s->b.outer;
-                if (!is_known) NAME(pack)(B, s->b.inner, s->b.column, s->depth, s->columns, packed);
-                B = packed, b_depth = NV * VL;
-            }
-            const NAME(Beside) a = NAME(placed)(call, &s->a, row, o), c = NAME(placed)(call, &s->out, row, o);
+            const NAME(Beside) a = NAME(placed)(call, &s->a, row, o), b = NAME(placed)(call, &s->b, row, o);
+            const NAME(Beside) c = NAME(placed)(call, &s->out, row, o);
             const NAME(Matrices) p = {
                 s->is_merged ? call->rows * s->inner : s->inner, s->columns, s->depth,
-                a.at, a.inner, a.column, B, s->panel, b_depth, c.at, c.inner, c.column, s->out.is_whole,
+                a.at, a.inner, a.column, b.at, s->panel, b.inner, c.at, c.inner, c.column, s->out.is_whole,
                 (REAL)s->alpha, s->period, s->is_plain, s->scaled.is_whole,
                 NAME(placed)(call, &s->add, row, o), NAME(placed)(call, &s->scaled, row, o),
                 NAME(placed)(call, &s->by, row, o), NAME(placed)(call, &s->term, row, o),
@@ -316,35 +301,19 @@ static void (*const NAME(dots_of)[BLOCK][BLOCK])(I, const REAL *, I, const REAL 
     {FOR_EACH_UP_TO_4(DOTS_ENTRY, 4)},
 };
 
-/* One output after the other: the weighted rows J_a c_m times the rows J_b, blocks of about the same height. */
-FUNCTION void NAME(congruence_by_outputs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *weighted) {
-    const I d = s->tangents, width = s->columns, row = s->a.inner, blocks = (d + BLOCK - 1) / BLOCK;
-    REAL dot[BLOCK * BLOCK];
-    for (I m = 0, a = 0, rows; m < blocks; m++, a += rows) {
-        rows = d * (m + 1) / blocks - a;
-        for (I k = 0; k < s->outputs; k++) {
-            const REAL *left = J + a * row, *weights = c + k * s->b.inner;
-            for (I i = 0; i < rows; i++, left += row)
-                for (I w = 0; w < width; w += VL)
-                    NAME(store)(weighted + i * width + w, NAME(load)(left + w) * NAME(load)(weights + w));
-            for (I n = m, b = a, columns; n < blocks; n++, b += columns) {
-                columns = d * (n + 1) / blocks - b;
-                NAME(dots_of)[columns - 1][rows - 1](width, weighted, width, J + b * row, row, dot);
-                for (I i = 0; i < rows; i++)
-                    for (I j = b == a ? i : 0; j < columns; j++)
-                        H[(a + i) * s->out.outer + (b + j) * s->out.inner + k * s->out.column] =
-                            H[(b + j) * s->out.outer + (a + i) * s->out.inner + k * s->out.column] =
-                                dot[i * columns + j];
-            }
-        }
-    }
+/* Copy rows to panels, as the columns of a matrix. */
+FUNCTION void NAME(pack)(const REAL *rows, I row, I depth, I columns, REAL *restrict packed) {
+    const I panel = NV * VL;
+    for (I j = 0; j < columns; j += panel)
+        for (I k = 0; k < depth; k++, packed += panel)
+            for (I l = 0; l < panel; l++) packed[l] = j + l < columns ? rows[(j + l) * row + k] : 0;
 }
 
-/* All outputs at once: the products J_a J_b, entry by entry, times the matrix of the c, written to both halves. */
-FUNCTION void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, const REAL *c, REAL *H, REAL *scratch) {
-    const I d = s->tangents, width = s->columns;
+/* The congruence of J and all c at once: the products J_a J_b, entry by entry, times the matrix of the c. */
+FUNCTION void NAME(contract_by_pairs)(const Contract *s, const REAL *J, const REAL *c, REAL *H, REAL *scratch) {
+    const I d = s->left, width = s->columns;
     REAL *pairs = scratch, *packed = scratch + PAIRS * width;
-    NAME(pack)(c, 1, s->b.inner, width, s->outputs, packed);
+    NAME(pack)(c, s->weights.inner, width, s->outputs, packed);
     NAME(Matrices) p = {
         0, s->outputs, width, pairs, width, 1, packed, NV * VL * width, NV * VL, 0, s->out.inner, 1, s->out.is_whole,
         1, INT32_MAX, 1, s->out.is_whole, {0}, {0, 0, s->out.outer, 1}, {0}, {0}, {0},
@@ -362,32 +331,58 @@ FUNCTION void NAME(congruence_by_pairs)(const Congruence *s, const REAL *J, cons
         }
 }
 
-APART void NAME(congruence)(const Call *call, const Congruence *s) {
-    const REAL *J = NAME(at)(call, &s->a), *c = NAME(at)(call, &s->b);
-    REAL *H = NAME(at)(call, &s->out);
-    for (I row = 0; row < call->rows; row++, J += s->a.row, c += s->b.row, H += s->out.row)
-        (s->by_pairs ? NAME(congruence_by_pairs) : NAME(congruence_by_outputs))(s, J, c, H, call->scratch);
+/* Rows of the next block: the last few have about the same height, since 4, 3 and 3 rows are faster than 4, 4 and 2. */
+INLINE I NAME(height)(I left) {
+    const uint32_t blocks = (uint32_t)(left + BLOCK - 1) / BLOCK;
+    return left > 3 * BLOCK ? BLOCK : (uint32_t)(left + blocks - 1) / blocks;
 }
 
-FUNCTION void NAME(contract)(const Call *call, const Contract *s) {
-    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *D = NAME(at)(call, &s->add);
-    REAL *C = NAME(at)(call, &s->out), dot[BLOCK * BLOCK];
-    const I count = s->is_merged ? 1 : call->rows, left = s->is_merged ? call->rows * s->left : s->left;
-    for (I row = 0; row < count; row++, A += s->a.row, B += s->b.row, C += s->out.row, D += D ? s->add.row : 0)
-        for (I i0 = 0; i0 < left; i0 += BLOCK)
-            for (I j0 = 0; j0 < s->right; j0 += BLOCK) {
-                const I rows = left - i0 < BLOCK ? left - i0 : BLOCK;
-                const I columns = s->right - j0 < BLOCK ? s->right - j0 : BLOCK;
-                NAME(dots_of)[columns - 1][rows - 1](
-                    s->columns, A + i0 * s->a.inner, s->a.inner, B + j0 * s->b.inner, s->b.inner, dot
+/* C of one row, or of all if they are one matrix; a symmetric one has W and no D, another one D or neither. */
+INLINE void NAME(contract_blocks)(
+    const int is_symmetric, const Contract *s, I left, const REAL *A, const REAL *B, const REAL *W, const REAL *D, REAL *C,
+    REAL *weighted
+) {
+    const I width = s->columns;
+    REAL dot[BLOCK * BLOCK];
+    for (I a = 0, m; a < left; a += m) {
+        m = NAME(height)(left - a);
+        for (I k = 0; k < s->outputs; k++) {
+            const REAL *factor = A + a * s->a.inner, *weights = W + k * s->weights.inner;
+            if (is_symmetric) {
+                for (I i = 0; i < m; i++, factor += s->a.inner)
+                    for (I w = 0; w < width; w += VL)
+                        NAME(store)(weighted + i * width + w, NAME(load)(factor + w) * NAME(load)(weights + w));
+                factor = weighted;
+            }
+            for (I b = is_symmetric ? a : 0, n; b < s->right; b += n) {
+                n = NAME(height)(s->right - b);
+                NAME(dots_of)[n - 1][m - 1](
+                    width, factor, is_symmetric ? width : s->a.inner, B + b * s->b.inner, s->b.inner, dot
                 );
-                for (I i = 0; i < rows; i++)
-                    for (I j = 0; j < columns; j++) {
-                        REAL c = dot[i * columns + j];
-                        if (D) c += D[(i0 + i) * s->add.inner + (j0 + j) * s->add.column];
-                        C[(i0 + i) * s->out.inner + (j0 + j) * s->out.column] = c;
+                for (I i = 0; i < m; i++)
+                    for (I j = is_symmetric && b == a ? i : 0; j < n; j++) {
+                        REAL c = dot[i * n + j], *to = C + k * s->out.column;
+                        if (!is_symmetric && D) c += D[(a + i) * s->add.inner + (b + j) * s->add.column];
+                        to[(a + i) * s->out.outer + (b + j) * s->out.inner] = c;
+                        if (is_symmetric) to[(b + j) * s->out.outer + (a + i) * s->out.inner] = c;
                     }
             }
+        }
+    }
+}
+
+APART void NAME(contract)(const Call *call, const Contract *s) {
+    const REAL *A = NAME(at)(call, &s->a), *B = NAME(at)(call, &s->b), *W = NAME(at)(call, &s->weights);
+    const REAL *D = NAME(at)(call, &s->add);
+    REAL *C = NAME(at)(call, &s->out);
+    const I count = s->is_merged ? 1 : call->rows, left = s->is_merged ? call->rows * s->left : s->left;
+    for (I row = 0; row < count; row++, A += s->a.row, B += s->b.row, C += s->out.row) {
+        if (s->by_pairs) NAME(contract_by_pairs)(s, A, W, C, call->scratch);
+        else if (W) NAME(contract_blocks)(1, s, left, A, B, W, D, C, call->scratch);
+        else NAME(contract_blocks)(0, s, left, A, B, W, D, C, call->scratch);
+        if (W) W += s->weights.row;
+        if (D) D += s->add.row;
+    }
 }
 
 /* C[w] = sum over the inner axis of A[j, w] (* B[j, w]). */
@@ -428,7 +423,6 @@ FUNCTION void NAME(step)(const Call *call, const Step *s) {
     case IS_Map: NAME(map)(call, (const Map *)s); break;
     case IS_SumProducts: NAME(sum_products)(call, (const SumProducts *)s); break;
     case IS_Contract: NAME(contract)(call, (const Contract *)s); break;
-    case IS_Congruence: NAME(congruence)(call, (const Congruence *)s); break;
     case IS_Clear: NAME(clear)(call, (const Clear *)s); break;
     }
 }

@@ -112,9 +112,9 @@ class Translation:
             "inner": inner,
             "column": 1 if is_dense else column,
             # Tile memory can be read past the end of an array; a caller's array may end with its last column.
-            "is_whole": is_dense and (buffer.space in _INSIDE or width <= view.shape[2]),
+            "is_whole": is_dense and (buffer.space.is_inside or width <= view.shape[2]),
         }
-        if buffer.space in _INSIDE:
+        if buffer.space.is_inside:
             return array | {"space": CONSTANTS[buffer.space.name], "base": buffer.offset}
         if buffer.name not in self.arrays:
             self.arrays.append(buffer.name)
@@ -187,11 +187,7 @@ class Translation:
             fields["b"] = self._held(_Constant(b, panel, True)) | {"inner": panel}
         else:
             fields["b"] = self._read(b, width)
-            if b.buffer.space not in _INSIDE or fields["b"]["column"] != 1:
-                fields["packs"] = True
-                self._needs(-(-columns // panel) * depth * panel * self._dtype.itemsize)
-            else:
-                fields["panel"] = panel
+            fields["panel"] = panel
         beside = (step.add, *((scaling.out, scaling.by, scaling.add, scaling.add_by) if scaling else ()))
         matrices = [view for view in (a, out) if view is not None]
         is_b_shared = b.buffer.row_stride == 0
@@ -222,7 +218,7 @@ class Translation:
         is_single = a.shape[0] == 1 and b.shape[2] == 1 and b.buffer.space is Space.CONSTANT
         if not is_single or step.out is None or step.scaling is not None:
             return False
-        is_dense = a.buffer.space in _INSIDE and (a.shape[2] == 1 or a.strides[2] == 1)
+        is_dense = a.buffer.space.is_inside and (a.shape[2] == 1 or a.strides[2] == 1)
         return is_dense and a.shape[2] + self._program.padding(a) >= self._whole(a.shape[2])
 
     def _map(self, step: Map) -> _Translated:
@@ -294,36 +290,30 @@ class Translation:
         return "SumProducts", {"a": a, "b": b, "out": out, "outer": outer, "inner": inner, "columns": columns}, ()
 
     def _contract(self, step: Contract, add: View | None = None) -> _Translated:
-        arrays = {
-            "a": self._reduced(step.a),
-            "b": self._reduced(step.b),
-            "add": self._read(add),
-            "out": self._write(step.out),
-        }
-        matrices = [view for view in (step.a, add, step.out) if view is not None]
-        is_merged = step.b.buffer.row_stride == 0 and all(map(_is_even, matrices))
+        out = step.out.permuted((1, 2, 0))
+        views = [view for view in (step.a, add, step.out) if view is not None]
+        arrays = {"a": self._reduced(step.a), "b": self._reduced(step.b), "add": self._read(add)}
+        arrays["out"] = self._write(step.out) | dict(zip(("outer", "inner", "column"), out.strides, strict=True))
+        is_merged = step.b.buffer.row_stride == 0 and all(map(_is_even, views))
         if is_merged and step.a.shape[1] == 1:
-            for name in ("a", "add", "out"):
-                arrays[name]["inner"] = arrays[name].get("row", 0)
-        left, right, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
-        return "Contract", arrays | {"left": left, "right": right, "columns": columns, "is_merged": is_merged}, ()
+            for name, axis in (("a", "inner"), ("add", "inner"), ("out", "outer")):
+                arrays[name][axis] = arrays[name].get("row", 0)
+        left, right, outputs = out.shape
+        columns = self._whole(step.a.shape[2])
+        extents = {"left": left, "right": right, "outputs": outputs, "columns": columns}
+        return "Contract", arrays | extents | {"is_merged": is_merged}, ()
 
     def _congruence(self, step: Congruence) -> _Translated:
-        tangents, outputs, columns = step.a.shape[1], step.b.shape[1], self._whole(step.a.shape[2])
+        (left, right, outputs), columns = step.out.shape, self._whole(step.a.shape[2])
         by_pairs = outputs >= OUTPUTS_BY_PAIRS and step.out.strides[2] == 1
         panel = CONSTANTS["NV"] * self._lanes
         rows = max(CONSTANTS["BLOCK"], CONSTANTS["PAIRS"] + -(-outputs // panel) * panel)
         self._needs(rows * columns * self._dtype.itemsize)
-        fields = {
-            "a": self._reduced(step.a),
-            "b": self._reduced(step.b),
-            "out": self._write(step.out, self._whole(outputs) if by_pairs else 0),
-            "tangents": tangents,
-            "outputs": outputs,
-            "columns": columns,
-            "by_pairs": by_pairs,
-        }
-        return "Congruence", fields, ()
+        a = self._reduced(step.a)
+        out = self._write(step.out, self._whole(outputs) if by_pairs else 0)
+        arrays = {"a": a, "b": a, "weights": self._reduced(step.b), "out": out}
+        extents = {"left": left, "right": right, "outputs": outputs, "columns": columns}
+        return "Contract", arrays | extents | {"by_pairs": by_pairs}, ()
 
 
 def _distinct(extent: int, stride: int) -> int:
@@ -331,7 +321,6 @@ def _distinct(extent: int, stride: int) -> int:
     return extent if stride else 1
 
 
-_INSIDE = frozenset({Space.TILE, Space.SHARED})
 #: A structure's name and fields, and the structures behind it.
 _Translated = tuple[str, Fields, Sequence[tuple[str, Fields]]]
 _RULES: dict[type, Callable[[Translation, Any], _Translated]] = {
