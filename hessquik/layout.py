@@ -401,8 +401,7 @@ class _Layout:
     def has_padding(self, places: list[View]) -> bool:
         """Return whether an array among those to be written has a single column, which zeros have to follow."""
         return any(
-            place.buffer.space.is_inside and place.shape[-1] == 1 and prod(place.shape) > 1
-            for place in places
+            place.buffer.space.is_inside and place.shape[-1] == 1 and prod(place.shape) > 1 for place in places
         )
 
     def is_unpadded(self, i: int) -> bool:

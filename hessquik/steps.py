@@ -20,7 +20,7 @@ Invariants that layout establishes and backends keep:
   column and the next multiple of the vector are zero: the step that writes the columns writes these zeros too
   (:meth:`Program.padding`). ``SumProducts``, ``Contract`` and ``Congruence`` may therefore read whole vectors of
   their inputs, which are TILE, SHARED or CONSTANT arrays of unit column stride.
-* What is written in pieces is written from left to right, so that the zeros after one piece are overwritten by the next.
+* Pieces of an array are written from left to right, so that the zeros after one are overwritten by the next.
 * A product's B is a constant, or an array in TILE or SHARED memory whose columns are adjacent.
 * A step never writes what it reads, except that a map may write an output onto one of its inputs, entry by entry, and
   that a product may add D in place (C is D).

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from array import array
 
 import mpmath
 import pytest
@@ -452,7 +451,7 @@ def test_misuse_of_the_module_is_an_error_and_no_crash():
         kernel.run(words, constants, addresses, "0", 1)
     slot = structures.CONSTANTS["MOST_AXES"] + 2
     for head in ((2, 2), (-2, 2), (0, -1), (0, slot - 1)):  # an array that the program lacks; no such number of axes
-        wrong = array("q", [*head, *[1] * (slot - 2)]).tobytes()
+        wrong = cpu._words((*head, *[1] * (slot - 2)))
         for inputs, results in ((wrong, b""), (b"", wrong)):
             with pytest.raises(ValueError, match="arrays of the program"):
                 kernel.bind(program, words, constants, torch.Tensor, 1, inputs, ("out",), results)

@@ -30,8 +30,8 @@ def _load() -> ModuleType | None:
             return kernel
         problem = "was built from other sources and is not used"
     warnings.warn(
-        f"the CPU kernel {problem}, so torch evaluates networks, several times more slowly: install again where there "
-        "is a C compiler",
+        f"the CPU kernel {problem}, so torch evaluates networks, several times more slowly: "
+        "install again where there is a C compiler",
         RuntimeWarning,
         stacklevel=2,
     )

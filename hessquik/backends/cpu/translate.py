@@ -178,39 +178,39 @@ class Translation:
         if self._is_contraction(step):
             assert step.out is not None
             return self._contract(Contract(step.a, step.b.permuted((0, 2, 1)), step.out), step.add)
-        a, b, out, scaling = step.a, step.b, step.out, step.scaling
-        outer, inner, depth = a.shape
-        columns = b.shape[2]
+        (outer, inner, depth), columns, scaling = step.a.shape, step.b.shape[2], step.scaling
         width, panel = self._whole(columns), CONSTANTS["NV"] * self._lanes
-        fields: Fields = {"outer": outer, "inner": inner, "depth": depth, "columns": columns, "panel": depth * panel}
-        if b.buffer.space is Space.CONSTANT:
-            fields["b"] = self._held(_Constant(b, panel, True)) | {"inner": panel}
+        if step.b.buffer.space is Space.CONSTANT:
+            b = self._held(_Constant(step.b, panel, True)) | {"inner": panel}
         else:
-            fields["b"] = self._read(b, width)
-            fields["panel"] = panel
-        beside = (step.add, *((scaling.out, scaling.by, scaling.add, scaling.add_by) if scaling else ()))
-        matrices = [view for view in (a, out) if view is not None]
-        is_b_shared = b.buffer.row_stride == 0
-        is_merged = is_b_shared and (outer == 1 or b.strides[0] == 0) and all(map(_is_even, matrices))
-        has_jumps = is_merged and not all(view is None or _is_even(view) for view in beside)
-        around = [view for view in (*beside, out) if view is not None]
-        is_plain = all(map(_has_plain_columns, around))
-        # If the columns of any array are not adjacent, all arrays are written number by number.
-        written = width if is_plain else 0
-        arrays = {"out": self._write(out, written), "a": self._read(a, width), "add": self._read(step.add, width)}
+            b = self._read(step.b, width)
+        read, written = {"add": step.add}, {"out": step.out}
         if scaling is not None:
-            arrays |= {
-                "scaled": self._write(scaling.out, written),
-                "by": self._read(scaling.by, width),
-                "term": self._read(scaling.add, width),
-                "term_by": self._read(scaling.add_by, width),
-            }
-            fields["alpha"] = scaling.alpha
+            read |= {"by": scaling.by, "term": scaling.add, "term_by": scaling.add_by}
+            written |= {"scaled": scaling.out}
+        beside = [view for view in (*written.values(), *read.values()) if view is not None]
+        is_b_shared = step.b.buffer.row_stride == 0 and (outer == 1 or step.b.strides[0] == 0)
+        is_merged = is_b_shared and _is_even(step.a) and (step.out is None or _is_even(step.out))
+        has_jumps = is_merged and not all(map(_is_even, beside))
+        is_plain = all(map(_has_plain_columns, beside))
+        # If the columns of any array are not adjacent, all arrays are written number by number.
+        arrays = {name: self._write(view, width if is_plain else 0) for name, view in written.items()}
+        arrays |= {name: self._read(view, width) for name, view in {"a": step.a, **read}.items()}
         if is_merged and inner == 1:
             for array in arrays.values():
                 array["inner"] = array.get("row", 0)
-        fields |= {"is_merged": is_merged, "period": inner if has_jumps else _NO_PERIOD, "is_plain": is_plain}
-        return "Product", fields | arrays, ()
+        fields = {
+            "alpha": 1.0 if scaling is None else scaling.alpha,
+            "outer": outer,
+            "inner": inner,
+            "depth": depth,
+            "columns": columns,
+            "panel": panel * (depth if step.b.buffer.space is Space.CONSTANT else 1),
+            "is_merged": is_merged,
+            "period": inner if has_jumps else _NO_PERIOD,
+            "is_plain": is_plain,
+        }
+        return "Product", arrays | fields | {"b": b}, ()
 
     def _is_contraction(self, step: Product) -> bool:
         """Return whether a product with a constant of a single column is faster as a sum over columns."""
@@ -267,21 +267,19 @@ class Translation:
             "outputs": len(outputs),
             "constants": len(numbers),
         }
-        given = [
-            {"array": array, "slot": slot, "is_run": _is_run(view, width)}
+        behind: list[tuple[str, Fields]] = [
+            ("Input", {"array": array, "slot": slot, "is_run": _is_run(view, width)})
             for slot, (array, view) in enumerate(zip(read, step.inputs, strict=True))
         ]
-        computed_by = [
-            {"op": CONSTANTS[instruction.op], "slot": slot, **dict(zip("abc", registers, strict=False))}
+        behind += [
+            (
+                "Instruction",
+                {"op": CONSTANTS[instruction.op], "slot": slot, **dict(zip("abc", registers, strict=False))},
+            )
             for instruction, slot, registers in zip(step.instructions, slots, operands, strict=True)
         ]
-        lists = {
-            "Input": given,
-            "Instruction": computed_by,
-            "Output": outputs,
-            "Number": [{"value": number} for number in numbers],
-        }
-        behind = [(name, entry) for name, entries in lists.items() for entry in entries]
+        behind += [("Output", output) for output in outputs]
+        behind += [("Number", {"value": number}) for number in numbers]
         return "Map", fields, behind
 
     def _sum_products(self, step: SumProducts) -> _Translated:
