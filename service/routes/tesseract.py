@@ -12,12 +12,13 @@ import binascii
 import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Query
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, create_model
 
 from hessquik_client.errors import InvalidInput, NotAcceptable, OutsideDomain, ServiceError
@@ -389,21 +390,10 @@ def describe(call: Call) -> Reply:
         "outputs": {"type": "array", "items": {"enum": known}, "default": ["value"]},
         "outside": {"enum": ["allow", "refuse"]},
     }
-    given = {"inputs": {"$ref": "#/components/schemas/Apply_InputSchema"}}
-    bodies = {
-        name: {
-            **given,
-            **{member: _named(only) for member, only in endpoint.named.items()},
-            **({endpoint.vector[0]: _object({endpoint.vector[1]: _ENCODED})} if endpoint.vector else {}),
-        }
-        for name, endpoint in ENDPOINTS.items()
-    }
-    bodies["abstract_eval"] = {"inputs": {"type": "object"}}
-    replies = {"apply": {"$ref": "#/components/schemas/ApplyOutputSchema"}}
     components = {
         "Apply_InputSchema": _object(inputs, ["x"]),
         "ApplyInputSchema": {
-            **_object(given),
+            **_object({"inputs": {"$ref": "#/components/schemas/Apply_InputSchema"}}),
             "differentiable_arrays": {"x": {"dtype": dtype, "shape": [None, d]}},
             "field_order": {"": list(inputs)},
         },
@@ -414,16 +404,13 @@ def describe(call: Call) -> Reply:
             "field_order": {"": list(outputs)},
         },
     }
-    paths = {
-        f"/{name}": {"post": _operation(_object(body), replies.get(name, {"type": "object"}))}
-        for name, body in bodies.items()
-    }
+    paths, schemas = _documented()
     return Reply.of(
         {
             "openapi": "3.1.0",
             "info": {"title": served.file.name, "version": str(served.file.version)},
-            "paths": {**paths, "/health": {"get": _operation(None, {"type": "object"})}},
-            "components": {"schemas": components},
+            "paths": paths,
+            "components": {"schemas": schemas | components},
             "x-supported-output-formats": FORMATS,
             "x-supported-gpu-transports": ["none"],
             "x-supported-compressions": ["none"],
@@ -443,14 +430,15 @@ def _object(properties: dict[str, Any], required: list[str] | None = None) -> di
     return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False}
 
 
-def _operation(body: dict[str, Any] | None, reply: dict[str, Any]) -> dict[str, Any]:
-    given = {} if body is None else {"requestBody": {"content": {"application/json": {"schema": body}}}}
-    return {**given, "responses": {"200": {"content": {"application/json": {"schema": reply}}}}}
-
-
-def _named(only: str) -> dict[str, Any]:
-    """Return the schema of a list that holds one fixed name."""
-    return {"type": "array", "minItems": 1, "maxItems": 1, "items": {"const": only}}
+@cache
+def _documented() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the paths of one model and the schemas of their bodies, from FastAPI's document of the routes here."""
+    document = get_openapi(title="", version="", routes=router.routes)
+    paths = {path.removeprefix("/tesseract/{model}"): methods for path, methods in document["paths"].items()}
+    del paths["/openapi.json"]
+    for operation in (one for methods in paths.values() for one in methods.values()):
+        operation["parameters"] = [one for one in operation["parameters"] if one["in"] != "path"]
+    return paths, document["components"]["schemas"]
 
 
 def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozenset[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,16 @@ def test_the_stock_client_finds_what_there_is(vector: Tesseract) -> None:
     assert schemas["ApplyOutputSchema"]["differentiable_arrays"] == {
         "value": {"dtype": "float64", "shape": [None, 4]}
     }
+
+
+def test_the_document_of_a_model_is_whole(vector: Tesseract) -> None:
+    document = vector.openapi_schema
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert {"Apply_InputSchema", "Apply_OutputSchema", "TesseractArray"} <= named
+    assert named <= document["components"]["schemas"].keys()
+    assert "{model}" not in json.dumps(document["paths"])
+    for endpoint in ("apply", "jacobian", "jacobian_vector_product", "vector_jacobian_product", "abstract_eval"):
+        assert "requestBody" in document["paths"][f"/{endpoint}"]["post"]
 
 
 @pytest.mark.parametrize("encoding", [None, "json", "json+base64"])
