@@ -9,7 +9,6 @@ Ray's proxy would take many times as long as the evaluation.
 from __future__ import annotations
 
 import asyncio
-import http.client
 import math
 import os
 import re
@@ -23,6 +22,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingContext
 
+from .healthcheck import get
 from .settings import PREFIX, Settings
 
 __all__ = ["Node", "build", "desired_nodes"]
@@ -58,7 +58,7 @@ class Node:
         self._headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         command = [sys.executable, "-P", "-c", _RUN, "serve", str(known.models)]
         self._server = subprocess.Popen(command, env=environment)
-        while _get(self._address, "/readyz", self._headers) is None:
+        while get(self._address, "/readyz", self._headers, ANSWER_S) is None:
             self._expect_running()
             time.sleep(LOOK_S)
 
@@ -90,20 +90,7 @@ class Node:
 
     async def _ask(self, path: str) -> str | None:
         """Return the body that the server answers on a path with status 200, or ``None``."""
-        return await asyncio.to_thread(_get, self._address, path, self._headers)
-
-
-def _get(address: tuple[str, int], path: str, headers: dict[str, str]) -> str | None:
-    connection = http.client.HTTPConnection(*address, timeout=ANSWER_S)
-    try:
-        connection.request("GET", path, headers=headers)
-        reply = connection.getresponse()
-        text = reply.read().decode()
-        return text if reply.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+        return await asyncio.to_thread(get, self._address, path, self._headers, ANSWER_S)
 
 
 def desired_nodes(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

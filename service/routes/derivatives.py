@@ -181,7 +181,6 @@ def _route(action: str, fixed: str | None, body: Any, text: str) -> Direct:
         parameters,
         methods=["POST"],
         name=action,
-        operation_id=action,
         summary=text,
         text=text + ".",
         tags=["derivatives"],

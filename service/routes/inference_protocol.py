@@ -7,7 +7,7 @@ Specification: https://github.com/kserve/open-inference-protocol; extensions: Tr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any
@@ -240,74 +240,46 @@ def _statistics(served: Served) -> dict[str, Any]:
     }
 
 
-def _faults(*statuses: int) -> dict[int | str, Any]:
-    return faults(schemas.InferenceError, 400, 401, 405, *statuses)
+def _route(method: str, path: str, handler: Any, reply: Any, *statuses: int, **more: Any) -> Direct:
+    """Return a route that can fail with some statuses."""
+    responses = faults(schemas.InferenceError, 400, 401, 405, *statuses) | more.pop("responses", {})
+    tags: list[Any] = ["Open Inference Protocol"]
+    return Direct(path, handler, methods=[method], response_model=reply, responses=responses, tags=tags, **more)
 
 
-def _routes() -> list[Direct]:
-    """Return the routes of the protocol."""
-    tagged: dict[str, Any] = {"tags": ["Open Inference Protocol"]}
-    model: dict[str, Any] = {"model": ModelName}
-    version: dict[str, Any] = {**model, "version": Annotated[str, Path()]}
-
-    def get(path: str, handler: Any, reply: Any, parameters: Any = None, responses: Any = None) -> Direct:
-        responses = {**_faults(*(() if parameters is None else (404, 503))), **(responses or {})}
-        return Direct(
-            path,
-            handler,
-            parameters=parameters,
-            methods=["GET"],
-            response_model=reply,
-            responses=responses,
-            **tagged,
-        )
-
-    def post(path: str, handler: Any, body: Any, reply: Any, *statuses: int, **more: Any) -> Direct:
-        return Direct(
-            path,
-            handler,
-            body=body,
-            methods=["POST"],
-            response_model=reply,
-            responses=_faults(*statuses) | more.pop("responses", {}),
-            **more,
-            **tagged,
-        )
-
+def _routes() -> Iterator[Direct]:
+    """Yield the routes of the protocol."""
+    get, post = partial(_route, "GET"), partial(_route, "POST")
     empty = {"requestBody": {"required": False}}
     binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    routes = [
-        get("/v2", server_metadata, schemas.ServerMetadata),
-        get("/v2/health/live", server_live, schemas.Liveness),
-        get("/v2/health/ready", server_ready, schemas.Ready, responses=faults(schemas.Ready, 503)),
-        get("/v2/models/stats", statistics, schemas.Statistics),
-        post(
-            "/v2/repository/index", repository_index, schemas.IndexRequest, list[schemas.IndexEntry], 413, 415,
-            openapi_extra=empty,
-        ),
-    ]  # fmt: skip
+    model: dict[str, Any] = {"model": ModelName}
+    version: dict[str, Any] = {**model, "version": Annotated[str, Path()]}
+    not_ready = {"responses": faults(schemas.Ready, 503)}
+    yield get("/v2", server_metadata, schemas.ServerMetadata)
+    yield get("/v2/health/live", server_live, schemas.Liveness)
+    yield get("/v2/health/ready", server_ready, schemas.Ready, **not_ready)
+    yield get("/v2/models/stats", statistics, schemas.Statistics)
+    yield post(
+        "/v2/repository/index", repository_index, list[schemas.IndexEntry], 413, 415,
+        body=schemas.IndexRequest, openapi_extra=empty,
+    )  # fmt: skip
     for name, handler in (("load", load), ("unload", unload)):
-        path = f"/v2/repository/models/{{model}}/{name}"
-        routes.append(
-            post(
-                path, handler, schemas.RepositoryRequest, dict[str, Any], 403, 404, 413, 415, 503,
-                parameters=model, openapi_extra=empty,
-            )
+        yield post(
+            f"/v2/repository/models/{{model}}/{name}", handler, dict[str, Any], 403, 404, 413, 415, 503,
+            body=schemas.RepositoryRequest, parameters=model, openapi_extra=empty,
         )  # fmt: skip
     for prefix, parameters in (("/v2/models/{model}", model), ("/v2/models/{model}/versions/{version}", version)):
-        routes += [
-            get(prefix, model_metadata, schemas.ModelMetadata, parameters),
-            get(f"{prefix}/ready", model_ready, schemas.ModelReady, parameters, faults(schemas.ModelReady, 503)),
-            get(f"{prefix}/config", model_configuration, dict[str, Any], parameters),
-            get(f"{prefix}/stats", model_statistics, schemas.Statistics, parameters),
-            post(
-                f"{prefix}/infer", infer, schemas.InferenceRequest, schemas.InferenceReply,
-                404, 413, 415, 500, 503, 504,
-                parameters={**parameters, "x_deadline_ms": Deadline}, responses={200: {"content": binary}},
-                openapi_extra={"requestBody": {"content": binary}},
-            ),
-        ]  # fmt: skip
-    return routes
+        get = partial(_route, "GET", parameters=parameters)
+        not_ready = {"responses": faults(schemas.ModelReady, 503)}
+        yield get(prefix, model_metadata, schemas.ModelMetadata, 404, 503)
+        yield get(f"{prefix}/ready", model_ready, schemas.ModelReady, 404, **not_ready)
+        yield get(f"{prefix}/config", model_configuration, dict[str, Any], 404, 503)
+        yield get(f"{prefix}/stats", model_statistics, schemas.Statistics, 404, 503)
+        yield post(
+            f"{prefix}/infer", infer, schemas.InferenceReply, 404, 413, 415, 500, 503, 504,
+            body=schemas.InferenceRequest, parameters={**parameters, "x_deadline_ms": Deadline},
+            responses={200: {"content": binary}}, openapi_extra={"requestBody": {"content": binary}},
+        )  # fmt: skip
 
 
 router = APIRouter()

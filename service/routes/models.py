@@ -109,7 +109,6 @@ router.routes.append(
         parameters={"model": ModelName, "version": VersionQuery},
         methods=["GET"],
         name="file",
-        operation_id="file",
         summary="The served file",
         tags=["models"],
         response_class=Response,

@@ -99,6 +99,7 @@ class Direct(APIRoute):
         **options: Any,
     ) -> None:
         parameters = parameters or {}
+        options.setdefault("operation_id", options.get("name"))
         kinds = {name: get_args(annotation)[1] for name, annotation in parameters.items()}
         given = [
             _parameter(name, annotation, _REQUIRED if isinstance(kinds[name], params.Path) else None)

@@ -469,7 +469,6 @@ def _endpoint(name: str, endpoint: Endpoint) -> Direct:
         {"model": ModelName, "run_id": RunId, "x_deadline_ms": Deadline},
         methods=["POST"],
         name=f"tesseract_{name}",
-        operation_id=f"tesseract_{name}",
         summary=name.replace("_", " ").capitalize(),
         text=endpoint.answer.__doc__,
         response_model=endpoint.reply,
@@ -496,7 +495,6 @@ router.routes += [
             parameters={"model": ModelName},
             methods=["GET"],
             name=f"tesseract_{handler.__name__}",
-            operation_id=f"tesseract_{handler.__name__}",
             response_model=dict[str, Any],
             **_OPTIONS,
         )

@@ -172,7 +172,6 @@ def _operation(name: str, text: str, go_on: Callable[[Call], Reply | Cancel], bo
         parameters={"x_deadline_ms": Deadline},
         methods=["POST"],
         name=name,
-        operation_id=name,
         text=text,
         response_model=reply,
         **_OPTIONS,
