@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -12,7 +13,11 @@ from typing import Any
 
 from .wire import Channel, Field
 
-__all__ = ["Child", "environment"]
+__all__ = ["Child", "end_with_parent", "environment", "pause_s"]
+
+#: Pause before the first restart of a child; it doubles with each death in a row.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -94,6 +99,21 @@ class Child:
             subprocess.TimeoutExpired: the process has not ended in time.
         """
         return self.process.wait(timeout_s)
+
+
+def pause_s(deaths: int) -> float:
+    """Return the pause before a restart, given the number of deaths in a row.
+
+    Examples:
+        >>> [pause_s(deaths) for deaths in (0, 1, 2, 100)]
+        [0.05, 0.05, 0.1, 5.0]
+    """
+    return min(FIRST_PAUSE_S * (1 << min(max(0, deaths - 1), 16)), LONGEST_PAUSE_S)
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when its parent ends, however that comes about."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:

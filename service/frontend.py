@@ -19,9 +19,7 @@ This process sends, besides the answers, {"op": "load" | "unload" | "metrics", "
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import signal
 import socket
 import sys
 import time
@@ -35,6 +33,7 @@ import orjson
 from hessquik_client.errors import BY_CODE, InternalError, ServiceError
 
 from . import wire
+from .child import end_with_parent
 from .node import Health
 from .repository import ModelFile, Served, Table
 from .settings import Settings
@@ -43,7 +42,6 @@ __all__ = ["Mirror", "RemoteNode", "error_of", "main"]
 
 #: Age at which the supervisor's last report about the workers counts as stale.
 FRESH_S = 2.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Mirror(Table):
@@ -199,7 +197,7 @@ def main(arguments: list[str]) -> int:
     from .logs import set_up_logging
     from .server import serve
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     sock = socket.socket(fileno=int(arguments[0]))
     receiver, frames = wire.Receiver(sock, most_fds=1), list[wire.Frame]()
     while not frames:

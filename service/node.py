@@ -10,9 +10,9 @@ from hessquik_client.errors import StartUpError
 
 from .repository import Repository, Served, Table
 from .settings import Settings
-from .workers import WorkerProcess, Workers
+from .workers import User, WorkerProcess, Workers
 
-__all__ = ["Health", "Node", "NodeLike", "User"]
+__all__ = ["Health", "Node", "NodeLike"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,6 @@ class Health(NamedTuple):
     restarts: int = 0
     checked_rows: int = 0
     mismatches: int = 0
-
-
-class User(Protocol):
-    """The user of the workers."""
-
-    def attach(self, worker: WorkerProcess) -> None:
-        """Use a worker that has become ready."""
-
-    def give_up(self) -> None:
-        """Fail all jobs, because workers cannot be kept alive."""
 
 
 class NodeLike(Protocol):

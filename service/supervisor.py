@@ -22,11 +22,12 @@ import orjson
 
 from hessquik_client.errors import InternalError, ServiceError, StartUpError
 
-from .child import Child
+from .child import Child, pause_s
 from .devices import resolve_devices
 from .keys import Keys
 from .node import Node
 from .repository import Served
+from .server import EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP
 from .settings import Settings
 from .wire import WireError
 from .workers import WorkerProcess
@@ -37,15 +38,13 @@ logger = logging.getLogger(__name__)
 
 #: The module that front ends run.
 FRONT_MODULE = f"{__package__}.frontend"
-EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP = 0, 1, 70
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
 #: Time limits for a front end to apply a change, after which it is killed, and to report its metrics.
 HANG_S, REPORT_S = 10.0, 5.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
-#: Deaths of front ends in a row, without one that comes up in between, after which none can be kept alive.
+#: Deaths of front ends in a row, without a new one that answers in between, after which none can be kept alive.
 MAX_DEATHS = 8
 #: Metrics that are not added up, since all front ends report them alike or the largest counts.
 SHARED_METRICS = (
@@ -68,12 +67,12 @@ class FrontEnd:
 
     def __init__(self, supervisor: Supervisor, port: int) -> None:
         """Start the process."""
-        self.is_up = False
+        self.is_up = self._has_answered = False
         self._told: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._held: dict[int, Served] = {}
         self._supervisor = supervisor
         self._numbers = count(1)
-        self._awaited: dict[int, asyncio.Future[Any]] = {}
+        self._awaited: dict[int, asyncio.Future[dict[str, Any] | None]] = {}
         self._telling = asyncio.Lock()
         # The supervisor reads the files of keys, and says when they change.
         settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys", "secrets"})
@@ -99,7 +98,8 @@ class FrontEnd:
         another call has sent are applied, too.
         """
         async with self._telling:
-            if await self._ask("state", HANG_S, {"news": orjson.dumps(self._news())}) is None:
+            answer = await self._ask("state", HANG_S, {"news": orjson.dumps(self._news())})
+            if answer is None and self.is_up:
                 logger.error("front end %d has not answered for %g s and is killed", self.child.pid, HANG_S)
                 self.child.kill()
 
@@ -143,9 +143,9 @@ class FrontEnd:
         return bytes((await self._ask("report", REPORT_S) or {}).get("text", b""))
 
     async def _ask(self, op: str, limit_s: float, fields: Mapping[str, bytes] = {}) -> dict[str, Any] | None:
-        """Send a frame and return the fields of the answer; ``None`` if no answer comes within the time limit."""
+        """Send a frame and return the fields of the answer; ``None`` if none comes in time, or it has died."""
         number = next(self._numbers)
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._awaited[number] = answer
         self.child.write({"op": op, "number": number}, fields)
         try:
@@ -162,6 +162,9 @@ class FrontEnd:
                 self.is_up = True
                 self._supervisor.on_up(self)
             case "told" | "reported" if type(head.get("number")) is int:
+                if not self._has_answered:
+                    self._has_answered = True
+                    self._supervisor.on_answer()
                 answer = self._awaited.get(head["number"])
                 if answer is not None and not answer.done():
                     answer.set_result(fields)
@@ -175,9 +178,10 @@ class FrontEnd:
                 raise WireError("expected a frame of a front end")
 
     def _on_lost(self) -> None:
+        self.is_up = False
         for answer in self._awaited.values():
             if not answer.done():
-                answer.set_result({})
+                answer.set_result(None)
         for served in self._held.values():
             self._supervisor.node.repository.release(served)
         self._held.clear()
@@ -261,11 +265,14 @@ class Supervisor:
 
     def on_up(self, front: FrontEnd) -> None:
         """Send a new front end the table of models, connections to the workers, and their state."""
-        self._deaths = 0
         self.spawn(front.tell())
         for worker in self.node.workers.workers:
             if worker.is_ready:
                 front.attach(worker)
+
+    def on_answer(self) -> None:
+        """Reset the count of deaths in a row, since a new front end has answered for the first time."""
+        self._deaths = 0
 
     def on_lost(self, front: FrontEnd) -> None:
         """Replace a front end that has died."""
@@ -324,9 +331,9 @@ class Supervisor:
         if self._deaths >= MAX_DEATHS:
             self.give_up()
             return
-        pause_s = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
-        logger.error("a front end ended with status %s; a new one in %g s", status, pause_s)
-        await asyncio.sleep(pause_s)
+        wait_s = pause_s(self._deaths)
+        logger.error("a front end ended with status %s; a new one in %g s", status, wait_s)
+        await asyncio.sleep(wait_s)
         if not self._is_stopping:
             self._start_front()
 

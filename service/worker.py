@@ -33,7 +33,6 @@ control socket.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import mmap
 import os
@@ -61,6 +60,7 @@ from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
 from hessquik_client.quantities import DOMAIN_DISTANCE, row_shapes
 
 from . import wire
+from .child import end_with_parent
 from .codecs import json_rows
 
 __all__ = ["main"]
@@ -85,7 +85,6 @@ SWITCH_S = 0.0005
 CHECKED_ROWS = 256
 #: Exit status after an error that may have spoiled the device's context, and after a self-check that failed.
 SPOILED = 71
-_PR_SET_PDEATHSIG = 1
 
 #: Functions that arrange a request's rows before they are written as text, by the form of the answer.
 _VIEWS: dict[str, Callable[[wire.Array], wire.Array]] = {
@@ -636,7 +635,7 @@ def main(arguments: list[str]) -> None:
     gc.enable()
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     descriptor, device, threads, spin_us, limit_s, checked_share = arguments
     torch.set_num_threads(int(threads))
     torch.set_float32_matmul_precision("highest")

@@ -24,12 +24,12 @@ from typing import Any, Protocol
 
 from hessquik_client.errors import StartUpError
 
-from .child import Child
+from .child import Child, pause_s
 from .settings import Settings
 from .shared import Sealed
 from .wire import WireError
 
-__all__ = ["LoadError", "Owner", "State", "WorkerProcess", "Workers"]
+__all__ = ["LoadError", "Owner", "State", "User", "WorkerProcess", "Workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,6 @@ WORKER_MODULE = f"{__package__}.run_worker"
 TICK_S = 0.25
 #: A sign of life counts as recent for this time.
 FRESH_S = 2.0
-#: Pause before the first restart; it doubles with each death in a row.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 #: Deaths in a row, without a sign of life in between, after which workers cannot be kept alive; and at start-up.
 MAX_DEATHS, MAX_FIRST_DEATHS = 8, 3
 #: Deaths of workers while they load a model that none has loaded yet, after which that model is refused.
@@ -76,17 +74,21 @@ class LoadError(Exception):
     """A model is refused; the message is the reason."""
 
 
-class Owner(Protocol):
+class User(Protocol):
     """The user of the workers."""
 
     def attach(self, worker: WorkerProcess) -> None:
         """Connect to a worker that has become ready; if this raises OSError, the worker is replaced."""
 
+    def give_up(self) -> None:
+        """Fail all jobs and stop, because workers cannot be kept alive."""
+
+
+class Owner(User, Protocol):
+    """The owner of the workers, which also serves the models that they load."""
+
     def refuse(self, model: int, why: str) -> None:
         """Stop serving a model that a worker refuses although other workers have loaded it."""
-
-    def give_up(self) -> None:
-        """Stop the service, because workers cannot be kept alive."""
 
 
 class WorkerProcess:
@@ -499,12 +501,12 @@ class Workers:
             self._spawn(self._replace(slot, worker))
 
     async def _replace(self, slot: int, worker: WorkerProcess) -> None:
-        pause_s = min(FIRST_PAUSE_S * 2 ** max(0, self._deaths - 1), LONGEST_PAUSE_S)
+        wait_s = pause_s(self._deaths)
         status = await asyncio.get_running_loop().run_in_executor(None, worker.reap)
         logger.error(
-            "worker %s on %s ended with status %s; a new one in %g s", worker.pid, worker.device, status, pause_s
+            "worker %s on %s ended with status %s; a new one in %g s", worker.pid, worker.device, status, wait_s
         )
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(wait_s)
         self._start_worker(slot, WorkerProcess(self, worker.device))
 
     async def _watch(self) -> None:

@@ -5,12 +5,12 @@ Only tests run it.
 
 import sys
 
-from service import cli, workers
+from service import child, cli, workers
 
 workers.WORKER_MODULE = "tests.service.faulty_worker"
 
 if __name__ == "__main__":
     if sys.argv[1] == "quick":
         del sys.argv[1]
-        workers.FIRST_PAUSE_S, workers.LONGEST_PAUSE_S = workers.FIRST_PAUSE_S / 10, workers.LONGEST_PAUSE_S / 10
+        child.FIRST_PAUSE_S, child.LONGEST_PAUSE_S = child.FIRST_PAUSE_S / 10, child.LONGEST_PAUSE_S / 10
     cli.main()

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
+from service import child as child_module
 from service import supervisor as supervisor_module
 from service import wire
 from service.repository import ModelFile, Served
@@ -44,6 +45,9 @@ class FakeChild:
 
     def kill(self) -> None:
         self.kills += 1
+
+    def wait(self) -> int:
+        return 1
 
 
 @contextlib.contextmanager
@@ -171,6 +175,7 @@ def test_a_front_end_that_does_not_answer_is_killed(
 
     async def work() -> None:
         front = supervisor._fronts[0]
+        front.is_up = True
         telling = asyncio.ensure_future(front.tell())
         await settle()
         if is_there:
@@ -178,6 +183,35 @@ def test_a_front_end_that_does_not_answer_is_killed(
         await telling
         assert front.child.kills == (not is_there)  # type: ignore[attr-defined]
         assert front.is_told
+
+    run(work())
+
+
+def test_front_ends_that_die_before_their_first_answer_are_given_up(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They say hello, so that only an answer shows that they can be kept alive."""
+    monkeypatch.setattr(child_module, "FIRST_PAUSE_S", 0.0)
+
+    async def die(answers_first: bool) -> None:
+        front = supervisor._fronts[-1]
+        front._on_frame({"op": "hello"}, {})
+        await settle()
+        if answers_first:
+            acknowledge(front)
+        front._on_lost()
+        while len(supervisor._fronts) < 2 and not supervisor._is_given_up:
+            await asyncio.sleep(0.001)
+
+    async def work() -> None:
+        for number in range(3 * supervisor_module.MAX_DEATHS):
+            await die(answers_first=number % 4 == 3)
+        assert not supervisor._is_given_up
+        for _ in range(supervisor_module.MAX_DEATHS - 1):  # and the last of those before
+            assert not supervisor._is_given_up
+            await die(answers_first=False)
+        assert supervisor._is_given_up
+        assert supervisor._fronts[0].child.kills == 0  # type: ignore[attr-defined]
 
     run(work())
 

@@ -116,7 +116,7 @@ class Supervised:
         self.attached: list[WorkerProcess] = []
         self.refused: list[tuple[int, str]] = []
         self.is_given_up = False
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
+        monkeypatch.setattr(child, "FIRST_PAUSE_S", 0.0)
         monkeypatch.setattr(module, "TICK_S", 0.005)
         self.workers = Workers(self, ["cpu"] * count, Settings(**settings), lambda: self.now, self.spawn)
 

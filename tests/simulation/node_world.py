@@ -30,6 +30,7 @@ from hessquik_client.errors import ModelNotFound, ModelRefused, StartUpError, Ve
 from service import node as node_module
 from service import repository as repository_module
 from service import workers as workers_module
+from service.child import LONGEST_PAUSE_S
 from service.wire import WireError
 from tests.simulation.folder import Folder
 from tests.simulation.loop import SimulatedLoop
@@ -46,7 +47,7 @@ ROOM_S = 1.0
 #: Time after which a quiet world is what it should be.
 QUIET_S = 300.0
 #: Time in which a dead worker's place is taken again: two waits for its end, the longest pause, and room.
-REPLACED_S = 2 * workers_module.END_S + workers_module.LONGEST_PAUSE_S + ROOM_S
+REPLACED_S = 2 * workers_module.END_S + LONGEST_PAUSE_S + ROOM_S
 PATHS = ["a", "b", "a/1", "a/2", "a/10", "b/1", "b/3", "c/2", "c/1", "a/01", "two words"]
 KINDS = ["good"] * 7 + ["slow"] * 3 + ["bad", "kills", "hangs"]
 NONSENSE = [{}, {"op": "pong"}, {"op": "loaded", "model": -1}, {"op": "ready"}, {"op": ["x"]}]
