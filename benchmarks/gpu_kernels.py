@@ -28,7 +28,14 @@ import triton
 
 from benchmarks.gpu import microseconds
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, source
-from hessquik.backends.triton import UNROLLINGS, TritonProgram, UnrolledProgram, compile_kernel, compile_unrolled
+from hessquik.backends.triton import (
+    UNROLLINGS,
+    TritonProgram,
+    UnrolledProgram,
+    compile_kernel,
+    compile_unrolled,
+    unrolling,
+)
 from hessquik.device import GPU
 from hessquik.networks import fullyConnectedNN
 from hessquik.plan import Ask, Plan, choose
@@ -73,7 +80,8 @@ def compiled(case: Case, arch: int) -> tuple[Any, Unrolled | None]:
     widths, quantities, dtype, _, sizes = case
     if sizes is None:
         return compile_kernel(dtype, arch), None
-    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes.rows)
+    sizes = unrolling(dtype, arch) if sizes == UNROLLINGS[dtype] else sizes
+    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes)
     return compile_unrolled(kernel, arch), kernel
 
 

@@ -28,8 +28,8 @@ from hessquik.strided import Space, View
 
 __all__ = ["WARPS", "Unrolled", "Unrolling", "define_kernel", "source"]
 
-#: Most rows, columns and depth of a product's block.
-PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
+#: Most rows and columns of a product's block.
+PRODUCT_ROWS, PRODUCT_COLUMNS = 64, 64
 #: Most rows of the tile (in float32; half in float64) and most depth of a block of a congruence or contraction.
 PAIR_ROWS, PAIR_DEPTH = 8, 32
 #: Most entries of a map's block, and of one whose instructions are few and cheap.
@@ -50,10 +50,12 @@ class Unrolling:
     Attributes:
         rows: Rows that the memory of a tile holds.
         instances: Most instances per multiprocessor.
+        depth: Most depth of a product's block.
     """
 
     rows: int
     instances: int
+    depth: int = 32
 
 
 @dataclass
@@ -128,13 +130,13 @@ def _fitting(count: int, largest: int) -> int:
 class _Writer:
     """Writes a program's kernel."""
 
-    def __init__(self, program: Program, itemsize: int, rows: int) -> None:
+    def __init__(self, program: Program, itemsize: int, sizes: Unrolling) -> None:
         """Begin an empty kernel."""
-        self.program, self.itemsize, self.rows = program, itemsize, rows
+        self.program, self.itemsize, self.rows, self.product_depth = program, itemsize, sizes.rows, sizes.depth
         self.dtype = {4: "tl.float32", 8: "tl.float64"}[itemsize]
         self.lines: list[str] = []
         self.depth = 0
-        self.tile_bytes = self.whole(program.tile_size * rows)
+        self.tile_bytes = self.whole(program.tile_size * sizes.rows)
         self.found = Unrolled()
         #: Constants, offsets and numbers that the current step reads from the table.
         self.needs: list[int | float | View] = []
@@ -312,7 +314,7 @@ class _Writer:
         bm = _fitting(most, PRODUCT_ROWS)
         width = columns + max(self.program.padding(view) for view in step.writes())
         bn = min(PRODUCT_COLUMNS, _power_of_two(width, 16))
-        bk = min(PRODUCT_DEPTH, _power_of_two(depth, 16))
+        bk = min(self.product_depth, _power_of_two(depth, 16))
         self.put(f"k = tl.arange(0, {bk})", f"j = tl.arange(0, {bn})")
         if in_groups:
             with self.loop(f"for group in range(0, live * {outer}):"):
@@ -578,15 +580,15 @@ class _Deeper:
         self.writer.depth -= 1
 
 
-def source(program: Program, itemsize: int, rows: int) -> Unrolled:
+def source(program: Program, itemsize: int, sizes: Unrolling) -> Unrolled:
     """Return the kernel of a program as source code.
 
     Args:
         program: The program.
         itemsize: Bytes of a number, 4 or 8.
-        rows: Most rows of a tile.
+        sizes: Sizes of its tiles and blocks.
     """
-    return _Writer(program, itemsize, rows).write()
+    return _Writer(program, itemsize, sizes).write()
 
 
 def define_kernel(text: str) -> Any:

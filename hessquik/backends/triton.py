@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ __all__ = [
     "is_interpreted",
     "main",
     "ready_programs",
+    "unrolling",
 ]
 
 _T = TypeVar("_T")
@@ -89,8 +90,18 @@ class Blocks:
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
 #: Tiles of plan kernels, chosen by measuring on an H200.
 UNROLLINGS = {torch.float32: Unrolling(rows=16, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
+#: Compute capability from which on Triton computes products in float64 without tensor cores. Blocks of the usual depth would
+#: not fit the registers: up to 5 kB of each thread's numbers went to memory.
+WITHOUT_FLOAT64_TENSOR_CORES = 100
 #: Most passages of a plan kernel; each takes about half a second to compile.
 MOST_FORMS = 32
+
+
+def unrolling(dtype: torch.dtype, arch: int) -> Unrolling:
+    """Return the tiles of plan kernels for a compute capability, such as 90."""
+    if dtype == torch.float64 and arch >= WITHOUT_FLOAT64_TENSOR_CORES:
+        return replace(UNROLLINGS[dtype], depth=16)
+    return UNROLLINGS[dtype]
 
 
 def is_interpreted() -> bool:
@@ -367,7 +378,7 @@ class UnrolledProgram(TritonProgram):
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, sizes: Unrolling) -> None:
         """Write the kernel's source, and compile it unless it is compiled already."""
         self._sizes = sizes
-        self._source = source(program, dtype.itemsize, sizes.rows)
+        self._source = source(program, dtype.itemsize, sizes)
         super().__init__(program, dtype, device)
 
     def _write(self) -> Unrolled:  # type: ignore[override]
@@ -411,7 +422,8 @@ def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torc
         dtype: ``torch.float32`` or ``torch.float64``, of all numbers.
         device: A CUDA device with its index, or the CPU if Triton interprets.
     """
-    state, sizes = _shared_state(device), UNROLLINGS[dtype]
+    state = _shared_state(device)
+    sizes = unrolling(dtype, state.arch)
     kernels = [_fitting(program, dtype, sizes, state) for program in programs]
     if state.is_cuda:
         wanted = [partial(state.kernel, each) for each in BLOCKS]
@@ -429,7 +441,7 @@ def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Dev
     """Return a program's plan kernel, or ``None`` if its indices, memory or number of passages exceed a limit."""
     if sizes.rows * _most_entries(program) > MOST_ENTRIES:
         return None
-    kernel = source(program, dtype.itemsize, sizes.rows)
+    kernel = source(program, dtype.itemsize, sizes)
     is_small = sizes.instances * state.processors * kernel.bytes <= MEMORY_BYTES
     return kernel if is_small and kernel.forms <= MOST_FORMS else None
 

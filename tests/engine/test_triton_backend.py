@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -323,6 +324,51 @@ def test_it_compiles_for_a_gpu_without_one() -> None:
     for name, kernel in json.loads(ran.stdout).items():
         assert kernel["shared"] <= 160 << 10, name
         assert not kernel["tf32"], f"{name}: products must be in full precision"
+
+
+_COMPILE_PLANS = """
+import json, sys, torch
+from benchmarks.gpu_kernels import resources
+from hessquik import Evaluator, storage
+from hessquik.backends.gpu_unrolled import source
+from hessquik.backends.triton import MOST_FORMS, compile_unrolled, unrolling
+from hessquik.device import GPU
+from hessquik.evaluator import COMMON
+from hessquik.plan import Ask, choose
+found = {}
+for arch, path, names in json.loads(sys.argv[1]):
+    network = storage.load(path)
+    for network in getattr(network, "members", [network])[:1]:
+        forms, dtype, outputs = network.forms(), torch.float64, Evaluator(network).m
+        for quantities in [names] if names else COMMON:
+            plan = choose(forms, Ask(frozenset(quantities)), dtype, outputs, GPU)
+            kernel = source(plan.program, dtype.itemsize, unrolling(dtype, arch))
+            assert kernel.forms <= MOST_FORMS
+            compiled = compile_unrolled(kernel, arch)
+            used = resources(compiled.asm["cubin"])
+            found[f"{arch} {path} {quantities}"] = {"shared": compiled.metadata.shared, "stack": used["stack"]}
+print(json.dumps(found))
+"""
+MODELS = sorted(map(str, Path("models").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("arch", choose([100], [80, 90, 100]))
+def test_kernels_of_shipped_models_keep_their_numbers_in_registers(arch: int) -> None:
+    """In the short form one kernel, for a GPU whose products in float64 need the most registers."""
+    cases = choose([(arch, "models/ising_ring.safetensors", ["laplacian"])], [(arch, path, []) for path in MODELS])
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _COMPILE_PLANS, json.dumps(cases)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not ran.returncode, ran.stderr
+    found = json.loads(ran.stdout)
+    assert len(found) == choose(1, len(MODELS) * len(COMMON))
+    for name, kernel in found.items():
+        assert kernel["shared"] <= 160 << 10, name
+        assert kernel["stack"] <= 64, f"{name}: registers are spilled"
 
 
 def test_what_is_too_large_for_its_indices_is_refused() -> None:
