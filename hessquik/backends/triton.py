@@ -90,8 +90,8 @@ class Blocks:
 BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
 #: Tiles of plan kernels, chosen by measuring on an H200.
 UNROLLINGS = {torch.float32: Unrolling(rows=16, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
-#: Compute capability from which on Triton computes products in float64 without tensor cores. Blocks of the usual depth
-#: would not fit the registers: up to 5 kB of each thread's numbers went to memory.
+#: Compute capability from which on Triton computes products in float64 without tensor cores. Blocks of the usual
+#: depth would not fit the registers: up to 5 kB of each thread's numbers went to memory.
 WITHOUT_FLOAT64_TENSOR_CORES = 100
 #: Most passages of a plan kernel; each takes about half a second to compile.
 MOST_FORMS = 32
