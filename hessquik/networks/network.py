@@ -172,19 +172,22 @@ class NN(nn.Sequential):
     def _is_forward_cheaper(self, forms: Sequence[Form], highest: str) -> bool:
         """Return whether forward mode is less work for a sample, up to a Hessian, Laplacian or gradient.
 
-        With F multiplications for the value, W hidden units, t tangents that are carried at second order, and a
-        memory access that costs as much as some multiplications:
-            backward   m adjoints through F, d tangents through F, and dzᵀ diag(c) dz per layer
-            forward    d + t tangents through F, and their products
+        With F multiplications for the value, W hidden units, t second derivatives along tangents, and a memory access
+        that costs as much as some multiplications:
+            backward   m adjoints and d tangents through F, and sums over hidden units, dzᵀ diag(c) dz for a Hessian
+            forward    d + t tangents through F, their products, and for a Hessian its two triangles
         """
         d, m = self.dim_input(), self.dim_output()
         F, W = sum(map(_multiplications, forms)), sum(form.hidden for form in forms)
         if highest == "gradient":
-            return d * (F + ACCESS * W) < m * (F + ACCESS * W)
-        t, backward = (d * (d + 1) // 2, d * d * W) if highest == "hessian" else (1, d * W)
-        sums = ACCESS * (d * W + len(forms) * d * d) * m if highest == "hessian" else ACCESS * d * W
-        backward = (m + d) * F + m * backward + 2 * ACCESS * (m + d) * W + sums
-        forward = (d + t) * F + ACCESS * (d + 4 * t) * W
+            return d < m
+        if highest == "hessian":
+            t, triangles = d * (d + 1) // 2, 2 * m * d * d
+            sums = m * d * d * W + ACCESS * m * (d * W + len(forms) * d * d)
+        else:
+            t, triangles, sums = 1, 0, (m + ACCESS) * d * W
+        backward = (m + d) * (F + 2 * ACCESS * W) + sums
+        forward = (d + t) * F + ACCESS * ((d + 6 * t) * W + triangles)
         return forward < backward
 
     def forward(  # type: ignore[override]
