@@ -35,6 +35,9 @@ DTYPES = (torch.float32, torch.float64)
 COMMON = (("value",), ("value", "gradient"), ("value", "gradient", "hessian"), ("laplacian",))
 #: Operations on one core after which a caller may do something else.
 OPERATIONS_BETWEEN = 2e7
+#: A call is divided among threads into pieces of at least so many operations, which take some ten times as long as
+#: handing over a piece, and into at most so many pieces for each thread. Who is done takes the next one.
+PIECE_OPERATIONS, PIECES = 2e7, 8
 #: Plans that are kept, and bytes of what they compute of the weights, in float64 and as a backend has it; those that
 #: were not used for longest make room for new ones. A plan that is larger alone is kept alone.
 MAX_PLANS, MAX_PLAN_BYTES = 256, 256 << 20
@@ -293,6 +296,8 @@ class Evaluator:
         row_bytes = max(1, sum(prod(shapes[name]) for name in quantities)) * self.dtype.itemsize
         # Larger results come from huge pages, which are reused.
         most_rows = min(runner.tile_rows[-1], (memory.LARGE_BYTES - 1) // row_bytes)
+        while self._piece(runner, most_rows) < most_rows:  # several threads are faster
+            most_rows //= 2
         return runner.bind(inputs, {name: (-1, *shapes[name]) for name in quantities}, most_rows)
 
     def _placed(self, array: Tensor) -> Tensor:
@@ -376,18 +381,29 @@ class Evaluator:
         return sum((8 + size) * numbers for place, numbers in constants.items() if place not in self._own_data)
 
     def _run(self, runner: backends.Runner, arrays: dict[str, Tensor], start: int, stop: int) -> None:
-        """Compute rows ``start`` to ``stop``, on several threads if there are tiles enough."""
-        n = stop - start
-        if self._pool is None or n <= runner.tile_rows[-1]:
+        """Compute rows ``start`` to ``stop``, on several threads if there is enough to do."""
+        rows = self._piece(runner, stop - start)
+        if self._pool is None or rows == stop - start:
             runner.run(arrays, start, stop)
             return
-        shares = min(self._threads, -(-n // runner.tile_rows[-1]))
-        cuts = [start + n * i // shares for i in range(shares + 1)]
-        *others, own = pairwise(cuts)
-        waiting = [self._pool.submit(runner.run, arrays, *cut) for cut in others]
-        runner.run(arrays, *own)
+        pieces = pairwise([*range(start, stop, rows), stop])
+
+        def work() -> None:
+            for piece in pieces:
+                runner.run(arrays, *piece)
+
+        waiting = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        work()
         for future in waiting:
             future.result()
+
+    def _piece(self, runner: backends.Runner, n: int) -> int:
+        """Return the rows of the pieces into which n rows are divided; whole tiles of a backend that pads them."""
+        pieces = min(int(n * runner.plan.operations / PIECE_OPERATIONS), PIECES * self._threads)
+        if self._threads == 1 or pieces < 2:
+            return n
+        tile = runner.tile_rows[-1] if runner.tile_rows[0] > 1 else 1
+        return min(n, -(-n // (pieces * tile)) * tile)
 
     def _results(self, quantities: Sequence[str], runner: backends.Runner, n: int, x: Tensor) -> dict[str, Tensor]:
         """Return arrays for the results on the points' device."""

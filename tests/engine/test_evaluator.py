@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -209,6 +210,42 @@ def test_threads_of_its_own_give_the_same_bits(backend):
     alone = Evaluator(network, backend=backend)(x, ("value", "hessian"))
     together = Evaluator(network, threads=3, backend=backend)(x, ("value", "hessian"))
     assert torch.equal(alone.hessian, together.hessian)
+
+
+def pieces_of(evaluate, n, quantities):
+    """Return the pieces of rows that threads computed in a call, in order, and whether several threads did."""
+    runner = evaluate._runner(evaluate._ask(quantities, None, None))
+    right, pieces, threads = runner.run, [], set()
+
+    def run(arrays, start, stop):
+        pieces.append((start, stop))
+        threads.add(threading.get_ident())
+        right(arrays, start, stop)
+
+    runner.run = run
+    evaluate(torch.randn(n, evaluate.d), quantities)
+    return sorted(pieces), len(threads) > 1
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU kernel: install where there is a C compiler")
+def test_threads_divide_a_call_by_its_work_also_within_one_tile(monkeypatch):
+    monkeypatch.setattr(evaluator, "PIECE_OPERATIONS", 2e6)
+    network = fullyConnectedNN([10, 128, 128, 128, 1], TANH)
+    evaluate = Evaluator(network, threads=2)
+    asked = ("value", "gradient")
+    evaluate(torch.randn(1, 10), asked)
+    assert evaluate._runner(evaluate._ask(asked, None, None)).tile_rows[-1] >= 256
+    pieces, are_several = pieces_of(evaluate, 256, asked)
+    assert are_several
+    sizes = [stop - start for start, stop in pieces]
+    assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
+    assert pieces[-1][1] == 256
+    assert 2 <= len(pieces) <= 2 * evaluator.PIECES
+    assert max(sizes[:-1]) == min(sizes[:-1]) >= sizes[-1]
+    assert pieces_of(evaluate, 3, asked) == ([], False), "few rows are one call of the kernel"
+    alone = Evaluator(network, threads=1)
+    x = torch.randn(256, 10)
+    assert torch.equal(evaluate(x, asked).gradient, alone(x, asked).gradient)
 
 
 @pytest.mark.parametrize(
