@@ -149,20 +149,16 @@ class _Layout:
 
     def fuse_scaling(self, i: int, fusion: _Fusion) -> None:
         """Find the longest chain α C ⊙ S + F ⊙ T after C whose other operands are computed before C."""
-        current, allowed = fusion.raw, self.uses[fusion.raw]
-        while True:
-            for step in allowed:
-                if self.extends_scaling(i, fusion, current, step):
-                    break
-            else:
-                break
+        current, readers = fusion.raw, self.uses[fusion.raw]
+        while fusion.scale_add is None:
+            step = next((step for step in readers if self.extends_scaling(i, fusion, current, step)), None)
+            if step is None:
+                return
             current = fusion.scaled = step
             fusion.first = step if fusion.first is None else fusion.first
             self.absorb(step, i)
             only = self.only_use(current)
-            allowed = [] if only is None else [only]
-            if fusion.scale_add is not None:
-                break
+            readers = [] if only is None else [only]
 
     def extends_scaling(self, i: int, fusion: _Fusion, current: int, step: int) -> bool:
         """Add one operation to a scaling, if it fits, and return whether it did."""
@@ -477,14 +473,10 @@ class _Layout:
     def merged(self, a: View, b: View, add: View | None, out: View | None, scaling: Scaling | None) -> Product:
         """Return a product; outer entries are joined with inner ones if all share B and the strides allow it."""
         if len(a.shape) == 3 and b.strides[0] == 0 and scaling is None:
-            arrays = [array for array in (a, add, out) if array is not None]
-            flat = [array.reshaped((array.shape[0] * array.shape[1], array.shape[2])) for array in arrays]
-            if all(array is not None for array in flat):
-                rest = iter(flat)
-                a = next(rest) or a
-                add = add and next(rest)
-                out = out and next(rest)
-                b = b.part(0, 0, 1).reshaped(b.shape[1:]) or b
+            given = (a, add, out)
+            flat = [array and array.reshaped((prod(array.shape[:2]), array.shape[2])) for array in given]
+            if flat[0] and [array is None for array in flat] == [array is None for array in given]:
+                a, add, out, b = flat[0], flat[1], flat[2], View(b.buffer, b.shape[1:], b.strides[1:], b.offset)
         return Product(a.in_three_axes(), b.in_three_axes(), _view(add), _view(out), scaling)
 
     def emit_pointwise(self, i: int) -> int:
@@ -552,13 +544,14 @@ class _Layout:
         for a in range(self.nodes[i].shape[0]):
             below = out.part(0, a, a + 1).part(1, 0, a + 1)
             beside = out.part(1, a, a + 1).part(0, 0, a + 1).permuted((1, 0, 2))
-            self.copy_piece(i, self.packed_row(source, a), below, beside)
+            self.copy(self.packed_row(source, a), [below, beside], self.nodes[i].is_shared)
 
     def emit_pack(self, i: int) -> None:
         """Add copies of the rows of the lower triangle to the packed array."""
         source, out = self.read(self.nodes[i].inputs[0]), self.array(i)
         for a in range(source.shape[0]):
-            self.copy_piece(i, source.part(0, a, a + 1).part(1, 0, a + 1), self.packed_row(out, a))
+            row = source.part(0, a, a + 1).part(1, 0, a + 1)
+            self.copy(row, [self.packed_row(out, a)], self.nodes[i].is_shared)
 
     def emit_cat(self, i: int) -> None:
         """Add copies of the parts, from left to right, so that no padding is left between them."""
@@ -566,17 +559,12 @@ class _Layout:
         widths = [self.nodes[j].shape[-1] for j in node.inputs]
         for j, start in zip(node.inputs, accumulate(widths, initial=0), strict=False):
             place = out.part(-1, start, start + self.nodes[j].shape[-1])
-            self.copy_piece(i, self.read(j).repeated(place.shape), place)
+            self.copy(self.read(j), [place], node.is_shared)
 
     def packed_row(self, packed: View, a: int) -> View:
         """Return row ``a`` of a triangle that is packed row by row, as (1, a + 1, columns)."""
         start = a * (a + 1) // 2
         return packed.part(0, start, start + a + 1).in_three_axes()
-
-    def copy_piece(self, i: int, source: View, *places: View) -> None:
-        """Add a step that copies a piece of node ``i``, as it is, to one or more places."""
-        outputs = tuple((0, place.in_three_axes()) for place in places)
-        self.append(Map((source.in_three_axes(),), (), outputs), self.nodes[i].is_shared)
 
     def finished(self, draft: Step | _MapDraft) -> list[Step]:
         """Return the step of a draft, or a step itself, as a list, which is empty if nothing is to be written."""
