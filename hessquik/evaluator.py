@@ -393,9 +393,13 @@ class Evaluator:
                 runner.run(arrays, *piece)
 
         waiting = [self._pool.submit(work) for _ in range(self._threads - 1)]
-        work()
-        for future in waiting:
-            future.result()
+        try:
+            work()
+        finally:
+            list(pieces)  # after an error no thread takes another one
+            for future in waiting:
+                if not future.cancel():  # one that has not begun has nothing left to do
+                    future.result()
 
     def _piece(self, runner: backends.Runner, n: int) -> int:
         """Return the rows of the pieces into which n rows are divided; whole tiles of a backend that pads them."""

@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -210,6 +211,50 @@ def test_threads_of_its_own_give_the_same_bits(backend):
     alone = Evaluator(network, backend=backend)(x, ("value", "hessian"))
     together = Evaluator(network, threads=3, backend=backend)(x, ("value", "hessian"))
     assert torch.equal(alone.hessian, together.hessian)
+
+
+def divided(monkeypatch):
+    """Return an evaluator that divides calls of 256 rows among two threads, and what runs their pieces."""
+    monkeypatch.setattr(evaluator, "PIECE_OPERATIONS", 1e4)
+    evaluate = Evaluator(NETWORKS["residual"](), threads=2, backend=BACKENDS[0])
+    runner = evaluate._runner(evaluate._ask(("value",), None, None))
+    assert evaluate._piece(runner, 256) < 256
+    return evaluate, runner
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU kernel: install where there is a C compiler")
+def test_a_call_does_not_wait_for_a_thread_that_another_call_has(monkeypatch):
+    evaluate, _ = divided(monkeypatch)
+    x, over = torch.randn(256, 4), threading.Event()
+    expected = evaluate(x, ("value",)).value
+    other = evaluate._pool.submit(over.wait, 20)
+    found = evaluate(x, ("value",)).value
+    assert not other.done()
+    over.set()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU kernel: install where there is a C compiler")
+def test_a_call_that_fails_on_one_thread_ends_on_all(monkeypatch):
+    evaluate, runner = divided(monkeypatch)
+    right, running, taken, begun = runner.run, set(), [], threading.Event()
+
+    def run(arrays, start, stop):
+        if threading.current_thread() is threading.main_thread():
+            assert begun.wait(20)
+            raise MemoryError("no memory for a tile")
+        running.add(start)
+        taken.append(start)
+        begun.set()
+        time.sleep(0.05)
+        right(arrays, start, stop)
+        running.discard(start)
+
+    runner.run = run
+    with pytest.raises(MemoryError, match="no memory"):
+        evaluate(torch.randn(256, 4), ("value",))
+    assert not running
+    assert len(taken) <= 2, "the other pieces are left"
 
 
 def pieces_of(evaluate, n, quantities):
