@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 
 from hessquik_client import Client, ClientError
-from hessquik_client.messages import SAFETENSORS, Array
+from hessquik_client.messages import SAFETENSORS
 from hessquik_client.quantities import DIRECTIONAL, QUANTITIES
 
 try:
@@ -132,14 +132,26 @@ def build_load(
         np.broadcast_to(np.asarray(metadata.get(name) or default, dtype=np.float64), (d,))
         for name, default in (("lower_bounds", -1.0), ("upper_bounds", 1.0))
     )
+    parts, media_type = urlsplit(url), SAFETENSORS if is_binary else "application/json"
+    path = f"{parts.path.rstrip('/')}/v1/models/{quote(facts['name'], safe='')}/evaluate"
+    path += f"?quantities={','.join(quantities)}" if is_binary else ""
+    authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: {media_type}\r\n"
+        f"accept: {media_type}\r\n{authorization}content-length: "
+    )
     random = np.random.default_rng(0)
-    bodies = min(MAX_BODIES, max(2, MAX_BODIES_BYTES // (rows * d * 20)))
     requests = []
-    for _ in range(bodies):
+    for _ in range(min(MAX_BODIES, max(2, MAX_BODIES_BYTES // (rows * d * 20)))):
         arrays = {"inputs": lower + random.random((rows, d)) * (upper - lower)}
         if not DIRECTIONAL.isdisjoint(quantities):
             arrays["directions"] = random.standard_normal((1, d))
-        requests.append(_request(url, facts["name"], facts["dtype"], quantities, arrays, is_binary, api_key))
+        if is_binary:
+            body = safetensors.numpy.save({name: array.astype(facts["dtype"]) for name, array in arrays.items()})
+        else:
+            lists = {name: array.tolist() for name, array in arrays.items()}
+            body = json.dumps({**lists, "quantities": list(quantities)}).encode()
+        requests.append(f"{head}{len(body)}\r\n\r\n".encode() + body)
     return Load(url, requests, rows, clients, seconds)
 
 
@@ -162,32 +174,6 @@ async def run(load: Load, on_tick: Callable[[Tally], None] | None = None) -> Tal
             on_tick(tally)
     await work
     return tally
-
-
-def _request(
-    url: str,
-    model: str,
-    dtype: str,
-    quantities: Sequence[str],
-    arrays: Mapping[str, Array],
-    is_binary: bool,
-    api_key: str | None,
-) -> bytes:
-    """Return the bytes of one request, head and body."""
-    path = f"{urlsplit(url).path.rstrip('/')}/v1/models/{quote(model, safe='')}/evaluate"
-    if is_binary:
-        path += f"?quantities={','.join(quantities)}"
-        body = safetensors.numpy.save({name: value.astype(dtype) for name, value in arrays.items()})
-    else:
-        lists = {name: value.tolist() for name, value in arrays.items()}
-        body = json.dumps({**lists, "quantities": list(quantities)}).encode()
-    media_type = SAFETENSORS if is_binary else "application/json"
-    authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\ncontent-type: {media_type}\r\n"
-        f"accept: {media_type}\r\n{authorization}content-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
 
 
 class _Client(asyncio.Protocol):
