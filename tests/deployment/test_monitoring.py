@@ -121,7 +121,8 @@ class Prometheus:
             match = re.search(r'msg="Listening on" address=127\.0\.0\.1:(\d+)', (self._folder / "log").read_text())
             if match is not None:
                 self.url = f"http://127.0.0.1:{match[1]}"
-                if len(self.query('count_over_time(up{job="hessquik"}[1m]) >= 4')) == self._targets:
+                is_ready = httpx.get(f"{self.url}/-/ready").is_success
+                if is_ready and len(self.query('count_over_time(up{job="hessquik"}[1m]) >= 4')) == self._targets:
                     return
             ask()
             time.sleep(0.1)
