@@ -75,13 +75,17 @@ def plan_of(widths: Sequence[int], quantities: Sequence[str], dtype: torch.dtype
     return choose(network.forms(), Ask(frozenset(quantities)), dtype, widths[-1], GPU)
 
 
+def served(sizes: Unrolling, dtype: torch.dtype, arch: int) -> Unrolling:
+    """Return the sizes of a case, the usual ones as they are served for a compute capability."""
+    return unrolling(dtype, arch) if sizes == UNROLLINGS[dtype] else sizes
+
+
 def compiled(case: Case, arch: int) -> tuple[Any, Unrolled | None]:
     """Compile the kernel of a case, or take it from the cache on disk."""
     widths, quantities, dtype, _, sizes = case
     if sizes is None:
         return compile_kernel(dtype, arch), None
-    sizes = unrolling(dtype, arch) if sizes == UNROLLINGS[dtype] else sizes
-    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, sizes)
+    kernel = source(plan_of(widths, quantities, dtype).program, dtype.itemsize, served(sizes, dtype, arch))
     return compile_unrolled(kernel, arch), kernel
 
 
@@ -117,6 +121,8 @@ class Bench:
     def __init__(self) -> None:
         """Begin with no results."""
         self.device = torch.device("cuda", torch.cuda.current_device())
+        major, minor = torch.cuda.get_device_capability(self.device)
+        self.arch = 10 * major + minor
         self._expected: dict[Any, dict[str, Any]] = {}
 
     def measure(self, case: Case) -> dict[str, Any]:
@@ -132,7 +138,9 @@ class Bench:
             }
 
         table = TritonProgram(plan.program, dtype, self.device)
-        program = table if sizes is None else UnrolledProgram(plan.program, dtype, self.device, sizes)
+        program = table
+        if sizes is not None:
+            program = UnrolledProgram(plan.program, dtype, self.device, served(sizes, dtype, self.arch))
         found = outputs(n)
         program.run({"x": x, **found}, 0, n)
         torch.cuda.synchronize()

@@ -20,7 +20,7 @@ class Space(Enum):
 
     @property
     def is_inside(self) -> bool:
-        """Whether it is memory that steps write for other steps."""
+        """True for memory that steps write for other steps."""
         return self in {Space.TILE, Space.SHARED}
 
 

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from hessquik import Evaluator
 from hessquik.backends.gpu_unrolled import Unrolling
-from hessquik.backends.triton import UNROLLINGS, TritonProgram, UnrolledProgram
+from hessquik.backends.triton import TritonProgram, UnrolledProgram, unrolling
 from hessquik.evaluator import COMMON
 from hessquik.networks import NN, fullyConnectedNN, resnetNN
 from tests.engine.step_reference import interpret, outputs_of, random_case
@@ -79,7 +79,8 @@ def test_kernels_made_for_random_programs(seed: int) -> None:
         program.run({**given, **out}, 0, rows)
         return out
 
-    plan_kernel = UnrolledProgram(case.program, dtype, CUDA, UNROLLINGS[dtype])
+    major, minor = torch.cuda.get_device_capability(CUDA)
+    plan_kernel = UnrolledProgram(case.program, dtype, CUDA, unrolling(dtype, 10 * major + minor))
     smaller = UnrolledProgram(case.program, dtype, CUDA, Unrolling(rows=4, instances=4))
     table, found, in_small_tiles = (
         evaluated(each, 0, n) for each in (TritonProgram(case.program, dtype, CUDA), plan_kernel, smaller)

@@ -269,7 +269,7 @@ def test_a_frame_that_the_socket_takes_needs_no_descriptor_more(monkeypatch: pyt
 
 
 def test_a_frame_that_must_wait_and_gets_no_descriptor_ends_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for its answer learns that none comes; left in the channel, it would wait for ever."""
+    """The sender of the question learns that no answer comes; a frame left in the channel would never be answered."""
 
     async def work(channel: wire.Channel, theirs: socket.socket, seen: list[Any]) -> None:
         channel.write({"op": "load"}, {"file": bytes(4 << 20)})

@@ -20,9 +20,7 @@ def test_each_event_is_counted_once_and_read_at_once() -> None:
     metrics.computed["value",].append((3, 2))
     metrics.computed["value", "hessian"].append((5000, 1))
     metrics.settle()
-    assert not (metrics.answered)
-    assert not (metrics.queued)
-    assert not metrics.computed
+    assert metrics.answered == metrics.queued == metrics.computed == {}
     metrics.computed["value",].append((1, 1))  # counted, too, when it is read
     found = samples(metrics)
     expected = {

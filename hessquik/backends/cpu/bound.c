@@ -10,7 +10,7 @@
 
 enum { MOST_INPUTS = 3, MOST_RESULTS = 16, OF_ROWS = -1, UNREAD = -1 };
 
-/* Which of the program's arrays it is, or UNREAD, and its shape, of which the first extent may be OF_ROWS. */
+/* Number of the program's array, or UNREAD, and its shape, of which the first extent may be OF_ROWS. */
 typedef struct {
     I external, ndim, shape[MOST_AXES];
 } Slot;
