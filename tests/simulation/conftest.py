@@ -30,7 +30,7 @@ def run_worlds(note: Note) -> Callable[[Run], Counter[str]]:
 
     def run_worlds(run: Run) -> Counter[str]:
         events, ends, seed, began_s = 0, Counter[str](), 0, time.process_time()
-        while time.process_time() - began_s < choose(6.0, 1200.0):
+        while time.process_time() - began_s < choose(26.0, 1200.0):
             world = run(seed)
             events, ends, seed = events + world.events, ends + world.ends, seed + 1
         per_minute = events / (time.process_time() - began_s) * 60
