@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -26,6 +29,14 @@ def test_installed_packages_are_all_there_are_and_none_is_named_service() -> Non
     expected = {re.sub("^service", "hessquik_service", name) for name in folders}
     assert set(listed["tool"]["setuptools"]["packages"]) == expected
     assert listed["project"]["scripts"] == {"hessquik": "hessquik_service.cli:main"}
+
+
+def test_the_source_distribution_has_all_that_is_tracked(tmp_path: Path) -> None:
+    build_sdist = runpy.run_path(str(ROOT / "deploy" / "wheels" / "build.py"))["build_sdist"]
+    with tarfile.open(build_sdist(tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(listed.splitlines()) - names == set()
 
 
 def test_modules_that_are_not_searched_for_examples_have_none() -> None:

@@ -31,14 +31,15 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> None:
 
 
 def build_sdist(target: Path) -> Path:
-    """Build the source distribution from what git tracks."""
+    """Build the source distribution from what git tracks, and return its path."""
     with tempfile.TemporaryDirectory() as folder:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
             copy = Path(folder, name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy)
-        run("build", "--sdist", "--no-isolation", "--outdir", str(target), cwd=Path(folder))
+        call = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", call, target], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return max(target.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
 
 

@@ -13,7 +13,7 @@ from hessquik_client import Client, Model, OutsideDomain
 from tests.clients.conftest import Zoo
 from tests.clients.test_client import Counting
 
-# Once a day arviz announces another version of itself, and notes it in a file: processes that test at once would race.
+# Once a day arviz announces another version of itself and notes it in a file; processes that test at once would race.
 with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     patch.setenv("XDG_CACHE_HOME", cache)
     warnings.simplefilter("ignore")
