@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -49,7 +50,9 @@ class Core:
         self.is_starting = self.is_draining = False
         self.node = node
         self.repository = node.repository
-        self.links = Links(settings.batch_timeout_s)
+        # With one processor, polling delays the worker that is polled for.
+        spin_s = settings.spin_us / 1e6 if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self.links = Links(settings.batch_timeout_s, spin_s)
         limits = Limits(
             *(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_bytes),
             *(BATCH_COST, BATCH_BYTES, settings.batch_timeout_s),

@@ -34,11 +34,12 @@ class Links:
 
     Args:
         batch_s: Time limit of a batch.
+        spin_s: Time for which the event loop does not sleep while the only request is computed.
     """
 
-    def __init__(self, batch_s: float) -> None:
+    def __init__(self, batch_s: float, spin_s: float = 0.0) -> None:
         """Start without links."""
-        self.batch_s = batch_s
+        self.batch_s, self.spin_s = batch_s, spin_s
         self._links: list[Link] = []
         self.scheduler: Scheduler | None = None
 
@@ -135,6 +136,8 @@ class Link:
         self.preemptible += batch.is_preemptible
         self.since_s = batch.sent_s = time.monotonic()
         self._channel.write(head, _arrays(batch), fds)
+        if self._scheduler.queue.requests == 1:
+            self._channel.stay_awake(self._links.spin_s)
 
     def _lend(self, batch: Batch, head: dict[str, Any]) -> tuple[int, ...]:
         """Lend a batch a buffer for its results; return the descriptor if the worker does not have it yet."""

@@ -47,7 +47,8 @@ class Settings(BaseSettings):
         500,
         ge=0,
         le=10_000,
-        description="Microseconds that a worker looks for a request before it sleeps, while they come one by one.",
+        description="Microseconds that a worker polls for the next request before it sleeps, and a front end for the "
+        "answer, while requests come one by one.",
     )
     processes: int = Field(1, ge=1, le=64, description="Front ends that share the port, each a process.")
     watch_s: float = Field(

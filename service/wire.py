@@ -15,6 +15,7 @@ import math
 import os
 import socket
 import struct
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,6 +284,8 @@ class Channel:
         self._waiting: deque[tuple[list[bytes | memoryview], Sequence[int]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.is_closed = False
+        self._awake_until_s = 0.0
+        self._is_polling = False
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     def write(self, head: Mapping[str, Any], fields: Mapping[str, Field], fds: Sequence[int] = ()) -> None:
@@ -303,11 +306,27 @@ class Channel:
         except OSError:
             self._loop.call_soon(self._lose)
 
+    def stay_awake(self, seconds: float) -> None:
+        """Keep the event loop from sleeping until the next frame arrives, at most for the given time.
+
+        Waking up from sleep takes longer than computing a small batch.
+        """
+        self._awake_until_s = time.monotonic() + seconds
+        if not self._is_polling:
+            self._poll()
+
+    def _poll(self) -> None:
+        self._is_polling = time.monotonic() < self._awake_until_s
+        if self._is_polling:
+            os.sched_yield()  # the other side may need this processor
+            self._loop.call_soon(self._poll)
+
     def close(self) -> None:
         """Forget what waits and whom to call, and close the socket."""
         if self.is_closed:
             return
         self.is_closed = True
+        self._awake_until_s = 0.0
         # The callbacks' owners hold the channel; without them there is no cycle for the collector.
         self._on_frame, self._on_lost, self._on_head = _ignore, _ignore, None
         self._loop.remove_reader(self._sock.fileno())
@@ -355,6 +374,7 @@ class Channel:
         self._loop.remove_writer(self._sock.fileno())
 
     def _on_readable(self) -> None:
+        self._awake_until_s = 0.0
         try:
             frames = self._receiver.receive()
         except (BlockingIOError, InterruptedError):
