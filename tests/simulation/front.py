@@ -68,6 +68,9 @@ class Socket:
             k = fields["directions"].shape[1] if "directions" in fields else 0
             self.asked.append((head, k, "weights" in fields))
 
+    def stay_awake(self, seconds: float) -> None:
+        """Do nothing: simulated time costs nothing."""
+
     def close(self) -> None:
         self.is_closed = True
         self.on_frame = self.on_lost = lambda *_: None  # as Channel does

@@ -151,16 +151,19 @@ I hessquik_vector_bytes(void) {
     return 16;
 }
 
-/* ---- Memory of a call, which is kept for the next one, whichever thread makes it ---- */
+/* ---- Memory of calls, which is kept for later ones, whichever thread makes them ---- */
 
 typedef struct {
     size_t size;
 } Block;
+/* One for each thread that calls at once: it mostly finds the one that it used last, which is in its cache. */
+enum { MOST_KEPT = 16 };
 static const size_t MOST_KEPT_BYTES = (size_t)64 << 20;
-static Block *kept;
+static Block *kept[MOST_KEPT];
 
 static Block *acquire(size_t size) {
-    Block *block = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQ_REL);
+    Block *block = NULL;
+    for (int i = 0; i < MOST_KEPT && !block; i++) block = __atomic_exchange_n(&kept[i], NULL, __ATOMIC_ACQ_REL);
     if (block && block->size >= size) return block;
     free(block);
     if (posix_memalign((void **)&block, 64, size)) return NULL;
@@ -169,7 +172,11 @@ static Block *acquire(size_t size) {
 }
 
 static void release(Block *block) {
-    free(block->size > MOST_KEPT_BYTES ? block : __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL));
+    for (int i = 0; i < MOST_KEPT && block->size <= MOST_KEPT_BYTES; i++) {
+        Block *none = NULL;
+        if (__atomic_compare_exchange_n(&kept[i], &none, block, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
+    }
+    free(block);
 }
 
 /* Numbers below the smallest normal one count as zero, whatever the calling thread's setting, which is returned. */
