@@ -406,6 +406,8 @@ class Evaluator:
         pieces = min(int(n * runner.plan.operations / PIECE_OPERATIONS), PIECES * self._threads)
         if self._threads == 1 or pieces < 2:
             return n
+        if pieces > self._threads:  # as many for each thread
+            pieces -= pieces % self._threads
         tile = runner.tile_rows[-1] if runner.tile_rows[0] > 1 else 1
         return min(n, -(-n // (pieces * tile)) * tile)
 

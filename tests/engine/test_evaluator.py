@@ -286,6 +286,7 @@ def test_threads_divide_a_call_by_its_work_also_within_one_tile(monkeypatch):
     assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
     assert pieces[-1][1] == 256
     assert 2 <= len(pieces) <= 2 * evaluator.PIECES
+    assert len(pieces) % 2 == 0, "each thread has as much to do"
     assert max(sizes[:-1]) == min(sizes[:-1]) >= sizes[-1]
     assert pieces_of(evaluate, 3, asked) == ([], False), "few rows are one call of the kernel"
     alone = Evaluator(network, threads=1)
