@@ -286,9 +286,11 @@ def test_threads_divide_a_call_by_its_work_also_within_one_tile(monkeypatch):
     assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
     assert pieces[-1][1] == 256
     assert 2 <= len(pieces) <= 2 * evaluator.PIECES
-    assert len(pieces) % 2 == 0, "each thread has as much to do"
     assert max(sizes[:-1]) == min(sizes[:-1]) >= sizes[-1]
     assert pieces_of(evaluate, 3, asked) == ([], False), "few rows are one call of the kernel"
+    operations = evaluate.operations(asked)
+    monkeypatch.setattr(evaluator, "PIECE_OPERATIONS", 256 * operations / 5.5)
+    assert len(pieces_of(evaluate, 256, asked)[0]) == 4, "not five: each thread has as much to do"
     alone = Evaluator(network, threads=1)
     x = torch.randn(256, 10)
     assert torch.equal(evaluate(x, asked).gradient, alone(x, asked).gradient)
