@@ -22,16 +22,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 PART = sys.argv[sys.argv.index("--part") + 1] if "--part" in sys.argv[:-1] else ""
-CORES = sorted(os.sched_getaffinity(0))[-2:] if PART == "threads" else [max(os.sched_getaffinity(0))]
+CORES = sorted(os.sched_getaffinity(0))[-2:] if PART in {"threads", "scaling"} else [max(os.sched_getaffinity(0))]
 if PART:
     os.sched_setaffinity(0, CORES)
     os.environ["OMP_NUM_THREADS"] = str(len(CORES))
 
+import jax
 import torch
 from torch import Tensor
 
@@ -151,6 +153,16 @@ PARTS: dict[str, list[Row]] = {
         *rows("hessian", "10-256×7-1", lambda: residual(10, 256, 7), 256),
         *rows("laplacian", "50-768-768-512-512-1", tapering, 64),
     ],
+    "scaling": [
+        row
+        for what in ("hessian", "laplacian")
+        for row in (
+            *rows(what, "10-64×5-1", lambda: residual(10, 64, 5), 256, 4096),
+            *rows(what, "32-128×5-1", lambda: residual(32, 128, 5), 256),
+            *rows(what, "10-256×7-1", lambda: residual(10, 256, 7), 256, 1024),
+            *rows(what, "100-128×5-1", lambda: residual(100, 128, 5), 256),
+        )
+    ],
 }  # fmt: skip
 
 
@@ -243,13 +255,15 @@ def quartiles(found: list[float]) -> list[float]:
 
 
 def floors() -> dict[str, float]:
-    """Return this machine's peak rates: operations of a product, and bytes written to memory in use."""
+    """Return this machine's peak rates: operations of a product, the faster of two, and bytes written to memory."""
     found = {}
+    multiply = jax.jit(lambda a, b: a @ b)
     for dtype in (torch.float32, torch.float64):
         a, b, c = (torch.randn(512, 512, dtype=dtype) for _ in range(3))
-        found[str(dtype).removeprefix("torch.")] = (
-            2 * 512**3 / min(seconds(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)) for _ in range(40))
-        )
+        p, q = jax.numpy.array(a.numpy()), jax.numpy.array(b.numpy())
+        by_torch = min(seconds(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)) for _ in range(40))
+        by_jax = min(seconds(lambda p=p, q=q: jax.block_until_ready(multiply(p, q))) for _ in range(40))
+        found[str(dtype).removeprefix("torch.")] = 2 * 512**3 / min(by_torch, by_jax)
     place, source = torch.zeros(2, 16 << 20)
     found["write"] = place.nbytes / min(seconds(lambda: place.fill_(1.0)) for _ in range(15))
     found["copy"] = 2 * place.nbytes / min(seconds(lambda: place.copy_(source)) for _ in range(15))
@@ -275,11 +289,29 @@ def measure_part(name: str, only: str, compile_s: float, path: Path) -> None:
                 "part": name,
                 "threads": len(CORES),
                 "machine": f"{processor()}, {platform.machine()}",
-                "versions": f"torch {torch.__version__}, JAX {sys.modules['jax'].__version__}",
+                "versions": f"torch {torch.__version__}, JAX {jax.__version__}",
                 "floors": {key: max(before[key], after[key]) for key in before},
                 "rows": list(found.values()),
             }
             path.write_text(json.dumps(part, indent=1) + "\n")
+
+
+def scaling() -> dict[str, Any]:
+    """Return how many times as fast two threads are as one, each round at the same points."""
+    torch.set_num_threads(1)
+    found = []
+    for row in PARTS["scaling"]:
+        torch.manual_seed(0)
+        network = row.build().requires_grad_(False)
+        evaluators = [Evaluator(network, threads=threads) for threads in (1, 2)]
+        x = torch.randn(row.n, evaluators[0].d)
+        calls = [partial(evaluate, x, QUANTITIES[row.what]) for evaluate in evaluators]
+        repeats = max(1, min(50, int(0.02 / max(map(seconds, calls)))))
+        spent = [[seconds(call, repeats) for call in calls] for _ in range(3 * ROUNDS)]
+        one_s, two_s = (statistics.median(times) for times in zip(*spent, strict=True))
+        ratios = quartiles([one / two for one, two in spent])
+        found.append({"what": row.what, "title": row.title, "one_s": one_s, "two_s": two_s, "ratios": ratios})
+    return {"part": "scaling", "rows": found}
 
 
 def processor() -> str:
@@ -331,8 +363,9 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "benchmarks.engine", "--part", part, *sys.argv[1:]], check=True)
         return
     path = arguments.output / f"engine-{arguments.part}.json"
-    if arguments.part == "memory":
-        path.write_text(json.dumps(peak_memory(), indent=1) + "\n")
+    if arguments.part in {"memory", "scaling"}:
+        found = peak_memory() if arguments.part == "memory" else scaling()
+        path.write_text(json.dumps(found, indent=1) + "\n")
     else:
         measure_part(arguments.part, arguments.only, arguments.compile, path)
     engine_report.write([*PARTS, "memory"], arguments.output)
