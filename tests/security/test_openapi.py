@@ -72,6 +72,11 @@ class Reference:
             directions = None
         is_single = inputs.ndim == 1
         points = torch.atleast_2d(inputs)
+        # The service has a row of them for every point; those that points share may be summed in another order.
+        if weights is not None and weights.ndim == 1:
+            weights = weights.repeat(len(points), 1)
+        if directions is not None and directions.ndim == 2:
+            directions = directions.repeat(len(points), 1, 1)
         computed = [name for name in asked if name != DOMAIN_DISTANCE]
         found = self.evaluators[model, dtype](points, computed, weights, directions) if computed else None
         arrays = {name: getattr(found, name).numpy() for name in computed}
