@@ -136,7 +136,7 @@ class Link:
         self.preemptible += batch.is_preemptible
         self.since_s = batch.sent_s = time.monotonic()
         self._channel.write(head, _arrays(batch), fds)
-        if self._scheduler.queue.requests == 1:
+        if self._links.spin_s and self._scheduler.queue.requests == 1:
             self._channel.stay_awake(self._links.spin_s)
 
     def _lend(self, batch: Batch, head: dict[str, Any]) -> tuple[int, ...]:

@@ -175,6 +175,7 @@ ROOT = str(MODELS.parent)
 def test_a_small_request_takes_few_steps(served: Served, monkeypatch: pytest.MonkeyPatch, note: Note) -> None:
     """Over one connection, whose head is remembered; what happens less often than once a request is left out."""
     monkeypatch.setattr(served.app, "_watchers", [])
+    monkeypatch.setattr(served.app.core.links, "spin_s", 0.0)  # polling is a way to wait
     data = as_bytes(Drawn("POST", "/v1/models/peaks/hessian", {"content-type": "application/json"}, POINT))
     data = data.replace(b"close", b"keep-alive")
     calls: Counter[tuple[str, str]] = Counter()
