@@ -32,11 +32,13 @@ def test_installed_packages_are_all_there_are_and_none_is_named_service() -> Non
 
 
 def test_the_source_distribution_has_all_that_is_tracked(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip(f"needs a git checkout: {listed.stderr.strip()}")
     build_sdist = runpy.run_path(str(ROOT / "deploy" / "wheels" / "build.py"))["build_sdist"]
     with tarfile.open(build_sdist(tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert set(listed.splitlines()) - names == set()
+    assert set(listed.stdout.splitlines()) - names == set()
 
 
 def test_modules_that_are_not_searched_for_examples_have_none() -> None:
