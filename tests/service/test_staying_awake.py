@@ -56,7 +56,6 @@ def test_the_loop_does_not_sleep_until_the_answer_and_then_does(sockets: tuple[s
         threading.Timer(SHORT_S, wire.send, (sockets[1], {"op": "done"}, {})).start()
         slept = selector.sleeps
         channel.stay_awake(LONG_S)
-        channel.stay_awake(LONG_S)  # of a second batch: there is one poll, not two
         await answered.wait()
         assert selector.sleeps == slept
         assert await selector.is_asleep()
