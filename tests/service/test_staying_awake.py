@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 import socket
 import threading
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from service import wire
+from service.core import Core
 from service.link import Links
 from service.scheduler import Batch, BatchKey, Job, Statistics
+from service.settings import Settings
 
 LONG_S, SHORT_S = 10.0, 0.02
 
@@ -102,3 +105,10 @@ def test_only_for_the_only_request(
         links.close()
 
     run(scene)
+
+
+@pytest.mark.parametrize(("processors", "spin_s"), [({0}, 0.0), ({0, 1}, 0.0005)])
+def test_not_with_a_single_processor(monkeypatch: pytest.MonkeyPatch, processors: set[int], spin_s: float) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: processors)
+    core = Core(Settings(device="cpu", spin_us=500), SimpleNamespace(repository=None))  # type: ignore[arg-type]
+    assert core.links.spin_s == spin_s
