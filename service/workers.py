@@ -29,7 +29,7 @@ from .settings import Settings
 from .shared import Sealed
 from .wire import WireError
 
-__all__ = ["LoadError", "Owner", "State", "User", "WorkerProcess", "Workers"]
+__all__ = ["LoadError", "Owner", "RunningClock", "State", "User", "WorkerProcess", "Workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 WORKER_MODULE = f"{__package__}.run_worker"
 #: Intervals at which workers are checked and pinged.
 TICK_S = 0.25
+#: Most seconds that a :class:`RunningClock` advances between two readings.
+MAX_STEP_S = 1.0
 #: A sign of life counts as recent for this time.
 FRESH_S = 2.0
 #: Deaths in a row, without a sign of life in between, after which workers cannot be kept alive; and at start-up.
@@ -89,6 +91,35 @@ class Owner(User, Protocol):
 
     def refuse(self, model: int, why: str) -> None:
         """Stop serving a model that a worker refuses although other workers have loaded it."""
+
+
+class RunningClock:
+    """A monotonic clock that stops while this process is stopped, for the time limits of other processes.
+
+    When a container or a virtual machine is paused, its workers are paused too, and are not late. A pause shows as a
+    long time between two readings, so the clock must be read often.
+
+    Args:
+        time: A monotonic clock.
+
+    Examples:
+        >>> readings = iter([10.0, 10.25, 3610.25, 3610.5])
+        >>> clock = RunningClock(lambda: next(readings))
+        >>> [clock(), clock(), clock()]
+        [0.25, 1.25, 1.5]
+    """
+
+    def __init__(self, time: Callable[[], float] = time.monotonic) -> None:
+        self._time = time
+        self._read_at = time()
+        self._running_s = 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds for which the process has run since the clock was created."""
+        now = self._time()
+        self._running_s += min(now - self._read_at, MAX_STEP_S)
+        self._read_at = now
+        return self._running_s
 
 
 class WorkerProcess:
@@ -258,6 +289,7 @@ class WorkerProcess:
             self.become(State.READY)
             self.well_s = self._heard_s = now
             self._workers.on_ready(self)
+            self.check()  # asks for the first sign of life at once
 
     def _on_pong(self, now: float, head: dict[str, Any]) -> None:
         try:
@@ -303,7 +335,7 @@ class Workers:
         owner: The user of the workers.
         devices: The device of each worker.
         settings: Settings of the service.
-        now: The monotonic clock.
+        now: The clock of the time limits; by default a :class:`RunningClock`.
         spawn: Starts a process.
     """
 
@@ -312,11 +344,11 @@ class Workers:
         owner: Owner,
         devices: list[str],
         settings: Settings,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] | None = None,
         spawn: Callable[..., Child] = Child,
     ) -> None:
         """Set up workers that are not started yet."""
-        self.settings, self.now, self.spawn = settings, now, spawn
+        self.settings, self.now, self.spawn = settings, now or RunningClock(), spawn
         self.restarts = self.checked_rows = self.mismatches = 0
         self.workers = [WorkerProcess(self, device) for device in devices]
         self._owner = owner

@@ -105,6 +105,18 @@ class Connection(asyncio.Protocol):
         server_state: uvicorn's state: the set of connections, and the header fields of every reply.
     """
 
+    # So many that objects with a dictionary could not share its keys.
+    __slots__ = (
+        "_application", "_arrived", "_body_bytes", "_chunks", "_current", "_discard_left", "_fields",
+        "_fields_seen", "_has_event", "_head_bytes", "_idle_since_s", "_ignores_input", "_incoming",
+        "_is_advancing", "_is_begun", "_is_between", "_is_closing_after", "_is_continue_due", "_is_half_closed",
+        "_is_in_head", "_is_last", "_is_lingering_after", "_is_probed", "_is_reading_paused", "_is_slice_scheduled",
+        "_is_upgrade", "_is_writing_paused", "_limits", "_linger_s", "_linger_until_s", "_listener", "_loop",
+        "_outgoing", "_owed_bytes", "_parser", "_pieces", "_progress_s", "_queue", "_queued_bytes", "_receive_by_s",
+        "_sending_bytes", "_server_state", "_silent_bytes", "_taken_bytes", "_timer", "_timer_s", "_transport",
+        "_url", "_written_bytes",
+    )  # fmt: skip
+
     def __init__(self, listener: Listener, server_state: Any) -> None:
         self._listener, self._application, self._limits = listener, listener.application, listener.limits
         self._server_state = server_state

@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from hessquik.networks import NN
+from service.workers import FRESH_S, TICK_S
 from tests.live import ROOT, LiveServer
 from tests.raw import check_error, post, receive_all, replies
 from tests.service import seeded
@@ -30,6 +32,9 @@ from tests.whole import choose
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
 atexit.register(HTTP.close)
 FAULTY = ("-m", "tests.service.faulty_serve")
+
+#: Longer than the faulty server's workers may be silent.
+PAUSE_S = FRESH_S + 1.5
 
 pytestmark = FAULTY_GROUP
 
@@ -195,6 +200,21 @@ def test_workers_that_cannot_be_kept_alive_end_the_service_with_70(checked: Live
             worker.send_signal(signal.SIGKILL)
         time.sleep(0.01)
     assert checked.stop() == 70
+
+
+def test_a_pause_of_all_processes_ends_no_worker(server: LiveServer, network: NN) -> None:
+    """A container or a virtual machine may be paused for longer than a worker may be silent."""
+    restarts = server.metric("hessquik_worker_restarts_total")
+    processes = [psutil.Process(server.process.pid), *server.workers()]
+    for process in processes:
+        process.suspend()
+    time.sleep(PAUSE_S)
+    for process in processes:  # the front end first, as it is the one that would draw the wrong conclusion
+        process.resume()
+    point = [0.25, -0.5]
+    assert ask(server, point).json()["value"][0] == pytest.approx(expected(network, point), rel=1e-12)
+    time.sleep(3 * TICK_S)
+    assert server.metric("hessquik_worker_restarts_total") == restarts
 
 
 def test_a_stop_answers_what_was_accepted_and_tells_the_others_so(faulty_server: LiveServer) -> None:

@@ -18,7 +18,16 @@ from service import child
 from service import workers as module
 from service.settings import Settings
 from service.wire import Channel
-from service.workers import MAX_DEATHS, MAX_FIRST_DEATHS, TRANSITIONS, LoadError, State, WorkerProcess, Workers
+from service.workers import (
+    MAX_DEATHS,
+    MAX_FIRST_DEATHS,
+    TRANSITIONS,
+    LoadError,
+    RunningClock,
+    State,
+    WorkerProcess,
+    Workers,
+)
 
 FACTS = {"d": 2, "m": 1, "dtype": "float64"}
 
@@ -401,6 +410,26 @@ def test_a_sign_of_life_forgets_deaths(supervised: Callable[..., Supervised]) ->
         assert not sim.is_given_up
 
     sim.run(work)
+
+
+def test_a_worker_is_asked_for_a_sign_of_life_as_soon_as_it_is_ready(
+    supervised: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its readiness and the first check it would count as one that never lived."""
+    sim = supervised()
+    monkeypatch.setattr(module, "TICK_S", 60.0)
+
+    async def work() -> None:
+        await sim.workers.start()
+        await sim.until(lambda: sim.workers.workers[0].memory_bytes == 7)
+
+    sim.run(work)
+
+
+def test_a_pause_of_this_process_counts_as_little_time() -> None:
+    readings = iter([5.0, 5.25, 5.5, 8.0, 90_000.0, 90_000.25])
+    clock = RunningClock(lambda: next(readings))
+    assert [clock() for _ in range(5)] == [0.25, 0.5, 1.5, 2.5, 2.75]
 
 
 def test_a_process_that_cannot_be_started_is_tried_again(supervised: Callable[..., Supervised]) -> None:

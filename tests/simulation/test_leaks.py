@@ -7,11 +7,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from hessquik_client.errors import NotReady
+from service.http.connection import Connection
 from tests.simulation.front import Front, Transport
 
 Ending = Callable[[Front], Transport]
@@ -405,16 +407,15 @@ def test_nothing_is_left_of_a_request(front: Front, ending: Ending) -> None:
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 def test_what_is_left_is_seen(front: Front, ending: Ending, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: connections with planted reference cycles, and a few bytes kept of each, are found."""
-    connect = front.listener.connect
     kept_bytes: list[bytes] = []
 
-    def connect_and_keep(*arguments: Any) -> Any:
-        connection: Any = connect(*arguments)
-        connection.itself = connection
-        kept_bytes.extend((bytes(32), bytes(33)))
-        return connection
+    class CyclicConnection(Connection):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.itself = self
+            kept_bytes.extend((bytes(32), bytes(33)))
 
-    monkeypatch.setattr(front.listener, "connect", connect_and_keep)
+    monkeypatch.setattr(front.listener, "connect", partial(CyclicConnection, front.listener))
     kept, left = growth(lambda: ended(front, ending))
-    assert kept["Connection"] >= TIMES
+    assert kept["CyclicConnection"] >= TIMES
     assert left >= 1
