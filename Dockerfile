@@ -28,14 +28,21 @@ FROM dependencies AS code
 # The CPU kernel is C. Its compiler stays in this stage, and Debian's current one will do.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# mypyc compiles the modules that every request meets; it stays in this stage, too.
+ARG PIP_NO_INDEX
+ARG PIP_FIND_LINKS
+COPY requirements/build.lock /build.lock
+RUN /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir --target /compiler \
+        --require-hashes --no-deps --only-binary :all: -r /build.lock
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY hessquik hessquik
 COPY hessquik_client hessquik_client
 COPY service service
 # The lock holds setuptools, which torch needs; so nothing is fetched here. Without its kernel the image is not built.
-RUN HESSQUIK_KERNEL=required /tools/bin/pip --python /opt/hessquik/bin/python install --no-cache-dir --no-index --no-deps \
-        --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
+RUN HESSQUIK_KERNEL=required HESSQUIK_COMPILE=1 PYTHONPATH=/compiler \
+    /tools/bin/pip --python /opt/hessquik/bin/python install \
+        --no-cache-dir --no-index --no-deps --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
     mv /layer/lib/python3.11/site-packages/bin /layer/bin
 
 FROM ${BASE} AS service

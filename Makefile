@@ -91,7 +91,9 @@ lock: $(STAMP)  ## lock what the images install, CPU and CUDA, x86-64 and arm64,
 	$(LOCK) x86_64-manylinux_2_28 $(TORCH_CPU) --output-file requirements/cpu.lock
 	$(LOCK) x86_64-manylinux_2_28 --output-file requirements/cuda.lock
 	$(LOCK) aarch64-manylinux_2_28 --output-file requirements/cuda-arm64.lock
-	$(BIN)/python deploy/sbom.py requirements/*.lock
+	echo mypy | $(BIN)/uv pip compile - --constraint constraints.txt --generate-hashes --python-version 3.11 \
+		--no-header --quiet --output-file requirements/build.lock
+	$(BIN)/python deploy/sbom.py requirements/c*.lock
 
 image:  ## build the container image (TARGET=cuda for GPUs)
 	docker build --build-arg TARGET=$(TARGET) --build-arg REVISION=$$(git rev-parse HEAD) --tag hessquik:$(TARGET) .

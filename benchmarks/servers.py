@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +24,15 @@ import orjson
 import psutil
 from numpy.typing import NDArray
 
-__all__ = ["CONTENDERS", "OURS", "Contender", "NotServing", "Server", "Tuning", "make_peers_environment"]
+from tests import compiled
+
+__all__ = [
+    "CONTENDERS", "OURS", "Contender", "NotServing", "Server", "Tuning", "compile_ours", "make_peers_environment",
+]  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / ".venv-peers"
+OURS_COMPILED = ROOT / "build" / "compiled"
 START_S = 120.0
 QUANTITIES = ("value", "gradient", "hessian")
 
@@ -243,6 +249,12 @@ def make_peers_environment() -> None:
     marker.write_text(wanted)
 
 
+def compile_ours() -> None:
+    """Build our own packages as the container image has them."""
+    shutil.rmtree(OURS_COMPILED, ignore_errors=True)
+    compiled.build(OURS_COMPILED)
+
+
 def _free_port() -> int:
     """Return a free port such that the two after it are free, too, since Triton uses all three."""
     while True:
@@ -281,7 +293,13 @@ def _module(name: str, *arguments: object, is_peer: bool = True) -> list[str]:
 
 def _start_ours(model: Path, port: int, tuning: Tuning) -> Command:
     arguments = [str(model.parent), "--port", str(port), "--workers", str(tuning["workers"])]
-    return [sys.executable, "-m", "service", "serve", *arguments], {}
+    packages = {"PYTHONPATH": str(OURS_COMPILED / "packages")}
+    return [sys.executable, *compiled.COMMAND, "serve", *arguments], packages
+
+
+def _start_interpreted(model: Path, port: int, tuning: Tuning) -> Command:
+    command, _ = _start_ours(model, port, tuning)
+    return command, {}
 
 
 def _start_litserve(model: Path, port: int, tuning: Tuning) -> Command:
@@ -323,6 +341,7 @@ OURS = Contender(
 )
 CONTENDERS = (
     OURS,
+    replace(OURS, name="hessquik serve, interpreted", command=_start_interpreted),
     Contender("LitServe", "/predict", _start_litserve, _grid(1, 5), _json_body, _read_json),
     # Its wait is a whole number of milliseconds, one at least.
     Contender("Mosec", "/inference", _start_mosec, _grid(1, 5), _json_body, _read_json),

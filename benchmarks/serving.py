@@ -41,6 +41,7 @@ from benchmarks.servers import (
     NotServing,
     Server,
     Tuning,
+    compile_ours,
     make_peers_environment,
 )
 from hessquik.layers import singleLayer
@@ -440,6 +441,7 @@ def main() -> int:
         "failed": {},
     }
     began = time.monotonic()
+    compile_ours()
     with tempfile.TemporaryDirectory() as folder:
         rounds, seconds = (1, 1.0) if arguments.quick else (3, 3.0)
         benchmark = Benchmark(Path(folder), rounds, seconds, arguments.quick)

@@ -50,7 +50,8 @@ def _document(results: dict[str, Any]) -> list[str]:
         "each round's ratio. Within a round the servers take turns; those that wait are frozen. All have the same "
         "network (ResNet d-64×5-1, float64) and the same engine, one thread a worker, and reply in JSON with value, "
         "gradient and Hessian (Triton in its own protocol's JSON); batching is tuned for one connection and for 64. "
-        "Each one's answers were compared with autodiff in float64 before it was timed. *echo* sends the same bytes "
+        "Each one's answers were compared with autodiff in float64 before it was timed. *hessquik serve* is compiled "
+        "by mypyc as in the container image, *interpreted* is the same from a checkout. *echo* sends the same bytes "
         "from bare ASGI and computes nothing: the floor.",
         "",
     ]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ __all__ = [
     "numbers",
 ]
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}
 #: Most directions per point, so that a tile's tangents stay small.
 MAX_DIRECTIONS = 1024

@@ -36,8 +36,8 @@ DIALECTS = (umbridge.DIALECT, inference_protocol.DIALECT, tesseract.DIALECT, NAT
 COLLECT = (20_000, 20, 20)
 
 
-class Application(Front, FastAPI):
-    """The FastAPI application, which receives requests as :class:`~service.http.messages.Request`.
+class Application(FastAPI):
+    """The FastAPI application, whose requests, also those over ASGI, the front answers.
 
     Routes that take the whole request (:class:`~service.routes.operation.Direct`) are called directly; FastAPI's own
     routes are called over ASGI, in a task.
@@ -46,15 +46,18 @@ class Application(Front, FastAPI):
         core: The service.
         routers: The routes.
         options: Options of :class:`fastapi.FastAPI`.
+
+    Attributes:
+        front: The front, to which connections pass their requests.
     """
 
     def __init__(self, core: Core, routers: tuple[APIRouter, ...], **options: Any) -> None:
-        FastAPI.__init__(self, **options)
-        self.state.core = core
+        super().__init__(**options)
+        self.core = self.state.core = core
         for router in routers:
             self.include_router(router)
         routes = [route for part in (*routers, self.router) for route in part.routes if isinstance(route, Route)]
-        Front.__init__(self, core, [self._operation(route) for route in routes], DIALECTS)
+        self.front = Front(core, [self._operation(route) for route in routes], DIALECTS)
 
     def _operation(self, route: Route) -> Operation:
         """Return the operation of a route."""
@@ -69,7 +72,7 @@ class Application(Front, FastAPI):
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """Answer a request of an ASGI server."""
         if scope["type"] == "http":
-            await asgi.answer(self, self.core.settings.max_body_bytes, scope, receive, send)
+            await asgi.answer(self.front, self.core.settings.max_body_bytes, scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
@@ -89,10 +92,10 @@ class Application(Front, FastAPI):
     async def stop(self) -> None:
         """Stop the workers, and flush the access log."""
         await self.core.stop()
-        self.close()
+        self.front.close()
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the middleware, which translates the framework's errors and lets all errors reach :meth:`fail`."""
+        """Return the middleware, which translates the framework's errors and lets all errors reach the front."""
         handlers = {HTTPException: _translate, RequestValidationError: _translate_invalid}
         return ExceptionMiddleware(AsyncExitStackMiddleware(self.router), handlers=handlers)
 

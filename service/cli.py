@@ -45,7 +45,7 @@ def _show_version(is_asked: bool) -> None:
         from .versions import versions
 
         found = versions()
-        print(f"hessquik {found['version']} (Python {found['python']}, torch {found['torch']})")  # noqa: T201
+        print("hessquik {version} (Python {python}, torch {torch}, {modules} modules)".format(**found))  # noqa: T201
         raise typer.Exit
 
 

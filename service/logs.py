@@ -90,7 +90,9 @@ def set_up_logging(settings: Settings) -> None:
 def log_start(settings: Settings) -> None:
     """Log the versions and the settings in effect; of API keys, log only their number."""
     shown, found = settings.shown(), versions()
-    logger.info("hessquik-service %s, Python %s, torch %s", *found.values(), extra={"fields": {"versions": found}})
+    logger.info(
+        "hessquik-service %s, Python %s, torch %s, %s modules", *found.values(), extra={"fields": {"versions": found}}
+    )
     text = ", ".join(f"{name}={value}" for name, value in shown.items())
     logger.info("settings: %s", text, extra={"fields": {"settings": shown}})
 

@@ -176,7 +176,7 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
         StartUpError: the service cannot start.
     """
     core = app.core
-    listener = Listener(app, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
+    listener = Listener(app.front, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
     config = uvicorn.Config(
         app,
         host=settings.host,

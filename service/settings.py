@@ -23,7 +23,7 @@ __all__ = ["PREFIX", "Settings", "unknown_variables"]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 PREFIX = "HESSQUIK_"
 #: Variables of other parts: the client's key and the build of the kernel.
-OTHER_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_KEY", "HESSQUIK_KERNEL"})
+OTHER_VARIABLES = frozenset({"HESSQUIK_API_KEY", "HESSQUIK_COMPILE", "HESSQUIK_KERNEL", "HESSQUIK_KEY"})
 
 
 class Settings(BaseSettings):

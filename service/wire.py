@@ -20,7 +20,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -39,7 +39,7 @@ __all__ = [
     "send",
 ]
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]
 Field = Array | bytes | memoryview
 Frame = tuple[dict[str, Any], dict[str, Any]]
 

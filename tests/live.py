@@ -46,6 +46,7 @@ class LiveServer:
         settings: Further settings, by their names without the prefix.
         command: Another command that starts it, with the same arguments.
         stdout: File for its standard output.
+        packages: The folder from which it imports the packages.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class LiveServer:
         settings: Mapping[str, object] | None = None,
         command: tuple[str, ...] = ("-m", "service"),
         stdout: IO[str] | None = None,
+        packages: Path = ROOT,
     ) -> None:
         environment = {f"HESSQUIK_{name.upper()}": str(value) for name, value in (settings or {}).items()}
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
         arguments = ["serve", str(models), "--port", "0", "--device", "cpu", "--workers", str(workers)]
         self.models = models
         self.process = subprocess.Popen(

@@ -275,6 +275,7 @@ def test_image_names_its_licences_and_itself(container: Container, config: dict[
     assert config["Labels"]["org.opencontainers.image.title"] == "hessquik-service"
     shown = container.execute("hessquik", "--version").stdout
     assert shown.startswith(f"hessquik {config['Labels']['org.opencontainers.image.version'].split('-')[0]} ")
+    assert "compiled modules" in shown
 
 
 def test_code_that_changes_is_small(root: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import sys
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -145,7 +146,7 @@ class Connection(asyncio.Protocol):
         self._is_begun = self._is_slice_scheduled = self._is_closing_after = self._is_lingering_after = False
         self._owed_bytes = self._sending_bytes = self._written_bytes = self._taken_bytes = 0
         self._ignores_input = self._is_continue_due = False
-        self._discard_left = math.inf
+        self._discard_left = sys.maxsize
         self._linger_s = listener.limits.receive_timeout_s
         self._progress_s = self._idle_since_s = 0.0
         self._receive_by_s = self._linger_until_s = math.inf

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from service import cli, workers
-from service.app import Application
+from service.front import Front
 from service.http.connection import Connection
 from service.http.messages import Reply, Request
 
@@ -37,22 +37,22 @@ def audit() -> None:
 def leak() -> None:
     """Plant a leak: keep some bytes for every request."""
     kept: list[bytearray] = []
-    finish = Application.finish
+    finish = Front.finish
     size = int(os.environ["CHAOS_LEAK_BYTES"])
 
-    def leaky(self: Application, request: Request, reply: Reply) -> None:
+    def leaky(self: Front, request: Request, reply: Reply) -> None:
         kept.append(bytearray(b"x" * size))
         finish(self, request, reply)
 
-    Application.finish = leaky  # type: ignore[method-assign]
+    Front.finish = leaky  # type: ignore[method-assign]
 
 
 def count() -> None:
     """Count the POST requests that arrive completely and those that are answered, and print both at exit."""
     counts = {"accepted": 0, "answered": 0}
-    handle, respond = Application.handle, Connection.respond
+    handle, respond = Front.handle, Connection.respond
 
-    def counting_handle(self: Application, request: Request) -> None:
+    def counting_handle(self: Front, request: Request) -> None:
         counts["accepted"] += request.head.method == "POST"
         handle(self, request)
 
@@ -61,7 +61,7 @@ def count() -> None:
         counts["answered"] += is_sent and request.head.method == "POST"
         return is_sent
 
-    Application.handle = counting_handle  # type: ignore[method-assign]
+    Front.handle = counting_handle  # type: ignore[method-assign]
     Connection.respond = counting_respond  # type: ignore[method-assign]
     atexit.register(lambda: print(f"accepted {counts['accepted']}, answered {counts['answered']}", file=sys.stderr))  # noqa: T201
 

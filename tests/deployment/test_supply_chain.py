@@ -22,6 +22,8 @@ from referencing import Registry
 
 ROOT = Path(__file__).parents[2]
 LOCKS = [ROOT / "requirements" / f"{name}.lock" for name in ("cpu", "cuda", "cuda-arm64")]
+#: What compiles modules, in the stage of the image that builds.
+BUILD = ROOT / "requirements" / "build.lock"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SERVER = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["server"]]
@@ -56,11 +58,11 @@ def read_pins(request: pytest.FixtureRequest, sbom: ModuleType) -> dict[str, Ver
     return {pin.name: Version(pin.version) for pin in sbom.read_lock(request.param.read_text())}
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*LOCKS, BUILD], ids=lambda path: path.stem)
 def test_every_line_of_the_lock_is_a_pin_with_a_hash(path: Path, sbom: ModuleType) -> None:
     text = path.read_text()
     pins = sbom.read_lock(text)
-    assert all(pin.hashes and pin.needed_by for pin in pins)
+    assert all(pin.hashes and (pin.needed_by or pin.name == "mypy") for pin in pins)
     assert len(pins) == len(re.findall(r"^[^\s#]", text, re.MULTILINE))
     assert sum(len(pin.hashes) for pin in pins) == text.count("--hash=")
 
@@ -116,6 +118,12 @@ def test_lock_is_the_closure_of_the_project_and_nothing_else(sbom: ModuleType) -
 @pytest.mark.parametrize("name", FLOORS)
 def test_lock_is_above_the_floor(name: str, pins: dict[str, Version]) -> None:
     assert pins[name] >= Version(FLOORS[name])
+
+
+def test_the_lock_of_the_build_holds_what_mypy_needs_in_the_versions_that_are_tested(sbom: ModuleType) -> None:
+    pins = {pin.name: Version(pin.version) for pin in sbom.read_lock(BUILD.read_text())}
+    assert pins.keys() == closure(["mypy"])
+    assert pins == {name: Version(importlib.metadata.version(name)) for name in pins}
 
 
 @pytest.mark.parametrize("name", sorted(FLOORS.keys() & {requirement.name for requirement in SERVER}))

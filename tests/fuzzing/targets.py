@@ -83,7 +83,7 @@ def talk(pieces: list[bytes]) -> list[bytes]:
     assert not front.loop.errors, front.loop.errors
     statuses: list[bytes] = _STATUS.findall(sent)
     assert b"500" not in statuses, sent[:1000]
-    queue, budget = front.core.scheduler.queue, front.app.budget
+    queue, budget = front.core.scheduler.queue, front.app.front.budget
     assert (queue.requests, queue.rows, queue.payload_bytes, budget.held_bytes) == (0, 0, 0, 0)
     assert not front.state.connections
     return statuses

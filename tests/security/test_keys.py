@@ -49,7 +49,7 @@ OPEN = {"/livez", "/readyz", *ASSETS}
 
 def paths() -> list[str]:
     """Return every path of the application, with a model's name in it."""
-    found = create_app(Settings(device="cpu")).table()
+    found = create_app(Settings(device="cpu")).front.table()
     filled = {re.sub(r"\{[^}]*\}", "1", path.replace("{model}", "peaks")) for path in found}
     return sorted(filled | {"/openapi.json", "/docs", "/metrics", "/nothing", "/"})
 

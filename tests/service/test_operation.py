@@ -120,6 +120,7 @@ def test_version_is_shown() -> None:
     assert done.exit_code == 0
     assert done.output.startswith("hessquik 0.")
     assert "torch 2." in done.output
+    assert "interpreted modules" in done.output
 
 
 class Operated:
@@ -180,7 +181,7 @@ def test_the_start_says_versions_settings_and_backend(operated: Operated) -> Non
     assert configured["settings"]["max_rows"] == Settings().max_rows
     assert "one" not in configured["message"].replace("=None", "").replace(str(operated.live.models), "")
     (versions,) = [record["versions"] for record in records if "versions" in record]
-    assert versions.keys() == {"version", "python", "torch"}
+    assert versions.keys() == {"version", "python", "torch", "modules"}
     assert any("is up: torch 2." in record["message"] and "backend " in record["message"] for record in records)
 
 

@@ -69,7 +69,7 @@ def test_document_is_valid_openapi(openapi: dict[str, Any]) -> None:
 
 
 def test_document_has_every_path(openapi: dict[str, Any], tmp_path: Path) -> None:
-    routes = create_app(Settings(models=tmp_path, device="cpu")).table()
+    routes = create_app(Settings(models=tmp_path, device="cpu")).front.table()
     assert set(openapi["paths"]) == routes.keys() - ASSETS.keys() - {"/openapi.json"}
     for path, methods in openapi["paths"].items():
         assert {method.upper() for method in methods} == routes[path]

@@ -126,7 +126,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     provider.add_span_processor(SimpleSpanProcessor(spans))
     trace.set_tracer_provider(provider)
     app = create_app(settings)
-    listener = Listener(app, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
+    listener = Listener(app.front, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
     state = SimpleNamespace(connections=set(), default_headers=[])
 
     async def start() -> asyncio.Server:
@@ -174,7 +174,7 @@ ROOT = str(MODELS.parent)
 
 def test_a_small_request_takes_few_steps(served: Served, monkeypatch: pytest.MonkeyPatch, note: Note) -> None:
     """Over one connection, whose head is remembered; what happens less often than once a request is left out."""
-    monkeypatch.setattr(served.app, "_watchers", [])
+    monkeypatch.setattr(served.app.front, "_watchers", [])
     monkeypatch.setattr(served.app.core.links, "spin_s", 0.0)  # polling is a way to wait
     data = as_bytes(Drawn("POST", "/v1/models/peaks/hessian", {"content-type": "application/json"}, POINT))
     data = data.replace(b"close", b"keep-alive")
@@ -282,7 +282,7 @@ def test_a_watcher_that_fails_costs_no_reply(
         def ended(self, *_: Any) -> None:
             raise RuntimeError("the collector of spans is broken")
 
-    monkeypatch.setattr(served.app, "_watchers", [Watcher()])
+    monkeypatch.setattr(served.app.front, "_watchers", [Watcher()])
     request = Drawn("POST", "/v1/models/peaks/hessian", {}, POINT)
 
     async def work() -> list[Reply]:
@@ -308,7 +308,7 @@ def test_only_a_fault_of_ours_is_an_error_and_a_refusal_has_no_parts(served: Ser
 
 def test_tracing_is_off_unless_asked_for_and_then_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.front.Tracer", None)
-    assert create_app(Settings(device="cpu"))._watchers == []
+    assert create_app(Settings(device="cpu")).front._watchers == []
 
 
 def test_tracing_without_its_packages_ends_the_start_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

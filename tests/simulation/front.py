@@ -170,7 +170,7 @@ class Front:
         self.core = self.app.core
         self.core.scheduler._clock = Clock(self.loop)
         limits = Limits(**{name: getattr(self.core.settings, name) for name in Limits._fields})
-        self.listener = Listener(self.app, limits)
+        self.listener = Listener(self.app.front, limits)
         self.attach()
 
     @property

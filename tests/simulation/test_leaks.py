@@ -398,7 +398,7 @@ def test_nothing_is_left_of_a_request(front: Front, ending: Ending) -> None:
     assert kept == {}
     assert left < 1
     assert not front.state.connections
-    assert front.app.budget.held_bytes == 0
+    assert front.app.front.budget.held_bytes == 0
     queue = front.core.scheduler.queue
     assert (queue.requests, queue.rows, queue.payload_bytes) == (0, 0, 0)
     assert all(one.users == 0 for one in front.node.repository.versions("a").values())

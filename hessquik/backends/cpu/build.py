@@ -29,13 +29,14 @@ def fingerprint() -> str:
 
 
 class BuildKernel(build_ext):  # type: ignore[misc]
-    """Compiles the sources with their fingerprint."""
+    """Compiles the kernel's sources with their fingerprint."""
 
     def build_extension(self, ext: Any) -> None:
         """Define HESSQUIK_SOURCES, which the module shows as ``sources``.
 
         With ``HESSQUIK_KERNEL=required`` in the environment a kernel that does not build is an error.
         """
-        ext.optional = os.environ.get("HESSQUIK_KERNEL") != "required"
-        ext.define_macros.append(("HESSQUIK_SOURCES", f'"{fingerprint()}"'))
+        if ext.name.endswith("_kernel"):
+            ext.optional = os.environ.get("HESSQUIK_KERNEL") != "required"
+            ext.define_macros.append(("HESSQUIK_SOURCES", f'"{fingerprint()}"'))
         super().build_extension(ext)
