@@ -196,7 +196,7 @@ def _quantities(listed: Any, fixed: str | None) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+def _in_order(names: tuple[object, ...]) -> tuple[str, ...]:
     """Check that names are known and different, and return them in canonical order."""
     if not set(names) <= set(QUANTITIES) or len(set(names)) != len(names):
         got = misspelt([name for name in names if isinstance(name, str)], QUANTITIES) or "something else"
