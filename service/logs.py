@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from datetime import UTC, datetime
@@ -74,7 +75,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(document).decode()
+        return json.dumps(document)  # in ASCII, so that parts of files' names that are no text can be written
 
 
 def set_up_logging(settings: Settings) -> None:
