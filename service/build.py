@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from setuptools.command.build_py import build_py
+from setuptools.errors import SetupError
 
 __all__ = ["COMPILED", "BuildModules"]
 
@@ -46,11 +47,19 @@ class BuildModules(build_py):  # type: ignore[misc]
         """Copy the modules; add those that are to be compiled to the extensions, which are built next.
 
         Nothing is compiled for an editable install, which would go on running compiled code when its source changes.
+
+        Raises:
+            SetupError: mypy is not installed where the build runs.
         """
         super().run()
         if self.editable_mode or os.environ.get("HESSQUIK_COMPILE") != "1":
             return
-        from mypyc.build import mypycify
+        try:
+            from mypyc.build import mypycify
+        except ImportError:
+            raise SetupError(
+                "expected mypy for HESSQUIK_COMPILE=1: install it, and build with --no-build-isolation"
+            ) from None
 
         temporary = Path(self.get_finalized_command("build").build_temp)
         temporary.mkdir(parents=True, exist_ok=True)
