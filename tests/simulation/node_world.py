@@ -326,7 +326,7 @@ class NodeWorld:
         self.spoiled: set[int | bytes] = set()
         self.unloaded: dict[tuple[str, int | None], int] = {}
         self.removed: dict[tuple[str, int], int] = {}
-        self.unsure: set[tuple[str, int | None]] = set()
+        self.unsure: dict[tuple[str, int | None], int] = {}
         self.refusals: set[int] = set()
         self.operations: set[asyncio.Task[None]] = set()
         self.held: list[Any] = []
@@ -399,7 +399,7 @@ class NodeWorld:
 
     async def load(self, name: str) -> None:
         before = {one for one in self.unloaded.items() if one[0][0] == name}
-        settled = {key for key in self.unsure if key[0] == name}
+        settled = {one for one in self.unsure.items() if one[0][0] == name}
         files = self.found()
         try:
             loaded = await self.node.load(name)
@@ -416,12 +416,13 @@ class NodeWorld:
                 return  # the folder could not be read
         except asyncio.CancelledError:
             self.ends["cancelled"] += 1
-            self.unsure |= {key for key, _ in before}  # the load continues, and may not find the model
+            # The load continues, and may not find the model; only a load that is asked for later settles that.
+            self.unsure |= {key: next(self.numbers) for key, _ in before}
             settled, files = set(), {}
         else:
             expect(all(one.state == "ready" for one in loaded), "what was loaded is ready")
             self.ends["loaded"] += 1
-        self.unsure -= settled
+        self.unsure = dict(self.unsure.items() - settled)
         self.unloaded = dict(self.unloaded.items() - before)
         self.check_loaded(name, files)
 
