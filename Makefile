@@ -63,13 +63,14 @@ format: $(STAMP)  ## repair formatting and what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## engine and service against their peers; tables and plots into build/; needs wrk
+bench: $(STAMP)  ## engine and service against their peers; tables and plots into build/; needs wrk and haproxy
 	mkdir -p build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	test -d .venv/original || $(BIN)/python -m pip install --quiet --no-deps --target .venv/original hessQuik==0.0.6
 	PYTHONPATH=.venv/original $(BIN)/python -m benchmarks.engine --output build
 	$(BIN)/python -m benchmarks.imported --output build
 	$(BIN)/python -m benchmarks.serving --output build
+	$(BIN)/python -m benchmarks.node --output build
 
 gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 gpu:  ## on a machine with a GPU: tests, times against JAX and a soak of the service, into build/; under eight minutes

@@ -162,10 +162,14 @@ class Server:
             worst = max(worst, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
         return worst
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's process and all its children."""
+        return [self._process, *self._children()]
+
     def processor_s(self) -> float:
         """Return the processor time that the process and its children have used."""
         used = 0.0
-        for process in (self._process, *self._children()):
+        for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 used += times.user + times.system
@@ -292,7 +296,8 @@ def _module(name: str, *arguments: object, is_peer: bool = True) -> list[str]:
 
 
 def _start_ours(model: Path, port: int, tuning: Tuning) -> Command:
-    arguments = [str(model.parent), "--port", str(port), "--workers", str(tuning["workers"])]
+    flags = [word for name, value in tuning.items() for word in (f"--{name}", str(value))]
+    arguments = [str(model.parent), "--port", str(port), *flags]
     packages = {"PYTHONPATH": str(OURS_COMPILED / "packages")}
     return [sys.executable, *compiled.COMMAND, "serve", *arguments], packages
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 import hessquik
-from benchmarks import serving_report
+from benchmarks import serving_report, wrk
 from benchmarks.servers import (
     CONTENDERS,
     OURS,
@@ -44,24 +43,21 @@ from benchmarks.servers import (
     compile_ours,
     make_peers_environment,
 )
+from benchmarks.wrk import JSON, SAFETENSORS, Measured
 from hessquik.layers import singleLayer
 from hessquik.networks import NN, resnetNN
 from service.loadtest import Load, run
 from tests import oracle
 
 ROOT = Path(__file__).parent.parent
-JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 CONNECTIONS = (1, 16, 64, 256)
 BULK_ROWS, BULK_D, SMALL_D = 4096, 32, 10
 BULK_CONNECTIONS = 2
 #: Largest error, relative to the largest entry, with which a contender may take part.
 TOLERANCE = 1e-11
 TUNED_AT = 64
-#: How many times longer is waited where nothing was answered.
-PATIENCE = 6
 
 Array = NDArray[np.float64]
-Measured = dict[str, float]
 
 
 class Benchmark:
@@ -190,8 +186,8 @@ class Benchmark:
             for _ in range(self.rounds):
                 found["alone"].append(self._one_row(server, 1))
                 with _background(
-                    self._wrk(server.url("/v1/models/bulk/hessian"), 1, 2 * self.seconds + 2),
-                    self._environment(bodies, SAFETENSORS),
+                    wrk.command(server.url("/v1/models/bulk/hessian"), 1, 2 * self.seconds + 2),
+                    wrk.environment(bodies, SAFETENSORS),
                 ):
                     time.sleep(0.5)
                     found["beside_bulk"].append(self._one_row(server, 1))
@@ -316,41 +312,10 @@ class Benchmark:
         return [_bulk_body(self._random.uniform(-1, 1, (BULK_ROWS, BULK_D)), media_type) for _ in range(4)]
 
     def _write(self, name: str, bodies: Sequence[bytes]) -> Path:
-        path = self.folder / f"{name.replace(' ', '-')}.bodies"
-        path.write_bytes(b"".join(b"%d\n%s" % (len(body), body) for body in bodies))
-        return path
+        return wrk.write_bodies(self.folder / f"{name.replace(' ', '-')}.bodies", bodies)
 
     def _load(self, url: str, connections: int, bodies: Path, media_type: str, seconds: float = 0) -> Measured:
-        """Return the measurements of wrk.
-
-        Raises:
-            NotServing: some requests failed, or none were answered.
-        """
-        seconds = seconds or self.seconds
-        for patience in (1, PATIENCE):  # nothing within the time may mean that an answer takes longer
-            command = self._wrk(url, connections, patience * seconds)
-            done = subprocess.run(
-                command, env=self._environment(bodies, media_type), capture_output=True, text=True, check=False
-            )
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            if line is None:
-                raise NotServing(f"wrk ended with status {done.returncode}: {done.stderr.strip()[-200:]}")
-            measured: Measured = json.loads(line.removeprefix("RESULT "))
-            if measured["requests"] or measured["errors"]:
-                break
-        if measured["errors"] or not measured["requests"]:
-            raise NotServing(f"{measured['errors']:.0f} of {measured['requests']:.0f} requests failed")
-        measured["requests_per_second"] = measured["requests"] / measured["seconds"]
-        return measured
-
-    def _wrk(self, url: str, connections: int, seconds: float) -> list[str]:
-        script = str(ROOT / "benchmarks" / "wrk.lua")
-        # wrk counts whole seconds only.
-        duration = f"{max(1, round(seconds))}s"
-        return ["wrk", "-t", "1", "-c", str(connections), "-d", duration, "--timeout", "30s", "-s", script, url]
-
-    def _environment(self, bodies: Path, media_type: str) -> dict[str, str]:
-        return {**os.environ, "BODIES": str(bodies), "MEDIA_TYPE": media_type}
+        return wrk.measure(url, connections, bodies, media_type, seconds or self.seconds)
 
 
 @contextlib.contextmanager
@@ -364,7 +329,7 @@ def _awake(server: Server) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _background(command: list[str], environment: dict[str, str]) -> Iterator[None]:
+def _background(command: list[str], environment: Mapping[str, str]) -> Iterator[None]:
     """Run a command in the background within a ``with`` block.
 
     Raises:

@@ -50,6 +50,11 @@ class Balancer:
         self.close()
         raise AssertionError(log.read_text())
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
     def close(self) -> None:
         """Stop the process."""
         self._process.kill()
