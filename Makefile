@@ -15,7 +15,7 @@ TORCH_CPU ?= --torch-backend cpu
 # Tests start hundreds of processes that import torch: without cached bytecode each would compile it again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test quick bench chaos gpu sanitize fuzz check format docs wheels lock image image-test clean
+.PHONY: serve test quick bench chaos gpu sanitize fuzz check format docs wheels lock image image-test compose-test clean
 
 # Two installs: what serving needs, and all that the tests need besides, which is several times as much.
 define INSTALL
@@ -102,6 +102,9 @@ image:  ## build the container image (TARGET=cuda for GPUs)
 image-test: $(STAMP)  ## build the CPU image without a Docker engine, run it confined and question it
 	deploy/image/build $(BIN)/python
 	$(BIN)/python -m pytest deploy/image
+
+compose-test: $(STAMP) image  ## with a Docker engine: build the CPU image, deploy the compose files and question them
+	$(BIN)/python -m pytest deploy/compose
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
