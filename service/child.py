@@ -53,6 +53,7 @@ class Child:
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                cwd="/",  # ours may be deleted while we run
                 env=environment(),
                 process_group=0 if has_own_group else None,
             )

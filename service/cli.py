@@ -6,7 +6,6 @@ import gc
 import inspect
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,7 @@ except ImportError:
         sys.exit(run_bench(sys.argv[2:]))
     sys.exit("hessquik: expected the server's packages, found the client's; pip install 'hessquik-service[server]'")
 
-from pydantic import ValidationError
-
-from .settings import Settings, unknown_variables
+from .settings import CLIENT_KEYS, Settings, explain, unknown_names
 
 if TYPE_CHECKING:
     from hessquik_client import Client
@@ -36,7 +33,10 @@ __all__ = ["main"]
 MANY_OBJECTS = 200_000
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Derivatives of saved hessQuik networks over HTTP."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Derivatives of saved hessQuik networks over HTTP.",
 )
 
 
@@ -97,15 +97,21 @@ def _takes_every_setting(command: Callable[..., None]) -> Callable[..., None]:
 def serve(**flags: Any) -> None:
     """Serve a folder of saved networks.
 
-    Each flag is also an environment variable: --max-rows is HESSQUIK_MAX_ROWS.
+    Each flag is also an environment variable: --max-rows is HESSQUIK_MAX_ROWS. An empty value counts as none.
     """
-    for sentence in unknown_variables(os.environ):
+    for sentence in unknown_names(os.environ):
         _fail(sentence, status=2)
     try:
-        settings = Settings.of({name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        _fail(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", status=2)
+        settings = Settings.of({name: value for name, value in flags.items() if value not in {None, ""}})
+    except ValueError as error:
+        _fail(explain(error), status=2)
+    for name in CLIENT_KEYS:
+        if os.environ.get(name) and not settings.api_keys:
+            _fail(
+                f"got {name}, which is a client's, and no API keys: set HESSQUIK_API_KEYS, or unset {name} to serve "
+                "everybody",
+                status=2,
+            )
     from hessquik_client.errors import StartUpError
 
     from .app import create_app
@@ -114,8 +120,6 @@ def serve(**flags: Any) -> None:
     from .server import serve as run
     from .supervisor import supervise
 
-    # A terminal that closes, or a group that is told to reload, ends neither us nor the workers, who inherit this.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up_logging(settings)
     log_start(settings)
     try:

@@ -17,6 +17,7 @@ from .keys import Keys
 from .link import Links
 from .metrics import Gauge, Metrics
 from .node import NodeLike
+from .periodic import repeat
 from .repository import Served
 from .scheduler import BatchKey, Limits, LoopClock, Scheduler
 from .settings import Settings
@@ -30,7 +31,7 @@ BATCH_COST = 1e8
 BATCH_BYTES = 8 << 20
 #: Batch keys that are kept for a model.
 MAX_KEYS = 1024
-#: Interval at which metrics are counted and unused shared memory is freed.
+#: Interval at which metrics are counted, unused shared memory is freed and the files of keys are looked at.
 TIDY_S = 0.25
 
 
@@ -67,7 +68,8 @@ class Core:
             StartUpError: the folder does not exist, or no worker starts.
         """
         if self._tidying is None:
-            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+            tidy = repeat(TIDY_S, self.metrics.settle, self.links.drop_idle_buffers, self.keys.follow)
+            self._tidying = asyncio.get_running_loop().create_task(tidy)
         await self.node.start(self)
 
     async def stop(self) -> None:
@@ -148,13 +150,6 @@ class Core:
         served.cache[question.dtype, question.quantities, is_weighted, k, form] = key
         return key
 
-    async def _tidy(self) -> None:
-        """Count metrics and free idle shared memory, periodically until cancelled."""
-        while True:
-            await asyncio.sleep(TIDY_S)
-            self.metrics.settle()
-            self.links.drop_idle_buffers()
-
     def _gauges(self) -> Iterator[Gauge]:
         """Yield the gauges, computed when metrics are requested."""
         queue, health, repository = self.scheduler.queue, self.node.health(), self.repository
@@ -170,12 +165,19 @@ class Core:
         workers = {(state,): float(count) for state, count in health.states.items()}
         yield Gauge("hessquik_ready", "1 while /readyz answers 200, else 0.", {(): float(not self.why_not_ready())})
         yield Gauge("hessquik_models", "Versions of models, by state.", states, ("state",))
-        yield Gauge("hessquik_model_ready", "1 while a version can be asked.", is_ready, ("model", "version"))
-        yield Gauge("hessquik_queue_requests", "Requests waiting.", {(): queue.requests})
+        yield Gauge(
+            "hessquik_model_ready", "1 while a version answers requests, else 0.", is_ready, ("model", "version")
+        )
+        yield Gauge("hessquik_queue_requests", "Requests waiting or computed.", {(): queue.requests})
         yield Gauge("hessquik_queue_rows", "Points waiting.", {(): queue.rows})
         yield Gauge("hessquik_queue_age_seconds", "Time that the oldest request has waited.", {(): age_s})
         yield Gauge("hessquik_workers", "Workers, by state.", workers, ("state",))
-        yield Gauge("hessquik_device_memory_bytes", "Memory of a worker.", memory_bytes, ("worker",))
+        yield Gauge(
+            "hessquik_device_memory_bytes",
+            "Memory of a worker: reserved on its GPU, or the most that its process had.",
+            memory_bytes,
+            ("worker",),
+        )
         yield Gauge("hessquik_device_busy_seconds_total", "Time spent on batches by a worker.", busy_s, ("worker",))
         yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})
         yield Gauge(

@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
     settings = Settings(**head["settings"])
     set_up_logging(settings)
     with socket.socket(fileno=head["fds"][0]) as listening:
-        return serve(create_app(settings, RemoteNode(settings, sock)), settings, [listening])
+        return serve(create_app(settings, RemoteNode(settings, sock)), settings, listening)
 
 
 if __name__ == "__main__":

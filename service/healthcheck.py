@@ -31,5 +31,5 @@ def get(
 
 if __name__ == "__main__":
     # Linux takes a connection to the wildcard address 0.0.0.0 as one to this machine.
-    here = os.environ.get("HESSQUIK_HOST", "127.0.0.1"), int(os.environ.get("HESSQUIK_PORT", "8000"))
+    here = os.environ.get("HESSQUIK_HOST") or "127.0.0.1", int(os.environ.get("HESSQUIK_PORT") or 8000)
     sys.exit(get(here, "/readyz") is None)

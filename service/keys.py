@@ -7,9 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 
-from pydantic import ValidationError
-
-from .settings import PREFIX, Settings
+from .settings import PREFIX, Settings, explain
 
 __all__ = ["Keys"]
 
@@ -33,7 +31,7 @@ class Keys:
         """Start with the keys of the settings."""
         self._settings = settings
         self.on_change: list[Callable[[], None]] = []
-        self._known = self._fingerprints()
+        self._known, self._is_asked = self._fingerprints(), False
         self.replace(**_plain(settings))
 
     def replace(self, api_keys: Sequence[str], admin_keys: Sequence[str]) -> None:
@@ -57,9 +55,14 @@ class Keys:
         """Return whether a key may also load and unload models."""
         return _is_among(given, self._admins)
 
+    def ask(self, *_: object) -> None:
+        """Have the next :meth:`follow` read the keys again: a handler of SIGHUP."""
+        self._is_asked = True
+
     def follow(self) -> None:
-        """Read the keys again if their files have changed."""
-        if self._settings.secrets is not None and self._fingerprints() != self._known:
+        """Read the keys again if their files have changed, or this was asked for; called periodically."""
+        if self._is_asked or self._fingerprints() != self._known:
+            self._is_asked = False
             self.reload()
 
     def reload(self) -> None:
@@ -70,8 +73,8 @@ class Keys:
             return
         try:
             now = _plain(self._settings.again())
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            logger.error("the keys stay as they are, they cannot be read: %s", type(error).__name__)
+        except ValueError as error:
+            logger.error("the keys stay as they are, they cannot be read: %s", explain(error))
             return
         if self.are_needed and not now["api_keys"]:
             logger.error("the keys stay as they are: without any the service would be open to everybody")

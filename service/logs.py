@@ -31,12 +31,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 audit = logging.getLogger("service.audit")
 
-#: Attributes of a record that name the request.
-CONTEXT = ("request_id", "traceparent")
-#: Most lines of the access log that wait to be written, and the interval between writes.
+#: Attributes of a record that name the request, and the number of lines that were lost before it.
+CONTEXT = ("request_id", "traceparent", "lost_lines")
+#: Most lines that wait to be written, and the time for which lines of the access log are gathered.
 MAX_LINES, GATHER_S = 1 << 16, 0.05
 #: Time to write what is left at the end.
-CLOSE_S = 2.0
+CLOSE_S = 1.0
 #: Bytes that a pipe takes at once, so that the lines of several processes are not mixed.
 WRITE_BYTES = 4096
 
@@ -70,7 +70,7 @@ class JSONFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": printable(record.getMessage()),
-            **{name: printable(getattr(record, name)) for name in CONTEXT if getattr(record, name, "")},
+            **{name: printable(str(getattr(record, name))) for name in CONTEXT if getattr(record, name, "")},
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -79,13 +79,18 @@ class JSONFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Set up the root logger to write to stderr in the format and at the level of the settings."""
-    handler = logging.StreamHandler()
+    """Set up the root logger to write to stderr in the format and at the level of the settings.
+
+    The lines of the start and of the audit are written at any level: what runs, and who changed it.
+    """
+    handler = LogHandler(Lines(2))
     if settings.log_format == "json":
         handler.setFormatter(JSONFormatter())
     else:
         handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    for one in (logger, audit):
+        one.setLevel(logging.INFO)
 
 
 def log_start(settings: Settings) -> None:
@@ -96,6 +101,9 @@ def log_start(settings: Settings) -> None:
     )
     text = ", ".join(f"{name}={value}" for name, value in shown.items())
     logger.info("settings: %s", text, extra={"fields": {"settings": shown}})
+    if not settings.api_keys:
+        level, where = (logging.WARNING, f" in {settings.secrets}") if settings.secrets else (logging.INFO, "")
+        logger.log(level, "no API keys%s: every request is answered", where)
 
 
 def log_administration(request: Request, route: str, model: str, status: int, key: bytes) -> None:
@@ -111,28 +119,103 @@ def log_administration(request: Request, route: str, model: str, status: int, ke
     )  # fmt: skip
 
 
-class AccessLog:
-    """An access log with one JSON line per answered request, written by a background thread.
+class Lines:
+    """Lines for a descriptor, written by a background thread, so that a slow reader blocks nobody.
 
-    A slow reader does not block the service: lines that do not fit into the buffer are dropped, and the next line
-    gives their number as ``lost_lines``.
+    A caller drops a line if there :meth:`is_room` for none, and puts the number of those :meth:`lost` into the next.
+
+    Args:
+        descriptor: The file descriptor to write to.
+        gather_s: Time to wait for more lines before they are written together.
+    """
+
+    def __init__(self, descriptor: int, gather_s: float = 0.0) -> None:
+        """Start the thread."""
+        self._descriptor, self._gather_s = descriptor, gather_s
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lost = 0
+        self._thread = Thread(target=self._run, name="lines", daemon=True)
+        self._thread.start()
+
+    def is_room(self) -> bool:
+        """Return whether a line can be put; if not, count it as lost."""
+        is_room = self._lines.qsize() < MAX_LINES
+        self._lost += not is_room
+        return is_room
+
+    def lost(self) -> int:
+        """Return the number of lines lost since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def put(self, line: bytes) -> None:
+        """Have a line written."""
+        self._lines.put(line)
+
+    def close(self) -> None:
+        """Write the lines that wait within :data:`CLOSE_S`, and end the thread."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            lines = [self._lines.get()]
+            sleep(self._gather_s)
+            while not self._lines.empty():
+                lines.append(self._lines.get())
+            is_open = None not in lines
+            chunk = b""
+            for line in filter(None, lines):
+                if len(chunk) + len(line) > WRITE_BYTES:
+                    _write(self._descriptor, chunk)
+                    chunk = b""
+                chunk += line
+            _write(self._descriptor, chunk)
+
+
+class LogHandler(logging.Handler):
+    """Writes records as :class:`Lines`.
+
+    Args:
+        lines: Where to write.
+    """
+
+    def __init__(self, lines: Lines) -> None:
+        """Set up the handler."""
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, if there is room for it."""
+        try:
+            if self._lines.is_room():
+                record.lost_lines = self._lines.lost()
+                self._lines.put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Write the lines that wait; called when the process ends."""
+        self._lines.close()
+        super().close()
+
+
+class AccessLog:
+    """An access log with one JSON line per answered request; ``lost_lines`` is the number of lines lost before it.
 
     Args:
         descriptor: The file descriptor to write to.
     """
 
     def __init__(self, descriptor: int = 1) -> None:
-        """Start the thread."""
-        self._descriptor = descriptor
-        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
-        self._lost = 0
-        self._thread = Thread(target=self._run, name="access log", daemon=True)
-        self._thread.start()
+        """Start the thread that writes."""
+        self._lines = Lines(descriptor, GATHER_S)
+        self.close = self._lines.close
 
     def ended(self, request: Request, route: str, status: int) -> None:
         """Write a request's line: time, id, method, route, model, rows, status and milliseconds."""
-        if self._lines.qsize() >= MAX_LINES:
-            self._lost += 1
+        if not self._lines.is_room():
             return
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -144,30 +227,9 @@ class AccessLog:
             "status": status,
             "milliseconds": round((monotonic() - request.began_s) * 1000, 3),
         }
-        if self._lost:
-            line["lost_lines"], self._lost = self._lost, 0
+        if lost := self._lines.lost():
+            line["lost_lines"] = lost
         self._lines.put(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-
-    def close(self) -> None:
-        """Write the buffered lines within :data:`CLOSE_S`, and end the thread."""
-        self._lines.put(None)
-        self._thread.join(CLOSE_S)
-
-    def _run(self) -> None:
-        is_open = True
-        while is_open:
-            lines = [self._lines.get()]
-            sleep(GATHER_S)
-            while not self._lines.empty():
-                lines.append(self._lines.get())
-            is_open = None not in lines
-            chunk = b""
-            for line in filter(None, lines):
-                if len(chunk) + len(line) > WRITE_BYTES:
-                    _write(self._descriptor, chunk)
-                    chunk = b""
-                chunk += line
-            _write(self._descriptor, chunk)
 
 
 def _write(descriptor: int, chunk: bytes) -> None:

@@ -136,7 +136,11 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
-        Info("hessquik_build", "What runs here.", registry=self._registry).info(versions())
+        Info(
+            "hessquik_build",
+            "Versions of the service, Python and torch; kind of its modules.",
+            registry=self._registry,
+        ).info(versions())
 
     def settle(self) -> None:
         """Count what has happened since the last call, and empty the lists."""

@@ -32,7 +32,7 @@ LOOK_S, ANSWER_S = 0.2, 5.0
 #: Requests in progress on a node above which another node is wanted: batching makes many at once cheap.
 TARGET_REQUESTS = 64
 #: The command ``hessquik``, which drains when the replica is gone, however that came about (PR_SET_PDEATHSIG).
-_RUN = f"import ctypes; ctypes.CDLL(None).prctl(1, 15); from {__package__}.cli import main; main()"
+_RUN = f"import ctypes; ctypes.CDLL(None).prctl(1, 15); from {__package__}.__main__ import main; main()"
 
 
 @serve.deployment(name="hessquik")

@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import cast
 
@@ -20,7 +20,7 @@ from .app import Application
 from .http.connection import Connection, Limits, Listener
 from .settings import Settings
 
-__all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "serve"]
+__all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "bind", "handling", "listen", "serve", "url"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ EXIT_START_UP = 3
 EXIT_GIVEN_UP = 70
 #: Descriptors that are needed for anything but connections.
 OTHER_DESCRIPTORS = 256
-#: uvicorn's.
-TICKS_A_SECOND = 10
 #: Models that are listed when the service has started.
 SHOWN_MODELS = 20
 
@@ -39,16 +37,20 @@ SHOWN_MODELS = 20
 class Server(uvicorn.Server):
     """A server that listens while the service starts, drains at the first signal, and exits at the second.
 
+    Args:
+        config: uvicorn's configuration.
+        app: The application, which is started and stopped.
+        is_alone: Whether it is the only front end.
+
     Attributes:
         start_error: The error with which the service could not start, if any.
     """
 
-    def __init__(self, config: uvicorn.Config, app: Application) -> None:
-        """Set up a server for the application, which it starts and stops."""
+    def __init__(self, config: uvicorn.Config, app: Application, is_alone: bool) -> None:
+        """Set up a server."""
         super().__init__(config)
-        self._app = app
+        self._app, self._is_alone = app, is_alone
         self._starting: asyncio.Task[None] | None = None
-        self._is_hung_up = False
         self.start_error: StartUpError | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -56,16 +58,18 @@ class Server(uvicorn.Server):
 
         One of several front ends listens only when it has started, so that the others get the connections until then.
         """
-        if sockets is not None:
+        if not self._is_alone:
             await self._app.start()
             await super().startup(sockets)
             logger.info("the front end serves")
             return
         self._app.core.is_starting = True
         await super().startup(sockets)
-        self._starting = asyncio.get_running_loop().create_task(self._start())
+        address = url(self.servers[0].sockets[0])
+        logger.info("running on %s", address)
+        self._starting = asyncio.get_running_loop().create_task(self._start(address))
 
-    async def _start(self) -> None:
+    async def _start(self, address: str) -> None:
         try:
             await self._app.start()
         except StartUpError as error:
@@ -74,21 +78,13 @@ class Server(uvicorn.Server):
         except Exception:
             self.should_exit = True
             raise
-        port = self.servers[0].sockets[0].getsockname()[1]
-        for line in describe(self._app, port):
+        for line in describe(self._app, address):
             logger.info(line)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         """Handle SIGINT and SIGTERM without raising them again at the end; read the keys again at SIGHUP."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        original = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        original[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
-        try:
-            yield
-        finally:
-            for number, handler in original.items():
-                signal.signal(number, handler)
+        stop, keys = self.handle_exit, self._app.core.keys
+        return handling({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: keys.ask})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; exit at the second."""
@@ -97,19 +93,16 @@ class Server(uvicorn.Server):
         self._app.core.is_draining = True
         self.should_exit = True
 
-    def _on_hangup(self, sig: int, frame: FrameType | None) -> None:
-        self._is_hung_up = True
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain; answer requests that are not finished within the time limit with an error."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._give_up)
-        await super().shutdown(sockets)
-        timer.cancel()
         if self._starting is not None:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._starting
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.config.timeout_graceful_shutdown or 0, self._give_up)
+        await super().shutdown(sockets)
+        timer.cancel()
         if not self.force_exit:
             await self._app.stop()
 
@@ -118,19 +111,13 @@ class Server(uvicorn.Server):
             cast(Connection, connection).give_up(NotReady("expected to have time, the service is stopping"))
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop if workers cannot be kept alive, and check the files of keys once a second; return whether to stop."""
-        core = self._app.core
-        if core.scheduler.is_given_up:
+        """Stop if workers cannot be kept alive; return whether to stop."""
+        if self._app.core.scheduler.is_given_up:
             self.should_exit = True
-        if self._is_hung_up:
-            self._is_hung_up = False
-            core.keys.reload()
-        elif counter % TICKS_A_SECOND == 0:
-            core.keys.follow()
         return await super().on_tick(counter)
 
 
-def describe(app: Application, port: int) -> Iterator[str]:
+def describe(app: Application, address: str) -> Iterator[str]:
     """Yield lines for the log: the served models, the devices and the address of the explorer."""
     core, settings = app.core, app.core.settings
     names = core.repository.names()
@@ -145,9 +132,69 @@ def describe(app: Application, port: int) -> Iterator[str]:
         yield f"and {len(names) - SHOWN_MODELS} models more"
     devices = core.node.health().devices
     yield f"{len(devices)} worker{'s' * (len(devices) > 1)} on {', '.join(devices)}"
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    yield f"explorer: {url}/   interface: {url}/docs   ready: {url}/readyz"
+    yield f"explorer: {address}/   interface: {address}/docs   ready: {address}/readyz"
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], object]]) -> Iterator[None]:
+    """Handle signals; at the end, give them back to their former handlers."""
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def bind(host: str, port: int, is_shared: bool = False) -> socket.socket:
+    """Return a bound socket; that of ``::`` takes IPv4, too.
+
+    Args:
+        host: An address, or a name for one; IPv4 is preferred.
+        port: The port; 0 for a free one.
+        is_shared: Whether this user's other sockets may have the same address (SO_REUSEPORT). If not, the socket
+            listens: only then the system refuses an address that another socket has which does not listen yet.
+
+    Raises:
+        OSError: the address is invalid or in use.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        if not is_shared:
+            sock.listen()
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address, and shares it with nobody.
+
+    Raises:
+        StartUpError: the address is invalid or in use.
+    """
+    try:
+        return bind(host, port)
+    except (OSError, UnicodeError) as error:  # of names that are none
+        why = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise StartUpError(
+            f"expected an address of this machine and a free port, got host {host} and port {port}: {why}"
+        ) from None
+
+
+def url(sock: socket.socket) -> str:
+    """Return the URL at which a socket is reached from this machine."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _allow_connections(count: int) -> None:
@@ -161,13 +208,13 @@ def _allow_connections(count: int) -> None:
             logger.warning("expected %d descriptors for the connections, the system allows %d", wanted, limit)
 
 
-def serve(app: Application, settings: Settings, sockets: list[socket.socket] | None = None) -> int:
+def serve(app: Application, settings: Settings, sock: socket.socket | None = None) -> int:
     """Serve until told to stop.
 
     Args:
         app: The application.
         settings: Settings of the service.
-        sockets: Bound sockets to use in place of the settings' host and port.
+        sock: For one of several front ends, a socket that is bound.
 
     Returns:
         The process's exit status.
@@ -179,8 +226,6 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
     listener = Listener(app.front, Limits(**{name: getattr(settings, name) for name in Limits._fields}))
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         loop="uvloop",
         http=cast("type[asyncio.Protocol]", listener.connect),
         ws="none",
@@ -194,11 +239,8 @@ def serve(app: Application, settings: Settings, sockets: list[socket.socket] | N
     )
     _allow_connections(settings.max_connections)
     core.keys.on_change.append(listener.heads.clear)  # remembered heads were let in by the keys before
-    server = Server(config, app)
-    try:
-        server.run(sockets)
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
+    server = Server(config, app, is_alone=sock is None)
+    server.run([sock or listen(settings.host, settings.port)])
     if server.start_error is not None:
         raise server.start_error
     if core.scheduler.is_given_up:

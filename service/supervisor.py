@@ -20,15 +20,17 @@ from typing import Any
 
 import orjson
 
-from hessquik_client.errors import InternalError, ServiceError, StartUpError
+from hessquik_client.errors import InternalError, ServiceError
 
 from .child import Child, pause_s
 from .devices import resolve_devices
 from .keys import Keys
 from .node import Node
+from .periodic import repeat
 from .repository import Served
-from .server import EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP
+from .server import EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP, bind, handling, listen, url
 from .settings import Settings
+from .tracing import expect_opentelemetry
 from .wire import WireError
 from .workers import WorkerProcess
 
@@ -61,13 +63,17 @@ class FrontEnd:
         supervisor: The supervisor that it belongs to.
         port: The port that it listens on.
 
+    Attributes:
+        is_up: Whether it has said hello, and has not died.
+        may_serve: Whether it was told that the models are loaded, after which it listens.
+
     Raises:
         OSError: the system does not allow it.
     """
 
     def __init__(self, supervisor: Supervisor, port: int) -> None:
         """Start the process."""
-        self.is_up = self._has_answered = False
+        self.is_up = self.may_serve = self._has_answered = False
         self._told: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._held: dict[int, Served] = {}
         self._supervisor = supervisor
@@ -76,7 +82,7 @@ class FrontEnd:
         self._telling = asyncio.Lock()
         # The supervisor reads the files of keys, and says when they change.
         settings = supervisor.settings.model_dump(mode="json", exclude={"api_keys", "admin_keys", "secrets"})
-        with bind(supervisor.settings.host, port) as listening:
+        with bind(supervisor.settings.host, port, is_shared=True) as listening:
             # SIGHUP is for the supervisor only; in a group of its own, signals that reach ours are our business.
             self.child = Child(FRONT_MODULE, (), self._on_frame, self._on_lost, {signal.SIGHUP}, has_own_group=True)
             start = {"op": "start", "settings": settings | supervisor.keys.shown()}
@@ -131,7 +137,9 @@ class FrontEnd:
             }
             for served in changed
         ]
-        return {"health": node.health()._asdict(), "served": members, "gone": gone}
+        health = node.health()
+        self.may_serve |= health.is_loaded
+        return {"health": health._asdict(), "served": members, "gone": gone}
 
     @property
     def is_told(self) -> bool:
@@ -218,13 +226,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self.keys.reload)
-        try:
-            reserved = bind(self.settings.host, self.settings.port)
-        except OSError as error:
-            address = f"{self.settings.host}:{self.settings.port}"
-            raise StartUpError(f"expected an address that can be bound, got {address}: {error.strerror}") from None
-        with reserved:
+        # uvloop would set the default action at the end, at which SIGHUP kills.
+        with handling({signal.SIGHUP: self.keys.ask}), reserve(self.settings.host, self.settings.port) as reserved:
             self._port = reserved.getsockname()[1]
             for _ in range(self.settings.processes):
                 self._start_front()
@@ -235,9 +238,7 @@ class Supervisor:
             try:
                 if starting.done():
                     starting.result()
-                    logger.info(
-                        "running on http://%s:%d, %d front ends", *reserved.getsockname()[:2], len(self._fronts)
-                    )
+                    logger.info("running on %s, %d front ends", url(reserved), len(self._fronts))
                     await stopping
             finally:
                 for task in (starting, stopping):
@@ -339,12 +340,12 @@ class Supervisor:
 
     async def _tick(self) -> None:
         """Tell all front ends what is new, periodically until cancelled; none waits for one that hangs."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.keys.follow()
-            for front in self._fronts:
-                if front.is_up and front.is_told:
-                    self.spawn(front.tell())
+        await repeat(TICK_S, self.keys.follow, self._tell_idle)
+
+    def _tell_idle(self) -> None:
+        for front in self._fronts:
+            if front.is_up and front.is_told:
+                self.spawn(front.tell())
 
     def _on_signal(self) -> None:
         """Drain at the first signal; exit immediately at the second."""
@@ -354,11 +355,11 @@ class Supervisor:
         self._stop.set()
 
     async def _drain(self) -> bool:
-        """Stop all front ends; return whether all of them drained in time."""
+        """Stop all front ends; return whether all of them drained in time, those that still start at once."""
         self._is_stopping = True
         loop, fronts = asyncio.get_running_loop(), list(self._fronts)
         for front in fronts:
-            front.child.send_signal(signal.SIGTERM)
+            front.child.send_signal(signal.SIGTERM if front.may_serve else signal.SIGKILL)
         deadline_s = time.monotonic() + self.settings.drain_s + GRACE_S
 
         def wait(front: FrontEnd) -> int:
@@ -369,7 +370,7 @@ class Supervisor:
                 return front.child.wait()
 
         statuses = await asyncio.gather(*(loop.run_in_executor(None, wait, front) for front in fronts))
-        return all(status == EXIT_DRAINED for status in statuses)
+        return all(status == EXIT_DRAINED for front, status in zip(fronts, statuses, strict=True) if front.may_serve)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine until the end, or until this service stops."""
@@ -378,22 +379,20 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket whose address several processes can share (SO_REUSEPORT).
+def reserve(host: str, port: int) -> socket.socket:
+    """Return a socket that keeps an address for the front ends, and never listens.
+
+    SO_REUSEPORT alone would let another service of the same user have the port, too. So one that shares with nobody
+    comes first, and from then on the other is there, which refuses all that would not share.
 
     Raises:
-        OSError: the address is invalid or in use.
+        StartUpError: the address is invalid or in use.
     """
-    info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    sock = socket.socket(info[0], socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(info[4])
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    with listen(host, port) as first:
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept = bind(host, first.getsockname()[1], is_shared=True)
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        return kept
 
 
 def add_up(texts: list[bytes]) -> bytes:
@@ -431,6 +430,9 @@ def supervise(settings: Settings) -> int:
         StartUpError: the service cannot start.
     """
     import uvloop
+
+    if settings.tracing:  # the front ends need it
+        expect_opentelemetry()
 
     async def run() -> int:
         return await Supervisor(settings, resolve_devices(settings.device, settings.workers)).run()

@@ -16,7 +16,7 @@ from .http.messages import Request
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
-__all__ = ["Tracer"]
+__all__ = ["Tracer", "expect_opentelemetry"]
 
 #: Time to send what is left at the end.
 FLUSH_MS = 2000
@@ -34,11 +34,10 @@ class Tracer:
     """
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
-        try:
-            from opentelemetry import trace
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ImportError:
-            raise _not_installed() from None
+        expect_opentelemetry()
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
         self._trace, self._read = trace, TraceContextTextMapPropagator().extract
         self._provider = provider or _provider()
         self._tracer = self._provider.get_tracer(_NAME)
@@ -86,14 +85,12 @@ class Tracer:
 
 def _provider() -> Any:
     """Return the process's tracer provider if it has set one, or else create one that sends OTLP over HTTP."""
-    try:
-        from opentelemetry import trace
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
-        raise _not_installed() from None
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     found = trace.get_tracer_provider()
     if isinstance(found, TracerProvider):
         return found
@@ -105,5 +102,14 @@ def _provider() -> Any:
     return provider
 
 
-def _not_installed() -> StartUpError:
-    return StartUpError("expected OpenTelemetry for tracing; pip install 'hessquik-service[otel]'")
+def expect_opentelemetry() -> None:
+    """Check that spans can be made and sent.
+
+    Raises:
+        StartUpError: OpenTelemetry is not installed.
+    """
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError:
+        raise StartUpError("expected OpenTelemetry for tracing; pip install 'hessquik-service[otel]'") from None

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from hessquik_client.errors import StartUpError
 
 from .child import Child, pause_s
+from .periodic import repeat
 from .settings import Settings
 from .shared import Sealed
 from .wire import WireError
@@ -368,7 +369,7 @@ class Workers:
         self._started = asyncio.get_running_loop().create_future()
         for slot, worker in enumerate(self.workers):
             self._start_worker(slot, worker)
-        self._spawn(self._watch())
+        self._spawn(repeat(TICK_S, self._check_all))
         try:
             await asyncio.wait_for(asyncio.shield(self._started), self.settings.start_timeout_s)
         except TimeoutError:
@@ -541,9 +542,6 @@ class Workers:
         await asyncio.sleep(wait_s)
         self._start_worker(slot, WorkerProcess(self, worker.device))
 
-    async def _watch(self) -> None:
-        """Check all workers periodically until cancelled."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            for worker in list(self.workers):
-                worker.check()
+    def _check_all(self) -> None:
+        for worker in list(self.workers):
+            worker.check()
