@@ -47,6 +47,8 @@ class LiveServer:
         command: Another command that starts it, with the same arguments.
         stdout: File for its standard output.
         packages: The folder from which it imports the packages.
+        stderr: File for its log, which is read if none is given.
+        port: Port to listen on; a free one by default.
     """
 
     def __init__(
@@ -55,32 +57,33 @@ class LiveServer:
         workers: int = 1,
         settings: Mapping[str, object] | None = None,
         command: tuple[str, ...] = ("-m", "service"),
-        stdout: IO[str] | None = None,
+        stdout: IO[str] | int | None = None,
         packages: Path = ROOT,
+        stderr: int = subprocess.PIPE,
+        port: int = 0,
     ) -> None:
         environment = {f"HESSQUIK_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
-        arguments = ["serve", str(models), "--port", "0", "--device", "cpu", "--workers", str(workers)]
+        arguments = ["serve", str(models), "--port", str(port), "--device", "cpu", "--workers", str(workers)]
         self.models = models
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments],
             env={**os.environ, "PYTHONPATH": path, **environment},
             stdout=stdout,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         self.log: list[str] = []
         self.started_s = 0.0
         self._began = time.monotonic()
         self._listening = threading.Event()
-        self.port = 0
+        self.port = port
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr:
-            for line in self.process.stderr:
+        with self.process.stderr or contextlib.nullcontext([]) as lines:
+            for line in lines:
                 self.log.append(line.rstrip())
                 if (match := re.search(r"running on http://[^ ]*:(\d+)", line)) is not None:
                     self.port = int(match[1])

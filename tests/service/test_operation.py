@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,9 +21,15 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
+from hessquik_client.errors import StartUpError
 from service import cli, logs
+from service.app import create_app
 from service.http.messages import Head, Request
-from service.settings import Settings
+from service.keys import Keys
+from service.periodic import repeat
+from service.server import bind, url
+from service.settings import Settings, explain
+from service.supervisor import supervise
 from tests.live import LiveServer
 from tests.whole import choose
 
@@ -38,6 +46,7 @@ def serve(*arguments: str) -> Result:
     [
         ("HESSQUIK_MAX_ROW", "HESSQUIK_MAX_ROWS"),
         ("HESSQUIK_APIKEYS", "HESSQUIK_API_KEYS"),
+        ("HESSQUIK_KEYS", "HESSQUIK_API_KEYS"),
         ("hessquik_devise", "HESSQUIK_DEVICE"),
     ],
 )
@@ -48,9 +57,14 @@ def test_an_unknown_variable_refuses_the_start(name: str, nearest: str, monkeypa
     assert f"{name} is no setting; the nearest is {nearest}" in done.output
 
 
-def test_the_clients_key_is_no_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HESSQUIK_API_KEY", "a")
-    assert "port" in serve("--port", "x").output
+@pytest.mark.parametrize("name", ["HESSQUIK_API_KEY", "HESSQUIK_KEY"])
+def test_a_clients_key_does_not_start_a_service_that_needs_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.app.create_app", lambda *_: pytest.fail("the service starts"))
+    monkeypatch.setenv(name, "a")
+    done = serve()
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert f"{name}, which is a client's, and no API keys: set HESSQUIK_API_KEYS" in done.output
+    assert "port" in serve("--port", "x", "--api-keys", "b").output  # beside keys it is no fault
 
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - {"models"}))
@@ -84,6 +98,121 @@ def test_a_flag_wins_over_a_variable_and_that_over_a_file(tmp_path: Path, monkey
     assert "file" not in str(settings.shown())
 
 
+def test_a_number_without_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, field in Settings.model_fields.items():
+        if field.annotation in (int, float):
+            for value in ("inf", "-inf", "nan", "1" + "0" * 22, "-1"):
+                with pytest.raises(ValueError, match=name) as caught:
+                    Settings.of({name: value})
+                assert "\n" not in explain(caught.value)
+    for few in ("1e-9", "0.04"):
+        with pytest.raises(ValueError, match="expected 0 or at least"):
+            Settings.of({"watch_s": few})
+    assert Settings.of({"watch_s": "0", "drain_s": "0"}).watch_s == 0
+
+
+def keys_of(settings: Settings) -> list[str]:
+    return [key.get_secret_value() for key in settings.api_keys]
+
+
+def test_keys_are_separated_by_commas_and_white_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hessquik_api_keys"
+    for text in ("a,b", "a\nb\n", "a\r\nb\r\n", " a,\tb ,", "\ufeffa\nb"):
+        path.write_text(text, "utf-8")
+        assert keys_of(Settings(secrets=tmp_path)) == ["a", "b"], text
+        monkeypatch.setenv("HESSQUIK_API_KEYS", text.removeprefix("\ufeff"))
+        assert keys_of(Settings()) == ["a", "b"], text
+        monkeypatch.delenv("HESSQUIK_API_KEYS")
+
+
+def test_an_empty_value_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hessquik_api_keys").write_text("a")
+    for name in ("secrets", "host", "api_keys"):
+        monkeypatch.setenv(f"HESSQUIK_{name.upper()}", "")
+    settings = Settings()
+    assert (settings.secrets, settings.host, settings.api_keys) == (None, "127.0.0.1", ())
+    assert keys_of(Settings(secrets=tmp_path)) == ["a"]
+    assert "port:" in serve("--secrets", "", "--host", "", "--port", "x").output
+
+
+@pytest.mark.parametrize("names", ["API_KEYS", "ADMIN_KEYS"])
+def test_what_holds_no_key_though_it_says_something_is_refused(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"HESSQUIK_{names}", " ,")
+    done = serve()
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert "expected keys" in done.output
+
+
+#: Files in the folder of secrets that cannot be what was meant, and the words for them.
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "expected text in UTF-8"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "expected a file"),
+    "folder": (Path.mkdir, "expected a file"),
+    "pipe": (os.mkfifo, "expected a file"),
+    "commas": (lambda path: path.write_text(",\n"), "expected keys"),
+    "almost the name": (
+        lambda path: path.with_name("hessquik_api_key").write_text("b"), "the nearest is HESSQUIK_API_KEYS",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_bad_file_of_keys_refuses_the_start_and_leaves_the_keys_of_a_running_service(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil, words = BAD_FILES[what]
+    path = tmp_path / "hessquik_api_keys"
+    path.write_text("a")
+    keys = Keys(Settings.of({"secrets": str(tmp_path)}))
+    path.unlink()
+    spoil(path)
+    keys.ask()
+    keys.follow()
+    assert keys.is_known(b"a")
+    assert not keys.is_known(b"b")
+    assert f"the keys stay as they are, they cannot be read: {words}".partition(": ")[0] in caplog.text
+    assert words in caplog.text
+    done = serve("--secrets", str(tmp_path))
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert words in done.output
+
+
+def test_what_is_done_periodically_goes_on_after_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        done.append("fail")
+        raise OSError("no luck")
+
+    async def work() -> None:
+        repeating = asyncio.ensure_future(repeat(0.0, fail, lambda: done.append("other")))
+        while len(done) < 6:
+            await asyncio.sleep(0)
+        repeating.cancel()
+
+    asyncio.run(work())
+    assert done[:4] == ["fail", "other"] * 2
+    assert caplog.text.count("OSError: no luck") >= 2
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_address_means_the_same_for_one_and_for_several_front_ends(is_shared: bool) -> None:
+    """:: takes IPv4, too; a name stands for its IPv4 address."""
+    for host, reached in (("::", "127.0.0.1"), ("::", "::1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1")):
+        with bind(host, 0, is_shared) as sock:
+            sock.listen()
+            socket.create_connection((reached, sock.getsockname()[1]), 5).close()
+            assert url(sock).startswith("http://[::1]:" if host == "::" else "http://127.0.0.1:")
+
+
+def test_several_front_ends_without_opentelemetry_are_refused_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    settings = Settings(tracing=True, processes=2, port=0, device="cpu")
+    for start in (supervise, create_app):
+        with pytest.raises(StartUpError, match="expected OpenTelemetry"):
+            start(settings)
+
+
 @pytest.mark.parametrize(
     ("host", "reason", "processes"),
     [
@@ -104,6 +233,7 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 3
     (line,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
+    assert f"expected an address of this machine and a free port, got host {host} and port {port}: " in line
     assert reason in line.lower()
     assert ended.stdout == ""
 
@@ -139,7 +269,7 @@ class Operated:
     def write(self, kind: str, text: str) -> None:
         """Replace a file of keys."""
         new = self.secrets / "new"
-        new.write_text(text)
+        new.write_bytes(os.fsencode(text))
         new.rename(self.secrets / f"hessquik_{kind}_keys")
 
     def post(self, path: str, key: str, **options: Any) -> int:
@@ -256,7 +386,19 @@ def test_a_file_without_keys_does_not_open_the_service(operated: Operated) -> No
     until(lambda: any("open to everybody" in line for line in operated.live.log), "the empty file is refused")
     assert operated.post("peaks/value", "none", json=POINT) == 401
     assert operated.post("peaks/value", "one", json=POINT) == 200
+    operated.write("api", "\udcff\udcfe")
+    until(lambda: any("expected text in UTF-8" in line for line in operated.live.log), "the bad file is refused")
+    assert operated.post("peaks/value", "one", json=POINT) == 200
+    assert httpx.get(f"{operated.live.url}/readyz").status_code == 200
     operated.write("api", "one")
+
+
+def test_a_second_service_does_not_share_the_port(operated: Operated, shipped_models: Path) -> None:
+    flags = ["--port", str(operated.live.port), "--processes", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "service", "serve", str(shipped_models), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 3
+    assert "expected an address of this machine and a free port" in ended.stderr
 
 
 def test_a_hangup_ends_neither_workers_nor_front_ends(operated: Operated) -> None:
@@ -292,3 +434,26 @@ def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch)
     assert lost > 1000
     assert len(lines) + lost == 5001
     assert lines[-1]["route"] == "last"
+
+
+def test_a_log_that_is_not_read_blocks_nobody_and_says_how_many_lines_are_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logs, "MAX_LINES", 10)
+    monkeypatch.setattr(logs, "CLOSE_S", 10.0)
+    read, write = os.pipe()
+    handler = logs.LogHandler(logs.Lines(write))
+    handler.setFormatter(logs.TextFormatter("%(message)s"))
+    for _ in range(2000):  # more than a pipe holds
+        handler.handle(logging.makeLogRecord({"msg": "x" * 100}))
+    with os.fdopen(read, errors="strict") as reader:
+        lines: list[str] = []
+        taker = Thread(target=lambda: lines.extend(reader))
+        taker.start()
+        time.sleep(0.3)
+        handler.handle(logging.makeLogRecord({"msg": "caf\udce9"}))
+        handler.close()
+        os.close(write)
+        taker.join(10)
+    assert lines[-1].startswith("caf\\udce9 lost_lines=")
+    assert len(lines) + int(lines[-1].rpartition("=")[2]) == 2001
