@@ -165,9 +165,7 @@ class Core:
         workers = {(state,): float(count) for state, count in health.states.items()}
         yield Gauge("hessquik_ready", "1 while /readyz answers 200, else 0.", {(): float(not self.why_not_ready())})
         yield Gauge("hessquik_models", "Versions of models, by state.", states, ("state",))
-        yield Gauge(
-            "hessquik_model_ready", "1 while a version answers requests, else 0.", is_ready, ("model", "version")
-        )
+        yield Gauge("hessquik_model_ready", "1 while a version is served, else 0.", is_ready, ("model", "version"))
         yield Gauge("hessquik_queue_requests", "Requests waiting or computed.", {(): queue.requests})
         yield Gauge("hessquik_queue_rows", "Points waiting.", {(): queue.rows})
         yield Gauge("hessquik_queue_age_seconds", "Time that the oldest request has waited.", {(): age_s})

@@ -33,8 +33,10 @@ audit = logging.getLogger("service.audit")
 
 #: Attributes of a record that name the request, and the number of lines that were lost before it.
 CONTEXT = ("request_id", "traceparent", "lost_lines")
-#: Most lines that wait to be written, and the time for which lines of the access log are gathered.
+#: Most lines of the access log that wait to be written, and the interval between writes.
 MAX_LINES, GATHER_S = 1 << 16, 0.05
+#: Most lines of the log that wait; those with a traceback are long.
+MAX_RECORDS = 1 << 12
 #: Time to write what is left at the end.
 CLOSE_S = 1.0
 #: Bytes that a pipe takes at once, so that the lines of several processes are not mixed.
@@ -83,7 +85,7 @@ def set_up_logging(settings: Settings) -> None:
 
     The lines of the start and of the audit are written at any level: what runs, and who changed it.
     """
-    handler = LogHandler(Lines(2))
+    handler = LogHandler(Lines(2, MAX_RECORDS))
     if settings.log_format == "json":
         handler.setFormatter(JSONFormatter())
     else:
@@ -120,31 +122,30 @@ def log_administration(request: Request, route: str, model: str, status: int, ke
 
 
 class Lines:
-    """Lines for a descriptor, written by a background thread, so that a slow reader blocks nobody.
+    """Lines for a descriptor, written by a background thread.
 
-    A caller drops a line if there :meth:`is_room` for none, and puts the number of those :meth:`lost` into the next.
+    A slow reader does not block the service: lines that do not fit into the buffer are dropped, and the next line
+    gives their number as ``lost_lines``.
 
     Args:
         descriptor: The file descriptor to write to.
-        gather_s: Time to wait for more lines before they are written together.
+        most: Most lines that wait to be written.
+        gather_s: Time to wait for more lines, which are written together.
     """
 
-    def __init__(self, descriptor: int, gather_s: float = 0.0) -> None:
+    def __init__(self, descriptor: int, most: int, gather_s: float = 0.0) -> None:
         """Start the thread."""
-        self._descriptor, self._gather_s = descriptor, gather_s
+        self._descriptor, self._most, self._gather_s = descriptor, most, gather_s
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self._lost = 0
-        self._thread = Thread(target=self._run, name="lines", daemon=True)
+        self._thread = Thread(target=self._run, name="log lines", daemon=True)
         self._thread.start()
 
-    def is_room(self) -> bool:
-        """Return whether a line can be put; if not, count it as lost."""
-        is_room = self._lines.qsize() < MAX_LINES
-        self._lost += not is_room
-        return is_room
-
-    def lost(self) -> int:
-        """Return the number of lines lost since the last call."""
+    def lost(self) -> int | None:
+        """Return the number of lines lost before the next, or ``None`` if there is no room and that is lost, too."""
+        if self._lines.qsize() >= self._most:
+            self._lost += 1
+            return None
         lost, self._lost = self._lost, 0
         return lost
 
@@ -153,7 +154,7 @@ class Lines:
         self._lines.put(line)
 
     def close(self) -> None:
-        """Write the lines that wait within :data:`CLOSE_S`, and end the thread."""
+        """Write the buffered lines within :data:`CLOSE_S`, and end the thread."""
         self._lines.put(None)
         self._thread.join(CLOSE_S)
 
@@ -175,10 +176,10 @@ class Lines:
 
 
 class LogHandler(logging.Handler):
-    """Writes records as :class:`Lines`.
+    """Formats records as lines.
 
     Args:
-        lines: Where to write.
+        lines: Writes them.
     """
 
     def __init__(self, lines: Lines) -> None:
@@ -189,33 +190,28 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if there is room for it."""
         try:
-            if self._lines.is_room():
-                record.lost_lines = self._lines.lost()
+            if (lost := self._lines.lost()) is not None:
+                record.lost_lines = lost
                 self._lines.put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
         except Exception:
             self.handleError(record)
 
     def close(self) -> None:
-        """Write the lines that wait; called when the process ends."""
+        """Write the buffered lines; called when the process ends."""
         self._lines.close()
         super().close()
 
 
-class AccessLog:
-    """An access log with one JSON line per answered request; ``lost_lines`` is the number of lines lost before it.
-
-    Args:
-        descriptor: The file descriptor to write to.
-    """
+class AccessLog(Lines):
+    """An access log with one JSON line per answered request."""
 
     def __init__(self, descriptor: int = 1) -> None:
-        """Start the thread that writes."""
-        self._lines = Lines(descriptor, GATHER_S)
-        self.close = self._lines.close
+        """Start the thread."""
+        super().__init__(descriptor, MAX_LINES, GATHER_S)
 
     def ended(self, request: Request, route: str, status: int) -> None:
         """Write a request's line: time, id, method, route, model, rows, status and milliseconds."""
-        if not self._lines.is_room():
+        if (lost := self.lost()) is None:
             return
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -227,9 +223,9 @@ class AccessLog:
             "status": status,
             "milliseconds": round((monotonic() - request.began_s) * 1000, 3),
         }
-        if lost := self._lines.lost():
+        if lost:
             line["lost_lines"] = lost
-        self._lines.put(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self.put(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _write(descriptor: int, chunk: bytes) -> None:

@@ -136,11 +136,7 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
-        Info(
-            "hessquik_build",
-            "Versions of the service, Python and torch; kind of its modules.",
-            registry=self._registry,
-        ).info(versions())
+        Info("hessquik_build", "Versions that run, and kind of modules.", registry=self._registry).info(versions())
 
     def settle(self) -> None:
         """Count what has happened since the last call, and empty the lists."""

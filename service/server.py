@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
 from typing import cast
 
@@ -20,7 +20,7 @@ from .app import Application
 from .http.connection import Connection, Limits, Listener
 from .settings import Settings
 
-__all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "bind", "handling", "listen", "serve", "url"]
+__all__ = ["EXIT_GIVEN_UP", "EXIT_START_UP", "bind", "listen", "serve", "url"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,17 @@ class Server(uvicorn.Server):
         for line in describe(self._app, address):
             logger.info(line)
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
         """Handle SIGINT and SIGTERM without raising them again at the end; read the keys again at SIGHUP."""
-        stop, keys = self.handle_exit, self._app.core.keys
-        return handling({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: keys.ask})
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        original = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        original[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._app.core.keys.ask)
+        try:
+            yield
+        finally:
+            for number, handler in original.items():
+                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; exit at the second."""
@@ -133,17 +140,6 @@ def describe(app: Application, address: str) -> Iterator[str]:
     devices = core.node.health().devices
     yield f"{len(devices)} worker{'s' * (len(devices) > 1)} on {', '.join(devices)}"
     yield f"explorer: {address}/   interface: {address}/docs   ready: {address}/readyz"
-
-
-@contextlib.contextmanager
-def handling(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], object]]) -> Iterator[None]:
-    """Handle signals; at the end, give them back to their former handlers."""
-    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def bind(host: str, port: int, is_shared: bool = False) -> socket.socket:

@@ -26,8 +26,6 @@ PREFIX = "HESSQUIK_"
 CLIENT_KEYS = ("HESSQUIK_API_KEY", "HESSQUIK_KEY")
 #: Variables of other parts: of the client, and of the build of the kernel.
 OTHER_VARIABLES = frozenset({*CLIENT_KEYS, "HESSQUIK_COMPILE", "HESSQUIK_KERNEL"})
-#: Shortest pause between looks at the folder of models.
-LEAST_WATCH_S = 0.05
 
 Keys = Annotated[tuple[SecretStr, ...], NoDecode]
 # Every number has an upper bound: infinity and numbers beyond 64 bits are refused here, not where they are used.
@@ -49,11 +47,7 @@ class Settings(BaseSettings):
     _flags: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     models: Path = Field(Path("models"), validate_default=True, description="Folder of the saved networks.")
-    host: str = Field(
-        "127.0.0.1",
-        description="Address to listen on; 0.0.0.0 is every IPv4 address, :: every IPv6 and IPv4 address, and a name "
-        "its first IPv4 address, or else its first address.",
-    )
+    host: str = Field("127.0.0.1", description="Address to listen on, or a name for it; :: takes IPv4, too.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field("auto", description="auto, cpu, cuda, or a list such as cuda:0,cuda:1.")
     workers: int = Field(1, ge=1, le=64, description="Worker processes per device.")
@@ -67,16 +61,10 @@ class Settings(BaseSettings):
     )
     processes: int = Field(1, ge=1, le=64, description="Front ends that share the port, each a process.")
     watch_s: float = Field(
-        0.0,
-        ge=0,
-        le=86_400,
-        description="Hot reload: how often the folder is looked at for changes, in seconds, at least "
-        f"{LEAST_WATCH_S}; 0 is never.",
+        0.0, ge=0, le=86_400, description="Hot reload: seconds between looks at the folder; 0 is never."
     )
 
-    api_keys: Keys = Field(
-        (), description="Keys, separated by commas or white space, that may use the service; none: anybody."
-    )
+    api_keys: Keys = Field((), description="Keys, separated by commas or lines, for the service; none: anybody.")
     admin_keys: Keys = Field((), description="Keys that may also load and unload models; none: nobody.")
     secrets: DirectoryPath | None = Field(
         None,
@@ -156,8 +144,8 @@ class Settings(BaseSettings):
     @classmethod
     def _expect_pauses(cls, pause_s: float) -> float:
         """Refuse a pause so short that looking at the folder would take all the time."""
-        if 0 < pause_s < LEAST_WATCH_S:
-            raise ValueError(f"expected 0 or at least {LEAST_WATCH_S}, got {pause_s:g}")
+        if 0 < pause_s < 0.05:
+            raise ValueError(f"expected 0 or at least 0.05, got {pause_s:g}")
         return pause_s
 
     @classmethod
@@ -227,14 +215,13 @@ def _read_secrets(folder: Path) -> dict[str, str]:
     """
     path, found = folder, dict[str, str]()
     try:
-        for path in sorted(folder.iterdir()):
-            for sentence in unknown_names([path.name], frozenset()):
-                raise ValueError(f"{folder}: {sentence}")
-            name = path.name.upper()
-            if name.startswith(PREFIX):
-                if not path.is_file():  # a pipe would be waited for
-                    raise OSError(0, "no regular file")
-                found[name.removeprefix(PREFIX).lower()] = path.read_text("utf-8-sig").strip()
+        ours = [path for path in folder.iterdir() if path.name.upper().startswith(PREFIX)]
+        for sentence in unknown_names([path.name for path in ours], frozenset()):
+            raise ValueError(f"{folder}: {sentence}")
+        for path in ours:
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError(0, "no regular file")
+            found[path.name[len(PREFIX) :].lower()] = path.read_text("utf-8-sig").strip()
     except OSError as error:
         raise ValueError(f"expected a file that can be read at {path}, got: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -28,7 +28,7 @@ from .keys import Keys
 from .node import Node
 from .periodic import repeat
 from .repository import Served
-from .server import EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP, bind, handling, listen, url
+from .server import EXIT_DRAINED, EXIT_FORCED, EXIT_GIVEN_UP, bind, listen, url
 from .settings import Settings
 from .tracing import expect_opentelemetry
 from .wire import WireError
@@ -226,8 +226,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        # uvloop would set the default action at the end, at which SIGHUP kills.
-        with handling({signal.SIGHUP: self.keys.ask}), reserve(self.settings.host, self.settings.port) as reserved:
+        signal.signal(signal.SIGHUP, self.keys.ask)
+        with reserve(self.settings.host, self.settings.port) as reserved:
             self._port = reserved.getsockname()[1]
             for _ in range(self.settings.processes):
                 self._start_front()
@@ -437,4 +437,7 @@ def supervise(settings: Settings) -> int:
     async def run() -> int:
         return await Supervisor(settings, resolve_devices(settings.device, settings.workers)).run()
 
-    return uvloop.run(run())
+    try:
+        return uvloop.run(run())
+    finally:  # or Python would set the default action before it ends, and SIGHUP kill
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -49,7 +49,7 @@ LAYERS = {
         service.versions service.wire
         service.child
         service.metrics
-        service.settings
+        service.periodic service.settings
         service.keys
         service.http service.json_reader
         service.bulk

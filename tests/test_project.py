@@ -28,7 +28,7 @@ def test_installed_packages_are_all_there_are_and_none_is_named_service() -> Non
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in files} - {"service.client"}
     expected = {re.sub("^service", "hessquik_service", name) for name in folders}
     assert set(listed["tool"]["setuptools"]["packages"]) == expected
-    assert listed["project"]["scripts"] == {"hessquik": "hessquik_service.cli:main"}
+    assert listed["project"]["scripts"] == {"hessquik": "hessquik_service.__main__:main"}
 
 
 def test_the_source_distribution_has_all_that_is_tracked(tmp_path: Path) -> None:

@@ -439,10 +439,9 @@ def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_a_log_that_is_not_read_blocks_nobody_and_says_how_many_lines_are_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logs, "MAX_LINES", 10)
     monkeypatch.setattr(logs, "CLOSE_S", 10.0)
     read, write = os.pipe()
-    handler = logs.LogHandler(logs.Lines(write))
+    handler = logs.LogHandler(logs.Lines(write, 10))
     handler.setFormatter(logs.TextFormatter("%(message)s"))
     for _ in range(2000):  # more than a pipe holds
         handler.handle(logging.makeLogRecord({"msg": "x" * 100}))
