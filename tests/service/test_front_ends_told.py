@@ -51,7 +51,7 @@ class FakeChild:
 
 
 @contextlib.contextmanager
-def no_socket(*_: Any) -> Iterator[Any]:
+def no_socket(*_: Any, **__: Any) -> Iterator[Any]:
     yield SimpleNamespace(fileno=lambda: 0)
 
 
