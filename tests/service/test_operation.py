@@ -27,9 +27,9 @@ from service.app import create_app
 from service.http.messages import Head, Request
 from service.keys import Keys
 from service.periodic import repeat
-from service.server import bind, url
+from service.server import bind, listen, url
 from service.settings import Settings, explain
-from service.supervisor import supervise
+from service.supervisor import reserve, supervise
 from tests.live import LiveServer
 from tests.whole import choose
 
@@ -177,6 +177,22 @@ def test_a_bad_file_of_keys_refuses_the_start_and_leaves_the_keys_of_a_running_s
     assert words in done.output
 
 
+def test_a_folder_of_secrets_without_keys_is_a_warning_and_no_folder_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compose mounts empty files where there are no keys."""
+    for name in ("api", "admin"):
+        (tmp_path / f"hessquik_{name}_keys").write_text("")
+    caplog.set_level(logging.INFO, "service.logs")
+    for settings in (Settings(secrets=tmp_path), Settings(), Settings(api_keys="a")):
+        logs.log_start(settings)
+    said = [(one.levelname, one.getMessage()) for one in caplog.records if "no API keys" in one.getMessage()]
+    assert said == [
+        ("WARNING", f"no API keys in {tmp_path}: every request is answered"),
+        ("INFO", "no API keys: every request is answered"),
+    ]
+
+
 def test_what_is_done_periodically_goes_on_after_a_fault(caplog: pytest.LogCaptureFixture) -> None:
     done: list[str] = []
 
@@ -203,6 +219,21 @@ def test_an_address_means_the_same_for_one_and_for_several_front_ends(is_shared:
             sock.listen()
             socket.create_connection((reached, sock.getsockname()[1]), 5).close()
             assert url(sock).startswith("http://[::1]:" if host == "::" else "http://127.0.0.1:")
+
+
+def test_an_address_that_front_ends_will_share_is_refused_to_other_services() -> None:
+    """Also before they listen; ours may have it."""
+    with reserve("127.0.0.1", 0) as kept:
+        port = kept.getsockname()[1]
+        for claim in (reserve, listen):
+            with pytest.raises(StartUpError, match="Address already in use"):
+                claim("127.0.0.1", port)
+        with bind("127.0.0.1", port, is_shared=True) as front:
+            front.listen()
+            with pytest.raises(StartUpError, match=f"got host 0.0.0.0 and port {port}"):
+                reserve("0.0.0.0", port)
+    with pytest.raises(StartUpError, match=r"got host a\.\.b and port 0"):
+        listen("a..b", 0)
 
 
 def test_several_front_ends_without_opentelemetry_are_refused_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
