@@ -107,11 +107,7 @@ def serve(**flags: Any) -> None:
         _fail(explain(error), status=2)
     for name in CLIENT_KEYS:
         if os.environ.get(name) and not settings.api_keys:
-            _fail(
-                f"got {name}, which is a client's, and no API keys: set HESSQUIK_API_KEYS, or unset {name} to serve "
-                "everybody",
-                status=2,
-            )
+            _fail(f"got a client's {name} and no API keys; set HESSQUIK_API_KEYS, or unset {name}", status=2)
     from hessquik_client.errors import StartUpError
 
     from .app import create_app

@@ -45,7 +45,7 @@ def test_standard_descriptors_that_are_closed_are_opened(tmp_path: Path) -> None
         assert (ended.returncode, reader.read()) == (0, "good")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", choose([2], [1, 2]))
 def test_a_service_goes_on_without_its_folder_and_standard_output(
     processes: int, shipped_models: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_service_goes_on_without_its_folder_and_standard_output(
     assert not any(line.startswith("{") for line in server.log), "the access log went to another descriptor"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", choose([1], [1, 2]))
 def test_a_log_that_nobody_reads_blocks_neither_requests_nor_the_end(processes: int, shipped_models: Path) -> None:
     read, write = os.pipe()
     settings = {"processes": processes, "access_log": True, "admin_keys": "boss"}
