@@ -265,6 +265,7 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     assert ended.returncode == 3
     (line,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
     assert f"expected an address of this machine and a free port, got host {host} and port {port}: " in line
+    assert ended.stderr.endswith(f"{line}\n")
     assert reason in line.lower()
     assert ended.stdout == ""
 
