@@ -97,7 +97,7 @@ class Operation(NamedTuple):
         answer: The handler, which answers a call.
         label: Label of the route in metrics.
         parameters: Names of the query parameters; ``None`` if the handler parses the query.
-        computes: Whether requests have a deadline.
+        computes: Whether requests ask for an evaluation: they have a deadline, and count for their model.
         read_head: Called with the head and ``parameters``; returns :attr:`Target.encoding` and the parameters that
             are allowed with this head.
     """
@@ -362,8 +362,6 @@ class Front:
     def handle(self, request: Request) -> None:
         """Answer a complete request by calling its ``respond``, now or later."""
         target = request.head.target
-        if target.model in self.core.repository:  # names of others are neither logged nor counted
-            request.model = target.model
         try:
             reply = target.operation.answer(Call(self, request))
         except Exception as error:
@@ -380,7 +378,13 @@ class Front:
         is_sent = request.respond(request, reply)
         request.cancel = None
         label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
-        self.core.metrics.answered[label, request.model, status].append(monotonic() - request.began_s)
+        evaluated = ""
+        if target is not None:
+            if not request.model and target.model in self.core.repository:  # other names are not logged or counted
+                request.model = target.model
+            if target.operation is not None and target.operation.computes:
+                evaluated = request.model
+        self.core.metrics.answered[label, evaluated, status].append(monotonic() - request.began_s)
         for watcher in self._watchers:
             try:
                 watcher.ended(request, label, status)
