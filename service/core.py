@@ -177,7 +177,9 @@ class Core:
         yield Gauge("hessquik_workers", "Workers, by state.", workers, ("state",))
         yield Gauge("hessquik_device_memory_bytes", "Memory of a worker.", memory_bytes, ("worker",))
         yield Gauge("hessquik_device_busy_seconds_total", "Time spent on batches by a worker.", busy_s, ("worker",))
+        yield Gauge("hessquik_start_time_seconds", "Start of the service, since 1970.", {(): health.began_s})
         yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})
+        yield Gauge("hessquik_front_restarts_total", "Front ends that were replaced.", {(): health.front_restarts})
         yield Gauge(
             "hessquik_self_check_rows_total", "Points computed again by self-checks.", {(): health.checked_rows}
         )

@@ -120,8 +120,8 @@ class Metrics(Collector):
         gauges: Returns the metrics that are computed at each scrape.
 
     Attributes:
-        answered: Seconds from the head to the reply of each request, by route, status and, between them, the model whose
-            evaluation it asks for, or nothing.
+        answered: Seconds from the head to the reply of each request, by route, model that it asks to evaluate (or
+            empty) and status.
         queued: Seconds in the queue of each job, by model.
         computed: Rows and requests of each batch, by quantities.
     """

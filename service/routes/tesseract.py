@@ -456,7 +456,6 @@ def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozense
 
 def _endpoint(name: str, endpoint: Endpoint) -> Direct:
     """Return the route of an endpoint, which parses the body as JSON, whatever its Content-Type."""
-
     is_abstract = name == "abstract_eval"
 
     def answer(call: Call) -> Reply | Cancel:

@@ -169,7 +169,7 @@ def test_a_connection_and_asgi_give_the_same_reply(served: Served, note: Note) -
 def test_requests_for_an_evaluation_count_for_their_model_and_no_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every dialect: right, invalid, late or refused, also before the body; probes and descriptions do not count."""
+    """Of every dialect, also those that are invalid, late or refused, be it before the body."""
     core, v2 = served.app.core, "/v2/models/peaks"
     x = {"name": "inputs", "shape": [1, 2], "datatype": "FP64", "data": [0.1, 0.2]}
     point, body = {"name": "peaks", "input": [[0.1, 0.2]]}, {"inputs": {"x": [0.1, 0.2]}}
