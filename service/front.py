@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 #: The only paths that never need a key: probes, and the pages' files, which hold no data.
 OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+#: The only paths that are answered before the models are loaded: a scrape sees that the service is starting.
+_STARTING_PATHS = OPEN_PATHS | {"/metrics"}
 #: Ends of paths that change what is served: they need an admin key, and are audited.
 _ADMIN_ACTIONS = ("/load", "/unload")
 #: Label of requests that match no path.
@@ -345,7 +347,7 @@ class Front:
         coding = head.headers.get(b"content-encoding", b"identity")
         if coding.lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("expected a body without Content-Encoding")
-        if self.core.is_starting and path not in OPEN_PATHS:
+        if self.core.is_starting and path not in _STARTING_PATHS:
             raise NotReady("expected a service that has started, this one is still loading its models")
         if operation.parameters is not None:
             time_s = self.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000 if operation.computes else 0.0

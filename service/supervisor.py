@@ -53,7 +53,7 @@ MAX_DEATHS = 8
 SHARED_METRICS = (
     "hessquik_workers", "hessquik_device", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
     "hessquik_models", "hessquik_model_ready", "hessquik_queue_age", "process_start_time", "process_max_fds",
-    "hessquik_self_check", "hessquik_start_time", "hessquik_front_restarts",
+    "hessquik_self_check", "hessquik_model_outdated", "hessquik_start_time", "hessquik_front_restarts",
 )  # fmt: skip
 
 
@@ -117,8 +117,9 @@ class FrontEnd:
         changed = []
         for name in node.repository.names():
             for version, served in node.repository.versions(name).items():
-                state = now[name, version] = served.id, served.file, served.reason, bool(served.facts)
-                if self._told.get((name, version)) != state:
+                known = served.id, served.file, served.reason, served.is_outdated, bool(served.facts)
+                now[name, version] = known
+                if self._told.get((name, version)) != known:
                     changed.append(served)
         gone = [{"name": name, "version": version} for name, version in self._told.keys() - now.keys()]
         self._told = now
@@ -135,6 +136,7 @@ class FrontEnd:
                 "stamp": served.file.stamp,
                 "facts": served.facts,
                 "reason": served.reason,
+                "is_outdated": served.is_outdated,
             }
             for served in changed
         ]

@@ -234,15 +234,17 @@ def test_a_command_that_fails_is_answered(supervisor: Supervisor, monkeypatch: p
     run(work())
 
 
-def test_a_file_that_moved_is_news(supervisor: Supervisor) -> None:
+def test_a_file_that_moved_and_one_that_was_refused_are_news(supervisor: Supervisor) -> None:
     async def work() -> None:
         front = supervisor._fronts[0]
         put(supervisor, "a")
-        for path in ("a", "a/1"):
-            supervisor.node.repository._table["a"][1].file = ModelFile("a", 1, Path(path))
+        for path, is_outdated in (("a", False), ("a/1", False), ("a/1", True)):
+            one = supervisor.node.repository._table["a"][1]
+            one.file, one.is_outdated = ModelFile("a", 1, Path(path)), is_outdated
             telling = asyncio.ensure_future(front.tell())
             await settle()
-            assert frames(front, "state")[-1]["served"][0]["path"] == path
+            (news,) = frames(front, "state")[-1]["served"]
+            assert (news["path"], news["is_outdated"]) == (path, is_outdated)
             acknowledge(front)
             await telling
 
