@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -164,6 +165,19 @@ def test_pod_monitor_scrapes_the_pods_under_the_name_that_the_rules_know(
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in container["ports"]}
     assert endpoint["path"] == "/metrics"
+
+
+def test_operator_gets_the_rules_and_alerts_of_prometheus(tmp_path: Path) -> None:
+    script = runpy.run_path(str(DEPLOY / "prometheus_rule.py"))
+    assert script["MANIFEST"].read_text() == script["manifest"](), "run `python deploy/prometheus_rule.py`"
+    manifests = by_kind(kustomize(KUBERNETES / "monitoring"))
+    assert manifests.keys() == {"PodMonitor", "PrometheusRule"}
+    spec = manifests["PrometheusRule"]["spec"]
+    files = [read(DEPLOY / "prometheus" / name) for name in ("rules.yml", "alerts.yml")]
+    assert spec == {"groups": [group for file in files for group in file["groups"]]}
+    if shutil.which("promtool") is not None:
+        (tmp_path / "rules.yml").write_text(yaml.safe_dump(spec))
+        subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], check=True, capture_output=True)
 
 
 def test_kubernetes_schema_refuses_an_unknown_field(deployment: dict[str, Any]) -> None:
