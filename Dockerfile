@@ -61,9 +61,11 @@ COPY --from=dependencies /opt/hessquik /opt/hessquik
 COPY requirements/${LOCK}.cdx.json /opt/hessquik/sbom.cdx.json
 COPY --from=code /layer /opt/hessquik
 COPY models /models
+# NumPy's OpenBLAS would start a thread per core in every process, up to 64, and multiplies nothing here.
 ENV PATH=/opt/hessquik/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    OPENBLAS_NUM_THREADS=1 \
     HESSQUIK_DEVICE=${TARGET} \
     HESSQUIK_HOST=0.0.0.0 \
     HESSQUIK_PORT=8000 \
