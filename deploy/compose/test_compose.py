@@ -306,7 +306,7 @@ def test_monitoring_watches_the_service_and_is_told_when_it_is_down(images: dict
         rules = httpx.get(f"{deployed.prometheus}/api/v1/rules").json()["data"]["groups"]
         assert sum(len(group["rules"]) for group in rules) > 10
         deployed.run("stop", "hessquik")
-        wait_until(lambda: ("HessquikDown", "hessquik:8000") in alerts(deployed), 2 * WAIT_S)
+        wait_until(lambda: ("HessquikDown", "hessquik:8000") in alerts(deployed), 3 * WAIT_S)  # after two minutes
 
 
 def test_grafana_opens_on_the_dashboard(tmp_path: Path) -> None:
