@@ -120,7 +120,7 @@ class Target(NamedTuple):
     Attributes:
         label: Label of the route in metrics.
         dialect: The dialect, in which errors are written.
-        operation: The operation; ``None`` if no path matches.
+        operation: The operation; ``None`` if no path matches, or the key does not allow it.
         model: Name of the model in the path, or empty.
         version: Version in the path or the query, if any.
         query: The query parameters.
@@ -337,10 +337,11 @@ class Front:
         operation, names = self._match(path)
         dialect = next(dialect for dialect in self._dialects if dialect.owns(path))
         label = UNMATCHED if operation is None else operation.label
-        head.target = target = Target(label, dialect, operation, names.get("model", ""), names.get("version"))
+        head.target = target = Target(label, dialect, None, names.get("model", ""), names.get("version"))
         self._check_key(head)
         if operation is None:
             raise NotFound("expected a path of this service, GET /openapi.json lists them")
+        head.target = target = target._replace(operation=operation)
         methods = operation.methods
         if head.method not in methods and not (head.method == "HEAD" and "GET" in methods):
             raise MethodNotAllowed(f"expected {' or '.join(sorted(methods))} here, got {head.method}")
@@ -381,10 +382,10 @@ class Front:
         request.cancel = None
         label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
         evaluated = ""
-        if target is not None:
+        if target is not None and target.operation is not None:
             if not request.model and target.model in self.core.repository:  # other names are not logged or counted
                 request.model = target.model
-            if target.operation is not None and target.operation.computes:
+            if target.operation.computes:
                 evaluated = request.model
         self.core.metrics.answered[label, evaluated, status].append(monotonic() - request.began_s)
         for watcher in self._watchers:

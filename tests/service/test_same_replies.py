@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from opentelemetry.trace import SpanKind
 import hessquik
 from hessquik import activations, layers, networks
 from hessquik.networks import NN
-from hessquik_client.errors import Overloaded, StartUpError
+from hessquik_client.errors import Overloaded, ServiceError, StartUpError, Unauthorized
 from service.app import Application, create_app
 from service.http.connection import Limits, Listener
 from service.repository import Look
@@ -165,6 +165,13 @@ def test_a_connection_and_asgi_give_the_same_reply(served: Served, note: Note) -
     assert set(Counter(one["hessquik.request_id"] for one in ended).values()) == {2}
 
 
+def refuse_with(error: ServiceError) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    return refuse
+
+
 @pytest.mark.slow
 def test_requests_for_an_evaluation_count_for_their_model_and_no_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
@@ -196,7 +203,10 @@ def test_requests_for_an_evaluation_count_for_their_model_and_no_others(
         ("/tesseract/peaks/abstract_eval", {"inputs": {"x": {"shape": [2], "dtype": "float64"}}}),
     ):
         assert ask("POST", path, document) == 200, path
-    assert counted() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(served.app.front, "_check_key", refuse_with(Unauthorized("expected a key")))
+        assert ask("POST", "/v1/models/peaks/value", inputs) == 401
+    assert counted() == before, "nor do those without a key"
     for path, document in (
         ("/v1/models/peaks/value", inputs),
         ("/v1/models/peaks/evaluate", {**inputs, "quantities": ["value"]}),
@@ -210,10 +220,7 @@ def test_requests_for_an_evaluation_count_for_their_model_and_no_others(
     assert ask("POST", "/v1/models/peaks/value", many, **{"x-deadline-ms": "1"}) == 504
     assert counted() - before == {200: 6, 422: 1, 504: 1}
 
-    def refuse() -> None:
-        raise Overloaded("expected room in the queue")
-
-    monkeypatch.setattr(core.scheduler.queue, "expect_room", refuse)
+    monkeypatch.setattr(core.scheduler.queue, "expect_room", refuse_with(Overloaded("expected room in the queue")))
     for path, document in (
         ("/v1/models/peaks/value", inputs),
         ("/v1/models/peaks/value", many),
