@@ -132,15 +132,16 @@ class Full:
         stack.callback(server.shutdown)
 
 
-def test_a_refused_request_is_sent_once_to_the_other_server(tmp_path: Path) -> None:
-    """Two servers that are full get no more than twice the requests."""
+def test_a_refused_request_is_tried_on_the_other_server_and_then_once_more(tmp_path: Path) -> None:
+    """Two servers that are full get three times the requests together, and one that has room answers all."""
     with contextlib.ExitStack() as stack:
         one, other = Full(stack), Full(stack)
         url = stack.enter_context(Balancer(one.address, other.address, tmp_path / "haproxy")).url
         client = stack.enter_context(httpx.Client())
         replies = [client.get(f"{url}/v1/models") for _ in range(10)]
         assert [(reply.status_code, reply.headers["retry-after"]) for reply in replies] == [(503, "1")] * 10
-        assert (one.asked, other.asked) == (10, 10)
+        assert one.asked + other.asked == 3 * 10
+        assert min(one.asked, other.asked) >= 10, "each is tried for each request"
         other.has_room = True
         assert {client.get(f"{url}/v1/models").status_code for _ in range(10)} == {200}
 
