@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import BOUNDS, Imported, Source, import_source
+from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
 
 __all__ = ["from_onnx", "import_model"]
@@ -70,14 +70,11 @@ def import_model(
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:
-        rows = what.shape[0]
-        padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
-        chunks = padded.split(rows)
-        results = [torch.as_tensor(run(what, chunk.reshape(what.shape).numpy())) for chunk in chunks]
-        return torch.cat([result.reshape(rows, -1) for result in results])[: len(x)]
+        return torch.as_tensor(run(what, x.reshape(-1, *what.shape[1:]).numpy())).reshape(len(x), -1)
 
+    at_all = evaluate if what.takes_any_rows else by_rows(evaluate, what.shape[0])
     precision = _precision(model, runtime)
-    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
+    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), at_all, precision)
     return import_source(source, scaling, allow_kinks, dtype, bounds)
 
 

@@ -43,12 +43,14 @@ class Signature:
         output: Name of the output.
         shape: Of the input, rows first.
         dtype: Of the input.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
     """
 
     input: str
     output: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    takes_any_rows: bool
 
     @property
     def width(self) -> int:
@@ -94,7 +96,7 @@ def signature(model: Any, d: int | None = None) -> Signature:
             "example_input, or export the model with a fixed number of inputs"
         )
     shape = (sizes[0] or ROWS, *sizes[1:])
-    return Signature(inputs[0].name, model.graph.output[0].name, shape, types[kind.elem_type])
+    return Signature(inputs[0].name, model.graph.output[0].name, shape, types[kind.elem_type], not sizes[0])
 
 
 def expect_known(model: Any, what: Signature) -> None:
