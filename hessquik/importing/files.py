@@ -71,6 +71,8 @@ def import_file(
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise FormatError(f"{path.name}: files of this kind can hold code, and are not opened; {PICKLES[suffix]}")
+    if architecture is not None and suffix in {".onnx", ".pt2"}:
+        raise FormatError(f"{path.name}: an architecture (--architecture) is for state dicts, this file has its own")
     if suffix == ".onnx":
         return onnx_model.import_model(path, None, scaling, allow_kinks, dtype, bounds)
     if suffix == ".pt2":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class Scaling:
 def _as_numbers(value: Any) -> Tensor | None:
     """Return finite real numbers as a float64 tensor, or ``None`` for anything else."""
     try:
-        numbers = torch.as_tensor(value).detach().to("cpu")
+        numbers = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value)).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     if numbers.dtype is torch.bool or numbers.is_complex() or not bool(torch.isfinite(numbers).all()):

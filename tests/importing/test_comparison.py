@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -153,6 +154,13 @@ def test_scaling_that_is_none_is_refused_by_its_key(scale, message):
     given = json.loads(json.dumps(scale))
     with pytest.raises(hessquik.ShapeError, match=message):
         hessquik.from_torch(BY_ROWS.linear, **given)
+
+
+def test_scaling_keeps_every_digit():
+    for mean in ([0.1, 0.7], np.array([0.1, 0.7]), torch.tensor([0.1, 0.7], dtype=torch.float64), (0.1, 0.7)):
+        assert Scaling(input_mean=mean).input(2)[0].tolist() == [0.1, 0.7]
+    parameter = nn.Parameter(torch.tensor([0.5]))
+    assert Scaling(output_scale=parameter).output(2)[1].tolist() == [0.5, 0.5]
 
 
 def test_network_without_inputs_or_outputs_is_refused():
