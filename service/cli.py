@@ -202,7 +202,7 @@ def import_(
     dtype: Annotated[str | None, typer.Option(help="float32 or float64; the source's own if not given.")] = None,
     allow_kinks: Annotated[bool, typer.Option(help="Let ReLU and the like through, and say so in the file.")] = False,
 ) -> None:
-    """Convert a network of torch, ONNX, Keras, JAX or scikit-learn to a file that can be served, and check it."""
+    """Convert a network of torch or ONNX to a file that can be served, and check it."""
     import torch
 
     from hessquik import HessQuikError, proof, storage
