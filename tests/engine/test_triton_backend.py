@@ -300,7 +300,7 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
 
 _COMPILE = """
 import json, sys, torch
-from hessquik.backends.triton import BLOCKS, compile_kernel
+from hessquik.backends.gpu_compile import BLOCKS, compile_kernel
 found = {}
 for arch in map(int, sys.argv[2:]):
     for dtype in list(BLOCKS)[:int(sys.argv[1])]:
@@ -331,7 +331,8 @@ import json, sys, torch
 from benchmarks.gpu_kernels import resources
 from hessquik import Evaluator, storage
 from hessquik.backends.gpu_unrolled import source
-from hessquik.backends.triton import MOST_FORMS, compile_unrolled, unrolling
+from hessquik.backends.gpu_compile import compile_unrolled
+from hessquik.backends.triton import MOST_FORMS, unrolling
 from hessquik.device import GPU
 from hessquik.evaluator import COMMON
 from hessquik.plan import Ask, choose
