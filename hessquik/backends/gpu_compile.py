@@ -7,6 +7,7 @@ compiling nor the cache needs a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,6 @@ def _compile_text(text: str, arguments: Sequence[str], arch: int) -> Any:
 
 
 def _compiled(source: ASTSource, arch: int, options: dict[str, Any]) -> Any:
-    # Intermediate forms would take seven times the space in the cache.
-    triton.knobs.compilation.store_binary_only = True
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": False})
 
 
@@ -110,22 +110,29 @@ def compile_ahead(kernels: Sequence[Kernel], arch: int) -> None:
     processes = min(len(missing), len(os.sched_getaffinity(0)))
     if processes < 2:
         return
-    command = [sys.executable, "-P", "-m", "hessquik.backends.gpu_compile", str(arch), "--plans"]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        for _ in range(processes)
-    ]
-    for i, child in enumerate(children):
-        assert child.stdin is not None
-        # The pipe stays open: a child ends with the process that it compiles for.
-        child.stdin.write(json.dumps([_as_json(one) for one in missing[i::processes]]) + "\n")
-        child.stdin.flush()
-    for i, child in enumerate(children):
-        if child.wait() == 0:
-            for one in missing[i::processes]:
+    with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
+        for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
+            for one in share:
                 _mark(one, arch).touch()
+
+
+def _compile_share(kernels: Sequence[Kernel], arch: int) -> Sequence[Kernel]:
+    """Compile kernels in a process, and return those that are compiled: all or none."""
+    command = [sys.executable, "-P", "-m", "hessquik.backends.gpu_compile", str(arch), "--plans"]
+    # Intermediate forms would take seven times the space in the cache.
+    environment = {**os.environ, "TRITON_STORE_BINARY_ONLY": "1"}
+    with (
+        contextlib.suppress(BrokenPipeError),
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as child,
+    ):
         assert child.stdin is not None
-        child.stdin.close()
+        child.stdin.write(json.dumps([_as_json(one) for one in kernels]) + "\n")
+        child.stdin.flush()
+        # The pipe stays open until the process ends: it ends with the one that it compiles for.
+        return kernels if child.wait() == 0 else []
+    return []
 
 
 def _as_json(kernel: Kernel) -> dict[str, Any]:
