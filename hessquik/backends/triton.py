@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hessquik.backends import gpu_driver
 from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
@@ -94,6 +95,7 @@ class _Device:
         self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
         self.processors, self.arch = 2, 0
         if self.is_cuda:
+            gpu_driver.use()
             properties = torch.cuda.get_device_properties(device)
             self.processors = properties.multi_processor_count
             self.arch = 10 * properties.major + properties.minor
