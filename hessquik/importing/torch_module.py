@@ -66,10 +66,16 @@ def import_module(
 ) -> Imported:
     """Import a module as :func:`from_torch` does; return the network with the comparison of its values."""
     example = example_of(module, example_input)
-    program = capture(module, example)
+    program = capture(module, example, is_guess=example_input is None)
 
     def evaluate(x: Tensor) -> Tensor:
-        result = module(x.reshape(len(x), *example.shape[1:]))
+        try:
+            result = module(x.clone().reshape(len(x), *example.shape[1:]))
+        except RuntimeError as error:  # such as one of weights of several dtypes, which capture does not notice
+            raise UnsupportedError(
+                f"{type(module).__name__} cannot compute its values ({str(error).splitlines()[0][:200]}); call it on "
+                f"points of {x.dtype} first, and give all weights one dtype by module.float() or module.double()"
+            ) from None
         if not isinstance(result, Tensor):
             kind = type(result).__name__
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
