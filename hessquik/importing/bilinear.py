@@ -60,11 +60,11 @@ def apply_bilinear(place: str, function: Callable[..., Tensor], args: Sequence[A
     terms: list[tuple[Node, Map]] = []
     predicted, size = torch.zeros_like(constant), torch.zeros_like(constant)
     for k, each in enumerate(features):
-        part = _only(rows_first, features, (k,), rows)
-        if part([trial[k]]).any():
-            term = by_trial(place, lambda arrays: part([arrays[0].reshape(rows, -1)]), None, [_flat(each)], rows)
-            terms.append((term.node, 1.0))
-            predicted, size = predicted + part([trial[k]]), size + part([trial[k]]).abs()
+        alone = _only(rows_first, features, (k,), rows)
+        if (change_of_one := alone([trial[k]])).any():
+            found = by_trial(place, alone, None, [Features(each.node, (each.node.width,))], rows)
+            terms.append((found.node, 1.0))
+            predicted, size = predicted + change_of_one, size + change_of_one.abs()
     for k, l in itertools.combinations(range(len(features)), 2):
         coefficients = _coefficients(place, rows_first, features, (k, l), rows)
         if coefficients.any():
@@ -81,10 +81,6 @@ def apply_bilinear(place: str, function: Callable[..., Tensor], args: Sequence[A
     if not terms:
         terms = [(features[0].node, torch.zeros(features[0].node.width, constant.shape[1], dtype=torch.float64))]
     return Features(affine(place, terms, constant[0].clone()), shape, axis)
-
-
-def _flat(value: Features) -> Features:
-    return Features(value.node, (value.node.width,))
 
 
 def _only(function: Function, features: Sequence[Features], chosen: tuple[int, ...], rows: int) -> Function:

@@ -32,9 +32,11 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
     Raises:
         UnsupportedError: no layer has a number of inputs, or the points are not one tensor of real numbers.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(f"{type(module).__name__} is TorchScript; import the module that it was made from")
     if not isinstance(module, nn.Module):
         raise UnsupportedError(
-            f"the module must be a torch.nn.Module, got {type(module).__name__}; call a function in the forward of one"
+            f"the module must be a torch.nn.Module, got {type(module).__name__}; call it in the forward of one"
         )
     for name, tensor in _tensors(module):
         if 0 in tensor.shape and isinstance(tensor, nn.Parameter):
@@ -76,7 +78,7 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Return parameters and buffers with their names; those without a shape yet are left out."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if not nn.parameter.is_lazy(tensor):
             yield name, tensor
 
 
@@ -97,8 +99,8 @@ def capture(module: nn.Module, example: Tensor, is_guess: bool = False) -> Progr
             exported = torch.export.export(module, (example,))
     except Exception as error:  # any error that the module's code causes
         guess = (
-            f"; it was tried with {example.shape[1]} inputs, as a layer has; pass example_input, one point (d,), if it "
-            "takes others"
+            f"; it was tried with {example.shape[1]} inputs, as a layer has; pass example_input, one point (d,), if "
+            "it takes others"
         )
         raise UnsupportedError(_fault(module, error) + (guess if is_guess else "")) from None
     return _program(exported)
@@ -111,14 +113,14 @@ def _silence() -> Iterator[None]:
     def refuse_all(record: logging.LogRecord) -> bool:
         return False
 
-    handlers = list(logging.getLogger("torch").handlers)
-    for handler in handlers:
-        handler.addFilter(refuse_all)
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    for logger in loggers:
+        logger.addFilter(refuse_all)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(refuse_all)
+        for logger in loggers:
+            logger.removeFilter(refuse_all)
 
 
 def _program(exported: Any) -> Program:

@@ -268,7 +268,7 @@ def minimum(place: str, left: Any, right: Any, rows: int) -> Features:
 
 def _excess(place: str, left: Any, right: Any, rows: int) -> Features:
     """Return ReLU(u − v)."""
-    difference = apply_affine(place, torch.sub, (left, right), (0, 1), rows)
+    difference: Features = apply_affine(place, torch.sub, (left, right), (0, 1), rows)
     node = Pointwise(place, difference.node.width, difference.node, reluActivation())
     return replace(difference, node=node)
 

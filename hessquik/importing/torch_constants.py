@@ -87,7 +87,7 @@ def rehearse(
         UnsupportedError: a primitive operator does more than to compute a function, or makes too large an array.
     """
     try:
-        with torch.device("meta"), _Rehearsal(place, known):
+        with _Rehearsal(place, known):
             function(*_on_meta(args), **_on_meta(kwargs))
     except NotImplementedError as error:
         if known is not None:
@@ -103,16 +103,20 @@ def _on_meta(arguments: Any) -> Any:
 
 
 class _Rehearsal(TorchDispatchMode):
-    """Checks of every primitive operator: of its kind before it runs, and of the sizes of what it returns."""
+    """Checks of every primitive operator: of its kind before it runs, and of the sizes of what it returns.
+
+    Operators that make tensors of their own make them on the meta device.
+    """
 
     def __init__(self, place: str, known: Collection[str] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place, self.known = place, known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.known is not None and not _is_function(func, self.known):
             raise _not_a_function(self.place, str(func))
-        result = func(*args, **(kwargs or {}))
+        makes = any(argument.name == "device" for argument in func._schema.arguments)
+        result = func(*args, **(kwargs or {}) | ({"device": "meta"} if makes else {}))
         largest = max((part.numel() for part in tree_leaves(result) if isinstance(part, Tensor)), default=0)
         if largest > MAX_NUMBERS:
             raise refuse(

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from hessquik.errors import UnsupportedError
 from hessquik.importing.capture import capture, example_of
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import Imported, Source, import_source
-from hessquik.importing.torch_reader import Program, read
+from hessquik.importing.source import BOUNDS, Imported, Source, import_source
+from hessquik.importing.torch_reader import read
 from hessquik.networks import NN
 
 __all__ = ["from_torch", "import_module"]
+
+#: Points of the second evaluation, which must not change the values.
+FEWER = 3
 
 
 def from_torch(
@@ -68,7 +71,7 @@ def import_module(
     example = example_of(module, example_input)
     program = capture(module, example, is_guess=example_input is None)
 
-    def evaluate(x: Tensor) -> Tensor:
+    def compute(x: Tensor) -> Tensor:
         try:
             result = module(x.clone().reshape(len(x), *example.shape[1:]))
         except RuntimeError as error:  # such as one of weights of several dtypes, which capture does not notice
@@ -81,9 +84,23 @@ def import_module(
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
         return result
 
-    return import_source(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)
+    def evaluate(x: Tensor) -> Tensor:
+        """Return the module's values, after a comparison with those of fewer points."""
+        result, fewer = compute(x), compute(x[:FEWER])
+        bound = BOUNDS[program.coarsest] * torch.nan_to_num(result).abs().max()
+        if fewer.shape[1:] != result.shape[1:] or bool(((result[:FEWER] - fewer).abs() > bound).any()):
+            raise UnsupportedError(
+                f"{type(module).__name__} computes other values of a point when there are fewer points; compute "
+                "every row alone, without the number of rows"
+            )
+        return result
 
-
-def _source(program: Program, evaluate: Any, runtime: str) -> Source:
-    """Return the :class:`Source` of a program: its sizes, how to read it, and how to evaluate it."""
-    return Source(program.width, program.dtype, runtime, lambda point: read(program, point), evaluate)
+    source = Source(
+        program.width,
+        program.dtype,
+        "torch",
+        lambda point: read(program, point),
+        evaluate,
+        precision=BOUNDS[program.coarsest],
+    )
+    return import_source(source, scaling, allow_kinks, dtype, bounds)

@@ -15,7 +15,18 @@ from hessquik.activations import hessQuikActivationFunction
 from hessquik.expressions import Formula
 from hessquik.importing.graph import Node, Pointwise, affine, refuse
 
-__all__ = ["ADDITIVE", "ALIASES", "BY_SHAPE", "DROPS", "FORMULAS", "PLAIN", "POINTWISE", "PRODUCTS", "REFUSED", "UNCHANGED"]
+__all__ = [
+    "ADDITIVE",
+    "ALIASES",
+    "BY_SHAPE",
+    "DROPS",
+    "FORMULAS",
+    "PLAIN",
+    "POINTWISE",
+    "PRODUCTS",
+    "REFUSED",
+    "UNCHANGED",
+]
 
 Function = hessQuikActivationFunction | Formula
 
@@ -75,7 +86,11 @@ def _whole_power(exponent: int) -> Formula:
     if abs(exponent) <= MAX_POWER:
         return ["power", "z", exponent]
     half = _whole_power(int(exponent / 2))
-    return ["power", half, 2] if exponent % 2 == 0 else ["mul", "z" if exponent > 0 else ["power", "z", -1], ["power", half, 2]]
+    return (
+        ["power", half, 2]
+        if exponent % 2 == 0
+        else ["mul", "z" if exponent > 0 else ["power", "z", -1], ["power", half, 2]]
+    )
 
 
 def _clamp(place: str, z: Node, low: float | None = None, high: float | None = None) -> Node:
@@ -222,8 +237,8 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
 
 _PLAIN = """
     _trilinear _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye full_like linspace
-    logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like scalar_tensor std tril_indices triu_indices
-    zeros zeros_like _unsafe_view transpose
+    logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like scalar_tensor std
+    tril_indices triu_indices zeros zeros_like _unsafe_view transpose
 """
 #: Further primitive operators that compute functions, although torch does not mark them as such.
 PLAIN = frozenset(_PLAIN.split())
@@ -268,7 +283,16 @@ def _group_norm(t: Any, x: Any, groups: int, weight: Any = None, bias: Any = Non
 
 
 def _instance_norm(
-    t: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, uses_input: bool, momentum: float, eps: float, *_: Any
+    t: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    uses_input: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
 ) -> Any:
     if not uses_input:
         return t.batch_norm(x, weight, bias, mean, var, False, momentum, eps, False)
@@ -319,9 +343,16 @@ def _max(t: Any, x: Any, other: Any = None, keepdim: bool = False, *, of_two: st
     return getattr(t, of_two)(x, other)
 
 
+def _gated(t: Any, x: Any, dim: int = -1) -> Any:
+    left, right = t.chunk(x, 2, dim)
+    return t.mul(left, t.sigmoid(right))
+
+
 def _threshold(t: Any, x: Any, threshold: float, value: float) -> Any:
     if threshold != value:
-        raise refuse(t.place, f"jumps from {value} to {threshold} where its argument is {threshold}", "use a smooth function")
+        raise refuse(
+            t.place, f"jumps from {value} to {threshold} where its argument is {threshold}", "use a smooth function"
+        )
     return t.add(t.relu(t.sub(x, threshold)), threshold)
 
 
@@ -334,7 +365,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "cdist": _distances,
     "copy": lambda t, x, source, *_: t.expand_as(source, x),
     "fill": lambda t, x, value: t.add(t.zeros_like(x), value),
-    "glu": lambda t, x, dim=-1: (lambda a, b: t.mul(a, t.sigmoid(b)))(*t.chunk(x, 2, dim)),
+    "glu": _gated,
     "group_norm": _group_norm,
     "hardsigmoid": lambda t, x: t.clamp(t.add(t.div(x, 6.0), 0.5), 0.0, 1.0),
     "hardswish": lambda t, x: t.mul(x, t.hardsigmoid(x)),
@@ -385,7 +416,8 @@ _REASONS = (
         "_native_batch_norm_legit _native_batch_norm_legit_functional _batch_norm_with_update",
     ),
     (
-        "stops the gradient (detach, or torch.no_grad), so that the module's own derivatives are not those of its values",
+        "stops the gradient (detach, or torch.no_grad), so that the module's own derivatives are not those of its "
+        "values",
         "remove it",
         "detach",
     ),
@@ -402,8 +434,8 @@ _REASONS = (
         "softmax _softmax log_softmax _log_softmax _safe_softmax logsumexp",
     ),
     (
-        "is attention, whose softmax sums exponentials that overflow unless the largest is subtracted, and the largest "
-        "has kinks",
+        "is attention, whose softmax sums exponentials that overflow unless the largest is subtracted, and the "
+        "largest has kinks",
         _ROWS,
         "scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd",
     ),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,6 +117,13 @@ class Program:
         """Number of inputs of a point."""
         return int(torch.Size(self.shape[1:]).numel())
 
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype of the fewest digits in which it computes."""
+        casts = (call for call in self.calls if call.operation in operations.UNCHANGED)
+        dtypes = {self.dtype, *(dtype for call in casts for dtype in _dtypes(call.args, call.kwargs))}
+        return torch.float32 if torch.float32 in dtypes else self.dtype
+
 
 def read(program: Program, point: Node) -> Node:
     """Return a program's output as a value of a graph, from the value that it takes.
@@ -135,7 +143,9 @@ def read(program: Program, point: Node) -> Node:
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
     if output.axis:
-        raise refuse(program.output, f"has the rows along axis {output.axis}", "return one row per point, by a transpose")
+        raise refuse(
+            program.output, f"has the rows along axis {output.axis}", "return one row per point, by a transpose"
+        )
     return output.node
 
 
@@ -153,9 +163,9 @@ def _expect_known(program: Program) -> None:
 
 
 def _expect_numbers(program: Program, call: Call, values: Mapping[str, Any]) -> None:
-    """Refuse NaN and infinity among the constants of a call, by their names; a constant choice may leave them out."""
+    """Refuse NaN and infinity among the constants of a call, by their names."""
     names = _names([*call.args, *call.kwargs.values()])
-    if call.operation in {"where", "masked_fill"} or not any(isinstance(values.get(n), Features) for n in names):
+    if not any(isinstance(values.get(name), Features) for name in names):
         return
     for name in names:
         value = values.get(name)
@@ -173,6 +183,10 @@ def _names(argument: Any) -> list[str]:
     if isinstance(argument, list | tuple):
         return [name for part in argument for name in _names(part)]
     return [argument.name] if isinstance(argument, Ref) else []
+
+
+#: What to do instead of a change of a buffer.
+_STILL = "call module.eval() before; if it does so in evaluation as well, compute without buffers that change"
 
 
 class _Memory:
@@ -196,7 +210,9 @@ class _Memory:
         """Compute a call, and store its results."""
         for name in _names([*call.args, *call.kwargs.values()]):
             if name in self.lost:
-                raise refuse(t.place, f"takes {name!r}, which may have been changed in place", "clone before a change")
+                raise refuse(
+                    t.place, f"takes {name!r}, which may have been changed in place", "clone before a change"
+                )
         args, kwargs = _arguments(call, self.values)
         results = _results(call, t.apply(call.function, args, kwargs))
         source = next(iter(_names(call.args[:1])), None)
@@ -206,9 +222,8 @@ class _Memory:
             self.views[call.outputs[0]] = source, lambda value: value
         elif call.is_view and source is not None:
             for k, name in enumerate(call.outputs):
-                self.views[name] = source, lambda v, k=k: _results(call, t.apply(call.function, (v, *args[1:]), kwargs))[k]
-                if call.operation in _MAY_COPY:
-                    self.copies.add(name)
+                self.views[name] = source, _part(call, t, args, kwargs, k)
+            self.copies |= set(call.outputs) if call.operation in _MAY_COPY else set()
         self.values.update(zip(call.outputs, results, strict=True))
 
     def _change(self, name: str, value: Any, t: Operators) -> None:
@@ -222,7 +237,7 @@ class _Memory:
             raise refuse(
                 t.place,
                 f"changes {self.titles[root]} at every call, as batch normalisation and spectral_norm do in training",
-                "call module.eval() before; if it does so in evaluation as well, compute without buffers that change",
+                _STILL,
             )
         self.lost |= self._sharing(self._first(root)) - self._sharing(root)
         self.values[root] = t.replaced(self.values[root], value, list(reversed(parts)))
@@ -244,6 +259,15 @@ class _Memory:
             if base in found:
                 found.add(view)
         return found
+
+
+def _part(call: Call, t: Operators, args: Sequence[Any], kwargs: Mapping[str, Any], k: int) -> Callable[[Any], Any]:
+    """Return the function that computes the result k of a call from another first argument."""
+
+    def part(value: Any) -> Any:
+        return _results(call, t.apply(call.function, (value, *args[1:]), kwargs))[k]
+
+    return part
 
 
 def run(program: Program, x: Tensor) -> Tensor:
@@ -274,10 +298,11 @@ def _arguments(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], 
 def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a call of a program that has been read."""
     if call.operation in operations.UNCHANGED:
-        dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
-        return args[0].to(dtypes[0]) if dtypes else args[0]
+        value = args[0].clone() if _alias(call.target) is None else args[0]
+        dtypes = _dtypes(args, kwargs)
+        return value.to(dtypes[0]) if dtypes else value
     if call.target in _PYTHON:
-        return _PYTHON[call.target](*args)
+        return _python(_place(call), call.target, args)
     if call.operation not in _KNOWN:
         return constants.compute(_place(call), call.target, args, kwargs, _KNOWN)
     return _found(_place(call), call.target)(*args, **kwargs)
@@ -291,7 +316,7 @@ def _found(place: str, target: str) -> Callable[..., Any]:
 
 
 def _results(call: Call, result: Any) -> list[Any]:
-    """Return the results of a call in the order of its outputs; one output can be a list that later calls take apart."""
+    """Return the results of a call in the order of its outputs; one output can be a list for later calls."""
     is_apart = isinstance(result, list | tuple) and len(call.outputs) > 1
     return list(result)[: len(call.outputs)] if is_apart else [result]
 
@@ -308,18 +333,25 @@ def _resolved(argument: Any, values: Mapping[str, Any]) -> Any:
 _PARTS = ("_operator.getitem", "<built-in function getitem>")
 #: The name of an operator that returns a list of its arguments.
 COLLECT = "list"
-#: Operators on sizes and lists, which are those of Python here.
+#: Operators that take a value out of a list, and those on sizes.
 _PYTHON: dict[str, Callable[..., Any]] = {
-    "_operator.add": lambda a, b: a + b,
-    "_operator.sub": lambda a, b: a - b,
-    "_operator.mul": lambda a, b: a * b,
-    "_operator.floordiv": lambda a, b: a // b,
-    "<built-in function add>": lambda a, b: a + b,
-    COLLECT: lambda a: a,
-    **dict.fromkeys(_PARTS, lambda a, b: a[b]),
+    COLLECT: lambda values: values,
+    **dict.fromkeys(_PARTS, operator.getitem),
+    "<built-in function add>": operator.add,
+    **{
+        f"_operator.{name}": getattr(operator, name)
+        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "ge", "gt", "le", "lt", "eq", "ne")
+    },
 }
 #: Operations whose results share memory with their arguments if these lie in order, and are copies otherwise.
 _MAY_COPY = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as"}
+
+
+def _python(place: str, target: str, args: Sequence[Any]) -> Any:
+    """Return the result of an operator of Python on numbers, or of one on a list."""
+    if target not in {COLLECT, *_PARTS} and not all(isinstance(arg, int | float) for arg in args):
+        raise refuse(place, "computes with something else than sizes", "write it with torch's operators")
+    return _PYTHON[target](*args)
 
 
 def _operation(target: str) -> str:
@@ -346,7 +378,9 @@ def _alias(target: str) -> Any:
 
 
 def _place(call: Call) -> str:
-    return f"{call.place or call.outputs[0]!r} ({call.target})" if call.place else f"{call.outputs[0]} ({call.target})"
+    return (
+        f"{call.place or call.outputs[0]!r} ({call.target})" if call.place else f"{call.outputs[0]} ({call.target})"
+    )
 
 
 def _unknown(place: str, target: str) -> UnsupportedError:
@@ -391,8 +425,10 @@ class Operators:
     def apply(self, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Interpret an operator as values of the graph, or evaluate it if its arguments are constants."""
         if target in _PYTHON:
-            return _PYTHON[target](*args)
+            return _python(self.place, target, args)
         name = _operation(target)
+        if "out" in kwargs:
+            raise refuse(self.place, "writes into another array (out=), as spectral_norm does in training", _STILL)
         if name in {"index", "index_put"}:
             args = (args[0], _positions(args[1]), *args[2:])
         if not features_in([*args, *kwargs.values()]) and name not in _ON_ANYTHING:
@@ -520,9 +556,7 @@ def _power(t: Operators, base: Any, exponent: Any) -> Any:
         numbers = torch.as_tensor(base, dtype=torch.float64)
         if bool((numbers > 0).all()):
             return t.exp(t.mul(exponent, numbers.log()))
-    raise refuse(
-        t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
-    )
+    raise refuse(t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts")
 
 
 def _is_number(value: Any) -> bool:
