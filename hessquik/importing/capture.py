@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def capture(module: nn.Module, example: Tensor, is_guess: bool = False) -> Progr
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep torch from logging tracebacks of what is refused with a message of its own."""
+    """Keep torch from logging and printing the traces of what is refused with a message of its own."""
 
     def refuse_all(record: logging.LogRecord) -> bool:
         return False
@@ -117,7 +118,8 @@ def _silence() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(refuse_all)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger in loggers:
             logger.removeFilter(refuse_all)

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hessquik.errors import UnsupportedError
 from hessquik.importing.graph import refuse
 
-__all__ = ["MAX_NUMBERS", "compute", "find", "rehearse"]
+__all__ = ["MAX_NUMBERS", "compute", "expect_bounded", "find", "rehearse"]
 
-#: Numbers of one tensor: 1 GiB in float64.
-MAX_NUMBERS = 1 << 27
+#: Numbers of one tensor, as many as the largest file has in float32.
+MAX_NUMBERS = 1 << 28
 #: Operators that return memory as it is found, and those that return zeros in their place.
 _UNSET = {"empty": "zeros", "empty_like": "zeros_like", "new_empty": "new_zeros"}
 
@@ -72,8 +72,8 @@ def rehearse(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     known: Collection[str] | None = None,
-) -> None:
-    """Run an operator on the meta device.
+) -> Any:
+    """Return the result of an operator on the meta device, or ``None`` if its shape is not known.
 
     Args:
         place: The node's name.
@@ -88,7 +88,7 @@ def rehearse(
     """
     try:
         with _Rehearsal(place, known):
-            function(*_on_meta(args), **_on_meta(kwargs))
+            return function(*_on_meta(args), **_on_meta(kwargs))
     except NotImplementedError as error:
         if known is not None:
             raise refuse(
@@ -96,6 +96,13 @@ def rehearse(
                 "makes an array of constants whose size is not known before their numbers",
                 "compute it once, and keep it in a buffer",
             ) from error
+    return None
+
+
+def expect_bounded(place: str, numbers: int) -> None:
+    """Refuse too large an array, before it is made."""
+    if numbers > MAX_NUMBERS:
+        raise refuse(place, f"makes an array of {numbers} numbers", f"keep every array below {MAX_NUMBERS} numbers")
 
 
 def _on_meta(arguments: Any) -> Any:
@@ -117,11 +124,8 @@ class _Rehearsal(TorchDispatchMode):
             raise _not_a_function(self.place, str(func))
         makes = any(argument.name == "device" for argument in func._schema.arguments)
         result = func(*args, **(kwargs or {}) | ({"device": "meta"} if makes else {}))
-        largest = max((part.numel() for part in tree_leaves(result) if isinstance(part, Tensor)), default=0)
-        if largest > MAX_NUMBERS:
-            raise refuse(
-                self.place, f"makes an array of {largest} numbers", f"keep every array below {MAX_NUMBERS} numbers"
-            )
+        for part in tree_leaves(result):
+            expect_bounded(self.place, part.numel() if isinstance(part, Tensor) else 0)
         return result
 
 

@@ -10,10 +10,12 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hessquik.errors import UnsupportedError
 from hessquik.importing import torch_constants as constants
@@ -291,8 +293,9 @@ _IGNORED = {"device", "layout", "memory_format", "non_blocking", "copy", "pin_me
 
 def _arguments(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call by position and by name."""
-    kwargs = {name: _resolved(value, values) for name, value in call.kwargs.items() if name not in _IGNORED}
-    return _resolved(call.args, values), kwargs
+    keeps_lists = call.target in _PARTS
+    kwargs = {k: _resolved(value, values, keeps_lists) for k, value in call.kwargs.items() if k not in _IGNORED}
+    return _resolved(call.args, values, keeps_lists), kwargs
 
 
 def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -321,11 +324,13 @@ def _results(call: Call, result: Any) -> list[Any]:
     return list(result)[: len(call.outputs)] if is_apart else [result]
 
 
-def _resolved(argument: Any, values: Mapping[str, Any]) -> Any:
+def _resolved(argument: Any, values: Mapping[str, Any], keeps_lists: bool) -> Any:
+    """Return an argument with values in the places of names; in files a list of one has the name of its part."""
     if isinstance(argument, Ref):
-        return values[argument.name]
+        value = values[argument.name]
+        return value[0] if isinstance(value, list) and len(value) == 1 and not keeps_lists else value
     if isinstance(argument, list | tuple):
-        return type(argument)(_resolved(part, values) for part in argument)
+        return type(argument)(_resolved(part, values, keeps_lists) for part in argument)
     return argument
 
 
@@ -435,8 +440,6 @@ class Operators:
             return as_float64(constants.compute(self.place, target, args, kwargs, _KNOWN))
         if name in HANDLERS:
             return HANDLERS[name](self, *args, **kwargs)
-        if name in operations.BY_SHAPE:
-            return self._by_shape(target, args, kwargs)
         if name in operations.POINTWISE and isinstance(args[0], Features) and len(features_in(args)) == 1:
             others = [float(arg) if isinstance(arg, Tensor) and arg.numel() == 1 else arg for arg in args[1:]]
             return replace(args[0], node=operations.POINTWISE[name](self.place, args[0].node, *others, **kwargs))
@@ -454,19 +457,12 @@ class Operators:
             return found(*arguments, **named)
 
         shapes = iter([torch.zeros(1, dtype=torch.float64).expand(each.whole(self.rows)) for each in features])
-        constants.rehearse(self.place, found, filled(args, shapes), named)
+        result = constants.rehearse(self.place, found, filled(args, shapes), named)
+        outputs = sum(part.numel() for part in tree_leaves(result) if isinstance(part, Tensor)) // self.rows
+        constants.expect_bounded(self.place, outputs * max(each.node.width for each in features))
         if len(features) > 1 and _operation(target) in operations.PRODUCTS:
             return apply_bilinear(self.place, function, args, self.rows)
         return apply_affine(self.place, function, args, additive, self.rows)
-
-    def _by_shape(self, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Interpret an operation to which one argument gives its shape alone."""
-        k = operations.BY_SHAPE[_operation(target)]
-        if not isinstance(args[k], Features):
-            return self.affine(target, args, kwargs, ())
-        shape = torch.zeros((), dtype=torch.float64).expand(args[k].whole(self.rows))
-        given = (*args[:k], shape, *args[k + 1 :])
-        return self.affine(target, given, kwargs, ()) if features_in(given) else self.apply(target, given, kwargs)
 
     def replaced(self, whole: Any, part: Any, views: Sequence[Callable[[Any], Any]]) -> Any:
         """Return a value with a part of it, a view of a view and so on, replaced by another value."""
@@ -578,6 +574,14 @@ def _slopes(t: Operators, x: Features, slopes: Tensor) -> Features:
     return rectify(t.place, x, slopes.reshape(shape), t.rows)
 
 
+def _by_shape(name: str, t: Operators, *args: Any, **kwargs: Any) -> Any:
+    """Interpret an operation to which one argument gives its shape alone."""
+    k = operations.BY_SHAPE[name]
+    if isinstance(args[k], Features):
+        args = (*args[:k], torch.zeros((), dtype=torch.float64).expand(args[k].whole(t.rows)), *args[k + 1 :])
+    return t.affine(f"aten.{name}", args, kwargs, ()) if features_in(args) else getattr(t, name)(*args, **kwargs)
+
+
 def _choose(t: Operators, mask: Tensor, left: Any, right: Any) -> Any:
     """Interpret a choice by a constant mask."""
     return t.affine("aten.where", (mask, left, right), {}, (1, 2))
@@ -586,6 +590,7 @@ def _choose(t: Operators, mask: Tensor, left: Any, right: Any) -> Any:
 #: Operations that need more than their row in a table.
 HANDLERS: dict[str, Callable[..., Any]] = {
     **operations.FORMULAS,
+    **{name: partial(_by_shape, name) for name in operations.BY_SHAPE},
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
     **dict.fromkeys(operations.DROPS, _drop),
     **dict.fromkeys(_SIZES, _size),
@@ -603,6 +608,4 @@ HANDLERS: dict[str, Callable[..., Any]] = {
 #: Operations that are interpreted on constants as on other values.
 _ON_ANYTHING = {*operations.UNCHANGED, *operations.DROPS, *_SIZES}
 #: Operations that are known to compute functions.
-_KNOWN = frozenset(
-    itertools.chain(HANDLERS, operations.POINTWISE, operations.ADDITIVE, operations.BY_SHAPE, operations.PLAIN)
-)
+_KNOWN = frozenset(itertools.chain(HANDLERS, operations.POINTWISE, operations.ADDITIVE, operations.PLAIN))

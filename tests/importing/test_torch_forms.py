@@ -106,6 +106,7 @@ SELECTIONS = {
         torch.true_divide(torch.multiply(x, x), 2.0).subtract(torch.negative(x)) + torch.special.expit(x)
     ),
     "shapes": lambda x: (x[:, None].swapaxes(1, 2) + x[:, :1, None].expand_as(x[:, :, None])).repeat_interleave(2, 1),
+    "a list of one": lambda x: x.chunk(1, 1)[0] * torch.cat(x[:, None].unbind(1), 0),
     "view_as": lambda x: torch.sin(x).view_as(x).reshape_as(x),
     "joins": lambda x: (
         torch.hstack([torch.sin(x), torch.concat([x, x], 1)]) + torch.column_stack([x[:, 0], x, x, x])[:, :12]

@@ -199,16 +199,9 @@ def activation(draw, kinds=SMOOTH):
     return Function(draw.choice(FUNCTIONS)) if kinds is SMOOTH and draw.random() < 0.4 else draw.choice(kinds)()
 
 
-def block(draw, p, kinds=SMOOTH, nesting=1):
-    """Return a module with p inputs, and its number of outputs."""
-    q = draw.choice((1, 2, 3, 5))
-    plain = nn.Sequential(nn.Linear(p, q, bias=draw.random() < 0.8), activation(draw, kinds))
-    choices = [lambda: (plain, q)] * 3 + [
-        lambda: (nn.Sequential(nn.BatchNorm1d(p), plain, nn.Dropout(0.3)), q),
-        lambda: (Scale(p, draw.random() < 0.5), p),
-        lambda: (Sum(plain, nn.Linear(p, q), draw.choice((torch.add, torch.sub, torch.mul))), q),
-    ]
-    choices += [
+def forms(draw, p, q, kinds):
+    """Return modules that not every exporter writes in operators that can be read, with their numbers of outputs."""
+    return [
         lambda: (nn.Sequential(nn.Linear(p, 3), nn.LayerNorm(3, eps=0.1)), 3),
         lambda: (Bilinear(p, q), q),
         lambda: (Masked(p), p),
@@ -218,6 +211,19 @@ def block(draw, p, kinds=SMOOTH, nesting=1):
         lambda: (Ensemble([nn.Sequential(nn.Linear(p, q), activation(draw, kinds)) for _ in range(3)]), q),
         lambda: (nn.Sequential(draw.choice(WEIGHTS)(nn.Linear(p, q)), nn.Tanh()), q),
     ]
+
+
+def block(draw, p, kinds=SMOOTH, nesting=1):
+    """Return a module with p inputs, and its number of outputs."""
+    q = draw.choice((1, 2, 3, 5))
+    plain = nn.Sequential(nn.Linear(p, q, bias=draw.random() < 0.8), activation(draw, kinds))
+    choices = [lambda: (plain, q)] * 3 + [
+        lambda: (nn.Sequential(nn.BatchNorm1d(p), plain, nn.Dropout(0.3)), q),
+        lambda: (Scale(p, draw.random() < 0.5), p),
+        lambda: (Sum(plain, nn.Linear(p, q), draw.choice((torch.add, torch.sub, torch.mul))), q),
+    ]
+    if kinds is SMOOTH or kinds is KINKED:
+        choices += forms(draw, p, q, kinds)
     if p % 2 == 0:
         choices.append(lambda: (Reshaped(p), p))
     if nesting:
