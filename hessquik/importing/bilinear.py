@@ -19,7 +19,7 @@ from hessquik.importing.interpreting import Features, axis_of_rows, by_trial, fe
 __all__ = ["apply_bilinear"]
 
 #: Pairs of entries (uᵢ, vⱼ), and coefficients Tᵢⱼₒ, that are tried.
-MAX_PAIRS = 1 << 16
+MAX_PAIRS = 1 << 14
 MAX_COEFFICIENTS = 1 << 24
 #: Products of one operation.
 MAX_PRODUCTS = 4096
@@ -46,15 +46,15 @@ def apply_bilinear(place: str, function: Callable[..., Tensor], args: Sequence[A
     def change(arrays: Sequence[Tensor]) -> Tensor:
         return function(*filled(args, iter(arrays))) - offset
 
-    axis = axis_of_rows(place, change, None, features, rows) or 0
+    axis = axis_of_rows(place, change, None, features, rows)
 
     def rows_first(arrays: Sequence[Tensor]) -> Tensor:
         arranged = [each.arrange(array) for each, array in zip(features, arrays, strict=True)]
-        return change(arranged).movedim(axis, 0).reshape(rows, -1)
+        return change(arranged).movedim(axis or 0, 0).reshape(rows, -1)
 
     generator = torch.Generator().manual_seed(0)
     trial = [torch.randn(rows, each.node.width, dtype=torch.float64, generator=generator) for each in features]
-    constant = offset.movedim(axis, 0)
+    constant = offset.movedim(axis or 0, 0)
     shape = tuple(constant.shape[1:])
     constant = constant.reshape(rows, -1)
     terms: list[tuple[Node, Map]] = []
@@ -73,11 +73,8 @@ def apply_bilinear(place: str, function: Callable[..., Tensor], args: Sequence[A
             size = size + torch.einsum("ri,rj,ijo->ro", trial[k].abs(), trial[l].abs(), coefficients.abs())
     is_exact = bool(((rows_first(trial) - predicted).abs() <= 1e-9 * size).all())
     if not is_exact or not bool((constant == constant[:1]).all()):
-        raise refuse(
-            place,
-            "multiplies more than two values that depend on the inputs, or lets rows depend on each other",
-            "multiply two at a time, and compute each row alone",
-        )
+        several = "multiplies more than two values that depend on the inputs, or " if len(features) > 2 else ""
+        raise refuse(place, f"{several}lets rows depend on each other", "compute each row alone, of two factors")
     if not terms:
         terms = [(features[0].node, torch.zeros(features[0].node.width, constant.shape[1], dtype=torch.float64))]
     return Features(affine(place, terms, constant[0].clone()), shape, axis)
@@ -104,8 +101,8 @@ def _coefficients(
     if p * q > MAX_PAIRS or p * q * outputs > MAX_COEFFICIENTS:
         raise refuse(
             place,
-            f"multiplies {p} values by {q} values, both of which depend on the inputs, into {outputs}",
-            f"multiply at most {MAX_PAIRS} pairs, and make at most {MAX_COEFFICIENTS} numbers of them",
+            f"multiplies {p} by {q} values that both depend on the inputs",
+            f"multiply values of at most {MAX_PAIRS} pairs, or entry by entry",
         )
     u, v = identity(p).repeat_interleave(q, 0), identity(q).repeat(p, 1)
     found = []
@@ -135,4 +132,6 @@ def _products(place: str, u: Node, v: Node, coefficients: Tensor) -> tuple[Node,
             f"multiply at most {MAX_PRODUCTS} pairs of values",
         )
     a, b = affine(place, [(u, as_map(left))]), affine(place, [(v, as_map(right))])
+    if u is v and torch.equal(left, right):
+        b = a  # so that the product is known as a square
     return Product(place, len(out), a, b), as_map(out)

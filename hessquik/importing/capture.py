@@ -146,7 +146,13 @@ def _program(exported: Any) -> Program:
     source = next(node for node in graph.nodes if node.name == signature.user_inputs[0])
     example = source.meta["val"]
     return Program(
-        source.name, tuple(map(int, example.shape)), example.dtype, names, calls, signature.user_outputs[0], titles
+        source.name,
+        tuple(map(int, example.shape)),
+        example.dtype,
+        names,
+        calls,
+        signature.user_outputs[0],
+        titles=titles,
     )
 
 

@@ -17,9 +17,6 @@ from hessquik.networks import NN
 
 __all__ = ["from_torch", "import_module"]
 
-#: Points of the second evaluation, which must not change the values.
-FEWER = 3
-
 
 def from_torch(
     module: nn.Module,
@@ -71,7 +68,7 @@ def import_module(
     example = example_of(module, example_input)
     program = capture(module, example, is_guess=example_input is None)
 
-    def compute(x: Tensor) -> Tensor:
+    def evaluate(x: Tensor) -> Tensor:
         try:
             result = module(x.clone().reshape(len(x), *example.shape[1:]))
         except RuntimeError as error:  # such as one of weights of several dtypes, which capture does not notice
@@ -82,17 +79,6 @@ def import_module(
         if not isinstance(result, Tensor):
             kind = type(result).__name__
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
-        return result
-
-    def evaluate(x: Tensor) -> Tensor:
-        """Return the module's values, after a comparison with those of fewer points."""
-        result, fewer = compute(x), compute(x[:FEWER])
-        bound = BOUNDS[program.coarsest] * torch.nan_to_num(result).abs().max()
-        if fewer.shape[1:] != result.shape[1:] or bool(((result[:FEWER] - fewer).abs() > bound).any()):
-            raise UnsupportedError(
-                f"{type(module).__name__} computes other values of a point when there are fewer points; compute "
-                "every row alone, without the number of rows"
-            )
         return result
 
     source = Source(

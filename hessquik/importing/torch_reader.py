@@ -103,6 +103,7 @@ class Program:
         constants: Parameters, buffers and other tensors, by the names of their values.
         calls: In order.
         output: Name of the output.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
         titles: Names of parameters and buffers in the module, by the names of their values.
     """
 
@@ -112,6 +113,7 @@ class Program:
     constants: dict[str, Tensor]
     calls: list[Call]
     output: str
+    takes_any_rows: bool = False
     titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -278,13 +280,13 @@ def run(program: Program, x: Tensor) -> Tensor:
         name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in program.constants.items()
     }
-    values[program.input] = x.reshape(program.shape)
+    values[program.input] = x.reshape(-1, *program.shape[1:])
     for call in program.calls:
         if call.computes:
             args, kwargs = _arguments(call, values)
             values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
     result: Tensor = values[program.output]
-    return result.reshape(program.shape[0], -1)
+    return result.reshape(len(x), -1)
 
 
 #: Arguments that choose device and layout, and do not change values.
@@ -392,6 +394,8 @@ def _unknown(place: str, target: str) -> UnsupportedError:
     operation = _operation(target)
     if operation in operations.REFUSED:
         return refuse(place, *operations.REFUSED[operation])
+    if "autocast" in target:
+        return refuse(place, "computes in few digits (torch.autocast)", "remove it")
     if "higher_order" in target:
         return refuse(place, "decides or repeats while it runs", "write forward without branches on values")
     if not target.startswith("aten."):

@@ -269,13 +269,15 @@ TORCH = {
         "to": Function(lambda x: x.half().float()),
         "to ": Function(lambda x: x.bfloat16()),
     },
-    "multiplies more than two values .*, or lets rows depend on each other; multiply two at a time": {
+    "multiplies more than two values .*, or lets rows depend on each other; compute each row alone, of two": {
         "einsum": Function(lambda x: torch.einsum("ni,nj,nk->nijk", x, x, x).flatten(1)),
+    },
+    "lets rows depend on each other; compute each row alone": {
         "matmul": Function(lambda x: x @ x.transpose(0, 1)),
         "matmul ": Function(lambda x: x @ x.T),
         "outer": Function(lambda x: torch.outer(x[:, 0], x[:, 1])),
     },
-    "multiplies 1200 values by 1200 values, .*; multiply at most 65536 pairs": {
+    "multiplies 1200 by 1200 values that both depend on the inputs; multiply values of at most 16384 pairs": {
         "bmm": square(lambda u: torch.bmm(u.repeat(1, 10, 30), u.repeat(1, 30, 10)).flatten(1))
     },
     "multiplies each row by all others; each row must be computed alone": {
@@ -350,10 +352,6 @@ OTHERS = {
     "rows along another axis": (
         Function(lambda x: x.T),
         r"node numpy_t has the rows along axis 1; return one row per",
-    ),
-    "the number of rows": (
-        Function(lambda x: torch.tanh(x) / x.shape[0]),
-        "Function computes other values of a point when there are fewer points; compute every row alone",
     ),
     "a function": (
         torch.tanh,
