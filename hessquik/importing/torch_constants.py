@@ -23,8 +23,14 @@ __all__ = ["MAX_NUMBERS", "compute", "expect_bounded", "find", "rehearse"]
 
 #: Numbers of one tensor, as many as the largest file has in float32.
 MAX_NUMBERS = 1 << 28
-#: Operators that return memory as it is found, and those that return zeros in their place.
-_UNSET = {"empty": "zeros", "empty_like": "zeros_like", "new_empty": "new_zeros"}
+#: Operators that return memory as it is found or need it in a certain order, and those that run in their place.
+_INSTEAD = {
+    "empty": "zeros",
+    "empty_like": "zeros_like",
+    "new_empty": "new_zeros",
+    "view": "reshape",
+    "_unsafe_view": "reshape",
+}
 
 
 def find(target: str) -> Callable[..., Any] | None:
@@ -39,8 +45,8 @@ def find(target: str) -> Callable[..., Any] | None:
     name, _, overload = rest.partition(".")
     if package != "aten":
         return None
-    found: Any = getattr(torch.ops.aten, _UNSET.get(name, name), None)
-    return getattr(found, overload, None) if overload and name not in _UNSET else found
+    found: Any = getattr(torch.ops.aten, _INSTEAD.get(name, name), None)
+    return getattr(found, overload, None) if overload and name not in _INSTEAD else found
 
 
 def compute(place: str, target: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Collection[str]) -> Any:

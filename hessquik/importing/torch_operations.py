@@ -209,7 +209,7 @@ _SHAPES = """
     tril triu unfold expand_as view_as reshape_as
 """
 _PRODUCTS = """
-    mm matmul mv bmm dot vdot inner outer ger kron einsum tensordot bilinear linalg_vecdot cross
+    mm matmul mv bmm dot vdot inner outer ger kron einsum tensordot bilinear _trilinear linalg_vecdot cross
     linalg_cross addmm addmv addbmm baddbmm linear
 """
 #: Operations that multiply values: affine ones if all factors but one are constants, and products of two values.
@@ -236,7 +236,7 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
 }
 
 _PLAIN = """
-    _trilinear _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye full_like linspace
+    _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye full_like linspace
     logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like scalar_tensor std
     tril_indices triu_indices zeros zeros_like _unsafe_view transpose
 """

@@ -117,6 +117,7 @@ PRODUCTS = {
     "einsum of rows": lambda x: torch.einsum("bi,bi->b", torch.sin(x), x @ W)[:, None],
     "quadratic form": lambda x: torch.einsum("bi,ij,bj->b", x, W, x),
     "outer product": lambda x: torch.einsum("bi,bj->bij", torch.sin(x), x),
+    "bilinear": lambda x: functional.bilinear(torch.sin(x), x, torch.stack([W, W.T]), W[0, :2]),
     "bmm": lambda x: torch.bmm(x.reshape(-1, 2, 2), torch.sin(x).reshape(-1, 2, 2)),
     "matmul": lambda x: x.reshape(-1, 2, 2) @ torch.sin(x).reshape(-1, 2, 2),
     "baddbmm": lambda x: (
@@ -178,6 +179,31 @@ def test_forms(name):
     network = hessquik.from_torch(module, X)
     reference = PURE.get(name.partition(": ")[2], module)
     assert worst_error(network, reference, X) <= TOLERANCE
+
+
+#: Forms whose files of core operators differ most from the forms.
+IN_CORE = (
+    "in place: residual",
+    "in place: view of a view",
+    "weights: softmax",
+    "weights: spectral_norm",
+    "selection: shapes",
+    "product: bilinear",
+    "product: baddbmm",
+    "norm: LayerNorm",
+    "norm: RMSNorm",
+    "norm: GroupNorm",
+    "norm: var",
+    "axis: ensemble by einsum",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", IN_CORE)
+def test_forms_in_files_of_core_operators(name, tmp_path):
+    module = module_of(FORMS[name])
+    torch.export.save(torch.export.export(module, (X,)).run_decompositions(), tmp_path / "form.pt2")
+    assert worst_error(import_file(tmp_path / "form.pt2").network, module, X) <= TOLERANCE
 
 
 #: Files of these hold something else than calls on tensors.
