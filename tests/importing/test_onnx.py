@@ -12,6 +12,9 @@ from tests.importing import onnx_networks
 from tests.importing.comparison import TOLERANCE, error, worst_error
 from tests.whole import choose
 
+#: Operators that onnxruntime computes in float32, whatever their input is.
+ROUNDED = {"Gelu", "GroupNormalization", "LayerNormalization", "RMSNormalization"}
+
 
 def points(d, seed=0):
     """Return three points."""
@@ -37,7 +40,8 @@ def test_random_graphs(start):
         assert next(network.parameters()).dtype is torch.float64
         assert worst_error(network, f, points(d)) <= TOLERANCE, seed
         values = by_onnxruntime(model, points(d))
-        assert values is None or error(network(points(d))[0].detach(), values) <= TOLERANCE, seed
+        bound = 1e-4 if {node.op_type for node in model.graph.node} & ROUNDED else TOLERANCE
+        assert values is None or error(network(points(d))[0].detach(), values) <= bound, seed
 
 
 @pytest.mark.parametrize("backend", backends())
