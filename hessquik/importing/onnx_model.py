@@ -24,7 +24,7 @@ FEW_ROWS = 2
 REFERENCE_PRECISION = 1e-6
 #: Relative precision of operators in models of float64, where onnxruntime has their constants or sums in float32.
 PRECISIONS = {
-    **dict.fromkeys(("Gelu", "HardSigmoid", "HardSwish", "Shrink", "ThresholdedRelu"), 1e-6),
+    **dict.fromkeys(("DequantizeLinear", "Gelu", "HardSigmoid", "HardSwish", "Shrink", "ThresholdedRelu"), 1e-6),
     **dict.fromkeys(("GroupNormalization", "LayerNormalization", "RMSNormalization"), BOUNDS[torch.float32]),
 }
 

@@ -53,16 +53,16 @@ class Call:
             raise unknown(self)
         if self.operator in _PRECISE:
             return _PRECISE[self.operator](*args)
+        names = [f"{i}" if name else "" for i, name in enumerate(self.node.input)]  # a value may be taken twice
         if self._run is None:
-            names = dict.fromkeys(name for name in self.node.input if name)
-            inputs = [onnx.ValueInfoProto(name=name) for name in names]
-            outputs = [onnx.ValueInfoProto(name=name) for name in self.node.output if name]
-            graph = onnx.helper.make_graph([self.node], "node", inputs, outputs)
-            model = onnx.helper.make_model(graph, opset_imports=self.opsets)
-            self._run = ReferenceEvaluator(model).run
-        feeds = {
-            name: arg.numpy() for name, arg in zip(self.node.input, args, strict=True) if name and arg is not None
-        }
+            node = onnx.NodeProto()
+            node.CopyFrom(self.node)
+            node.input[:] = names
+            inputs = [onnx.ValueInfoProto(name=name) for name in names if name]
+            outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+            graph = onnx.helper.make_graph([node], "node", inputs, outputs)
+            self._run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opsets)).run
+        feeds = {name: arg.numpy() for name, arg in zip(names, args, strict=True) if name and arg is not None}
         results = [as_float64(torch.tensor(np.asarray(result).copy())) for result in self._run(None, feeds)]
         return results[0] if len(results) == 1 else results
 
