@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessquik.importing.graph import Node, affine, refuse
+from hessquik.importing.graph import Input, Node, affine, refuse
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.sklearn_kernels import kernel, process_kernel
 from hessquik.importing.sklearn_parts import (
@@ -72,7 +72,8 @@ def import_estimator(
     width = _width(estimator)
     if width is None:
         expect_fitted(estimator, name)
-        raise refuse(name, "has not been fitted to data", "call fit before")
+        predict(estimator, name, Input("input", 1))  # which tells why
+        raise refuse(name, "does not tell the number of its inputs", "fit it to an array (n, d)")
 
     def read(point: Node) -> Node:
         return predict(estimator, name, point)

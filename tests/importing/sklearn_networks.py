@@ -146,7 +146,7 @@ class Draw:
             lambda: make_pipeline(StandardScaler(), FunctionTransformer(self.choice((np.tanh, np.square, None)))),
             lambda: make_pipeline(StandardScaler(), FunctionTransformer(np.exp), PowerTransformer("box-cox")),
             lambda: make_pipeline(StandardScaler(), RBFSampler(gamma=0.2, n_components=4, random_state=0)),
-            lambda: make_pipeline(StandardScaler(), Nystroem(**kernel, n_components=4, random_state=0)),
+            lambda: make_pipeline(StandardScaler(), Nystroem(**kernel, n_components=2, random_state=0)),
             lambda: make_union(self.choice(SCALERS)(), StandardScaler()),
             lambda: ColumnTransformer(
                 [("a", StandardScaler(), [0])], remainder=self.choice(("passthrough", MinMaxScaler()))
