@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hessquik.activations import softplusActivation
 from hessquik.expressions import Formula
 from hessquik.importing import onnx_operations as operations
 from hessquik.importing.bilinear import apply_bilinear
-from hessquik.importing.graph import Affine, Node, Pointwise, refuse
+from hessquik.importing.graph import Affine, Node, Pointwise, affine, refuse
 from hessquik.importing.interpreting import (
     Features,
     apply_affine,
@@ -25,6 +26,7 @@ from hessquik.importing.interpreting import (
     rectify,
 )
 from hessquik.importing.onnx_node import Call, unknown
+from hessquik.importing.sklearn_kernels import kernel
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
 __all__ = ["HANDLERS", "Comparison"]
@@ -248,6 +250,20 @@ def _regressor(call: Call, args: list[Any], rows: int) -> Features:
     return found
 
 
+def _support_vectors(call: Call, args: list[Any], rows: int) -> Features:
+    """Interpret Σᵢ αᵢ k(x, cᵢ) + ρ, as scikit-learn's support vectors are exported."""
+    given, x = call.attributes, args[0].node
+    if given.get("post_transform", "NONE") != "NONE" or given.get("one_class"):
+        raise refuse(call.place, "transforms its result", "export a regressor with post_transform NONE")
+    weights, rho = (torch.tensor(given[key], dtype=torch.float64) for key in ("coefficients", "rho"))
+    if not given.get("n_supports"):
+        return Features(affine(call.place, [(x, weights[:, None])], rho), (1,))
+    gamma, offset, degree = given.get("kernel_params") or (0.0, 0.0, 3.0)
+    points = torch.tensor(given["support_vectors"], dtype=torch.float64).reshape(-1, x.width)
+    values = kernel(call.place, x, points, given.get("kernel_type", "LINEAR").lower(), gamma, degree, offset)
+    return Features(affine(call.place, [(values, weights[:, None])], rho), (1,))
+
+
 def _slopes(call: Call, args: list[Any], rows: int) -> Features:
     """Interpret PReLU, whose slopes belong to channels before version 7 of the operators."""
     x, slopes = args
@@ -297,6 +313,21 @@ def _sum(call: Call, value: Features, args: list[Any], rows: int) -> Features:
         return value
     axes, keeps = tuple(given or range(len(value.shape) + 1)), bool(call.attributes.get("keepdims", 1))
     found: Features = apply_affine(call.place, lambda u: u.sum(axes, keepdim=keeps), (value,), (), rows)
+    return found
+
+
+def _product(call: Call, args: list[Any], rows: int) -> Features:
+    """Interpret ReduceProd over one axis, as products of two."""
+    x, shape = args[0], (rows, *args[0].shape)
+    given = args[1].tolist() if len(args) > 1 and args[1] is not None else call.attributes.get("axes", [])
+    if len(given) != 1 or not given[0] % len(shape):
+        raise refuse(call.place, "multiplies over several axes or over rows", "reduce one axis of the features")
+    axis, keeps = given[0] % len(shape), bool(call.attributes.get("keepdims", 1))
+    parts = [
+        apply_affine(call.place, lambda u, i=i: u.narrow(axis, i, 1) if keeps else u.select(axis, i), (x,), (), rows)
+        for i in range(shape[axis])
+    ]
+    found: Features = functools.reduce(lambda left, right: multiply(call.place, left, right, rows), parts)
     return found
 
 
@@ -395,7 +426,9 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "ReduceL1": _reduced("abs"),
     "ReduceL2": _norm,
     "ReduceLogSum": _reduced(None, "log"),
+    "ReduceProd": _product,
     "ReduceSumSquare": _reduced("square"),
+    "SVMRegressor": _support_vectors,
     "Scaler": _scaler,
     **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),
     "Shrink": _soft_shrink,

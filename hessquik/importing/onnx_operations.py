@@ -68,6 +68,7 @@ UNCHANGED = ("Identity", "Dropout", "Cast", "CastLike")
 
 _SHAPES = """
     Reshape Flatten Squeeze Unsqueeze Transpose Slice Gather GatherElements GatherND Split Expand Tile Trilu Compress
+    ArrayFeatureExtractor
     ReduceSum ReduceMean CumSum DepthToSpace SpaceToDepth
 """
 #: Linear operators, with the positions of inputs that are added; ``None`` stands for all of them.
@@ -101,7 +102,11 @@ _REASONS = (
         "return the values before it, and apply it to those",
         "Softmax LogSoftmax ReduceLogSumExp",
     ),
-    ("is attention, which multiplies values that both depend on the inputs", _ROWS, "Attention MultiHeadAttention"),
+    (
+        "is attention, whose softmax overflows unless the largest value is subtracted before, which has kinks",
+        _ROWS,
+        "Attention MultiHeadAttention",
+    ),
     (
         "takes a maximum over features, which has kinks",
         _SMOOTH,
@@ -139,7 +144,7 @@ _REASONS = (
     (
         "is a classifier, which has labels",
         "export its decision function or its probabilities alone",
-        "LinearClassifier SVMClassifier ZipMap ArrayFeatureExtractor",
+        "LinearClassifier SVMClassifier ZipMap",
     ),
 )
 #: Operators that are refused with a specific message: what they do and what to do instead.

@@ -9,12 +9,19 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from skl2onnx import to_onnx
+from sklearn.compose import ColumnTransformer
+from sklearn.feature_selection import SelectKBest, f_regression
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from sklearn.svm import SVR
 from torch import nn
 from torch.nn import functional
 
 import hessquik
 from hessquik.errors import UnsupportedError
-from tests.importing.comparison import TOLERANCE, worst_error
+from tests.importing.comparison import TOLERANCE, error, worst_error
 
 _RNG = np.random.default_rng(0)
 W, V, B = _RNG.normal(size=(3, 4)), _RNG.normal(size=(4, 2)), _RNG.normal(size=4)
@@ -249,6 +256,10 @@ GRAPHS = {
         made([node("Exp", "x", "e"), node("ReduceLogSum", "e a")], a=np.array([1])),
         lambda x: x.logsumexp(1),
     ),
+    "ReduceProd": (
+        made([node("ReduceProd", "x a", keepdims=0)], a=np.array([-1])),
+        lambda x: x.prod(1),
+    ),
     "no axes to reduce": (made([node("ReduceSum", "x", noop_with_empty_axes=1)]), lambda x: x),
     "Einsum with a matrix": (made([node("Einsum", "x W", equation="ni,ij->nj")], W=W), lambda x: x @ TW),
     "Einsum of two values": (
@@ -424,6 +435,40 @@ def test_batch_normalisation_as_torch_exports_it(opset):
     model = onnx.load_from_string(file.getvalue())
     assert "BatchNormalization" in {each.op_type for each in model.graph.node}
     assert worst_error(hessquik.from_onnx(model, dtype=torch.float64), module.double(), X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_normalisation_of_rows_as_torch_exports_it(opset):
+    """Before version 17 it is written with Sub, Pow, Sqrt and Div."""
+    torch.manual_seed(0)
+    norms = (nn.LayerNorm(6, eps=0.5), nn.GroupNorm(2, 6, eps=0.5))
+    module = nn.Sequential(nn.Linear(3, 6), norms[0], nn.SiLU(), norms[1], nn.Linear(6, 2)).double().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
+        torch.onnx.export(module, (X,), file := io.BytesIO(), dynamo=False, opset_version=opset, **names)
+    model = onnx.load_from_string(file.getvalue())
+    assert worst_error(hessquik.from_onnx(model), module, X) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(SVR(kernel=name) for name in ("linear", "poly", "rbf", "sigmoid")),
+        make_pipeline(PolynomialFeatures(2), Ridge()),
+        make_pipeline(SelectKBest(f_regression, k=2), Ridge()),
+        make_pipeline(ColumnTransformer([("a", StandardScaler(), [0, 2]), ("b", "passthrough", [1])]), Ridge()),
+    ],
+    ids=lambda estimator: f"{type(estimator).__name__} {getattr(estimator, 'kernel', '')}",
+)
+def test_estimators_as_skl2onnx_exports_them(estimator):
+    """Weights are in float32 there."""
+    x = _RNG.normal(size=(30, 3))
+    estimator.fit(x, np.sin(x.sum(1)))
+    network = hessquik.from_onnx(to_onnx(estimator, x[:1].astype(np.float32)), dtype=torch.float64)
+    own = hessquik.from_sklearn(estimator)
+    for found, expected in zip(network(X, True, True), own(X, True, True), strict=True):
+        assert error(found.detach(), expected.detach()) <= 1e-5
 
 
 @pytest.mark.parametrize(("operator", "name"), [("Sigmoid", "swish"), ("Tanh", "tanh"), ("Gelu", "gelu")])
