@@ -16,7 +16,7 @@ from hessquik.importing.interpreting import Features, apply_affine, as_float64, 
 from hessquik.importing.onnx_handlers import HANDLERS, Comparison
 from hessquik.importing.onnx_node import Call, unknown
 
-__all__ = ["HANDLERS", "Signature", "expect_known", "read", "signature"]
+__all__ = ["Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7

@@ -72,11 +72,11 @@ def import_estimator(
     width = _width(estimator)
     if width is None:
         expect_fitted(estimator, name)
-        predict(estimator, name, Input("input", 1))  # which tells why
+        _predict(estimator, name, Input("input", 1))  # which tells why
         raise refuse(name, "does not tell the number of its inputs", "fit it to an array (n, d)")
 
     def read(point: Node) -> Node:
-        return predict(estimator, name, point)
+        return _predict(estimator, name, point)
 
     source = Source(width, torch.float64, "scikit-learn", read, lambda x: _evaluate(estimator, name, x))
     return import_source(source, scaling, allow_kinks, dtype, bounds)
@@ -114,7 +114,7 @@ def _width(estimator: Any) -> int | None:
     return next((found for part in parts if (found := _width(part)) is not None), None)
 
 
-def predict(estimator: Any, place: str, point: Node) -> Node:
+def _predict(estimator: Any, place: str, point: Node) -> Node:
     """Return the prediction of an estimator as a value of the graph.
 
     Raises:
@@ -197,13 +197,13 @@ def _pipeline(pipeline: Any, place: str, point: Node) -> Node:
     for name, step in pipeline.steps[:-1]:
         value = transform(step, child(place, name, step), value)
     name, last = pipeline.steps[-1]
-    return predict(last, child(place, name, last), value)
+    return _predict(last, child(place, name, last), value)
 
 
 def _transformed(regressor: Any, place: str, point: Node) -> Node:
     """Read TransformedTargetRegressor, whose transformer is undone."""
     inner, transformer = regressor.regressor_, regressor.transformer_
-    value = predict(inner, child(place, "regressor_", inner), point)
+    value = _predict(inner, child(place, "regressor_", inner), point)
     return invert(transformer, child(place, "transformer_", transformer), value)
 
 
@@ -219,7 +219,7 @@ def _inner(name: str) -> Reader:
 
     def read(estimator: Any, place: str, point: Node) -> Node:
         inner = getattr(estimator, name)
-        return predict(inner, child(place, name, inner), point)
+        return _predict(inner, child(place, name, inner), point)
 
     return read
 
@@ -228,7 +228,7 @@ def _each(estimator: Any, place: str, point: Node) -> list[Node]:
     """Return the predictions of all estimators, each of the features that it was fitted to."""
     columns = getattr(estimator, "estimators_features_", [slice(None)] * len(estimator.estimators_))
     return [
-        predict(part, child(place, f"estimators_[{i}]", part), _some(place, point, chosen))
+        _predict(part, child(place, f"estimators_[{i}]", part), _some(place, point, chosen))
         for i, (part, chosen) in enumerate(zip(estimator.estimators_, columns, strict=True))
     ]
 
@@ -249,7 +249,7 @@ def _stack(estimator: Any, place: str, point: Node) -> Node:
     """Read an estimator of the predictions of others, and of the inputs if it passes them through."""
     parts = _each(estimator, place, point) + ([point] if estimator.passthrough else [])
     last = estimator.final_estimator_
-    return predict(last, child(place, "final_estimator_", last), stacked(place, parts))
+    return _predict(last, child(place, "final_estimator_", last), stacked(place, parts))
 
 
 def _selected(estimator: Any, place: str, point: Node) -> Node:

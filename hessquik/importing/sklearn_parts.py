@@ -18,6 +18,7 @@ __all__ = [
     "expect_fitted",
     "found_for",
     "inherited",
+    "is_own",
     "numbers",
     "select",
     "stacked",

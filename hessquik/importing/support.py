@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hessquik.importing import (
+    onnx_handlers,
     onnx_operations,
-    onnx_reader,
     sklearn_estimator,
     sklearn_kernels,
     sklearn_transformers,
@@ -37,7 +37,7 @@ def table() -> str:
     rows: list[tuple[str, str, Iterable[str]]] = []
     for source, operations, handlers in (
         ("torch", torch_operations, torch_reader.HANDLERS),
-        ("ONNX", onnx_operations, onnx_reader.HANDLERS),
+        ("ONNX", onnx_operations, onnx_handlers.HANDLERS),
     ):
         by_table = operations.POINTWISE.keys() | operations.ADDITIVE.keys()
         rows += [

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import hessquik
 from hessquik.errors import FormatError, UnsupportedError
-from hessquik.importing import onnx_operations, onnx_reader, support, torch_operations, torch_reader
+from hessquik.importing import onnx_handlers, onnx_operations, support, torch_operations, torch_reader
 
 WIDTH = 4
 
@@ -441,6 +441,6 @@ def test_no_operation_is_both_supported_and_refused():
 
 def test_the_table_of_the_documentation_has_all_that_the_readers_know():
     named = {*re.findall(r"`([\w.]+)`", support.table())}
-    for operations, reader in ((torch_operations, torch_reader), (onnx_operations, onnx_reader)):
+    for operations, reader in ((torch_operations, torch_reader), (onnx_operations, onnx_handlers)):
         assert named >= {*operations.POINTWISE, *operations.ADDITIVE, *operations.REFUSED, *reader.HANDLERS}
     assert named >= {"MLPRegressor", "Pipeline", "StandardScaler", "BatchNorm1d"}
