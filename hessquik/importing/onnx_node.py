@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import UnsupportedError
 from hessquik.importing.graph import refuse
 from hessquik.importing.interpreting import as_float64
-from hessquik.importing.onnx_operations import REFUSED
+from hessquik.importing.onnx_operations import RANDOM, REFUSED
 
 __all__ = ["Call", "unknown"]
 
@@ -49,7 +49,7 @@ class Call:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
-        if not self.is_standard or self.operator in {"If", "Loop", "Scan"}:
+        if not self.is_standard or self.operator in {"If", "Loop", "Scan", *RANDOM}:
             raise unknown(self)
         if self.operator in _PRECISE:
             return _PRECISE[self.operator](*args)

@@ -11,7 +11,7 @@ from hessquik.importing.graph import Node, Product, affine
 from hessquik.importing.torch_operations import FAR
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["ADDITIVE", "POINTWISE", "REFUSED", "UNCHANGED"]
+__all__ = ["ADDITIVE", "POINTWISE", "RANDOM", "REFUSED", "UNCHANGED"]
 
 #: Slopes that the standard gives where a model does not, in float32 as it has them.
 _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
@@ -89,6 +89,9 @@ _DENSE = "use MatMul on the flattened input"
 _SMOOTH = "use a smooth function"
 _FLOW = "export the model with a fixed sequence of operators"
 
+#: Operators that give other numbers each time, even of constants.
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+
 _REASONS = (
     ("is a convolution, which is not kept as one here", _DENSE, "Conv ConvTranspose ConvInteger QLinearConv"),
     (
@@ -134,7 +137,7 @@ _REASONS = (
     (
         "draws random numbers",
         "make the model deterministic",
-        "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial",
+        " ".join(RANDOM),
     ),
     (
         "is constant in pieces, as a tree is",

@@ -252,6 +252,14 @@ def _stack(estimator: Any, place: str, point: Node) -> Node:
     return _predict(last, child(place, "final_estimator_", last), stacked(place, parts))
 
 
+def _chain(estimator: Any, place: str, point: Node) -> Node:
+    """Read estimators each of which takes the inputs and the predictions of those before it."""
+    parts: list[Node] = []
+    for i, part in enumerate(estimator.estimators_):
+        parts.append(_predict(part, child(place, f"estimators_[{i}]", part), stacked(place, [point, *parts])))
+    return select(place, stacked(place, parts), torch.tensor(list(estimator.order_)).argsort())
+
+
 def _selected(estimator: Any, place: str, point: Node) -> Node:
     """Read an elimination of features, with the estimator of those that are left."""
     return _inner("estimator_")(estimator, place, transform(estimator, place, point))
@@ -273,6 +281,7 @@ ESTIMATORS: dict[str, Reader] = {
     "MultiOutputRegressor": lambda model, place, point: stacked(place, _each(model, place, point)),
     "Pipeline": _pipeline,
     "RANSACRegressor": _inner("estimator_"),
+    "RegressorChain": _chain,
     "StackingRegressor": _stack,
     "TransformedTargetRegressor": _transformed,
 }

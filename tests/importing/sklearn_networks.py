@@ -28,7 +28,7 @@ from sklearn.linear_model import (
     TweedieRegressor,
 )
 from sklearn.model_selection import GridSearchCV
-from sklearn.multioutput import MultiOutputRegressor
+from sklearn.multioutput import MultiOutputRegressor, RegressorChain
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline, make_union
 from sklearn.preprocessing import (
@@ -132,6 +132,7 @@ class Draw:
             makers += [lambda: RANSACRegressor(LinearRegression(), min_samples=6, random_state=0)]
         else:
             makers += [MultiTaskLasso, lambda: MultiOutputRegressor(Ridge())]
+            makers += [lambda: RegressorChain(Ridge(), order=[1, 0])]
         return self.choice(makers)()
 
     def transformer(self):
@@ -238,6 +239,11 @@ def _stack(model, u):
     return predict(model.final_estimator_, torch.cat([*values, u] if model.passthrough else values, 1))
 
 
+def _chain(model, u):
+    first = predict(model.estimators_[0], u)
+    return torch.cat([predict(model.estimators_[1], torch.cat([u, first], 1)), first], 1)  # the order is 1, 0
+
+
 def _vectors(model, u):
     return _kernel(model, u, model.support_vectors_) @ _tensor(model.dual_coef_).T + _tensor(model.intercept_)
 
@@ -264,6 +270,7 @@ PREDICTIONS = {
     Pipeline: _pipeline,
     PoissonRegressor: lambda model, u: _linear(model, u).exp(),
     RANSACRegressor: lambda model, u: predict(model.estimator_, u),
+    RegressorChain: _chain,
     SVR: _vectors,
     StackingRegressor: _stack,
     TransformedTargetRegressor: lambda model, u: _untransform(model.transformer_, predict(model.regressor_, u)),

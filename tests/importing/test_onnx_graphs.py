@@ -345,6 +345,10 @@ NAN = W.copy()
 NAN[1, 2] = np.nan
 #: Models, and what the refusal says.
 REFUSED = {
+    "random numbers": (
+        made([node("RandomNormal", "", "r", shape=[3], dtype=TensorProto.DOUBLE), node("Add", "x r")]),
+        r"the_RandomNormal \(RandomNormal\) draws random numbers; make the model deterministic",
+    ),
     "the number of rows": (
         made(
             [*ROWS_SHAPE, node("Cast", "n", "f", to=TensorProto.DOUBLE), node("Div", "x f")],
