@@ -19,6 +19,7 @@ from hessquik.importing.sklearn_parts import (
     expect_fitted,
     found_for,
     inherited,
+    is_own,
     numbers,
     select,
     stacked,
@@ -33,6 +34,9 @@ from hessquik.networks import NN
 __all__ = ["BASES", "ESTIMATORS", "from_sklearn", "import_estimator"]
 
 Reader = Callable[[Any, str, Node], Node]
+
+#: Relative precision of sums of kernels, where large weights of both signs cancel, as without noise in the data.
+KERNEL_PRECISION = 1e-5
 
 
 def from_sklearn(
@@ -78,8 +82,20 @@ def import_estimator(
     def read(point: Node) -> Node:
         return _predict(estimator, name, point)
 
-    source = Source(width, torch.float64, "scikit-learn", read, lambda x: _evaluate(estimator, name, x))
+    def evaluate(x: Tensor) -> Tensor:
+        return _evaluate(estimator, name, x)
+
+    precision = KERNEL_PRECISION if _sums_kernels(estimator) else 0.0
+    source = Source(width, torch.float64, "scikit-learn", read, evaluate, precision)
     return import_source(source, scaling, allow_kinks, dtype, bounds)
+
+
+def _sums_kernels(part: Any) -> bool:
+    """Return True if an estimator, or one that it holds, is a sum of kernels."""
+    if isinstance(part, list | tuple):
+        return any(map(_sums_kernels, part))
+    inner = getattr(part, "__dict__", {}).values() if is_own(part) else ()
+    return found_for(part, ESTIMATORS) in _KERNEL_SUMS or any(map(_sums_kernels, inner))
 
 
 def _evaluate(estimator: Any, name: str, x: Tensor) -> Tensor:
@@ -285,6 +301,8 @@ ESTIMATORS: dict[str, Reader] = {
     "StackingRegressor": _stack,
     "TransformedTargetRegressor": _transformed,
 }
+
+_KERNEL_SUMS = (_kernel_ridge, _process, _support_vectors)
 
 #: Regressors by the names of their bases.
 BASES: dict[str, Reader] = dict.fromkeys(("BaseSGDRegressor", "LinearModel"), _linear)

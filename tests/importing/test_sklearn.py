@@ -10,7 +10,7 @@ from sklearn.decomposition import KernelPCA
 from sklearn.ensemble import BaggingRegressor, RandomForestRegressor
 from sklearn.feature_selection import RFE, RFECV, SequentialFeatureSelector
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Matern
+from sklearn.gaussian_process.kernels import RBF, Matern
 from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.kernel_ridge import KernelRidge
@@ -193,6 +193,17 @@ def test_eliminations_of_features(kind):
     x = points(3)
     expected = torch.as_tensor(model.predict(x.numpy()))
     assert error(hessquik.from_sklearn(model)(x)[0].detach(), expected[:, None]) <= TOLERANCE
+
+
+def test_a_process_without_noise_is_imported_though_its_weights_cancel():
+    x = np.random.default_rng(0).uniform(-2.0, 2.0, (200, 3))
+    model = GaussianProcessRegressor(RBF(2.0), optimizer=None).fit(x, np.sin(x.sum(1)))
+    assert np.abs(model.alpha_).sum() > 1e5
+    points = torch.as_tensor(x[:3])
+    value, gradient, _ = hessquik.from_sklearn(model)(points, True, True)
+    total = points.sum(1)
+    assert error(value.detach(), total.sin()[:, None]) <= 1e-5
+    assert error(gradient.detach(), total.cos()[:, None, None].expand(3, 3, 1)) <= 1e-2, "as the model fits its data"
 
 
 def test_a_logarithm_of_the_inputs_needs_bounds():
