@@ -20,6 +20,8 @@ __all__ = ["Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
+#: Weights beyond have squares that overflow.
+LARGEST = 1e150
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +211,11 @@ class _Reader:
         nodes = _needed(graph, outputs)
         wanted = set(outputs).union(*(_taken(node) for _, node in nodes))
         self.values.update((tensor.name, _weights(tensor)) for tensor in graph.initializer if tensor.name in wanted)
+        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         for number, node in nodes:
             call = Call(node, number, self.opsets)
+            if not sparse.isdisjoint(node.input) or "sparse_value" in call.attributes:
+                raise refuse(call.place, "has a sparse tensor", "export the model with dense weights")
             missing = [name for name in node.input if name not in self.values]
             if missing:
                 raise FormatError(
@@ -234,11 +239,11 @@ class _Reader:
 
 
 def _expect_finite(call: Call, args: Sequence[Any]) -> None:
-    """Refuse constants that are no numbers, by their names; bounds may be infinite."""
+    """Refuse constants that are no numbers or whose products overflow, by their names; bounds may be infinite."""
     for name, arg in zip(call.node.input, args, strict=True):
-        is_wrong = torch.isnan if call.operator == "Clip" else lambda numbers: ~torch.isfinite(numbers)
-        if isinstance(arg, Tensor) and bool(is_wrong(arg).any()):
-            does = f"takes the tensor {name!r}, which has NaN or infinity"
+        is_wrong = torch.isnan if call.operator == "Clip" else lambda numbers: ~(numbers.abs() < LARGEST)
+        if isinstance(arg, Tensor) and arg.is_floating_point() and bool(is_wrong(arg).any()):
+            does = f"takes the tensor {name!r}, which has NaN, infinity or numbers beyond {LARGEST:.0e}"
             raise refuse(call.place, does, "export the model with finite weights")
 
 

@@ -53,9 +53,15 @@ def branch(name, operator):
     return helper.make_graph([node(operator, "x", name)], name, [], [result])
 
 
-def sparse(operator, inputs, given):
-    """Return a MatMul with a constant that a node makes in one of the forms that Constant has."""
-    return [node("Constant", "", "c", **given), node(operator, "x c")]
+SPARSE = helper.make_sparse_tensor(
+    numpy_helper.from_array(np.array([0.5]), "c"), numpy_helper.from_array(np.array([1]), "places"), [3]
+)
+
+
+def with_sparse(model):
+    """Return a model with a sparse weight c."""
+    model.graph.sparse_initializer.append(SPARSE)
+    return model
 
 
 ROWS_SHAPE = [node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Unsqueeze", "n first", "n1")]
@@ -371,7 +377,19 @@ REFUSED = {
     ),
     "weights that are NaN": (
         made([node("MatMul", "x W")], W=NAN),
-        r"the_MatMul \(MatMul\) takes the tensor 'W', which has NaN or infinity; export the model with",
+        r"the_MatMul \(MatMul\) takes the tensor 'W', which has NaN, infinity or numbers beyond .*; export",
+    ),
+    "weights that overflow": (
+        made([node("Add", "x b")], b=np.array([1.0, 1e300, 2.0])),
+        r"\(Add\) takes the tensor 'b', which has NaN, infinity or numbers beyond 1e\+150; export the model with",
+    ),
+    "a sparse constant": (
+        made([node("Constant", "", "c", sparse_value=SPARSE), node("Add", "x c")]),
+        r"\(Constant\) has a sparse tensor; export the model with dense weights",
+    ),
+    "a sparse weight": (
+        with_sparse(made([node("Mul", "x c")])),
+        r"\(Mul\) has a sparse tensor; export the model with dense weights",
     ),
     "CastLike to integers": (
         made([node("CastLike", "x i")], i=np.array(1)),
