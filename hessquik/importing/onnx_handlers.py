@@ -307,8 +307,8 @@ def _multilinear(call: Call, args: list[Any], rows: int, compute: Callable[..., 
 
 
 def _sum(call: Call, value: Features, args: list[Any], rows: int) -> Features:
-    """Return the sum over the axes that a reduction names, by an attribute or, later, by its second input."""
-    given = args[1].tolist() if len(args) > 1 and args[1] is not None else call.attributes.get("axes", [])
+    """Return the sum over the axes that a reduction names."""
+    given = _axes(call, args)
     if not given and call.attributes.get("noop_with_empty_axes"):
         return value
     axes, keeps = tuple(given or range(len(value.shape) + 1)), bool(call.attributes.get("keepdims", 1))
@@ -316,19 +316,30 @@ def _sum(call: Call, value: Features, args: list[Any], rows: int) -> Features:
     return found
 
 
-def _product(call: Call, args: list[Any], rows: int) -> Features:
-    """Interpret ReduceProd over one axis, as products of two."""
-    x, shape = args[0], (rows, *args[0].shape)
+def _axes(call: Call, args: list[Any]) -> list[int]:
+    """Return the axes that a reduction names, by an attribute or, later, by its second input."""
     given = args[1].tolist() if len(args) > 1 and args[1] is not None else call.attributes.get("axes", [])
-    if len(given) != 1 or not given[0] % len(shape):
-        raise refuse(call.place, "multiplies over several axes or over rows", "reduce one axis of the features")
-    axis, keeps = given[0] % len(shape), bool(call.attributes.get("keepdims", 1))
-    parts = [
-        apply_affine(call.place, lambda u, i=i: u.narrow(axis, i, 1) if keeps else u.select(axis, i), (x,), (), rows)
-        for i in range(shape[axis])
-    ]
-    found: Features = functools.reduce(lambda left, right: multiply(call.place, left, right, rows), parts)
-    return found
+    return [int(axis) for axis in given]
+
+
+def _folded(combine: Callable[..., Features]) -> Callable[[Call, list[Any], int], Features]:
+    """Return a handler of a reduction over one axis, as operations on two values."""
+
+    def handle(call: Call, args: list[Any], rows: int) -> Features:
+        x, shape, axes = args[0], (rows, *args[0].shape), _axes(call, args)
+        if len(axes) != 1 or not axes[0] % len(shape):
+            raise refuse(call.place, "reduces several axes, or rows", "reduce one axis of the features")
+        axis, keeps = axes[0] % len(shape), bool(call.attributes.get("keepdims", 1))
+        parts = [
+            apply_affine(
+                call.place, lambda u, i=i: u.narrow(axis, i, 1) if keeps else u.select(axis, i), (x,), (), rows
+            )
+            for i in range(shape[axis])
+        ]
+        found: Features = functools.reduce(lambda left, right: combine(call.place, left, right, rows), parts)
+        return found
+
+    return handle
 
 
 def _applied(call: Call, name: str | None, x: Features) -> Features:
@@ -426,7 +437,9 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "ReduceL1": _reduced("abs"),
     "ReduceL2": _norm,
     "ReduceLogSum": _reduced(None, "log"),
-    "ReduceProd": _product,
+    "ReduceMax": _folded(maximum),
+    "ReduceMin": _folded(minimum),
+    "ReduceProd": _folded(multiply),
     "ReduceSumSquare": _reduced("square"),
     "SVMRegressor": _support_vectors,
     "Scaler": _scaler,

@@ -113,7 +113,7 @@ _REASONS = (
     (
         "takes a maximum over features, which has kinks",
         _SMOOTH,
-        "MaxPool GlobalMaxPool LpPool ReduceMax ReduceMin TopK Hardmax",
+        "MaxPool GlobalMaxPool LpPool TopK Hardmax",
     ),
     ("is a pooling over places, which is not kept as one here", _DENSE, "AveragePool GlobalAveragePool GlobalLpPool"),
     (

@@ -328,6 +328,8 @@ KINKED = {
         made([node("Unsqueeze", "x a", "u"), node("ReduceL2", "u a", keepdims=0)], a=np.array([1])),
         torch.abs,
     ),
+    "ReduceMax": (made([node("ReduceMax", "x a")], a=np.array([1])), lambda x: x.amax(1)),
+    "ReduceMin": (made([node("ReduceMin", "x", axes=[-1])], opset=11), lambda x: x.amin(1)),
     "HardSwish": (made([node("HardSwish", "x")]), functional.hardswish),
     "HardSigmoid": (made([node("HardSigmoid", "x", alpha=0.25)]), lambda x: (0.25 * x + 0.5).clamp(0, 1)),
     "Shrink": (made([node("Shrink", "x", lambd=0.5, bias=0.5)]), lambda x: functional.softshrink(x, 0.5)),
