@@ -229,6 +229,20 @@ GRAPHS = {
         ),
         lambda x: x.sin()[:, [2, 0, 1]],
     ),
+    "ScatterND": (
+        made(
+            [node("Sin", "x", "s"), node("ScatterND", "x i s")],
+            shape=(7, 3),
+            i=np.stack(np.meshgrid(np.arange(7), [1, 2, 0], indexing="ij"), -1),
+        ),
+        lambda x: x.sin()[:, [2, 0, 1]],
+    ),
+    "Size": (
+        made(
+            [node("Size", "x", "n"), node("Size", "x", "m"), node("Sub", "n m", "d"), node("Gather", "x d", axis=1)]
+        ),
+        lambda x: x[:, 0],
+    ),
     "Trilu": (
         made(
             [node("Unsqueeze", "x a", "u"), node("Mul", "u W", "m"), node("Trilu", "m", upper=0)],
@@ -459,6 +473,39 @@ def test_batch_normalisation_as_torch_exports_it(opset):
     model = onnx.load_from_string(file.getvalue())
     assert "BatchNormalization" in {each.op_type for each in model.graph.node}
     assert worst_error(hessquik.from_onnx(model, dtype=torch.float64), module.double(), X) <= TOLERANCE
+
+
+def microsoft(operator, inputs, **attributes):
+    """Return a model of an operator of onnxruntime in float32."""
+    given = {"W": np.float32(W), "b": np.float32(B), "c": np.float32(B[:3])}
+    constants = {name: given[name] for name in inputs.split() if name != "x"}
+    nodes = [node(operator, inputs, domain=MICROSOFT, **attributes)]
+    return made(nodes, kind=TensorProto.FLOAT, domains=(MICROSOFT,), **constants)
+
+
+_W, _B, _C = (torch.as_tensor(np.float32(array)).double() for array in (W, B, B[:3]))
+#: Operators of onnxruntime, which computes them in float32 alone.
+MICROSOFTS = {
+    "BiasGelu": (microsoft("BiasGelu", "x c"), lambda x: functional.gelu(x + _C)),
+    "FastGelu": (microsoft("FastGelu", "x c"), lambda x: functional.gelu(x + _C, approximate="tanh")),
+    "FastGelu alone": (microsoft("FastGelu", "x"), lambda x: functional.gelu(x, approximate="tanh")),
+    "Gelu": (microsoft("Gelu", "x"), functional.gelu),
+    "QuickGelu": (microsoft("QuickGelu", "x", alpha=1.5), lambda x: x * torch.sigmoid(1.5 * x)),
+    "FusedGemm": (
+        microsoft("FusedGemm", "x W b", alpha=0.5, beta=2.0, activation="Tanh"),
+        lambda x: torch.tanh(0.5 * x @ _W + 2 * _B),
+    ),
+    "FusedGemm without an offset": (
+        microsoft("FusedGemm", "x W", activation="Sigmoid"),
+        lambda x: (x @ _W).sigmoid(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MICROSOFTS)
+def test_operators_of_onnxruntime(name):
+    model, f = MICROSOFTS[name]
+    assert worst_error(hessquik.from_onnx(model, dtype=torch.float64), f, X) <= TOLERANCE
 
 
 @pytest.mark.parametrize("opset", [11, 17])

@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import torch
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
-from sklearn.decomposition import KernelPCA
+from sklearn.cross_decomposition import CCA
+from sklearn.decomposition import IncrementalPCA, KernelPCA
+from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import BaggingRegressor, RandomForestRegressor
 from sklearn.feature_selection import RFE, RFECV, SequentialFeatureSelector
+from sklearn.frozen import FrozenEstimator
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, Matern
 from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
-from sklearn.model_selection import GridSearchCV
+from sklearn.linear_model import GammaRegressor, LogisticRegression, Ridge, RidgeClassifier
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.neighbors import KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import (
     FunctionTransformer,
     MinMaxScaler,
@@ -27,6 +30,8 @@ from sklearn.preprocessing import (
     SplineTransformer,
     StandardScaler,
 )
+from sklearn.random_projection import SparseRandomProjection
+from sklearn.svm import SVR, NuSVR
 from sklearn.tree import DecisionTreeRegressor
 from sklearn.utils import all_estimators
 
@@ -193,6 +198,56 @@ def test_eliminations_of_features(kind):
     x = points(3)
     expected = torch.as_tensor(model.predict(x.numpy()))
     assert error(hessquik.from_sklearn(model)(x)[0].detach(), expected[:, None]) <= TOLERANCE
+
+
+def halved(x, y):
+    from sklearn.experimental import enable_halving_search_cv  # noqa: F401 makes the class
+    from sklearn.model_selection import HalvingGridSearchCV
+
+    return HalvingGridSearchCV(Ridge(), {"alpha": [1.0, 2.0]}, cv=2).fit(x, y)
+
+
+#: Fitted estimators that the random ones do not have.
+OTHERS = {
+    "a constant": lambda x, y: DummyRegressor().fit(x, y),
+    "a frozen one": lambda x, y: FrozenEstimator(Ridge().fit(x, y)),
+    "a random search": lambda x, y: RandomizedSearchCV(KernelRidge(kernel="rbf"), {"gamma": [0.1]}, n_iter=1).fit(
+        x, y
+    ),
+    "a halving search": halved,
+    "weighted transformers": lambda x, y: make_pipeline(
+        FeatureUnion([("a", StandardScaler()), ("b", "passthrough")], transformer_weights={"a": 2.0}), SVR(gamma=0.1)
+    ).fit(x, y),
+    "columns without others": lambda x, y: make_pipeline(
+        ColumnTransformer([("a", MinMaxScaler(), [2, 0]), ("b", "drop", [1])]), SVR(gamma=0.1)
+    ).fit(x, y),
+    "missing numbers": lambda x, y: make_pipeline(SimpleImputer(), SVR(gamma=0.1)).fit(x, y),
+    "components in parts": lambda x, y: make_pipeline(IncrementalPCA(2, whiten=True), SVR(gamma=0.1)).fit(x, y),
+    "a random projection": lambda x, y: make_pipeline(SparseRandomProjection(2, random_state=0), SVR(gamma=0.1)).fit(
+        x, y
+    ),
+    "canonical correlations": lambda x, y: CCA(1).fit(x, y),
+    "a kernel by default": lambda x, y: KernelRidge(kernel="polynomial").fit(x, y),
+    "a gamma link": lambda x, y: GammaRegressor().fit(x, y),
+    "kernels of a scaled target": lambda x, y: TransformedTargetRegressor(
+        NuSVR(), transformer=make_pipeline(None, StandardScaler())
+    ).fit(x, y),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_estimators_against_their_predictions(name):
+    """Gradients are compared with central differences of predictions."""
+    model, x, h = OTHERS[name](X, Y), points(3), 1e-5
+    value, gradient, _ = hessquik.from_sklearn(model)(x, True, True)
+
+    def predicted(at):
+        return torch.as_tensor(model.predict(at.numpy())).reshape(len(at), -1)
+
+    assert error(value.detach(), predicted(x)) <= TOLERANCE
+    steps = h * torch.eye(3, dtype=torch.float64)
+    differences = torch.stack([(predicted(x + step) - predicted(x - step)) / (2 * h) for step in steps], 1)
+    assert error(gradient.detach(), differences) <= 1e-7
 
 
 def test_a_process_without_noise_is_imported_though_its_weights_cancel():
