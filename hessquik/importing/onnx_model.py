@@ -12,14 +12,12 @@ from torch import Tensor
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import BOUNDS, Imported, Source, import_source
+from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
 
 __all__ = ["from_onnx", "import_model"]
 
 MAX_FILE_BYTES = 1 << 30
-#: Another number of rows than the graph is read with.
-FEW_ROWS = 2
 #: Of the error function in the reference implementation, which is a short series.
 REFERENCE_PRECISION = 1e-6
 #: Relative precision of operators in models of float64, where onnxruntime has their constants or sums in float32.
@@ -75,35 +73,12 @@ def import_model(
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:
-        values = _values(run, what, x, what.shape[0])
-        if what.is_open:
-            _expect_alike(values, _values(run, what, x, FEW_ROWS))
-        return values
+        return torch.as_tensor(run(what, x.reshape(-1, *what.shape[1:]).numpy())).reshape(len(x), -1)
 
+    at_all = evaluate if what.takes_any_rows else by_rows(evaluate, what.shape[0])
     precision = _precision(model, runtime)
-    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
+    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), at_all, precision)
     return import_source(source, scaling, allow_kinks, dtype, bounds)
-
-
-def _values(run: Callable[[Signature, Any], Any], what: Signature, x: Tensor, rows: int) -> Tensor:
-    """Return a runtime's values at points, computed ``rows`` at a time."""
-    padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
-    chunks = padded.reshape(-1, rows, *what.shape[1:]).numpy()
-    return torch.cat([torch.as_tensor(run(what, chunk)).reshape(rows, -1) for chunk in chunks])[: len(x)]
-
-
-def _expect_alike(values: Tensor, others: Tensor) -> None:
-    """Refuse a model whose values differ with the number of rows.
-
-    Raises:
-        UnsupportedError: they do.
-    """
-    bound = BOUNDS.get(values.dtype, BOUNDS[torch.float32])
-    if not torch.allclose(values, others, bound, bound, equal_nan=True):
-        raise UnsupportedError(
-            "the model's values must not depend on the number of rows, got others for the same points among "
-            f"{FEW_ROWS} rows than among {len(values)}; export a model that computes each row alone"
-        )
 
 
 def _load(path_or_model: Any) -> Any:

@@ -33,14 +33,14 @@ class Signature:
         output: Name of the output.
         shape: Of the input, rows first.
         dtype: Of the input.
-        is_open: True if the model leaves the number of rows open.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
     """
 
     input: str
     output: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    is_open: bool
+    takes_any_rows: bool
 
     @property
     def width(self) -> int:

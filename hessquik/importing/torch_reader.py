@@ -79,6 +79,7 @@ class Program:
         constants: Parameters, buffers and other tensors, by the names of their values.
         calls: In order.
         output: Name of the output.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
     """
 
     input: str
@@ -87,6 +88,7 @@ class Program:
     constants: dict[str, Tensor]
     calls: list[Call]
     output: str
+    takes_any_rows: bool = False
 
     @property
     def width(self) -> int:
@@ -142,13 +144,13 @@ def run(program: Program, x: Tensor) -> Tensor:
         name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in program.constants.items()
     }
-    values[program.input] = x.reshape(program.shape)
+    values[program.input] = x.reshape(-1, *program.shape[1:])
     for call in program.calls:
         if call.computes:
             args, kwargs = _arguments(call, values)
             _store(call, _compute(call, args, kwargs), values)
     result: Tensor = values[program.output]
-    return result.reshape(program.shape[0], -1)
+    return result.reshape(len(x), -1)
 
 
 #: Arguments that choose device and layout, and do not change values.
