@@ -35,7 +35,7 @@ from hessquik.importing.interpreting import (
     rectify,
 )
 
-__all__ = ["COLLECT", "HANDLERS", "Call", "Program", "Ref", "read", "run"]
+__all__ = ["COLLECT", "HANDLERS", "Call", "Operators", "Program", "Ref", "read", "run"]
 
 
 @dataclass(frozen=True, slots=True)
