@@ -188,7 +188,11 @@ def test_the_engine_imports_torch_and_safetensors_only():
         "setuptools": {"hessquik.backends.cpu.build"},
         "triton": TRITON,
         "networkx": {"hessquik.importing.lowering"},
-        "onnx": {"hessquik.importing.onnx_model", "hessquik.importing.onnx_reader"},
+        "onnx": {f"hessquik.importing.onnx_{name}" for name in ("handlers", "model", "node", "reader")},
+        "sklearn": {
+            "hessquik.importing.support",
+            *(f"hessquik.importing.sklearn_{name}" for name in ("estimator", "parts", "transformers")),
+        },
     }
     apart = set().union(*optional.values())
     loaded = {module for name in apart for module, _ in imports(dict(sources("hessquik"))[name], everywhere=False)}

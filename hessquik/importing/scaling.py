@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,12 +107,12 @@ class Scaling:
 def _as_numbers(value: Any) -> Tensor | None:
     """Return finite real numbers as a float64 tensor, or ``None`` for anything else."""
     try:
-        numbers = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value)).detach().to("cpu")
+        kind = torch.as_tensor(value).dtype
+        numbers = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
-    if numbers.dtype is torch.bool or numbers.is_complex() or not bool(torch.isfinite(numbers).all()):
-        return None
-    return numbers.double()
+    is_number = kind is not torch.bool and not kind.is_complex
+    return numbers if is_number and bool(torch.isfinite(numbers).all()) else None
 
 
 def scaled_input(scaling: Scaling, width: int) -> tuple[Input, Node]:

@@ -317,11 +317,8 @@ def _normal_or_none(formula: Formula) -> Normal | None:
 
 def _polynomial(normal: Normal) -> Formula:
     """Return a polynomial's normal form as a formula."""
-    powers = (
-        ["mul", number, *(["power", "z", k] for _, k in product)] if product else number
-        for product, number in normal.items()
-    )
-    return _sum(*powers)
+    powers = (["mul", number, ["power", "z", dict(product).get("z", 0)]] for product, number in normal.items())
+    return _sum(*powers) if normal else ["mul", 0.0, "z"]
 
 
 def _normal(formula: Formula) -> Normal:

@@ -131,7 +131,11 @@ def test_root_of_a_square_has_a_kink(function):
     assert worst_error(hessquik.from_torch(module, torch.zeros(3), allow_kinks=True), module, x) <= TOLERANCE
 
 
-@pytest.mark.parametrize("function", [lambda x, y: y.abs() ** 2, lambda x, y: 3 * y.abs() * y.abs()])
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, y: y.abs() ** 2, lambda x, y: 3 * y.abs() * y.abs() + 2, lambda x, y: torch.relu(y) * 0 + y],
+    ids=["square", "product", "zero"],
+)
 def test_square_of_an_absolute_value_has_none(function):
     module = Function(function)
     x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
