@@ -77,7 +77,16 @@ ENGINE_NEEDS = {"torch", "safetensors"}
 #: Modules that import Triton, which comes with torch where there are GPUs; nothing imports them elsewhere.
 TRITON = {
     f"hessquik.backends.{name}"
-    for name in ("gpu_kernel", "gpu_math", "gpu_stream", "gpu_table", "gpu_unrolled", "triton")
+    for name in (
+        "gpu_compile",
+        "gpu_driver",
+        "gpu_kernel",
+        "gpu_math",
+        "gpu_stream",
+        "gpu_table",
+        "gpu_unrolled",
+        "triton",
+    )
 }
 #: What must not be loaded when the client is imported, or its base install would not do.
 NOT_FOR_THE_CLIENT = {"torch", "fastapi", "starlette", "uvicorn", "pydantic"}
