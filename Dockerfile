@@ -44,6 +44,8 @@ RUN HESSQUIK_KERNEL=required HESSQUIK_COMPILE=1 PYTHONPATH=/compiler \
     /tools/bin/pip --python /opt/hessquik/bin/python install \
         --no-cache-dir --no-index --no-deps --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
     mv /layer/lib/python3.11/site-packages/bin /layer/bin
+# Triton would compile its C module for CUDA when it meets the first device, where there is no compiler.
+RUN PYTHONPATH=/layer/lib/python3.11/site-packages /opt/hessquik/bin/python -P -m hessquik.backends.gpu_driver
 
 FROM ${BASE} AS service
 ARG TARGET=cpu

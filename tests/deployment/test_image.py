@@ -89,6 +89,11 @@ def test_dependencies_are_a_layer_that_a_change_of_the_code_leaves_alone() -> No
     assert sources == [["--from=dependencies", "/opt/hessquik"], ["--from=code", "/layer"]]
 
 
+def test_module_that_triton_compiles_is_built_where_the_compiler_is() -> None:
+    """At its first start a service on a GPU would look for a compiler, which the image does not have."""
+    assert any("python -P -m hessquik.backends.gpu_driver" in command for command in instructions("RUN", 2))
+
+
 def test_image_has_the_labels_that_registries_show() -> None:
     (labels,) = instructions("LABEL")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
