@@ -124,7 +124,7 @@ def test_plain_up_serves_the_models_on_the_loopback_alone(deployed: Project) -> 
 def test_engine_confines_the_container_as_the_file_says(deployed: Project) -> None:
     found = deployed.container()
     host = found["HostConfig"]
-    assert (host["ReadonlyRootfs"], host["Init"], host["Memory"], host["PidsLimit"]) == (True, True, 4 << 30, 512)
+    assert (host["ReadonlyRootfs"], host["Init"], host["Memory"], host["PidsLimit"]) == (True, True, 4 << 30, 2048)
     assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
     assert found["Config"]["StopTimeout"] == 30

@@ -124,8 +124,10 @@ def expect_same(rendered: dict[str, dict[str, Any]], overlay: Path) -> None:
     """Check that the chart renders the objects of an overlay, and that these are valid."""
     expected = by_kind(kustomize(overlay))
     for manifests in (rendered, expected):
-        (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
-        container["env"].sort(key=lambda one: one["name"])
+        pod = manifests["Deployment"]["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        for named in (container["env"], container["volumeMounts"], pod["volumes"]):  # their order means nothing
+            named.sort(key=lambda one: one["name"])
     assert {kind: without_instance(one) for kind, one in rendered.items()} == expected
     for version in VERSIONS:
         for manifest in rendered.values():
