@@ -44,6 +44,8 @@ RUN HESSQUIK_KERNEL=required HESSQUIK_COMPILE=1 PYTHONPATH=/compiler \
     /tools/bin/pip --python /opt/hessquik/bin/python install \
         --no-cache-dir --no-index --no-deps --no-build-isolation --target /layer/lib/python3.11/site-packages . && \
     mv /layer/lib/python3.11/site-packages/bin /layer/bin
+# Triton would compile its C module for CUDA when it meets the first device, where there is no compiler.
+RUN PYTHONPATH=/layer/lib/python3.11/site-packages /opt/hessquik/bin/python -P -m hessquik.backends.gpu_driver
 
 FROM ${BASE} AS service
 ARG TARGET=cpu
@@ -55,15 +57,20 @@ LABEL org.opencontainers.image.title="hessquik-service" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}-${TARGET}" \
       org.opencontainers.image.revision="${REVISION}"
-# A name for the user: torch asks for it. Nobody can log in with it, and it owns nothing.
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hessquik
+# A name for the user: torch asks for it. Nobody can log in with it. It owns the folder on which a volume for
+# Triton's compiled kernels may be mounted, and nothing else.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hessquik && \
+    mkdir /var/cache/hessquik && chown hessquik: /var/cache/hessquik
 COPY --from=dependencies /opt/hessquik /opt/hessquik
 COPY requirements/${LOCK}.cdx.json /opt/hessquik/sbom.cdx.json
 COPY --from=code /layer /opt/hessquik
 COPY models /models
+# NumPy's OpenBLAS would start a thread per core in every process, up to 64, and multiplies nothing here.
 ENV PATH=/opt/hessquik/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    OPENBLAS_NUM_THREADS=1 \
+    TRITON_STORE_BINARY_ONLY=1 \
     HESSQUIK_DEVICE=${TARGET} \
     HESSQUIK_HOST=0.0.0.0 \
     HESSQUIK_PORT=8000 \

@@ -8,7 +8,7 @@ KERNEL := $(wildcard hessquik/backends/cpu/*.[ch])
 TARGET ?= cpu
 # A Python with torch for CUDA, triton and, for comparison, JAX.
 GPU_PYTHON ?= python3
-LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --constraint constraints.txt --generate-hashes \
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra server --extra otel --constraint constraints.txt --generate-hashes \
 	--python-version 3.11 --no-header --quiet --python-platform
 # Where torch's CPU build is found: PyTorch's own index, or TORCH_CPU="--find-links FOLDER".
 TORCH_CPU ?= --torch-backend cpu

@@ -27,15 +27,9 @@ import torch
 import triton
 
 from benchmarks.gpu import microseconds
+from hessquik.backends.gpu_compile import compile_kernel, compile_unrolled
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, source
-from hessquik.backends.triton import (
-    UNROLLINGS,
-    TritonProgram,
-    UnrolledProgram,
-    compile_kernel,
-    compile_unrolled,
-    unrolling,
-)
+from hessquik.backends.triton import UNROLLINGS, TritonProgram, UnrolledProgram, unrolling
 from hessquik.device import GPU
 from hessquik.networks import fullyConnectedNN
 from hessquik.plan import Ask, Plan, choose

@@ -203,7 +203,7 @@ def import_(
     dtype: Annotated[str | None, typer.Option(help="float32 or float64; the source's own if not given.")] = None,
     allow_kinks: Annotated[bool, typer.Option(help="Let ReLU and the like through, and say so in the file.")] = False,
 ) -> None:
-    """Convert a network of torch, ONNX, Keras, JAX or scikit-learn to a file that can be served, and check it."""
+    """Convert a network of torch or ONNX to a file that can be served, and check it."""
     import torch
 
     from hessquik import HessQuikError, proof, storage
@@ -217,7 +217,7 @@ def import_(
     if limits is not None:
         metadata |= {"lower_bounds": limits[0], "upper_bounds": limits[1]}
     for key, names in (("input_names", input_names), ("output_names", output_names)):
-        metadata |= {} if names is None else {key: [each.strip() for each in names.split(",")]}
+        metadata |= {} if names is None else {key: _names(key, names)}
     progress = Console(stderr=True)
     try:
         with progress.status("reading the network and comparing its values"):
@@ -241,8 +241,17 @@ def import_(
     Console().print(table)
     if failed:
         _fail("the derivatives must agree with automatic differentiation; nothing was written", status=1)
+    was_there = out.exists()
     storage.write(data, out)
-    Console().print(f"{out}: {len(data)} bytes", highlight=False)
+    Console().print(f"{out}: {len(data)} bytes{', in place of an older file' if was_there else ''}", highlight=False)
+
+
+def _names(key: str, text: str) -> list[str]:
+    """Parse ``x,y,…`` and return the names."""
+    names = [each.strip() for each in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        _fail(f"--{key.replace('_', '-')} must be different names, such as x,y,z, got {text}", status=2)
+    return names
 
 
 def _bounds(text: str) -> tuple[list[float], list[float]]:
@@ -255,17 +264,23 @@ def _bounds(text: str) -> tuple[list[float], list[float]]:
 
 
 def _destination(source: Path, out: Path, name: str | None) -> Path:
-    """Return the path of the file to write; its name must be a valid name of a model."""
+    """Return the path of the file to write, and make its folder; its name must be a valid name of a model."""
     from .repository import NAME, SUFFIX
 
-    if out.is_dir():
+    if name is not None and not NAME.fullmatch(name):
+        _fail(f"--name must be letters, digits, dots, _ and -, at most 64 of them, got {name}", status=2)
+    if out.is_dir() or not out.suffix:
         out = out / f"{name or source.stem}{SUFFIX}"
     elif name is not None and out.stem != name:
         _fail(f"expected a folder or {name}{SUFFIX} as OUT beside --name {name}, got {out.name}", status=2)
     if out.suffix != SUFFIX or not NAME.fullmatch(out.stem):
-        _fail(f"expected a folder, or a file named like model{SUFFIX}, as OUT, got {out.name}", status=2)
-    if not out.parent.is_dir():
-        _fail(f"the folder {out.parent} does not exist", status=2)
+        _fail(
+            f"expected a folder, or a file named like model{SUFFIX}, as OUT, got {out.name}; or pass --name", status=2
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"the folder {out.parent} cannot be made: {error.strerror}", status=2)
     return out
 
 

@@ -155,6 +155,7 @@ class Core:
         queue, health, repository = self.scheduler.queue, self.node.health(), self.repository
         served = [one for name in repository.names() for one in repository.versions(name).values()]
         is_ready = {(one.file.name, str(one.file.version)): float(one.state == "ready") for one in served}
+        is_outdated = {(one.file.name, str(one.file.version)): float(one.is_outdated) for one in served}
         states = dict.fromkeys((("ready",), ("loading",), ("failed",)), 0.0)
         for one in served:
             states[one.state,] += 1
@@ -166,6 +167,10 @@ class Core:
         yield Gauge("hessquik_ready", "1 while /readyz answers 200, else 0.", {(): float(not self.why_not_ready())})
         yield Gauge("hessquik_models", "Versions of models, by state.", states, ("state",))
         yield Gauge("hessquik_model_ready", "1 while a version is served, else 0.", is_ready, ("model", "version"))
+        yield Gauge(
+            "hessquik_model_outdated", "1 while a newer file of a version is refused.", is_outdated,
+            ("model", "version"),
+        )  # fmt: skip
         yield Gauge("hessquik_queue_requests", "Requests waiting or computed.", {(): queue.requests})
         yield Gauge("hessquik_queue_rows", "Points waiting.", {(): queue.rows})
         yield Gauge("hessquik_queue_age_seconds", "Time that the oldest request has waited.", {(): age_s})
@@ -177,7 +182,9 @@ class Core:
             ("worker",),
         )
         yield Gauge("hessquik_device_busy_seconds_total", "Time spent on batches by a worker.", busy_s, ("worker",))
+        yield Gauge("hessquik_start_time_seconds", "Start of the service, since 1970.", {(): health.began_s})
         yield Gauge("hessquik_worker_restarts_total", "Workers that were replaced.", {(): health.restarts})
+        yield Gauge("hessquik_front_restarts_total", "Front ends that were replaced.", {(): health.front_restarts})
         yield Gauge(
             "hessquik_self_check_rows_total", "Points computed again by self-checks.", {(): health.checked_rows}
         )

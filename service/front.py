@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 #: The only paths that never need a key: probes, and the pages' files, which hold no data.
 OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+#: The only paths that are answered before the models are loaded: a scrape sees that the service is starting.
+_STARTING_PATHS = OPEN_PATHS | {"/metrics"}
 #: Ends of paths that change what is served: they need an admin key, and are audited.
 _ADMIN_ACTIONS = ("/load", "/unload")
 #: Label of requests that match no path.
@@ -97,7 +99,7 @@ class Operation(NamedTuple):
         answer: The handler, which answers a call.
         label: Label of the route in metrics.
         parameters: Names of the query parameters; ``None`` if the handler parses the query.
-        computes: Whether requests have a deadline.
+        computes: Whether requests ask for an evaluation: they have a deadline, and count for their model.
         read_head: Called with the head and ``parameters``; returns :attr:`Target.encoding` and the parameters that
             are allowed with this head.
     """
@@ -118,7 +120,7 @@ class Target(NamedTuple):
     Attributes:
         label: Label of the route in metrics.
         dialect: The dialect, in which errors are written.
-        operation: The operation; ``None`` if no path matches.
+        operation: The operation; ``None`` if no path matches, or the key does not allow it.
         model: Name of the model in the path, or empty.
         version: Version in the path or the query, if any.
         query: The query parameters.
@@ -335,17 +337,18 @@ class Front:
         operation, names = self._match(path)
         dialect = next(dialect for dialect in self._dialects if dialect.owns(path))
         label = UNMATCHED if operation is None else operation.label
-        head.target = target = Target(label, dialect, operation, names.get("model", ""), names.get("version"))
+        head.target = target = Target(label, dialect, None, names.get("model", ""), names.get("version"))
         self._check_key(head)
         if operation is None:
             raise NotFound("expected a path of this service, GET /openapi.json lists them")
+        head.target = target = target._replace(operation=operation)
         methods = operation.methods
         if head.method not in methods and not (head.method == "HEAD" and "GET" in methods):
             raise MethodNotAllowed(f"expected {' or '.join(sorted(methods))} here, got {head.method}")
         coding = head.headers.get(b"content-encoding", b"identity")
         if coding.lower() not in (b"", b"identity"):
             raise UnsupportedMediaType("expected a body without Content-Encoding")
-        if self.core.is_starting and path not in OPEN_PATHS:
+        if self.core.is_starting and path not in _STARTING_PATHS:
             raise NotReady("expected a service that has started, this one is still loading its models")
         if operation.parameters is not None:
             time_s = self.core.time_ms(head.headers.get(b"x-deadline-ms", b"")) / 1000 if operation.computes else 0.0
@@ -362,8 +365,6 @@ class Front:
     def handle(self, request: Request) -> None:
         """Answer a complete request by calling its ``respond``, now or later."""
         target = request.head.target
-        if target.model in self.core.repository:  # names of others are neither logged nor counted
-            request.model = target.model
         try:
             reply = target.operation.answer(Call(self, request))
         except Exception as error:
@@ -380,7 +381,13 @@ class Front:
         is_sent = request.respond(request, reply)
         request.cancel = None
         label, status = REFUSED if target is None else target.label, reply.status if is_sent else NO_STATUS
-        self.core.metrics.answered[label, request.model, status].append(monotonic() - request.began_s)
+        evaluated = ""
+        if target is not None and target.operation is not None:
+            if not request.model and target.model in self.core.repository:  # other names are not logged or counted
+                request.model = target.model
+            if target.operation.computes:
+                evaluated = request.model
+        self.core.metrics.answered[label, evaluated, status].append(monotonic() - request.began_s)
         for watcher in self._watchers:
             try:
                 watcher.ended(request, label, status)

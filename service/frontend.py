@@ -80,6 +80,7 @@ class Mirror(Table):
                     self.retire(old)
             current = versions[one["version"]]
             current.file, current.facts, current.reason = file, one["facts"], one["reason"]
+            current.is_outdated = one["is_outdated"]
 
     def free(self, served: Served) -> None:
         """Tell the supervisor that no request here uses a version any more."""

@@ -120,7 +120,8 @@ class Metrics(Collector):
         gauges: Returns the metrics that are computed at each scrape.
 
     Attributes:
-        answered: Seconds from the head to the reply of each request, by route, model (or empty) and status.
+        answered: Seconds from the head to the reply of each request, by route, model that it asks to evaluate (or
+            empty) and status.
         queued: Seconds in the queue of each job, by model.
         computed: Rows and requests of each batch, by quantities.
     """
@@ -163,7 +164,7 @@ class Metrics(Collector):
         counters = (
             Gauge("hessquik_requests_total", "Requests answered.", answered.by(0, 2).totals(), ("route", "status")),
             Gauge(
-                "hessquik_model_requests_total", "Requests answered for a model.", of_models.totals(),
+                "hessquik_model_requests_total", "Requests for an evaluation answered.", of_models.totals(),
                 ("model", "status"),
             ),
             Gauge("hessquik_rows_total", "Points computed.", {(): points}),
@@ -172,10 +173,10 @@ class Metrics(Collector):
             yield gauge.family()
         yield routes.family("hessquik_request_seconds", "Time from head to reply.", "route")
         yield of_models.by(0).family(
-            "hessquik_model_request_seconds", "Time from head to reply for a model.", "model"
+            "hessquik_model_request_seconds", "Time from head to reply of an evaluation.", "model"
         )
         yield queued.by().family("hessquik_queue_seconds", "Time in the queue.")
-        yield queued.family("hessquik_model_queue_seconds", "Time in the queue of requests for a model.", "model")
+        yield queued.family("hessquik_model_queue_seconds", "Time in the queue, by model.", "model")
         yield rows.family("hessquik_batch_rows", "Points per batch.", "quantities")
         yield self._batch_requests.family("hessquik_batch_requests", "Requests per batch.", "quantities")
 

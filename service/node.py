@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, NamedTuple, Protocol
 
 from hessquik_client.errors import StartUpError
@@ -27,6 +28,8 @@ class Health(NamedTuple):
         devices: Device of each worker.
         memory_bytes: Memory of each worker.
         busy_total_s: Time that each worker has spent on batches since its start.
+        began_s: When the service started, in seconds since 1970.
+        front_restarts: Number of front ends that were replaced.
         restarts: Number of workers that were replaced.
         checked_rows: Number of rows that self-checks computed again.
         mismatches: Number of self-checks that failed.
@@ -38,6 +41,8 @@ class Health(NamedTuple):
     devices: tuple[str, ...] = ()
     memory_bytes: tuple[int, ...] = ()
     busy_total_s: tuple[float, ...] = ()
+    began_s: float = 0.0
+    front_restarts: int = 0
     restarts: int = 0
     checked_rows: int = 0
     mismatches: int = 0
@@ -85,6 +90,9 @@ class Node:
     Args:
         settings: Settings of the service.
         devices: The device of each worker.
+
+    Attributes:
+        front_restarts: Number of front ends that were replaced, which the supervisor counts.
     """
 
     def __init__(self, settings: Settings, devices: list[str]) -> None:
@@ -93,6 +101,8 @@ class Node:
         self.workers = Workers(self, devices, settings)
         self.repository = Repository(settings.models, self.workers)
         self.is_loaded = False
+        self.front_restarts = 0
+        self._began_s = time.time()
         self._user: User | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -128,8 +138,19 @@ class Node:
         devices = tuple(worker.device for worker in workers.workers)
         memory_bytes = tuple(worker.memory_bytes for worker in workers.workers)
         busy_total_s = tuple(worker.busy_total_s for worker in workers.workers)
-        counts = (workers.restarts, workers.checked_rows, workers.mismatches)
-        return Health(self.is_loaded, workers.is_fresh(), states, devices, memory_bytes, busy_total_s, *counts)
+        return Health(
+            self.is_loaded,
+            workers.is_fresh(),
+            states,
+            devices,
+            memory_bytes,
+            busy_total_s,
+            self._began_s,
+            self.front_restarts,
+            workers.restarts,
+            workers.checked_rows,
+            workers.mismatches,
+        )
 
     async def load(self, name: str) -> list[Served]:
         """Load a model from the folder; see :meth:`Repository.load <service.repository.Repository.load>`."""

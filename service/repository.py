@@ -197,6 +197,7 @@ class Served:
         users: Number of requests that hold it.
         is_retired: Whether it is freed when no request holds it.
         tried: Fingerprint of the file that was last tried for it, which may have been refused.
+        is_outdated: Whether a newer file for it was refused, so that it is no longer served after a restart.
         statistics: Counts and times of its requests.
     """
 
@@ -209,6 +210,7 @@ class Served:
     users: int = 0
     is_retired: bool = False
     tried: Stamp = ("", 0, 0, 0)
+    is_outdated: bool = False
     statistics: Statistics = field(default_factory=Statistics)
 
     @property
@@ -533,7 +535,7 @@ class Repository(Table):
             if self._is_unloaded(file):
                 raise LoadError(UNLOADED)
             if old is not None and old.state == "ready" and old.digest == new.digest:
-                old.file = file
+                old.file, old.is_outdated = file, False
                 return old
             if old is None:
                 self._put(new)
@@ -542,6 +544,8 @@ class Repository(Table):
                 raise LoadError(UNLOADED)
         except LoadError as error:
             new.reason = str(error)
+            if old is not None:
+                old.is_outdated = True
             logger.error("%s is refused: %s", file.path.relative_to(self.root), error)
         if self._is_unloaded(file):
             self.retire(new)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -42,8 +43,10 @@ logger = logging.getLogger(__name__)
 FRONT_MODULE = f"{__package__}.frontend"
 #: Interval at which front ends are told the state of the workers and changes of the table.
 TICK_S = 0.25
-#: Time limits for a front end to apply a change, after which it is killed, and to report its metrics.
-HANG_S, REPORT_S = 10.0, 5.0
+#: Time limit for a front end to apply a change, after which it is killed.
+HANG_S = 10.0
+#: Time limit for a front end to report its metrics, well within that of a scrape.
+REPORT_S = 1.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
 #: Deaths of front ends in a row, without a new one that answers in between, after which none can be kept alive.
@@ -52,7 +55,7 @@ MAX_DEATHS = 8
 SHARED_METRICS = (
     "hessquik_workers", "hessquik_device", "hessquik_worker_restarts", "hessquik_build_info", "hessquik_ready",
     "hessquik_models", "hessquik_model_ready", "hessquik_queue_age", "process_start_time", "process_max_fds",
-    "hessquik_self_check",
+    "hessquik_self_check", "hessquik_model_outdated", "hessquik_start_time", "hessquik_front_restarts",
 )  # fmt: skip
 
 
@@ -66,6 +69,7 @@ class FrontEnd:
     Attributes:
         is_up: Whether it has said hello, and has not died.
         may_serve: Whether it was told that the models are loaded, after which it listens.
+        metrics: Its last report; if it did not answer the last request for one, only what it has counted.
 
     Raises:
         OSError: the system does not allow it.
@@ -74,6 +78,7 @@ class FrontEnd:
     def __init__(self, supervisor: Supervisor, port: int) -> None:
         """Start the process."""
         self.is_up = self.may_serve = self._has_answered = False
+        self.metrics = b""
         self._told: dict[tuple[str, int], tuple[Any, ...]] = {}
         self._held: dict[int, Served] = {}
         self._supervisor = supervisor
@@ -116,8 +121,9 @@ class FrontEnd:
         changed = []
         for name in node.repository.names():
             for version, served in node.repository.versions(name).items():
-                state = now[name, version] = served.id, served.file, served.reason, bool(served.facts)
-                if self._told.get((name, version)) != state:
+                known = served.id, served.file, served.reason, served.is_outdated, bool(served.facts)
+                now[name, version] = known
+                if self._told.get((name, version)) != known:
                     changed.append(served)
         gone = [{"name": name, "version": version} for name, version in self._told.keys() - now.keys()]
         self._told = now
@@ -134,6 +140,7 @@ class FrontEnd:
                 "stamp": served.file.stamp,
                 "facts": served.facts,
                 "reason": served.reason,
+                "is_outdated": served.is_outdated,
             }
             for served in changed
         ]
@@ -146,9 +153,10 @@ class FrontEnd:
         """Return whether it has answered all that it was told."""
         return not self._telling.locked()
 
-    async def report(self) -> bytes:
-        """Return its metrics; nothing if it does not answer in time."""
-        return bytes((await self._ask("report", REPORT_S) or {}).get("text", b""))
+    async def report(self) -> None:
+        """Ask for its metrics."""
+        answer = await self._ask("report", REPORT_S)
+        self.metrics = counted(self.metrics) if answer is None else bytes(answer["text"])
 
     async def _ask(self, op: str, limit_s: float, fields: Mapping[str, bytes] = {}) -> dict[str, Any] | None:
         """Send a frame and return the fields of the answer; ``None`` if none comes in time, or it has died."""
@@ -214,6 +222,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._port = 0
         self._deaths = 0
+        self._counted = b""
         self._is_stopping = self._is_given_up = False
         self._stop: asyncio.Event = asyncio.Event()
 
@@ -276,8 +285,9 @@ class Supervisor:
         self._deaths = 0
 
     def on_lost(self, front: FrontEnd) -> None:
-        """Replace a front end that has died."""
+        """Replace a front end that has died, and keep what it has counted, so that no counter falls."""
         self._fronts.remove(front)
+        self._counted = add_up([self._counted, counted(front.metrics)])
         self.spawn(self._replace(front))
 
     async def answer(self, front: FrontEnd, head: dict[str, Any]) -> None:
@@ -308,7 +318,8 @@ class Supervisor:
         await asyncio.gather(*(front.tell() for front in self._fronts if front.is_up))
 
     async def _metrics(self) -> bytes:
-        return add_up(await asyncio.gather(*(front.report() for front in self._fronts if front.is_up)))
+        await asyncio.gather(*(front.report() for front in self._fronts if front.is_up))
+        return add_up([self._counted, *(front.metrics for front in self._fronts)])
 
     def _say_keys(self) -> None:
         for front in self._fronts:
@@ -329,6 +340,7 @@ class Supervisor:
             front.child.kill()
             status = await asyncio.get_running_loop().run_in_executor(None, front.child.wait)
         self._deaths += 1
+        self.node.front_restarts += 1
         if self._deaths >= MAX_DEATHS:
             self.give_up()
             return
@@ -420,7 +432,20 @@ def add_up(texts: list[bytes]) -> bytes:
     written: list[str] = []
     for family, lines in comments.items():
         written += [*lines, *(f"{sample} {value}" for sample, value in samples.get(family, {}).items())]
-    return ("\n".join(written) + "\n").encode()
+    return "".join(f"{line}\n" for line in written).encode()
+
+
+def counted(text: bytes) -> bytes:
+    r"""Return what stays true of a process's metrics when it is gone: its own counters and histograms.
+
+    Examples:
+        >>> counted(b"# HELP a A.\n# TYPE a counter\na 1\n# HELP b B.\n# TYPE b gauge\nb 2\n")
+        b'# HELP a A.\n# TYPE a counter\na 1\n'
+    """
+    families = re.split(rb"^(?=# HELP )", text, flags=re.MULTILINE)
+    shared = tuple(b"# HELP " + name.encode() for name in SHARED_METRICS)
+    is_count = re.compile(rb"^# TYPE \S+ (counter|histogram)$", re.MULTILINE)
+    return b"".join(one for one in families if is_count.search(one) and not one.startswith(shared))
 
 
 def supervise(settings: Settings) -> int:

@@ -77,7 +77,16 @@ ENGINE_NEEDS = {"torch", "safetensors"}
 #: Modules that import Triton, which comes with torch where there are GPUs; nothing imports them elsewhere.
 TRITON = {
     f"hessquik.backends.{name}"
-    for name in ("gpu_kernel", "gpu_math", "gpu_stream", "gpu_table", "gpu_unrolled", "triton")
+    for name in (
+        "gpu_compile",
+        "gpu_driver",
+        "gpu_kernel",
+        "gpu_math",
+        "gpu_stream",
+        "gpu_table",
+        "gpu_unrolled",
+        "triton",
+    )
 }
 #: What must not be loaded when the client is imported, or its base install would not do.
 NOT_FOR_THE_CLIENT = {"torch", "fastapi", "starlette", "uvicorn", "pydantic"}
@@ -188,7 +197,11 @@ def test_the_engine_imports_torch_and_safetensors_only():
         "setuptools": {"hessquik.backends.cpu.build"},
         "triton": TRITON,
         "networkx": {"hessquik.importing.lowering"},
-        "onnx": {"hessquik.importing.onnx_model", "hessquik.importing.onnx_reader"},
+        "onnx": {f"hessquik.importing.onnx_{name}" for name in ("handlers", "model", "node", "reader")},
+        "sklearn": {
+            "hessquik.importing.support",
+            *(f"hessquik.importing.sklearn_{name}" for name in ("estimator", "parts", "transformers")),
+        },
     }
     apart = set().union(*optional.values())
     loaded = {module for name in apart for module, _ in imports(dict(sources("hessquik"))[name], everywhere=False)}

@@ -215,6 +215,11 @@ def test_image_computes_with_the_compiled_kernel(container: Container) -> None:
     assert done.stdout.split()[0] == "cpu", done.stderr
 
 
+def test_image_can_trace(container: Container) -> None:
+    done = container.execute("python", "-c", "from hessquik_service.tracing import Tracer; Tracer().close()")
+    assert done.returncode == 0, done.stderr
+
+
 def test_image_is_confined(container: Container) -> None:
     status = container.execute("cat", "/proc/1/status").stdout
     lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)

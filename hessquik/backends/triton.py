@@ -1,7 +1,7 @@
 """The Triton backend: a program runs in one launch for any number of rows, on one of two kernels.
 
 * The table kernel interprets any program. It is compiled once per dtype and processor generation, in 10 to 15
-  seconds, when the first network is loaded or when an image is built (``python -m hessquik.backends.triton 90``).
+  seconds, when the first network is loaded or before (``python -m hessquik.backends.gpu_compile 90``).
 * A plan kernel is generated for one program and runs in about half the time. :func:`ready_programs` compiles the
   kernels of the programs that it is given in parallel, in 5 to 10 seconds each, when a network is loaded.
 
@@ -14,48 +14,37 @@ With ``TRITON_INTERPRET=1`` Triton interprets the same source on the CPU, slowly
 
 from __future__ import annotations
 
-import argparse
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from hessquik.backends import gpu_driver
+from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
 from hessquik.backends.gpu_table import CALL_ARRAYS, Table
-from hessquik.backends.gpu_unrolled import WARPS, Unrolled, Unrolling, define_kernel, source
+from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts
 from hessquik.strided import View
 
 __all__ = [
-    "BLOCKS",
     "UNROLLINGS",
-    "Blocks",
     "TritonProgram",
     "UnrolledProgram",
-    "compile_kernel",
-    "compile_unrolled",
     "is_available",
     "is_interpreted",
-    "main",
     "ready_programs",
     "unrolling",
 ]
 
 _T = TypeVar("_T")
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 #: Oldest compute capability that is supported: 8.0 (A100).
 OLDEST = (8, 0)
 #: Most rows of a tile, and most entries of one array of a tile: the kernel's index arithmetic is exact below it.
@@ -65,29 +54,6 @@ MEMORY_BYTES = 512 << 20
 BASES_BYTES, ALIGNMENT = 256, 128
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Sizes of the blocks of :func:`hessquik.backends.gpu_kernel.run_table`; chosen by measuring on an H200."""
-
-    BM: int = 64
-    BN: int = 64
-    SMALL: int = 16
-    BK: int = 32
-    ME: int = 512
-    RB: int = 8
-    CB: int = 16
-    BW: int = 16
-    warps: int = 4
-    stages: int = 1
-    precision: str = "ieee"
-
-    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the kernel's compile-time arguments."""
-        names = ("BM", "BN", "SMALL", "BK", "ME", "RB", "CB", "BW")
-        return {"DTYPE": _TYPES[dtype], **{name: getattr(self, name) for name in names}, "PRECISION": self.precision}
-
-
-BLOCKS = {torch.float32: Blocks(), torch.float64: Blocks(ME=256, RB=4)}
 #: Tiles of plan kernels, chosen by measuring on an H200.
 UNROLLINGS = {torch.float32: Unrolling(rows=16, instances=4), torch.float64: Unrolling(rows=16, instances=2)}
 #: Compute capability from which on Triton computes products in float64 without tensor cores. Blocks of the usual
@@ -116,37 +82,6 @@ def is_available(device: torch.device) -> bool:
     return device.type == "cpu" and is_interpreted()
 
 
-def compile_kernel(dtype: torch.dtype, arch: int, blocks: Blocks | None = None) -> Any:
-    """Compile the kernel for a processor generation, or take it from Triton's cache; no GPU is needed.
-
-    Args:
-        dtype: ``torch.float32`` or ``torch.float64``.
-        arch: 80, 90 or 100.
-        blocks: Sizes of blocks; those of the dtype if not given.
-    """
-    blocks = blocks or BLOCKS[dtype]
-    constants = blocks.constants(dtype)
-    small = {"once", "steps", "tile_rows"}
-    signature: dict[str, Any] = {
-        name: "constexpr" if name in constants else "i32" if name in small else "i64" for name in run_table.arg_names
-    }
-    signature["addresses"] = ("i64",) * CALL_ARRAYS
-    source = ASTSource(run_table, signature, constants)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def compile_unrolled(kernel: Unrolled, arch: int) -> Any:
-    """Compile a plan kernel, or take it from Triton's cache; no GPU is needed."""
-    signature = {
-        name: "i32" if name in {"once", "steps", "rows", "tile_rows"} else "i64" for name in kernel.arguments
-    }
-    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
-    return triton.compile(
-        ASTSource(define_kernel(kernel.text), signature, {}), target=GPUTarget("cuda", arch, 32), options=options
-    )
-
-
 class _Device:
     """The state that all programs of one device share: kernels, stages and the constants of networks."""
 
@@ -160,6 +95,7 @@ class _Device:
         self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
         self.processors, self.arch = 2, 0
         if self.is_cuda:
+            gpu_driver.use()
             properties = torch.cuda.get_device_properties(device)
             self.processors = properties.multi_processor_count
             self.arch = 10 * properties.major + properties.minor
@@ -175,7 +111,7 @@ class _Device:
     def _compiled(self, key: torch.dtype | str, compiled: Callable[[], Any]) -> Any:
         found = self._kernels.get(key)
         if found is None:
-            found = compiled()  # without the lock: several are compiled side by side
+            found = compiled()
             with self._lock:
                 found = self._kernels.setdefault(key, found)
         return found
@@ -415,7 +351,7 @@ class UnrolledProgram(TritonProgram):
 def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torch.device) -> list[TritonProgram]:
     """Return programs ready to run, each on a plan kernel, or on the table kernel if that would be too large.
 
-    The plan kernels and the table kernels of both dtypes are compiled in parallel.
+    The plan kernels and the table kernels of both dtypes are compiled side by side.
 
     Args:
         programs: The programs.
@@ -426,11 +362,9 @@ def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torc
     sizes = unrolling(dtype, state.arch)
     kernels = [_fitting(program, dtype, sizes, state) for program in programs]
     if state.is_cuda:
-        wanted = [partial(state.kernel, each) for each in BLOCKS]
-        wanted += [partial(state.unrolled, kernel) for kernel in kernels if kernel is not None]
-        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
-            for future in [pool.submit(compiled) for compiled in wanted]:
-                future.result()
+        compile_ahead([*BLOCKS, *(kernel for kernel in kernels if kernel is not None)], state.arch)
+        for each in BLOCKS:
+            state.kernel(each)
     return [
         TritonProgram(program, dtype, device) if kernel is None else UnrolledProgram(program, dtype, device, sizes)
         for program, kernel in zip(programs, kernels, strict=True)
@@ -469,18 +403,3 @@ def _entries(step: Step) -> int:
         outer, inner, columns = next(step.writes()).shape
         return outer * inner * (columns + 16)
     return 1
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile the kernel for some processor generations into Triton's cache."""
-    parser = argparse.ArgumentParser(description="Compile the kernel into Triton's cache, without a GPU.")
-    parser.add_argument("arch", type=int, nargs="+", help="processor generations: 80, 90, 100")
-    for arch in parser.parse_args(arguments).arch:
-        for dtype in BLOCKS:
-            kernel = compile_kernel(dtype, arch)
-            shared, code = kernel.metadata.shared, len(kernel.kernel)
-            print(f"sm_{arch} {dtype}: {shared} bytes of shared memory, {code} bytes of code")
-
-
-if __name__ == "__main__":
-    main()

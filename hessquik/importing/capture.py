@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessquik.errors import UnsupportedError
-from hessquik.importing.torch_reader import Call, Program, Ref
+from hessquik.importing.torch_reader import COLLECT, Call, Program, Ref
 
 __all__ = ["capture", "example_of", "one_input", "one_output"]
 
@@ -29,8 +33,24 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
     Raises:
         UnsupportedError: no layer has a number of inputs, or the points are not one tensor of real numbers.
     """
-    weights = (part.dtype for part in (*module.parameters(), *module.buffers()) if part.is_floating_point())
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(f"{type(module).__name__} is TorchScript; import the module that it was made from")
+    if not isinstance(module, nn.Module):
+        raise UnsupportedError(
+            f"the module must be a torch.nn.Module, got {type(module).__name__}; call it in the forward of one"
+        )
+    for name, tensor in _tensors(module):
+        if 0 in tensor.shape and isinstance(tensor, nn.Parameter):
+            raise UnsupportedError(
+                f"parameter {name} has no numbers, but the shape {tuple(tensor.shape)}; take out layers of width 0"
+            )
+    weights = (part.dtype for _, part in _tensors(module) if part.is_floating_point())
     dtype = next(weights, getattr(example_input, "dtype", torch.get_default_dtype()))
+    if dtype in {torch.float16, torch.bfloat16}:
+        raise UnsupportedError(
+            f"the module computes in {dtype}, which has too few digits for derivatives; call module.float() or "
+            "module.double() before"
+        )
     if example_input is None:
         for part in module.modules():
             width = getattr(part, "in_features", getattr(part, "num_features", None))
@@ -56,19 +76,53 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
     return point.expand(ROWS, *point.shape).clone()
 
 
-def capture(module: nn.Module, example: Tensor) -> Program:
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return parameters and buffers with their names; those without a shape yet are left out."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not nn.parameter.is_lazy(tensor):
+            yield name, tensor
+
+
+def capture(module: nn.Module, example: Tensor, is_guess: bool = False) -> Program:
     """Capture a module as a program of calls of ATen operators.
+
+    Args:
+        module: The module.
+        example: Points to capture it with.
+        is_guess: Whether the number of inputs is that of a layer, which need not be the first one.
 
     Raises:
         UnsupportedError: the module cannot be captured; the message names the line of its code.
     """
     try:
-        with warnings.catch_warnings():
+        with _silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(module, (example,))
     except Exception as error:  # any error that the module's code causes
-        raise UnsupportedError(_fault(module, error)) from None
+        guess = (
+            f"; it was tried with {example.shape[1]} inputs, as a layer has; pass example_input, one point (d,), if "
+            "it takes others"
+        )
+        raise UnsupportedError(_fault(module, error) + (guess if is_guess else "")) from None
     return _program(exported)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch from logging and printing the traces of what is refused with a message of its own."""
+
+    def refuse_all(record: logging.LogRecord) -> bool:
+        return False
+
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    for logger in loggers:
+        logger.addFilter(refuse_all)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(refuse_all)
 
 
 def _program(exported: Any) -> Program:
@@ -82,24 +136,58 @@ def _program(exported: Any) -> Program:
         },
         **{name: exported.constants[t] for name, t in signature.inputs_to_lifted_tensor_constants.items()},
     }
+    titles = {
+        **{name: f"parameter {target}" for name, target in signature.inputs_to_parameters.items()},
+        **{name: f"buffer {target}" for name, target in signature.inputs_to_buffers.items()},
+    }
     one_input(signature.user_inputs)
     one_output(signature.user_outputs)
-    calls = [
-        Call(
-            _target(node.target),
-            _plain(node.args),
-            {key: _plain(value) for key, value in node.kwargs.items()},
-            (node.name,),
-            _place(node),
-        )
-        for node in graph.nodes
-        if node.op == "call_function"
-    ]
+    calls = [call for node in graph.nodes if node.op == "call_function" for call in _calls(node)]
     source = next(node for node in graph.nodes if node.name == signature.user_inputs[0])
     example = source.meta["val"]
     return Program(
-        source.name, tuple(map(int, example.shape)), example.dtype, names, calls, signature.user_outputs[0]
+        source.name,
+        tuple(map(int, example.shape)),
+        example.dtype,
+        names,
+        calls,
+        signature.user_outputs[0],
+        titles=titles,
     )
+
+
+def _calls(node: torch.fx.Node) -> list[Call]:
+    """Return a node as calls: one, or those of the program within torch.no_grad that it runs."""
+    if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+        kwargs = {key: _plain(value) for key, value in node.kwargs.items()}
+        return [Call(_target(node.target), _plain(node.args), kwargs, (node.name,), _place(node))]
+    is_enabled, part, *arguments = node.args
+    graph = getattr(node.graph.owning_module, str(part.target)).graph  # type: ignore[union-attr]
+    return _inlined(node.name, graph, arguments, "alias" if is_enabled else "detach")
+
+
+def _inlined(prefix: str, graph: torch.fx.Graph, arguments: Any, entry: str) -> list[Call]:
+    """Return the calls of a program that another one runs, with its arguments passed through an operator."""
+
+    def renamed(argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            return Ref(f"{prefix}.{argument.name}")
+        return type(argument)(map(renamed, argument)) if isinstance(argument, list | tuple) else argument
+
+    placeholders = (node for node in graph.nodes if node.op == "placeholder")
+    calls = [
+        Call(f"aten.{entry}.default", (_plain(argument),), {}, (f"{prefix}.{node.name}",), _place(node))
+        for node, argument in zip(placeholders, arguments, strict=True)
+    ]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            for call in _calls(node):
+                kwargs = {key: renamed(value) for key, value in call.kwargs.items()}
+                outputs = tuple(f"{prefix}.{name}" for name in call.outputs)
+                calls.append(Call(call.target, renamed(call.args), kwargs, outputs, call.place))
+        elif node.op == "output":
+            calls.append(Call(COLLECT, (renamed(_plain(node.args[0])),), {}, (prefix,), ""))
+    return calls
 
 
 def one_input(names: Any) -> None:

@@ -130,7 +130,8 @@ def _program(module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progra
         raise FormatError("a program must have a fixed number of inputs; only the number of points may be dynamic")
     sizes = (ROWS if rows is None else int(rows), *map(int, shape))
     dtype = DTYPES[meta["dtype"]]
-    return Program(inputs[0].name, sizes, dtype, constants, [_call(node) for node in graph["nodes"]], outputs[0].name)
+    calls = [_call(node) for node in graph["nodes"]]
+    return Program(inputs[0].name, sizes, dtype, constants, calls, outputs[0].name, takes_any_rows=rows is None)
 
 
 def _call(node: Mapping[str, Any]) -> Call:

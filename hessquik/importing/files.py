@@ -15,7 +15,7 @@ from hessquik.importing import onnx_model, torch_module
 from hessquik.importing.exported import read_archive
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.sequential import read_sequential
-from hessquik.importing.source import Imported, Source, import_source
+from hessquik.importing.source import Imported, Source, by_rows, import_source
 from hessquik.importing.torch_reader import Program, read, run
 
 __all__ = ["describe", "import_file", "read_scaling"]
@@ -71,6 +71,8 @@ def import_file(
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise FormatError(f"{path.name}: files of this kind can hold code, and are not opened; {PICKLES[suffix]}")
+    if architecture is not None and suffix in {".onnx", ".pt2"}:
+        raise FormatError(f"{path.name}: an architecture (--architecture) is for state dicts, this file has its own")
     if suffix == ".onnx":
         return onnx_model.import_model(path, None, scaling, allow_kinks, dtype, bounds)
     if suffix == ".pt2":
@@ -87,18 +89,17 @@ def import_file(
 
 def _exported(program: Program) -> Source:
     """Return an exported program as a source, which torch's operators compute call by call."""
-    rows = program.shape[0]
 
     def evaluate(x: Tensor) -> Tensor:
-        padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
-        return torch.cat([run(program, chunk) for chunk in padded.split(rows)])[: len(x)]
+        return run(program, x)
 
     if program.dtype not in {torch.float32, torch.float64}:
         raise UnsupportedError(
             f"the program must take float32 or float64, since derivatives with respect to others do not exist, got "
             f"{program.dtype}"
         )
-    return Source(program.width, program.dtype, "torch", lambda point: read(program, point), evaluate)
+    at_all = evaluate if program.takes_any_rows else by_rows(evaluate, program.shape[0])
+    return Source(program.width, program.dtype, "torch", lambda point: read(program, point), at_all)
 
 
 def describe(imported: Imported) -> list[tuple[str, Any]]:

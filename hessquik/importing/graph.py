@@ -8,7 +8,7 @@ identity. Each value knows its ``place``, the name of the node that computes it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ __all__ = [
     "affine",
     "as_map",
     "compose",
+    "diagonal",
+    "evaluate",
     "identity",
     "ordered",
     "parents",
@@ -145,6 +147,11 @@ def as_map(matrix: Tensor) -> Map:
     return matrix
 
 
+def diagonal(numbers: Tensor) -> Map:
+    """Return the map that multiplies each feature by its number."""
+    return float(numbers[0]) if bool((numbers == numbers[0]).all()) else torch.diag(numbers)
+
+
 def compose(inner: Map, outer: Map) -> Map:
     """Return the map u ↦ (u · inner) · outer."""
     if isinstance(inner, Tensor) and isinstance(outer, Tensor):
@@ -161,3 +168,28 @@ def plus(a: Map | None, b: Map, width: int) -> Map:
     return (a if isinstance(a, Tensor) else a * identity(width)) + (
         b if isinstance(b, Tensor) else b * identity(width)
     )
+
+
+def evaluate(outputs: Iterable[Node], values: dict[Node, Tensor]) -> None:
+    """Add outputs, and all that they are computed from, to the values (n, w) at some points.
+
+    Args:
+        outputs: Values of a graph without formulas.
+        values: At the points; the input's must be there.
+    """
+    for node in ordered(outputs, until=values):
+        if node not in values:
+            values[node] = _value(node, values)
+
+
+def _value(node: Node, values: Mapping[Node, Tensor]) -> Tensor:
+    match node:
+        case Affine():
+            total = sum(torch.as_tensor(compose(values[term], matrix)) for term, matrix in node.terms)
+            return torch.as_tensor(total if node.offset is None else total + node.offset)
+        case Pointwise(function=hessQuikActivationFunction()):
+            found: Tensor = node.function(values[node.of])[0]
+            return found
+        case Product():
+            return values[node.left] * values[node.right]
+    raise AssertionError(f"{node.place} has no value")

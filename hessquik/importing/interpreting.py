@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -24,7 +24,10 @@ __all__ = [
     "Features",
     "apply_affine",
     "as_float64",
+    "axis_of_rows",
+    "by_trial",
     "features_in",
+    "filled",
     "maximum",
     "minimum",
     "multiply",
@@ -40,10 +43,27 @@ class Features:
     Attributes:
         node: The node of the graph; its entries are those of one row's array, flattened in C order.
         shape: Shape of one row's array.
+        axis: Axis of the rows in the whole array; ``None`` if it is the first one and must remain so.
     """
 
     node: Node
     shape: tuple[int, ...]
+    axis: int | None = None
+
+    def whole(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of the whole array.
+
+        Examples:
+            >>> from hessquik.importing.graph import Input
+            >>> Features(Input("x", 6), (2, 3), 1).whole(7)
+            (2, 7, 3)
+        """
+        axis = self.axis or 0
+        return (*self.shape[:axis], rows, *self.shape[axis:])
+
+    def arrange(self, array: Tensor) -> Tensor:
+        """Return the whole array from the features of every row, (rows, width)."""
+        return array.reshape(len(array), *self.shape).movedim(0, self.axis or 0)
 
 
 @contextmanager
@@ -101,23 +121,23 @@ def apply_affine(
     """
     depends = features_in(args)
     linear_args = tuple(_zeroed(arg) if i in additive else arg for i, arg in enumerate(args))
-    zeros = [torch.zeros(rows, *each.shape, dtype=torch.float64) for each in depends]
+    zeros = [torch.zeros(each.whole(rows), dtype=torch.float64) for each in depends]
 
     def part(select: Callable[[Any], Tensor]) -> Features:
         def linear(arrays: Sequence[Tensor]) -> Tensor:
-            return select(function(*_filled(linear_args, iter(arrays))))
+            return select(function(*filled(linear_args, iter(arrays))))
 
         adds = any(_has_constants(arg) for i, arg in enumerate(args) if i in additive)
-        offset = select(function(*_filled(args, iter(zeros)))) if adds else None
-        return _by_trial(place, linear, offset, depends, rows)
+        offset = select(function(*filled(args, iter(zeros)))) if adds else None
+        return by_trial(place, linear, offset, depends, rows)
 
-    example = function(*_filled(linear_args, iter(zeros)))
+    example = function(*filled(linear_args, iter(zeros)))
     if isinstance(example, Tensor):
         return part(lambda result: result)
     return [part(itemgetter(i)) for i in range(len(example))]
 
 
-def _by_trial(
+def by_trial(
     place: str,
     linear: Callable[[Sequence[Tensor]], Tensor],
     offset: Tensor | None,
@@ -125,10 +145,13 @@ def _by_trial(
     rows: int,
 ) -> Features:
     """Return the result of an operation whose matrices are found by applying it to the unit vectors."""
-    zeros = [torch.zeros(rows, *each.shape, dtype=torch.float64) for each in features]
-    shape = tuple(linear(zeros).shape) if offset is None else tuple(offset.shape)
-    if not shape or shape[0] != rows:
-        raise refuse(place, f"makes an array {shape} of {rows} rows", "keep one row per point")
+    zeros = [torch.zeros(each.whole(rows), dtype=torch.float64) for each in features]
+    axis = axis_of_rows(place, linear, offset, features, rows)
+
+    def rows_first(arrays: Sequence[Tensor]) -> Tensor:
+        return linear(arrays).movedim(axis or 0, 0)
+
+    shape = tuple(rows_first(zeros).shape[1:])
     terms: list[tuple[Node, Map]] = []
     for i, each in enumerate(features):
         unit = identity(each.node.width)
@@ -137,17 +160,38 @@ def _by_trial(
             chunk = unit[start : start + rows]
             array = torch.zeros(rows, each.node.width, dtype=torch.float64)
             array[: len(chunk)] = chunk
-            arrays = [*zeros[:i], array.reshape(rows, *each.shape), *zeros[i + 1 :]]
-            columns.append(linear(arrays).reshape(rows, -1)[: len(chunk)])
+            arrays = [*zeros[:i], each.arrange(array), *zeros[i + 1 :]]
+            columns.append(rows_first(arrays).reshape(rows, -1)[: len(chunk)])
         terms.append((each.node, as_map(torch.cat(columns))))
-    _check(place, linear, features, terms, rows)
+    _check(place, rows_first, features, terms, rows)
     shift = None
     if offset is not None:
-        constant = offset.reshape(rows, -1)
+        constant = offset.movedim(axis or 0, 0).reshape(rows, -1)
         if not torch.equal(constant, constant[:1].expand_as(constant)):
             raise refuse(place, "adds another constant to every row", "add the same constant to all rows")
         shift = constant[0].clone()
-    return Features(affine(place, terms, shift), shape[1:])
+    return Features(affine(place, terms, shift), shape, axis)
+
+
+def axis_of_rows(
+    place: str,
+    linear: Callable[[Sequence[Tensor]], Tensor],
+    offset: Tensor | None,
+    features: Sequence[Features],
+    rows: int,
+) -> int | None:
+    """Return the axis of the rows in a result: of several that are as long, the one along which rows stay apart."""
+    alone = [each.arrange(torch.eye(rows, 1, dtype=torch.float64).expand(-1, each.node.width)) for each in features]
+    result = linear(alone)
+    shape = tuple(result.shape) if offset is None else tuple(offset.shape)
+    if any(each.axis is None for each in features):
+        found: list[int | None] = [None] if shape and shape[0] == rows else []
+    else:
+        found = [axis for axis, size in enumerate(shape) if size == rows]
+    if not found:
+        raise refuse(place, f"makes an array {shape} of {rows} rows", "keep one row per point")
+    apart = (axis for axis in found if not result.movedim(axis or 0, 0)[1:].any())
+    return next(apart, found[0])
 
 
 def _check(
@@ -159,13 +203,15 @@ def _check(
 ) -> None:
     """Check the matrices of an operation on random rows; refuse the operation if it is not linear in each row."""
     generator = torch.Generator().manual_seed(0)
-    trial = [torch.randn(rows, *each.shape, dtype=torch.float64, generator=generator) for each in features]
-    products = [
-        torch.as_tensor(compose(array.reshape(rows, -1), matrix))
-        for array, (_, matrix) in zip(trial, terms, strict=True)
-    ]
-    predicted = torch.stack(products).sum(0)
-    if not torch.allclose(linear(trial).reshape(rows, -1), predicted, rtol=1e-9, atol=1e-9):
+    trial = [torch.randn(rows, each.node.width, dtype=torch.float64, generator=generator) for each in features]
+
+    def predicted(size: Callable[[Any], Any]) -> Tensor:
+        parts = [compose(size(array), size(matrix)) for array, (_, matrix) in zip(trial, terms, strict=True)]
+        return torch.stack([torch.as_tensor(part) for part in parts]).sum(0)
+
+    got = linear([each.arrange(array) for each, array in zip(features, trial, strict=True)]).reshape(rows, -1)
+    difference = (got - predicted(lambda part: part)).abs()
+    if not bool((difference <= 1e-9 * predicted(abs)).all()):
         raise refuse(
             place,
             "multiplies values that both depend on the inputs, or lets rows depend on each other",
@@ -177,28 +223,34 @@ def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False)
     """Return the product, or with ``divide`` the quotient, entry by entry; an operand depends on the inputs."""
     if divide and isinstance(right, Features):
         node = Pointwise(place, right.node.width, right.node, ["power", "z", -1])
-        right, divide = Features(node, right.shape), False
+        right, divide = replace(right, node=node), False
     if not (isinstance(left, Features) and isinstance(right, Features)):
         _refuse_other_rows(place, left, right)
         found: Features = apply_affine(place, torch.div if divide else torch.mul, (left, right), (), rows)
         return found
-    shape = tuple(torch.broadcast_shapes((rows, *left.shape), (rows, *right.shape)))[1:]
-    a, b = (_spread(place, each, shape, rows).node for each in (left, right))
-    return Features(Product(place, a.width, a, b), shape)
+    shape = tuple(torch.broadcast_shapes(left.whole(rows), right.whole(rows)))
+    a, b = (_spread(place, each, shape, rows) for each in (left, right))
+    if a.axis != b.axis:
+        raise refuse(place, "multiplies each row by all others", "each row must be computed alone")
+    return replace(a, node=Product(place, a.node.width, a.node, b.node))
 
 
 def _refuse_other_rows(place: str, left: Any, right: Any) -> None:
     """Refuse a constant factor that differs between rows."""
     value, factor = (left, right) if isinstance(left, Features) else (right, left)
-    if isinstance(factor, Tensor) and factor.ndim > len(value.shape) and not bool((factor == factor[:1]).all()):
+    from_end = len(value.shape) + 1 - (value.axis or 0)
+    if isinstance(factor, Tensor) and factor.ndim >= from_end:
+        first = factor.narrow(-from_end, 0, min(1, factor.shape[-from_end]))
+        if bool((factor == first).all()):
+            return
         raise refuse(place, "multiplies every row by another constant", "multiply all rows by the same constants")
 
 
 def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
-    """Return a value broadcast to a shape."""
-    if value.shape == shape:
+    """Return a value broadcast to the shape of a whole array."""
+    if value.whole(rows) == shape:
         return value
-    found: Features = apply_affine(place, lambda u: u.broadcast_to(rows, *shape), (value,), (), rows)
+    found: Features = apply_affine(place, lambda u: u.broadcast_to(shape), (value,), (), rows)
     return found
 
 
@@ -216,9 +268,9 @@ def minimum(place: str, left: Any, right: Any, rows: int) -> Features:
 
 def _excess(place: str, left: Any, right: Any, rows: int) -> Features:
     """Return ReLU(u − v)."""
-    difference = apply_affine(place, torch.sub, (left, right), (0, 1), rows)
+    difference: Features = apply_affine(place, torch.sub, (left, right), (0, 1), rows)
     node = Pointwise(place, difference.node.width, difference.node, reluActivation())
-    return Features(node, difference.shape)
+    return replace(difference, node=node)
 
 
 def rectify(place: str, x: Features, slopes: Tensor, rows: int) -> Features:
@@ -226,16 +278,16 @@ def rectify(place: str, x: Features, slopes: Tensor, rows: int) -> Features:
     z = x.node
     up = Pointwise(place, z.width, z, reluActivation())
     down = Pointwise(place, z.width, affine(place, [(z, -1.0)]), reluActivation())
-    scaled = multiply(place, Features(down, x.shape), -slopes, rows)
-    return Features(affine(place, [(up, 1.0), (scaled.node, 1.0)]), x.shape)
+    scaled = multiply(place, replace(x, node=down), -slopes, rows)
+    return replace(x, node=affine(place, [(up, 1.0), (scaled.node, 1.0)]))
 
 
-def _filled(args: Any, arrays: Any) -> Any:
+def filled(args: Any, arrays: Any) -> Any:
     """Return the arguments with each :class:`Features` replaced by the next array."""
     if isinstance(args, Features):
         return next(arrays)
     if isinstance(args, list | tuple):
-        return type(args)(_filled(arg, arrays) for arg in args)
+        return type(args)(filled(arg, arrays) for arg in args)
     return args
 
 

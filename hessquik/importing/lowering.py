@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hessquik.activations import hessQuikActivationFunction, identityActivation
 from hessquik.architecture import describe
 from hessquik.importing.graph import Affine, Map, Node, Pointwise, compose, identity, ordered, parents, plus
-from hessquik.importing.univariate import resolve
 from hessquik.layers import hessQuikLayer, resnetLayer, singleLayer, skipLayer
 from hessquik.networks import NN
 
@@ -28,8 +27,7 @@ __all__ = ["lower"]
 
 
 def lower(output: Node) -> NN:
-    """Return the network that computes a value of a graph, with float64 weights."""
-    output = resolve(output)
+    """Return the network that computes a value of a graph without products, with float64 weights."""
     nodes = ordered([output])
     groups = _schedule(nodes)
     states = _states(nodes, groups, output)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import BOUNDS, Imported, Source, import_source
+from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
 
 __all__ = ["from_onnx", "import_model"]
@@ -20,8 +20,11 @@ __all__ = ["from_onnx", "import_model"]
 MAX_FILE_BYTES = 1 << 30
 #: Of the error function in the reference implementation, which is a short series.
 REFERENCE_PRECISION = 1e-6
-#: Of GELU in onnxruntime, whose constants are those of float32.
-GELU_PRECISION = 1e-7
+#: Relative precision of operators in models of float64, where onnxruntime has their constants or sums in float32.
+PRECISIONS = {
+    **dict.fromkeys(("DequantizeLinear", "Gelu", "HardSigmoid", "HardSwish", "Shrink", "ThresholdedRelu"), 1e-6),
+    **dict.fromkeys(("GroupNormalization", "LayerNormalization", "RMSNormalization"), BOUNDS[torch.float32]),
+}
 
 
 def from_onnx(
@@ -70,14 +73,11 @@ def import_model(
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:
-        rows = what.shape[0]
-        padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
-        chunks = padded.split(rows)
-        results = [torch.as_tensor(run(what, chunk.reshape(what.shape).numpy())) for chunk in chunks]
-        return torch.cat([result.reshape(rows, -1) for result in results])[: len(x)]
+        return torch.as_tensor(run(what, x.reshape(-1, *what.shape[1:]).numpy())).reshape(len(x), -1)
 
+    at_all = evaluate if what.takes_any_rows else by_rows(evaluate, what.shape[0])
     precision = _precision(model, runtime)
-    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), evaluate, precision)
+    source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), at_all, precision)
     return import_source(source, scaling, allow_kinks, dtype, bounds)
 
 
@@ -132,6 +132,7 @@ def _runtime(model: Any) -> tuple[str, Callable[[Signature, Any], Any]]:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # some round weights
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         return "onnxruntime", lambda what, x: session.run([what.output], {what.input: x})[0]
     except Exception:  # it is not there, or lacks an operator in this dtype
@@ -146,8 +147,7 @@ def _precision(model: Any, runtime: str) -> float:
 
     found = 0.0 if runtime == "onnxruntime" else REFERENCE_PRECISION
     for node in model.graph.node:
-        if node.op_type == "Gelu":
-            found = max(found, GELU_PRECISION)
+        found = max(found, PRECISIONS.get(node.op_type, 0.0))
         if node.op_type == "Cast" and onnx.helper.get_node_attr_value(node, "to") == onnx.TensorProto.FLOAT:
             found = max(found, BOUNDS[torch.float32])  # as torch exports what the standard has in float32 alone
     return found
@@ -155,6 +155,21 @@ def _precision(model: Any, runtime: str) -> float:
 
 def _by_reference(evaluator: Any, model: Any, what: Signature, x: Any) -> Any:
     try:
-        return evaluator(model).run([what.output], {what.input: x})[0]
+        return evaluator(model, new_ops=[_batch_norm()]).run([what.output], {what.input: x})[0]
     except Exception as error:  # an operator that it lacks; what can be imported has none of these
         raise UnsupportedError(f"the model cannot be computed by onnx's reference ({str(error)[:200]})") from None
+
+
+def _batch_norm() -> type:
+    """Return the operator in evaluation mode; onnx's reference takes the batch's own moments before version 14."""
+    from onnx.reference.op_run import OpRun
+
+    class BatchNormalization(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Any, *numbers: Any, epsilon: float = 1e-5, spatial: int = 1, **_: Any) -> tuple[Any]:
+            channels = (-1, *(1,) * (x.ndim - 2)) if spatial is None or spatial else x.shape[1:]
+            scale, offset, mean, var = (each.reshape(channels) for each in numbers)
+            return (((x - mean) / (var + epsilon) ** 0.5 * scale + offset).astype(x.dtype),)
+
+    return BatchNormalization

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hessquik.importing.graph import Node
+import torch
+
+from hessquik.importing.graph import Node, Product, affine
 from hessquik.importing.torch_operations import FAR
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["ADDITIVE", "POINTWISE", "REFUSED", "UNCHANGED"]
+__all__ = ["ADDITIVE", "POINTWISE", "RANDOM", "REFUSED", "UNCHANGED"]
 
 #: Slopes that the standard gives where a model does not, in float32 as it has them.
 _SELU = (1.67326319217681884765625, 1.05070102214813232421875)
@@ -22,6 +24,12 @@ def _as_torch(name: str, *attributes: tuple[str, Any]) -> Callable[..., Node]:
         return TORCH[name](place, z, *(given.get(key, default) for key, default in attributes))
 
     return make
+
+
+def _hard_sigmoid(place: str, z: Node, given: dict[str, Any]) -> Node:
+    """Return min(max(αz + β, 0), 1)."""
+    shift = torch.full((z.width,), float(given.get("beta", 0.5)), dtype=torch.float64)
+    return TORCH["clamp"](place, affine(place, [(z, float(given.get("alpha", 0.2)))], shift), 0.0, 1.0)
 
 
 #: Functions of one variable: the node from its place, the value and the operator's attributes.
@@ -49,13 +57,19 @@ POINTWISE: dict[str, Callable[[str, Node, dict[str, Any]], Node]] = {
     "Erf": _as_torch("erf"),
     "Sqrt": _as_torch("sqrt"),
     "Reciprocal": _as_torch("reciprocal"),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda place, z, given: Product(place, z.width, z, _hard_sigmoid(place, z, {"alpha": 1 / 6})),
+    "com.microsoft.Gelu": _as_torch("gelu"),
+    "com.microsoft.QuickGelu": _as_torch("swish", ("alpha", 1.702)),
 }
 
 #: Operators that leave each value as it is.
 UNCHANGED = ("Identity", "Dropout", "Cast", "CastLike")
 
 _SHAPES = """
-    Reshape Flatten Squeeze Unsqueeze Transpose Slice Gather Split Expand Tile ReduceSum ReduceMean CumSum
+    Reshape Flatten Squeeze Unsqueeze Transpose Slice Gather GatherElements GatherND Split Expand Tile Trilu Compress
+    ArrayFeatureExtractor
+    ReduceSum ReduceMean CumSum DepthToSpace SpaceToDepth
 """
 #: Linear operators, with the positions of inputs that are added; ``None`` stands for all of them.
 ADDITIVE: dict[str, tuple[int, ...] | None] = {
@@ -64,9 +78,7 @@ ADDITIVE: dict[str, tuple[int, ...] | None] = {
     "Sum": None,
     "Mean": None,
     "Neg": (),
-    "MatMul": (),
     "Gemm": (2,),
-    "BatchNormalization": (2, 3),
     "Concat": None,
     "Pad": (2,),
     **dict.fromkeys(_SHAPES.split(), ()),
@@ -77,24 +89,31 @@ _DENSE = "use MatMul on the flattened input"
 _SMOOTH = "use a smooth function"
 _FLOW = "export the model with a fixed sequence of operators"
 
+#: Operators that give other numbers each time, even of constants.
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+
 _REASONS = (
     ("is a convolution, which is not kept as one here", _DENSE, "Conv ConvTranspose ConvInteger QLinearConv"),
     (
-        "divides features by their own size",
-        "use BatchNormalization, or scale the data",
-        "LayerNormalization GroupNormalization InstanceNormalization LpNormalization MeanVarianceNormalization LRN "
-        "RMSNormalization Normalizer",
+        "divides features by their norm, which has a kink where they are 0",
+        "use LayerNormalization or BatchNormalization, or scale the data",
+        "LpNormalization LRN Normalizer",
     ),
     (
-        "divides by a sum over all features",
+        "sums exponentials of the features, which overflow unless the largest feature is subtracted before, and this "
+        "has kinks",
         "return the values before it, and apply it to those",
-        "Softmax LogSoftmax ReduceLogSumExp ReduceLogSum",
+        "Softmax LogSoftmax ReduceLogSumExp",
     ),
-    ("is attention, which multiplies values that both depend on the inputs", _ROWS, "Attention MultiHeadAttention"),
+    (
+        "is attention, whose softmax overflows unless the largest value is subtracted before, which has kinks",
+        _ROWS,
+        "Attention MultiHeadAttention",
+    ),
     (
         "takes a maximum over features, which has kinks",
         _SMOOTH,
-        "MaxPool GlobalMaxPool LpPool ReduceMax ReduceMin TopK Hardmax",
+        "MaxPool GlobalMaxPool LpPool TopK Hardmax",
     ),
     ("is a pooling over places, which is not kept as one here", _DENSE, "AveragePool GlobalAveragePool GlobalLpPool"),
     (
@@ -106,24 +125,19 @@ _REASONS = (
     (
         "chooses by a comparison",
         "use a smooth function in place of the choice",
-        "Where Greater GreaterOrEqual Less LessOrEqual Equal And Or Not Xor IsNaN IsInf NonZero Compress",
+        "Where Greater GreaterOrEqual Less LessOrEqual Equal And Or Not Xor IsNaN IsInf NonZero",
     ),
     (
         "looks up a table by integers",
         "import the part of the network behind the table, which takes real numbers",
-        "GatherElements GatherND OneHot ScatterElements ScatterND Scatter LabelEncoder OneHotEncoder CategoryMapper",
+        "OneHot LabelEncoder OneHotEncoder CategoryMapper",
     ),
     ("is a recurrent network", _ROWS, "LSTM GRU RNN"),
     ("decides or repeats while it runs", _FLOW, "If Loop Scan SequenceMap"),
     (
         "draws random numbers",
         "make the model deterministic",
-        "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial",
-    ),
-    (
-        "is a function with kinks",
-        "use its smooth counterpart: Sigmoid, Swish or x - Tanh(x)",
-        "HardSigmoid HardSwish Shrink ThresholdedRelu",
+        " ".join(RANDOM),
     ),
     (
         "is constant in pieces, as a tree is",
@@ -133,7 +147,7 @@ _REASONS = (
     (
         "is a classifier, which has labels",
         "export its decision function or its probabilities alone",
-        "LinearClassifier SVMClassifier ZipMap ArrayFeatureExtractor",
+        "LinearClassifier SVMClassifier ZipMap",
     ),
 )
 #: Operators that are refused with a specific message: what they do and what to do instead.

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hessquik.activations import softplusActivation
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing import onnx_operations as operations
-from hessquik.importing.graph import Affine, Node, Pointwise, refuse
-from hessquik.importing.interpreting import (
-    Features,
-    apply_affine,
-    as_float64,
-    features_in,
-    maximum,
-    minimum,
-    multiply,
-    readable,
-    rectify,
-)
-from hessquik.importing.torch_operations import POINTWISE as TORCH
+from hessquik.importing.graph import Node, refuse
+from hessquik.importing.interpreting import Features, apply_affine, as_float64, features_in, readable
+from hessquik.importing.onnx_handlers import HANDLERS, Comparison
+from hessquik.importing.onnx_node import Call, unknown
 
-__all__ = ["HANDLERS", "Signature", "expect_known", "read", "signature"]
+__all__ = ["Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
+#: Weights beyond have squares that overflow.
+LARGEST = 1e150
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +33,14 @@ class Signature:
         output: Name of the output.
         shape: Of the input, rows first.
         dtype: Of the input.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
     """
 
     input: str
     output: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    takes_any_rows: bool
 
     @property
     def width(self) -> int:
@@ -66,8 +58,6 @@ def signature(model: Any, d: int | None = None) -> Signature:
     Raises:
         UnsupportedError: the model has several inputs or outputs, or they are not arrays of real numbers.
     """
-    import onnx
-
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [each for each in model.graph.input if each.name not in constants]
     for what, found in (("input", inputs), ("output", model.graph.output)):
@@ -78,37 +68,69 @@ def signature(model: Any, d: int | None = None) -> Signature:
                 f"({names:.200}); export it with one"
             )
     kind = inputs[0].type.tensor_type
-    types = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.DOUBLE: torch.float64}
-    if kind.elem_type not in types:
-        name = onnx.TensorProto.DataType.Name(kind.elem_type)
+    name = inputs[0].name
+    dtype, (rows, *sizes) = _dtype(name, kind.elem_type), _shape(name, kind, d)
+    return Signature(name, model.graph.output[0].name, (rows or ROWS, *sizes), dtype, not rows)
+
+
+def _dtype(name: str, code: int) -> torch.dtype:
+    """Return the type of an input.
+
+    Raises:
+        UnsupportedError: it is neither float32 nor float64.
+    """
+    import onnx
+
+    kind = onnx.TensorProto.DataType.Name(code)
+    types = {"FLOAT": torch.float32, "DOUBLE": torch.float64}
+    if kind not in types and "FLOAT" in kind:
         raise UnsupportedError(
-            f"input {inputs[0].name} must hold real numbers, since derivatives with respect to others do not exist, "
-            f"got {name}"
+            f"input {name} must hold float32 or float64, which have enough digits for derivatives, got {kind}; "
+            "export the model in float32"
         )
-    sizes = [size.dim_value for size in kind.shape.dim]
-    if len(sizes) == 2 and not sizes[1] and d is not None:
-        sizes[1] = d
-    if len(sizes) < 2 or not all(sizes[1:]):
+    if kind not in types:
         raise UnsupportedError(
-            f"input {inputs[0].name} must have the shape (n, d) with a number for d, got {sizes or 'none'}; pass "
-            "example_input, or export the model with a fixed number of inputs"
+            f"input {name} must hold real numbers, since derivatives with respect to others do not exist, got "
+            f"{kind}; export the part of the network that takes real numbers"
         )
-    shape = (sizes[0] or ROWS, *sizes[1:])
-    return Signature(inputs[0].name, model.graph.output[0].name, shape, types[kind.elem_type])
+    return types[kind]
+
+
+def _shape(name: str, kind: Any, d: int | None) -> list[int]:
+    """Return the shape of an input, rows first; their number is 0 if it is open.
+
+    Raises:
+        UnsupportedError: it has no axis of rows, or leaves other sizes than the number of rows open.
+    """
+    sizes = [size.dim_value for size in kind.shape.dim] if kind.HasField("shape") else [0, 0]
+    if len(sizes) < 2:
+        raise UnsupportedError(
+            f"input {name} must have the shape (n, d), with one row per point, got {sizes}; export the model with "
+            "an axis of rows before the others"
+        )
+    if len(sizes) == 2:
+        sizes[1] = sizes[1] or d or 0
+    if not all(sizes[1:]):
+        instead = "pass example_input, or export the model" if len(sizes) == 2 else "export the model"
+        raise UnsupportedError(
+            f"input {name} must have the shape (n, d) with a number for d, got {sizes}; {instead} with a fixed "
+            "number of inputs"
+        )
+    return sizes
 
 
 def expect_known(model: Any, what: Signature) -> None:
     """Refuse a model with an operator that cannot be exact, before anything of it is computed.
 
     Raises:
-        UnsupportedError: it has one that depends on the input.
+        UnsupportedError: it has one that depends on the input, and the output on it.
     """
     dependent = {what.input}
-    for number, node in enumerate(model.graph.node):
-        if node.op_type != "Shape" and not dependent.isdisjoint(node.input):
-            call = _Node(node, number, model.opset_import)
-            if not call.is_known:
-                raise _unknown(call)
+    for number, node in _needed(model.graph, [what.output]):
+        if node.op_type not in _OF_SHAPE and not dependent.isdisjoint(node.input):
+            call = Call(node, number, model.opset_import)
+            if not _is_known(call):
+                raise unknown(call)
             dependent |= set(node.output)
 
 
@@ -119,26 +141,39 @@ def read(model: Any, what: Signature, point: Node) -> Node:
         FormatError: a tensor is not what it says, or a node takes what nothing before it gives.
         UnsupportedError: the model does something that cannot be exact here.
     """
-    values: dict[str, Any] = {"": None}
-    for tensor in model.graph.initializer:
-        values[tensor.name] = _weights(tensor)
-    values[what.input] = Features(point, what.shape[1:])
-    for number, node in enumerate(model.graph.node):
-        call = _Node(node, number, model.opset_import)
-        missing = [name for name in node.input if name not in values]
-        if missing:
-            raise FormatError(
-                f"node {call.place}: the model must have a value named {missing[0]!r} before it is used"
-            )
-        args = [values[name] for name in node.input]
-        with readable(call.place):
-            result = _interpret(call, args, what.shape[0]) if _depends(args) else call.compute(*args)
-        results = result if isinstance(result, list | tuple) else [result]
-        values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
+    values: dict[str, Any] = {"": None, what.input: Features(point, what.shape[1:])}
+    _Reader(model.opset_import, what.shape[0], values).read(model.graph, [what.output])
     output = values.get(what.output)
     if not isinstance(output, Features):
         raise refuse(what.output, "does not depend on the input", "return what the network computes of it")
+    if not output.node.width:
+        raise refuse(what.output, "holds no numbers", "return what the network computes")
     return output.node
+
+
+#: Operators that depend on the shape of a value alone.
+_OF_SHAPE = ("Shape", "Size")
+
+
+def _needed(graph: Any, outputs: Sequence[str]) -> list[tuple[int, Any]]:
+    """Return the nodes that outputs are computed from, with their numbers, in order."""
+    wanted, found = set(outputs), []
+    for number, node in reversed(list(enumerate(graph.node))):
+        if not wanted.isdisjoint(node.output):
+            found.append((number, node))
+            wanted |= _taken(node)
+    return found[::-1]
+
+
+def _taken(node: Any) -> set[str]:
+    """Return the names of the values that a node takes, those in its branches among them."""
+    inner = (part for each in node.attribute for part in each.g.node)
+    return {name for name in node.input if name}.union(*map(_taken, inner))
+
+
+def _is_known(call: Call) -> bool:
+    """Return True if there is a way to interpret the operator."""
+    return any(call.operator in table for table in (HANDLERS, operations.POINTWISE, operations.ADDITIVE))
 
 
 def _weights(tensor: Any) -> Tensor:
@@ -157,99 +192,68 @@ def _weights(tensor: Any) -> Tensor:
     return weights
 
 
-class _Node:
-    """One node of a graph."""
-
-    def __init__(self, node: Any, number: int, opsets: Sequence[Any]) -> None:
-        """Keep the node and the versions of the operators."""
-        import onnx
-
-        self.node, self.opsets = node, opsets
-        self.attributes: Mapping[str, Any] = {
-            each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
-        }
-        self.operator: str = node.op_type
-        self.version = next((each.version for each in opsets if each.domain == node.domain), 1)
-        self.is_standard = node.domain in {"", "ai.onnx"} or node.domain.startswith("ai.onnx.")
-        self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
-        self._run: Callable[..., Any] | None = None
-
-    @property
-    def is_known(self) -> bool:
-        """Return True if there is a way to interpret the operator."""
-        tables = (HANDLERS, operations.POINTWISE, operations.ADDITIVE)
-        return self.is_standard and any(self.operator in table for table in tables)
-
-    def compute(self, *args: Any) -> Any:
-        """Evaluate the node on tensors, with the reference implementation of the standard."""
-        import onnx
-        from onnx.reference import ReferenceEvaluator
-
-        if not self.is_standard or self.operator in {"If", "Loop", "Scan"}:
-            raise _unknown(self)
-        if self.operator in _PRECISE:
-            return _PRECISE[self.operator](*args)
-        if self._run is None:
-            names = dict.fromkeys(name for name in self.node.input if name)
-            inputs = [onnx.ValueInfoProto(name=name) for name in names]
-            outputs = [onnx.ValueInfoProto(name=name) for name in self.node.output if name]
-            graph = onnx.helper.make_graph([self.node], "node", inputs, outputs)
-            model = onnx.helper.make_model(graph, opset_imports=self.opsets)
-            self._run = ReferenceEvaluator(model).run
-        feeds = {
-            name: arg.numpy() for name, arg in zip(self.node.input, args, strict=True) if name and arg is not None
-        }
-        results = [as_float64(torch.tensor(np.asarray(result).copy())) for result in self._run(None, feeds)]
-        return results[0] if len(results) == 1 else results
-
-
 @dataclass(frozen=True, slots=True)
-class _Comparison:
-    """The comparison z > t, which is accepted only as a part of torch's exported softplus.
+class _Reader:
+    """Interpreter of a graph and of its branches.
 
     Attributes:
-        call: The node.
-        node: z.
-        bound: t.
+        opsets: Versions of the operators.
+        rows: Number of rows.
+        values: Tensors and :class:`Features` by name, to which it adds.
     """
 
-    call: _Node
-    node: Node
-    bound: float
+    opsets: Sequence[Any]
+    rows: int
+    values: dict[str, Any]
+
+    def read(self, graph: Any, outputs: Sequence[str]) -> None:
+        """Interpret what outputs of a graph are computed from."""
+        nodes = _needed(graph, outputs)
+        wanted = set(outputs).union(*(_taken(node) for _, node in nodes))
+        self.values.update((tensor.name, _weights(tensor)) for tensor in graph.initializer if tensor.name in wanted)
+        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        for number, node in nodes:
+            call = Call(node, number, self.opsets)
+            if not sparse.isdisjoint(node.input) or "sparse_value" in call.attributes:
+                raise refuse(call.place, "has a sparse tensor", "export the model with dense weights")
+            missing = [name for name in node.input if name not in self.values]
+            if missing:
+                raise FormatError(
+                    f"node {call.place}: the model must have a value named {missing[0]!r} before it is used"
+                )
+            results = self._results(call, [self.values[name] for name in node.input])
+            self.values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
+
+    def _results(self, call: Call, args: list[Any]) -> Sequence[Any]:
+        if call.operator == "If" and isinstance(args[0], Tensor):
+            branch = call.attributes["then_branch" if bool(args[0]) else "else_branch"]
+            names = [output.name for output in branch.output]
+            self.read(branch, names)
+            return [self.values[name] for name in names]
+        depends = bool(features_in(args)) or any(isinstance(arg, Comparison) for arg in args)
+        if depends:
+            _expect_finite(call, args)
+        with readable(call.place):
+            result = _interpret(call, args, self.rows) if depends else call.compute(*args)
+        return result if isinstance(result, list | tuple) else [result]
 
 
-def _depends(args: Sequence[Any]) -> bool:
-    return bool(features_in(args)) or any(isinstance(arg, _Comparison) for arg in args)
+def _expect_finite(call: Call, args: Sequence[Any]) -> None:
+    """Refuse constants that are no numbers or whose products overflow, by their names; bounds may be infinite."""
+    for name, arg in zip(call.node.input, args, strict=True):
+        is_wrong = torch.isnan if call.operator == "Clip" else lambda numbers: ~(numbers.abs() < LARGEST)
+        if isinstance(arg, Tensor) and arg.is_floating_point() and bool(is_wrong(arg).any()):
+            does = f"takes the tensor {name!r}, which has NaN, infinity or numbers beyond {LARGEST:.0e}"
+            raise refuse(call.place, does, "export the model with finite weights")
 
 
-#: Operators that the reference implementation computes to few digits.
-_PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _unknown(call: _Node) -> UnsupportedError:
-    """Return the error for an operator that cannot be exact."""
-    if call.is_standard and call.operator in operations.REFUSED:
-        return refuse(call.place, *operations.REFUSED[call.operator])
-    if not call.is_standard:
-        return refuse(call.place, "is an operator of your own", "write it with the standard's operators")
-    return refuse(
-        call.place,
-        "is not among the operators that can be exact here",
-        "write it with those that the table of supported operations lists",
-    )
-
-
-def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
+def _interpret(call: Call, args: list[Any], rows: int) -> Any:
     """Convert a node to values of the graph, given its arguments."""
-    compared = next((arg.call for arg in args if isinstance(arg, _Comparison)), None)
+    compared = next((arg.call for arg in args if isinstance(arg, Comparison)), None)
     if compared is not None and call.operator != "Where":
-        raise _unknown(compared)
-    if not call.is_known:
-        raise _unknown(call)
+        raise unknown(compared)
+    if not _is_known(call):
+        raise unknown(call)
     if call.operator in HANDLERS:
         return HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:
@@ -258,167 +262,3 @@ def _interpret(call: _Node, args: list[Any], rows: int) -> Any:
     additive = operations.ADDITIVE[call.operator]
     positions = range(len(args)) if additive is None else additive
     return apply_affine(call.place, call.compute, args, positions, rows)
-
-
-def _unchanged(call: _Node, args: list[Any], rows: int) -> Any:
-    """Return the value as it is, unless it becomes an integer or is dropped at random."""
-    import onnx
-
-    to = call.attributes.get("to", onnx.TensorProto.FLOAT)
-    if call.operator == "Cast" and to in {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}:
-        raise refuse(call.place, "rounds the values to few digits", "keep the values as float32 or float64")
-    if call.operator == "Cast" and to not in {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}:
-        raise refuse(call.place, "makes other numbers of the values", "keep the values as float32 or float64")
-    if call.operator == "Dropout" and len(args) > 2 and args[2] is not None and bool(args[2]):
-        raise refuse(call.place, "drops features at random", "export the model in evaluation mode")
-    return args[0]
-
-
-def _normalise(call: _Node, args: list[Any], rows: int) -> Any:
-    if call.attributes.get("training_mode"):
-        raise refuse(call.place, "normalises with the statistics of the batch", "export the model in evaluation mode")
-    return apply_affine(call.place, lambda *a: _first(call.compute(*a)), args, (2, 3), rows)
-
-
-def _compare(call: _Node, args: list[Any], rows: int) -> _Comparison:
-    """Interpret z > t with one number t."""
-    z, bound = args
-    if not isinstance(z, Features) or isinstance(bound, Features) or bound.numel() != 1:
-        raise _unknown(call)
-    return _Comparison(call, z.node, float(bound))
-
-
-def _choose(call: _Node, args: list[Any], rows: int) -> Features:
-    """Interpret softplus with a threshold as torch exports it: z where βz > t, and log(1 + exp(βz)) / β elsewhere."""
-    condition, x, y = args
-    if not (isinstance(condition, _Comparison) and isinstance(x, Features) and isinstance(y, Features)):
-        raise _unknown(call)
-    (compared, b), (value, a), (result, c) = (_multiple(each) for each in (condition.node, x.node, y.node))
-    if (
-        isinstance(result, Pointwise)
-        and isinstance(result.function, softplusActivation)
-        and result.function.beta == 1
-    ):
-        argument, e = _multiple(result.of)
-        if compared is value is argument and math.isclose(b, e) and math.isclose(c * e, a) and e / a > 0:
-            return Features(TORCH["softplus"](call.place, x.node, e / a, condition.bound), x.shape)
-    raise _unknown(call)
-
-
-def _multiple(node: Node) -> tuple[Node, float]:
-    """Return v and a of a value a v."""
-    if (
-        isinstance(node, Affine)
-        and len(node.terms) == 1
-        and node.offset is None
-        and isinstance(node.terms[0][1], float)
-    ):
-        value, factor = _multiple(node.terms[0][0])
-        return value, factor * node.terms[0][1]
-    return node, 1.0
-
-
-def _first(result: Any) -> Any:
-    return result[0] if isinstance(result, list) else result
-
-
-def _power(call: _Node, args: list[Any], rows: int) -> Features:
-    base, exponent = args
-    if not isinstance(base, Features) and base.numel() == 1 and float(base) > 0:
-        scaled = multiply(call.place, exponent, base.log(), rows)
-        return Features(TORCH["exp"](call.place, scaled.node), scaled.shape)
-    if isinstance(exponent, Features) or exponent.numel() != 1:
-        raise refuse(
-            call.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
-        )
-    number = float(exponent)
-    if number != int(number) and abs(number) != 0.5:
-        raise refuse(call.place, f"raises to the power {number}", "use whole powers or square roots")
-    return Features(TORCH["pow"](call.place, base.node, number), base.shape)
-
-
-def _clip(call: _Node, args: list[Any], rows: int) -> Features:
-    x, low, high = (*args, None, None)[:3]
-    low, high = (
-        call.attributes.get(key) if bound is None else float(bound) for key, bound in (("min", low), ("max", high))
-    )
-    return Features(TORCH["clamp"](call.place, x.node, low, high), x.shape)
-
-
-def _among(choose: Callable[..., Features]) -> Callable[[_Node, list[Any], int], Any]:
-    def fold(call: _Node, args: list[Any], rows: int) -> Any:
-        result = args[0]
-        for arg in args[1:]:
-            if not features_in([result, arg]):
-                result = (torch.maximum if choose is maximum else torch.minimum)(result, arg)
-            else:
-                result = choose(call.place, result, arg, rows)
-        return result
-
-    return fold
-
-
-def _scaler(call: _Node, args: list[Any], rows: int) -> Features:
-    """Interpret (x − offset) · scale, as scikit-learn's scalers are exported."""
-    offset, scale = (torch.tensor(call.attributes[key], dtype=torch.float64) for key in ("offset", "scale"))
-    scaled = multiply(call.place, args[0], scale, rows)
-    found: Features = apply_affine(call.place, torch.add, (scaled, -offset * scale), (1,), rows)
-    return found
-
-
-def _regressor(call: _Node, args: list[Any], rows: int) -> Features:
-    """Interpret x Aᵀ + b, as scikit-learn's linear models are exported."""
-    targets = call.attributes.get("targets", 1)
-    matrix = torch.tensor(call.attributes["coefficients"], dtype=torch.float64).reshape(targets, -1).T
-    offset = torch.tensor(call.attributes.get("intercepts", [0.0] * targets), dtype=torch.float64)
-    if call.attributes.get("post_transform", "NONE") != "NONE":
-        raise refuse(call.place, "transforms its result", "export the model with post_transform NONE")
-    product = apply_affine(call.place, torch.matmul, (args[0], matrix), (), rows)
-    found: Features = apply_affine(call.place, torch.add, (product, offset), (1,), rows)
-    return found
-
-
-def _slopes(call: _Node, args: list[Any], rows: int) -> Features:
-    """Interpret PReLU, whose slopes belong to channels before version 7 of the operators."""
-    x, slopes = args
-    if call.version < 7 and slopes.numel() > 1:
-        slopes = slopes.reshape(1, -1, *(1,) * (len(x.shape) - 1))
-    return rectify(call.place, x, slopes, rows)
-
-
-def _pad(call: _Node, args: list[Any], rows: int) -> Features:
-    """Interpret padding, whose number is an attribute before version 11 of the operators."""
-    found: Features
-    if not call.attributes.get("value"):
-        found = apply_affine(call.place, call.compute, args, operations.ADDITIVE["Pad"] or (), rows)
-        return found
-    frame = call.compute(torch.zeros(rows, *args[0].shape, dtype=torch.float64))
-    inside = apply_affine(call.place, lambda u: call.compute(u) - frame, args[:1], (), rows)
-    found = apply_affine(call.place, torch.add, (inside, frame), (1,), rows)
-    return found
-
-
-def _shape(call: _Node, args: list[Any], rows: int) -> Tensor:
-    sizes = [rows, *args[0].shape]
-    start, end = call.attributes.get("start", 0), call.attributes.get("end", len(sizes))
-    return torch.tensor(sizes[start:end])
-
-
-#: Operators that need more than their row in a table.
-HANDLERS: dict[str, Callable[[_Node, list[Any], int], Any]] = {
-    **dict.fromkeys(operations.UNCHANGED, _unchanged),
-    "BatchNormalization": _normalise,
-    "Clip": _clip,
-    "Greater": _compare,
-    "Div": lambda call, args, rows: multiply(call.place, args[0], args[1], rows, divide=True),
-    "LinearRegressor": _regressor,
-    "Max": _among(maximum),
-    "Min": _among(minimum),
-    "Mul": lambda call, args, rows: multiply(call.place, args[0], args[1], rows),
-    "PRelu": _slopes,
-    "Pad": _pad,
-    "Pow": _power,
-    "Scaler": _scaler,
-    "Shape": _shape,
-    "Where": _choose,
-}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessquik.errors import ShapeError
-from hessquik.importing.graph import Input, Map, Node, affine
+from hessquik.importing.graph import Input, Node, affine, diagonal
 
 __all__ = ["Scaling", "scaled_input", "scaled_output"]
 
@@ -83,9 +83,10 @@ class Scaling:
             lower, upper = (self._numbers(f"{side}_{key}", width) for key in ("lower", "upper"))
             if not bool((lower < upper).all()):
                 raise ShapeError(f"{side}_lower must be below {side}_upper for every {side}")
-            low, high = map(float, self.onto)
-            if not low < high:
-                raise ShapeError(f"onto must be an interval such as [0, 1] or [-1, 1], got {list(self.onto)}")
+            onto = _as_numbers(self.onto)
+            if onto is None or onto.shape != (2,) or not onto[0] < onto[1]:
+                raise ShapeError(f"onto must be an interval such as [0, 1] or [-1, 1], got {self.onto!r:.100}")
+            low, high = onto.tolist()
             scale = (upper - lower) / (high - low)
             return lower - low * scale, scale
         mean, scale = (self._numbers(f"{side}_{key}", width) for key in ("mean", "scale"))
@@ -97,25 +98,31 @@ class Scaling:
         value = getattr(self, name)
         if value is None:
             value = 1.0 if name.endswith("scale") else 0.0
-        numbers = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu")
-        if numbers.ndim > 1 or numbers.numel() not in {1, width} or not bool(torch.isfinite(numbers).all()):
-            raise ShapeError(f"{name} must be one finite number or {width}, got {tuple(numbers.shape) or 'one'}")
+        numbers = _as_numbers(value)
+        if numbers is None or numbers.ndim > 1 or numbers.numel() not in {1, width}:
+            raise ShapeError(f"{name} must be one finite number or {width}, got {value!r:.100}")
         return numbers.expand(width).clone()
+
+
+def _as_numbers(value: Any) -> Tensor | None:
+    """Return finite real numbers as a float64 tensor, or ``None`` for anything else."""
+    try:
+        kind = torch.as_tensor(value).dtype
+        numbers = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu")
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_number = kind is not torch.bool and not kind.is_complex
+    return numbers if is_number and bool(torch.isfinite(numbers).all()) else None
 
 
 def scaled_input(scaling: Scaling, width: int) -> tuple[Input, Node]:
     """Return an input in physical units, and what the source's network takes."""
     source = Input("input", width)
     mean, scale = scaling.input(width)
-    return source, affine("input_scale", [(source, _diagonal(1 / scale))], -mean / scale)
+    return source, affine("input_scale", [(source, diagonal(1 / scale))], -mean / scale)
 
 
 def scaled_output(scaling: Scaling, output: Node) -> Node:
     """Return what the source's network gives, in physical units."""
     mean, scale = scaling.output(output.width)
-    return affine("output_scale", [(output, _diagonal(scale))], mean)
-
-
-def _diagonal(numbers: Tensor) -> Map:
-    """Return the map that multiplies by numbers, one per feature."""
-    return float(numbers[0]) if bool((numbers == numbers[0]).all()) else torch.diag(numbers)
+    return affine("output_scale", [(output, diagonal(scale))], mean)

@@ -122,5 +122,16 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             "module is a pickle of code: save module.state_dict(), or torch.export.save the module to a .pt2 file"
         ) from None
     if not (isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())):
-        raise FormatError(f"{path.name}: the file must hold a state dict, got {type(found).__name__}")
+        kind = (
+            f"a dict of {', '.join(map(shown, list(found)[:4]))}" if isinstance(found, dict) else type(found).__name__
+        )
+        raise FormatError(
+            f"{path.name}: the file must hold a state dict, which has names and tensors alone, got {kind}; save "
+            "module.state_dict() alone"
+        )
+    if all(str(name).startswith("module.") for name in found):
+        raise FormatError(
+            f"{path.name}: the names of the tensors must be those of the layers, got module.… as DataParallel writes "
+            "them; save model.module.state_dict()"
+        )
     return found

@@ -1,21 +1,42 @@
-"""Estimators of scikit-learn: networks, linear models, scalers, and pipelines of these."""
+"""Estimators of scikit-learn: networks, linear and kernel models, and combinations of these."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessquik import activations as act
-from hessquik.errors import UnsupportedError
-from hessquik.importing.graph import Node, Pointwise, affine, refuse
+from hessquik.importing.graph import Input, Node, affine, refuse
 from hessquik.importing.scaling import Scaling
+from hessquik.importing.sklearn_kernels import kernel, process_kernel
+from hessquik.importing.sklearn_parts import (
+    child,
+    constant,
+    expect_fitted,
+    found_for,
+    inherited,
+    is_own,
+    numbers,
+    select,
+    stacked,
+    tensor,
+    unsupported,
+)
+from hessquik.importing.sklearn_transformers import invert, transform
 from hessquik.importing.source import Imported, Source, import_source
+from hessquik.importing.torch_operations import POINTWISE as TORCH
 from hessquik.networks import NN
 
-__all__ = ["ESTIMATORS", "TRANSFORMERS", "from_sklearn", "import_estimator"]
+__all__ = ["BASES", "ESTIMATORS", "from_sklearn", "import_estimator"]
+
+Reader = Callable[[Any, str, Node], Node]
+
+#: Relative precision of sums of kernels, where large weights of both signs cancel, as without noise in the data.
+KERNEL_PRECISION = 1e-5
 
 
 def from_sklearn(
@@ -29,8 +50,8 @@ def from_sklearn(
     """Return a fitted estimator of scikit-learn as a network with exact derivatives.
 
     Args:
-        estimator: ``MLPRegressor``, a linear model, a ``Pipeline`` that ends with one, or a
-            ``TransformedTargetRegressor`` of one.
+        estimator: A network, a linear or a kernel model, or one of these in a ``Pipeline``, a
+            ``TransformedTargetRegressor``, a search or an average.
         allow_kinks: See :func:`hessquik.from_torch`; ``MLPRegressor`` has ReLU unless ``activation`` says otherwise.
         dtype: Of the weights; float64 if not given.
         bounds: See :func:`hessquik.from_torch`.
@@ -51,149 +72,247 @@ def import_estimator(
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
     """Import an estimator as :func:`from_sklearn` does; return the network with the comparison of its values."""
-    width = getattr(estimator, "n_features_in_", None)
-    if not isinstance(width, int):
-        raise UnsupportedError(
-            f"{type(estimator).__name__} has not been fitted to data, or is no estimator of scikit-learn; call fit "
-            "before"
-        )
-
-    def evaluate(x: Tensor) -> Tensor:
-        return torch.as_tensor(estimator.predict(x.numpy())).reshape(len(x), -1)
+    name = type(estimator).__name__
+    width = _width(estimator)
+    if width is None:
+        expect_fitted(estimator, name)
+        _predict(estimator, name, Input("input", 1))  # which tells why
+        raise refuse(name, "does not tell the number of its inputs", "fit it to an array (n, d)")
 
     def read(point: Node) -> Node:
-        return _predict(estimator, type(estimator).__name__, point)
+        return _predict(estimator, name, point)
 
-    return import_source(
-        Source(width, torch.float64, "scikit-learn", read, evaluate), scaling, allow_kinks, dtype, bounds
-    )
+    def evaluate(x: Tensor) -> Tensor:
+        return _evaluate(estimator, name, x)
+
+    precision = KERNEL_PRECISION if _sums_kernels(estimator) else 0.0
+    source = Source(width, torch.float64, "scikit-learn", read, evaluate, precision)
+    return import_source(source, scaling, allow_kinks, dtype, bounds)
+
+
+def _sums_kernels(part: Any) -> bool:
+    """Return True if an estimator, or one that it holds, is a sum of kernels."""
+    if isinstance(part, list | tuple):
+        return any(map(_sums_kernels, part))
+    inner = getattr(part, "__dict__", {}).values() if is_own(part) else ()
+    return found_for(part, ESTIMATORS) in _KERNEL_SUMS or any(map(_sums_kernels, inner))
+
+
+def _evaluate(estimator: Any, name: str, x: Tensor) -> Tensor:
+    """Return scikit-learn's own predictions; NaN if a step gives NaN, which scikit-learn does not let pass.
+
+    Raises:
+        UnsupportedError: scikit-learn cannot predict.
+    """
+    try:
+        return tensor(estimator.predict(_named(estimator, x))).reshape(len(x), -1)
+    except ValueError as error:
+        if re.search("NaN|infinity|strictly positive", str(error)):
+            return torch.full((len(x), 1), torch.nan)
+        raise refuse(name, f"cannot be evaluated ({str(error)[:200]})", "fit it to an array of numbers") from None
+
+
+def _named(estimator: Any, x: Tensor) -> Any:
+    """Return points as an array, or as a table with the columns that the estimator was fitted to."""
+    names = getattr(estimator, "feature_names_in_", None)
+    if names is None or importlib.util.find_spec("pandas") is None:
+        return x.numpy()
+    return importlib.import_module("pandas").DataFrame(x.numpy(), columns=names)
+
+
+def _width(estimator: Any) -> int | None:
+    """Return the number of inputs, which an estimator has from its parts if its own first step has none."""
+    width: int | None = getattr(estimator, "n_features_in_", None)
+    if width is not None:
+        return width
+    parts = [step for _, step in getattr(estimator, "steps", ())]
+    parts += [getattr(estimator, name) for name in ("regressor_", "best_estimator_") if hasattr(estimator, name)]
+    return next((found for part in parts if (found := _width(part)) is not None), None)
 
 
 def _predict(estimator: Any, place: str, point: Node) -> Node:
-    """Return the prediction of an estimator as a value of the graph."""
-    reader = ESTIMATORS.get(_kind(estimator))
+    """Return the prediction of an estimator as a value of the graph.
+
+    Raises:
+        UnsupportedError: it cannot be exact here, or it has not been fitted.
+    """
+    from sklearn.base import is_classifier, is_regressor
+
+    if hasattr(estimator, "fit") and is_classifier(estimator):
+        raise refuse(place, "is a classifier, which has labels", "use a regressor")
+    reader = found_for(estimator, ESTIMATORS)
+    if reader is None and hasattr(estimator, "fit") and is_regressor(estimator):
+        reader = inherited(estimator, BASES)
     if reader is None:
-        raise refuse(
-            place,
-            "is no smooth function of its inputs that can be exact here",
-            f"use one of {', '.join(ESTIMATORS)}, in a Pipeline with {', '.join(TRANSFORMERS)}",
-        )
+        raise unsupported(place, estimator, _REASONS, "use one that the table of supported estimators lists")
+    expect_fitted(estimator, place)
     return reader(estimator, place, point)
-
-
-def _transform(transformer: Any, place: str, value: Node) -> Node:
-    """Return the result of a transformer as a value of the graph."""
-    if transformer == "passthrough" or transformer is None:
-        return value
-    shift, scale = _moments(transformer, place)
-    if _kind(transformer) == "PCA":
-        matrix = _tensor(transformer.components_).T
-        if transformer.whiten:
-            matrix = matrix / _tensor(transformer.explained_variance_).sqrt()
-        return affine(place, [(value, matrix)], -_tensor(transformer.mean_) @ matrix)
-    return affine(place, [(value, torch.diag(scale))], shift)
-
-
-def _kind(part: Any) -> str:
-    """Return the class's name if it is one of scikit-learn's own."""
-    kind = type(part)
-    return kind.__name__ if kind.__module__.split(".")[0] == "sklearn" else ""
-
-
-def _moments(transformer: Any, place: str) -> tuple[Tensor, Tensor]:
-    """Return b and a of a transformer that computes ax + b."""
-    moments = TRANSFORMERS.get(_kind(transformer))
-    if moments is None:
-        raise refuse(
-            place,
-            f"is a {type(transformer).__name__}, which is no affine map that is known here",
-            f"use one of {', '.join(TRANSFORMERS)}",
-        )
-    if getattr(transformer, "clip", False):
-        raise refuse(place, "clips its results, which has kinks", "fit it with clip=False")
-    return moments(transformer)
-
-
-def _standard(scaler: Any) -> tuple[Tensor, Tensor]:
-    """Return −mean/scale and 1/scale, of StandardScaler; ``mean_`` is there without ``with_mean`` too."""
-    return _centered(scaler, scaler.mean_ if scaler.with_mean else 0.0, scaler.scale_ if scaler.with_std else 1.0)
-
-
-def _robust(scaler: Any) -> tuple[Tensor, Tensor]:
-    """Return −center/scale and 1/scale, of RobustScaler."""
-    center = scaler.center_ if scaler.with_centering else 0.0
-    return _centered(scaler, center, scaler.scale_ if scaler.with_scaling else 1.0)
-
-
-def _centered(scaler: Any, mean: Any, scale: Any) -> tuple[Tensor, Tensor]:
-    ones = torch.ones(scaler.n_features_in_, dtype=torch.float64)
-    return -_tensor(mean) / _tensor(scale) * ones, ones / _tensor(scale)
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.float64)
-
-
-#: Affine transformers: b and a of ax + b. PCA has a matrix besides.
-TRANSFORMERS: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
-    "StandardScaler": _standard,
-    "MinMaxScaler": lambda scaler: (_tensor(scaler.min_), _tensor(scaler.scale_)),
-    "MaxAbsScaler": lambda scaler: (torch.zeros(scaler.n_features_in_).double(), 1 / _tensor(scaler.scale_)),
-    "RobustScaler": _robust,
-    "PCA": lambda pca: (_tensor(pca.mean_), torch.ones(1)),
-}
 
 
 def _network(network: Any, place: str, point: Node) -> Node:
     """Read MLPRegressor."""
-    functions: dict[str, act.hessQuikActivationFunction | None] = {
-        "identity": None,
-        "logistic": act.sigmoidActivation(),
-        "tanh": act.tanhActivation(),
-        "relu": act.reluActivation(),
-    }
     value, last = point, len(network.coefs_) - 1
     for layer, (matrix, offset) in enumerate(zip(network.coefs_, network.intercepts_, strict=True)):
+        function = network.out_activation_ if layer == last else network.activation
         name = f"{place}.layer{layer}"
-        value = affine(name, [(value, _tensor(matrix))], _tensor(offset))
-        function = functions[network.out_activation_ if layer == last else network.activation]
-        if function is not None:
-            value = Pointwise(f"{name} ({network.activation})", value.width, value, function)
+        value = affine(name, [(value, tensor(matrix))], tensor(offset))
+        if function != "identity":
+            value = TORCH[_FUNCTIONS.get(function, function)](f"{name} ({function})", value)
     return value
+
+
+#: Activations of MLPRegressor that have another name in torch.
+_FUNCTIONS = {"logistic": "sigmoid"}
 
 
 def _linear(model: Any, place: str, point: Node) -> Node:
     """Read a linear model."""
-    coefficients = _tensor(model.coef_).reshape(-1, point.width).T
-    offset = _tensor(model.intercept_).reshape(-1).expand(coefficients.shape[1]).clone()
-    return affine(place, [(point, coefficients)], offset)
+    coefficients = tensor(model.coef_).reshape(-1, point.width).T
+    return affine(place, [(point, coefficients)], numbers(model.intercept_, coefficients.shape[1]))
+
+
+def _generalised(model: Any, place: str, point: Node) -> Node:
+    """Read a generalised linear model, whose link is the identity or the logarithm."""
+    link = type(model._base_loss.link).__name__
+    value = _linear(model, place, point)
+    if link not in {"IdentityLink", "LogLink"}:
+        raise refuse(place, f"has a link ({link}) that is not among what can be imported", "use link='log'")
+    return value if link == "IdentityLink" else TORCH["exp"](place, value)
+
+
+def _least_squares(model: Any, place: str, point: Node) -> Node:
+    """Read a model of partial least squares, (x − mean) Cᵀ + b."""
+    return _linear(model, place, affine(place, [(point, 1.0)], -tensor(model._x_mean)))
+
+
+def _support_vectors(model: Any, place: str, point: Node) -> Node:
+    """Read Σᵢ αᵢ k(x, cᵢ) + b, of support vectors c."""
+    values = kernel(place, point, model.support_vectors_, model.kernel, model._gamma, model.degree, model.coef0)
+    return affine(place, [(values, tensor(model.dual_coef_).T)], tensor(model.intercept_))
+
+
+def _kernel_ridge(model: Any, place: str, point: Node) -> Node:
+    """Read Σᵢ αᵢ k(x, cᵢ)."""
+    values = kernel(place, point, model.X_fit_, model.kernel, model.gamma, model.degree, model.coef0)
+    return affine(place, [(values, tensor(model.dual_coef_).reshape(values.width, -1))])
+
+
+def _process(process: Any, place: str, point: Node) -> Node:
+    """Read the mean of a Gaussian process, mean + scale Σᵢ αᵢ k(x, cᵢ)."""
+    if not hasattr(process, "X_train_"):
+        raise refuse(place, "has not been fitted to data", "call fit before")
+    weights = tensor(process.alpha_).reshape(len(process.X_train_), -1)
+    mean, scale = (numbers(each, weights.shape[1]) for each in (process._y_train_mean, process._y_train_std))
+    values = process_kernel(process.kernel_, place, point, tensor(process.X_train_))
+    return constant(place, point, mean) if values is None else affine(place, [(values, weights * scale)], mean)
 
 
 def _pipeline(pipeline: Any, place: str, point: Node) -> Node:
     """Read a pipeline: transformers, and an estimator at the end."""
     value = point
     for name, step in pipeline.steps[:-1]:
-        value = _transform(step, f"{place}.{name} ({type(step).__name__})", value)
+        value = transform(step, child(place, name, step), value)
     name, last = pipeline.steps[-1]
-    return _predict(last, f"{place}.{name} ({type(last).__name__})", value)
+    return _predict(last, child(place, name, last), value)
 
 
 def _transformed(regressor: Any, place: str, point: Node) -> Node:
     """Read TransformedTargetRegressor, whose transformer is undone."""
-    inner = regressor.regressor_
-    value = _predict(inner, f"{place}.regressor_ ({type(inner).__name__})", point)
-    transformer = regressor.transformer_
-    name = f"{place}.transformer_ ({type(transformer).__name__})"
-    if _kind(transformer) in {"", "PCA", "FunctionTransformer"}:
-        raise refuse(name, "is undone by a function of its own", "scale the target by StandardScaler or MinMaxScaler")
-    shift, scale = _moments(transformer, name)
-    return affine(name, [(value, torch.diag(1 / scale))], -shift / scale)
+    inner, transformer = regressor.regressor_, regressor.transformer_
+    value = _predict(inner, child(place, "regressor_", inner), point)
+    return invert(transformer, child(place, "transformer_", transformer), value)
+
+
+def _best(search: Any, place: str, point: Node) -> Node:
+    """Read the estimator that a search found."""
+    if not hasattr(search, "best_estimator_"):
+        raise refuse(place, "has no best estimator", "fit it with refit=True")
+    return _inner("best_estimator_")(search, place, point)
+
+
+def _inner(name: str) -> Reader:
+    """Return a reader of an estimator that holds another one."""
+
+    def read(estimator: Any, place: str, point: Node) -> Node:
+        inner = getattr(estimator, name)
+        return _predict(inner, child(place, name, inner), point)
+
+    return read
+
+
+def _each(estimator: Any, place: str, point: Node) -> list[Node]:
+    """Return the predictions of all estimators, each of the features that it was fitted to."""
+    columns = getattr(estimator, "estimators_features_", [slice(None)] * len(estimator.estimators_))
+    return [
+        _predict(part, child(place, f"estimators_[{i}]", part), _some(place, point, chosen))
+        for i, (part, chosen) in enumerate(zip(estimator.estimators_, columns, strict=True))
+    ]
+
+
+def _some(place: str, point: Node, columns: Any) -> Node:
+    return point if isinstance(columns, slice) else select(place, point, columns)
+
+
+def _average(estimator: Any, place: str, point: Node) -> Node:
+    """Read the weighted mean of some estimators."""
+    parts = _each(estimator, place, point)
+    given = getattr(estimator, "_weights_not_none", None)
+    weights = numbers(1.0 if given is None else given, len(parts))
+    return affine(place, [(part, float(weight / weights.sum())) for part, weight in zip(parts, weights, strict=True)])
+
+
+def _stack(estimator: Any, place: str, point: Node) -> Node:
+    """Read an estimator of the predictions of others, and of the inputs if it passes them through."""
+    parts = _each(estimator, place, point) + ([point] if estimator.passthrough else [])
+    last = estimator.final_estimator_
+    return _predict(last, child(place, "final_estimator_", last), stacked(place, parts))
+
+
+def _chain(estimator: Any, place: str, point: Node) -> Node:
+    """Read estimators each of which takes the inputs and the predictions of those before it."""
+    parts: list[Node] = []
+    for i, part in enumerate(estimator.estimators_):
+        parts.append(_predict(part, child(place, f"estimators_[{i}]", part), stacked(place, [point, *parts])))
+    return select(place, stacked(place, parts), torch.tensor(list(estimator.order_)).argsort())
+
+
+def _selected(estimator: Any, place: str, point: Node) -> Node:
+    """Read an elimination of features, with the estimator of those that are left."""
+    return _inner("estimator_")(estimator, place, transform(estimator, place, point))
 
 
 #: Estimators by the names of their classes.
-ESTIMATORS: dict[str, Callable[[Any, str, Node], Node]] = {
+ESTIMATORS: dict[str, Reader] = {
+    **dict.fromkeys(("BaggingRegressor", "VotingRegressor"), _average),
+    **dict.fromkeys(("CCA", "PLSCanonical", "PLSRegression"), _least_squares),
+    **dict.fromkeys(("GammaRegressor", "PoissonRegressor", "TweedieRegressor"), _generalised),
+    **dict.fromkeys(("GridSearchCV", "HalvingGridSearchCV", "HalvingRandomSearchCV", "RandomizedSearchCV"), _best),
+    **dict.fromkeys(("NuSVR", "SVR"), _support_vectors),
+    **dict.fromkeys(("RFE", "RFECV"), _selected),
+    "DummyRegressor": lambda model, place, point: constant(place, point, tensor(model.constant_).reshape(-1)),
+    "FrozenEstimator": _inner("estimator"),
+    "GaussianProcessRegressor": _process,
+    "KernelRidge": _kernel_ridge,
     "MLPRegressor": _network,
+    "MultiOutputRegressor": lambda model, place, point: stacked(place, _each(model, place, point)),
     "Pipeline": _pipeline,
+    "RANSACRegressor": _inner("estimator_"),
+    "RegressorChain": _chain,
+    "StackingRegressor": _stack,
     "TransformedTargetRegressor": _transformed,
-    **dict.fromkeys(("LinearRegression", "Ridge", "RidgeCV", "Lasso", "LassoCV", "ElasticNet"), _linear),
+}
+
+_KERNEL_SUMS = (_kernel_ridge, _process, _support_vectors)
+
+#: Regressors by the names of their bases.
+BASES: dict[str, Reader] = dict.fromkeys(("BaseSGDRegressor", "LinearModel"), _linear)
+
+_SMOOTH = "train a smooth model, such as MLPRegressor or KernelRidge"
+#: Reasons by the names of classes or of modules.
+_REASONS: dict[str, tuple[str, str]] = {
+    "sklearn.tree": ("is a tree, which is constant in pieces", _SMOOTH),
+    "sklearn.ensemble": ("combines trees, or chooses among its members, so that it jumps", _SMOOTH),
+    "sklearn.isotonic": ("is linear in pieces", _SMOOTH),
+    "sklearn.neighbors": ("chooses neighbours, so that it jumps", _SMOOTH),
+    "sklearn.preprocessing": ("is a transformer, which predicts nothing", "end the pipeline with a regressor"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
 from hessquik.importing.univariate import resolve
 from hessquik.networks import NN
 
-__all__ = ["BOUNDS", "Imported", "Source", "import_source"]
+__all__ = ["BOUNDS", "Imported", "Source", "by_rows", "import_source"]
 
 #: Bound of the difference between the source's own runtime and the network, relative to the largest value.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
-POINTS = 7
+#: Points of the comparison: a number that no reader interprets a program with.
+POINTS = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,16 @@ class Source:
     read: Callable[[Node], Node]
     evaluate: Callable[[Tensor], Tensor]
     precision: float = 0.0
+
+
+def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+    """Return a function of any number of points from one of exactly ``rows`` points."""
+
+    def evaluate_all(x: Tensor) -> Tensor:
+        padded = torch.cat([x, x[:1].expand(-len(x) % rows, -1)])
+        return torch.cat([evaluate(chunk) for chunk in padded.split(rows)])[: len(x)]
+
+    return evaluate_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +95,24 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    region = _region(source, scaling, bounds)
+    x = _points(region)
     _, inner = scaled_input(scaling, source.width)
-    output = resolve(scaled_output(scaling, source.read(inner)))
+    read = source.read(inner)
+    if not read.width:
+        raise UnsupportedError("the network must have at least one output, got none")
+    output = resolve(scaled_output(scaling, read), x)
     if not allow_kinks:
         _refuse_kinks(output)
-    network = lower(output)
-    region = _region(source, scaling, bounds)
-    error = _compare(source, scaling, network, region)
-    return Imported(network.to(dtype or source.dtype), source.runtime, error, POINTS, region)
+    network, error = _in_dtype(source, scaling, lower(output), x, dtype)
+    return Imported(network, source.runtime, error, POINTS, region)
+
+
+def _points(region: tuple[list[float], list[float]]) -> Tensor:
+    """Return the points of the comparison."""
+    generator = torch.Generator().manual_seed(0)
+    lower, upper = (torch.tensor(bound, dtype=torch.float64) for bound in region)
+    return lower + (upper - lower) * torch.rand(POINTS, len(lower), dtype=torch.float64, generator=generator)
 
 
 def _region(
@@ -126,33 +148,73 @@ def _refuse_kinks(output: Node) -> None:
             )
 
 
-def _compare(source: Source, scaling: Scaling, network: NN, region: tuple[list[float], list[float]]) -> float:
-    """Return the largest difference from the source's values, relative to the largest value.
+def _in_dtype(
+    source: Source, scaling: Scaling, network: NN, x: Tensor, dtype: torch.dtype | None
+) -> tuple[NN, float]:
+    """Return a float64 network in the wanted dtype, and its error in it.
+
+    If no dtype is wanted, weights of a float32 source remain in float64 where float32 would lose digits, as a scale
+    that is small beside its mean does when it is folded into them.
 
     Raises:
-        UnsupportedError: the difference is larger than rounding errors.
+        UnsupportedError: the network differs from its source, or loses digits in the wanted dtype.
     """
-    generator = torch.Generator().manual_seed(0)
+    bound = max(BOUNDS[source.dtype], source.precision)
+    exact = _error(source, scaling, network, x)
+    if not exact <= bound:
+        raise UnsupportedError(
+            f"the network's values must be those of {source.runtime} to {bound:.0e}, got a difference of "
+            f"{exact:.1e}; this is a fault of the import: please report it with the file"
+        )
+    wanted = dtype or source.dtype
+    rounded = copy.deepcopy(network).to(wanted)
+    error = _error(source, scaling, rounded, x)
+    if error <= max(bound, BOUNDS[wanted]):
+        return rounded, error
+    if dtype is None:
+        return network, exact
+    raise UnsupportedError(
+        f"weights in {str(dtype).removeprefix('torch.')} lose too many digits of this network: its values differ "
+        f"from those of {source.runtime} by {error:.1e}; pass dtype=torch.float64 (--dtype float64)"
+    )
+
+
+def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
+    """Return the largest difference from the source's values at points, relative to the largest value.
+
+    Both take the points as the network's dtype has them.
+
+    Raises:
+        UnsupportedError: the source has no finite values there, or values that depend on other points.
+    """
+    x = x.to(next(network.parameters()).dtype)
     mean, scale = scaling.input(source.width)
-    lower, upper = (torch.tensor(bound, dtype=torch.float64) for bound in region)
-    x = lower + (upper - lower) * torch.rand(POINTS, source.width, dtype=torch.float64, generator=generator)
-    inner = ((x - mean) / scale).to(source.dtype)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = source.evaluate(inner).double().reshape(POINTS, -1)
-        got = network(inner.double() * scale + mean)[0]
+    inner = ((x.double() - mean) / scale).to(source.dtype)
+    expected = _values(source, inner)
     if not bool(torch.isfinite(expected).all()):
         raise UnsupportedError(
-            f"{source.runtime} gives NaN or infinity at points between {region[0]} and {region[1]}"[:300]
+            f"{source.runtime} gives NaN or infinity at points between {x.amin(0).tolist()} and {x.amax(0).tolist()}"[
+                :300
+            ]
             + "; pass bounds (--bounds) within which the network is defined"
         )
-    out_mean, out_scale = scaling.output(expected.shape[1])
-    expected = expected * out_scale + out_mean
-    error = float((got - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
-    bound = max(BOUNDS[source.dtype], source.precision)
-    if not error <= bound:
+    part = slice(POINTS // 2)
+    if not _difference(_values(source, inner[part]), expected[part]) <= max(BOUNDS[source.dtype], source.precision):
         raise UnsupportedError(
-            f"the network's values must be those of {source.runtime} to {bound:.0e}, got a "
-            f"difference of {error:.1e}; this is a fault of the import: please report it with the file"
+            f"{source.runtime} gives a point other values when it is evaluated with other points, so that they "
+            "depend on those points or on their number; write the network such that each row is computed alone"
         )
-    return error
+    out_mean, out_scale = scaling.output(expected.shape[1])
+    with torch.no_grad():
+        return _difference(network(x)[0].double(), expected * out_scale + out_mean)
+
+
+def _values(source: Source, inner: Tensor) -> Tensor:
+    """Return the source's own values (n, m), without its warnings."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return source.evaluate(inner).double().reshape(len(inner), -1)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / max(float(expected.abs().max()), 1e-30))

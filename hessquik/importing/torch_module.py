@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hessquik.errors import UnsupportedError
 from hessquik.importing.capture import capture, example_of
 from hessquik.importing.scaling import Scaling
-from hessquik.importing.source import Imported, Source, import_source
-from hessquik.importing.torch_reader import Program, read
+from hessquik.importing.source import BOUNDS, Imported, Source, import_source
+from hessquik.importing.torch_reader import read
 from hessquik.networks import NN
 
 __all__ = ["from_torch", "import_module"]
@@ -66,18 +66,27 @@ def import_module(
 ) -> Imported:
     """Import a module as :func:`from_torch` does; return the network with the comparison of its values."""
     example = example_of(module, example_input)
-    program = capture(module, example)
+    program = capture(module, example, is_guess=example_input is None)
 
     def evaluate(x: Tensor) -> Tensor:
-        result = module(x.reshape(len(x), *example.shape[1:]))
+        try:
+            result = module(x.clone().reshape(len(x), *example.shape[1:]))
+        except RuntimeError as error:  # such as one of weights of several dtypes, which capture does not notice
+            raise UnsupportedError(
+                f"{type(module).__name__} cannot compute its values ({str(error).splitlines()[0][:200]}); call it on "
+                f"points of {x.dtype} first, and give all weights one dtype by module.float() or module.double()"
+            ) from None
         if not isinstance(result, Tensor):
             kind = type(result).__name__
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
         return result
 
-    return import_source(_source(program, evaluate, "torch"), scaling, allow_kinks, dtype, bounds)
-
-
-def _source(program: Program, evaluate: Any, runtime: str) -> Source:
-    """Return the :class:`Source` of a program: its sizes, how to read it, and how to evaluate it."""
-    return Source(program.width, program.dtype, runtime, lambda point: read(program, point), evaluate)
+    source = Source(
+        program.width,
+        program.dtype,
+        "torch",
+        lambda point: read(program, point),
+        evaluate,
+        precision=BOUNDS[program.coarsest],
+    )
+    return import_source(source, scaling, allow_kinks, dtype, bounds)

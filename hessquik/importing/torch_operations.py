@@ -5,6 +5,7 @@ Names are those of the ATen operators in programs of ``torch.export``, without t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,27 @@ from typing import Any
 from hessquik import activations as act
 from hessquik.activations import hessQuikActivationFunction
 from hessquik.expressions import Formula
-from hessquik.importing.graph import Node, Pointwise, affine
+from hessquik.importing.graph import Node, Pointwise, affine, refuse
 
-__all__ = ["ADDITIVE", "CONSTANT", "POINTWISE", "REFUSED", "UNCHANGED"]
+__all__ = [
+    "ADDITIVE",
+    "ALIASES",
+    "BY_SHAPE",
+    "DROPS",
+    "FORMULAS",
+    "PLAIN",
+    "POINTWISE",
+    "PRODUCTS",
+    "REFUSED",
+    "UNCHANGED",
+]
 
 Function = hessQuikActivationFunction | Formula
 
 #: Softplus is the identity to the last bit from here on.
 FAR = 40.0
+#: Largest whole power of formulas.
+MAX_POWER = 16
 _SELU = (1.6732632423543772, 1.0507009873554805)
 
 
@@ -51,12 +65,32 @@ def _softplus(place: str, z: Node, beta: float = 1.0, threshold: float = 20.0) -
 
 
 def _power(place: str, z: Node, exponent: Any) -> Node:
+    """Return z to a power; one that is neither whole nor ±½ is exp(p log z), which is defined for z > 0."""
     exponent = float(exponent)
     if exponent == 1:
         return z
+    if isinstance(z, Pointwise) and z.function == ["sqrt", "z"] and exponent % 2 == 0:
+        return _power(place, z.of, exponent / 2)
     if exponent == 2:
         return _scaled(place, z, act.quadraticActivation(), outer=2.0)
-    return Pointwise(place, z.width, z, ["power", "z", int(exponent) if exponent == int(exponent) else exponent])
+    if not abs(exponent) <= 1 << MAX_POWER:
+        raise refuse(place, f"raises to the power {exponent}", "raise to a smaller power")
+    if exponent == int(exponent):
+        return Pointwise(place, z.width, z, _whole_power(int(exponent)))
+    formula = ["power", "z", exponent] if abs(exponent) == 0.5 else ["exp", ["mul", exponent, ["log", "z"]]]
+    return Pointwise(place, z.width, z, formula)
+
+
+def _whole_power(exponent: int) -> Formula:
+    """Return z to a whole power, by squaring where formulas have no such power."""
+    if abs(exponent) <= MAX_POWER:
+        return ["power", "z", exponent]
+    half = _whole_power(int(exponent / 2))
+    return (
+        ["power", half, 2]
+        if exponent % 2 == 0
+        else ["mul", "z" if exponent > 0 else ["power", "z", -1], ["power", half, 2]]
+    )
 
 
 def _clamp(place: str, z: Node, low: float | None = None, high: float | None = None) -> Node:
@@ -111,6 +145,7 @@ POINTWISE: dict[str, Callable[..., Node]] = {
     "cosh": lambda place, z: _sum(place, z, (act.expActivation(), 1.0, 0.5), (act.expActivation(), -1.0, 0.5)),
     "atan": _apply(act.arctanActivation()),
     "erf": _apply(["erf", "z"]),
+    "erfc": lambda place, z: _scaled(place, z, ["ndtr", "z"], -math.sqrt(2), 2.0),
     "special_ndtr": _apply(["ndtr", "z"]),
     "sqrt": _apply(["sqrt", "z"]),
     "rsqrt": _apply(["power", "z", -0.5]),
@@ -119,28 +154,70 @@ POINTWISE: dict[str, Callable[..., Node]] = {
     "pow": _power,
 }
 
+#: Other names of operations.
+ALIASES = {
+    **dict.fromkeys(("true_divide", "divide"), "div"),
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
+    **dict.fromkeys(("linalg_norm", "norm"), "linalg_vector_norm"),
+    **{f"special_{name}": name for name in ("erf", "erfc", "exp2", "expm1", "log1p")},
+    "_cdist_forward": "cdist",
+    "_fused_rms_norm": "native_rms_norm",
+    "absolute": "abs",
+    "arctan": "atan",
+    "clip": "clamp",
+    "fmax": "maximum",
+    "fmin": "minimum",
+    "float_power": "pow",
+    "linalg_matmul": "matmul",
+    "moveaxis": "movedim",
+    "multiply": "mul",
+    "negative": "neg",
+    "special_expit": "sigmoid",
+    "subtract": "sub",
+}
+
 #: Operations that leave each value as it is.
 UNCHANGED = {
     "alias",
     "clone",
     "contiguous",
     "detach",
-    "detach_",
     "lift_fresh",
     "lift_fresh_copy",
+    "positive",
     "to",
     "_to_copy",
     "type_as",
+}
+#: Operations that drop values at random in training, and leave them as they are in evaluation mode.
+DROPS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+
+#: Operations to which one argument gives its shape alone, with the position of that argument.
+BY_SHAPE = {
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"), 0
+    ),
+    **dict.fromkeys(("expand_as", "view_as", "reshape_as"), 1),
 }
 
 #: Linear operations that add nothing: those on shapes, and sums.
 _SHAPES = """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t slice select index_select narrow
-    split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile numpy_T
-    pixel_shuffle pixel_unshuffle einsum
+    split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile numpy_T mT
+    pixel_shuffle pixel_unshuffle index gather take_along_dim repeat_interleave broadcast_to ravel diagonal trace
+    tril triu unfold expand_as view_as reshape_as
 """
+_PRODUCTS = """
+    mm matmul mv bmm dot vdot inner outer ger kron einsum tensordot bilinear _trilinear linalg_vecdot cross
+    linalg_cross addmm addmv addbmm baddbmm linear
+"""
+#: Operations that multiply values: affine ones if all factors but one are constants, and products of two values.
+PRODUCTS = frozenset(_PRODUCTS.split())
 #: Linear operations, with the positions of arguments that are added: these become the offset.
 ADDITIVE: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(_SHAPES.split(), ()),
+    **dict.fromkeys(sorted(PRODUCTS), ()),
     "add": (0, 1),
     "sub": (0, 1),
     "rsub": (0, 1),
@@ -148,30 +225,181 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
     "mul": (),
     "div": (),
     "linear": (2,),
-    "addmm": (0,),
-    "mm": (),
-    "matmul": (),
-    "mv": (),
-    "bmm": (),
-    "baddbmm": (0,),
+    "bilinear": (3,),
+    **dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm"), (0,)),
     "batch_norm": (2, 3),
-    "cat": (0,),
-    "stack": (0,),
+    **dict.fromkeys(("cat", "stack", "hstack", "vstack", "dstack", "column_stack"), (0,)),
+    **dict.fromkeys(("select_scatter", "slice_scatter", "diagonal_scatter"), (0, 1)),
+    "index_put": (0, 2),
     "constant_pad_nd": (2,),
     "pad": (3,),
-    **dict.fromkeys(_SHAPES.split(), ()),
 }
 
-_CONSTANT = """
-    _weight_norm amax amin arange cos diag diag_embed diagonal eye full full_like ger linalg_vector_norm linspace
-    maximum minimum new_full new_ones new_zeros norm ones ones_like outer prod scalar_tensor tan tril triu zeros
-    zeros_like
+_PLAIN = """
+    _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye full_like linspace
+    logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like scalar_tensor std
+    tril_indices triu_indices zeros zeros_like _unsafe_view transpose
 """
-#: Further operators that may be applied to constants.
-CONSTANT = frozenset(_CONSTANT.split())
+#: Further primitive operators that compute functions, although torch does not mark them as such.
+PLAIN = frozenset(_PLAIN.split())
+
+
+def _centred(t: Any, x: Any, dims: Any) -> Any:
+    return t.sub(x, t.mean(x, dims, True))
+
+
+def _mean_square(t: Any, x: Any, dims: Any) -> Any:
+    return t.mean(t.square(x), dims, True)
+
+
+def _unit(t: Any, x: Any, dims: Any, eps: float) -> Any:
+    """Return x / √(mean x² + ε), the mean being over some axes."""
+    return t.mul(x, t.rsqrt(t.add(_mean_square(t, x, dims), eps)))
+
+
+def _affine(t: Any, x: Any, weight: Any, bias: Any) -> Any:
+    scaled = x if weight is None else t.mul(x, weight)
+    return scaled if bias is None else t.add(scaled, bias)
+
+
+def _last(shape: Any) -> list[int]:
+    return list(range(-len(shape), 0))
+
+
+def _layer_norm(t: Any, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+    return _affine(t, _unit(t, _centred(t, x, _last(shape)), _last(shape), eps), weight, bias)
+
+
+def _rms_norm(t: Any, x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    return _affine(t, _unit(t, x, _last(shape), t.precision if eps is None else eps), weight, None)
+
+
+def _group_norm(t: Any, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+    sizes = t.size(x)
+    parts = t.reshape(x, [sizes[0], groups, -1])
+    per_channel = [1, sizes[1], *(1 for _ in sizes[2:])]
+    weight, bias = (part if part is None else t.reshape(part, per_channel) for part in (weight, bias))
+    return _affine(t, t.reshape(_unit(t, _centred(t, parts, [2]), [2], eps), list(sizes)), weight, bias)
+
+
+def _instance_norm(
+    t: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    uses_input: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
+    if not uses_input:
+        return t.batch_norm(x, weight, bias, mean, var, False, momentum, eps, False)
+    return _group_norm(t, x, t.size(x)[1], weight, bias, eps)
+
+
+def _variance(
+    t: Any, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> Any:
+    dims = [dims] if isinstance(dims, int) else dims
+    squares = t.square(_centred(t, x, dims))
+    number = math.prod(t.size(x)[dim] for dim in dims)
+    return t.div(t.sum(squares, dims, keepdim), number - (float(unbiased) if correction is None else correction))
+
+
+def _norm(t: Any, x: Any, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    if order not in {2, None, "fro"} or dims is None or dims == []:
+        raise refuse(t.place, *REFUSED["pdist"])
+    return t.sqrt(t.sum(t.square(x), [dims] if isinstance(dims, int) else dims, keepdim))
+
+
+def _distances(t: Any, a: Any, b: Any, order: float = 2.0, *_: Any) -> Any:
+    return _norm(t, t.sub(t.unsqueeze(a, -2), t.unsqueeze(b, -3)), order, [-1])
+
+
+def _distance(t: Any, a: Any, b: Any, order: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _norm(t, t.add(t.sub(a, b), eps), order, [-1], keepdim)
+
+
+def _largest(t: Any, x: Any, dims: Any = (), keepdim: bool = False, *, of_two: str = "maximum") -> Any:
+    """Return the largest number along axes, by halves: the largest of two numbers has a kink, no other has."""
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not dims:
+        raise refuse(t.place, *REFUSED["sort"])
+    for dim in dims:
+        size = t.size(x)[dim]
+        while size > 1:
+            half = size // 2
+            best = getattr(t, of_two)(t.narrow(x, dim, 0, half), t.narrow(x, dim, half, half))
+            x = t.cat([best, t.narrow(x, dim, 2 * half, size - 2 * half)], dim) if size % 2 else best
+            size -= half
+    return x if keepdim else t.squeeze(x, dims)
+
+
+def _max(t: Any, x: Any, other: Any = None, keepdim: bool = False, *, of_two: str = "maximum") -> Any:
+    if other is None or isinstance(other, int):
+        return _largest(t, x, () if other is None else other, keepdim, of_two=of_two), None
+    return getattr(t, of_two)(x, other)
+
+
+def _gated(t: Any, x: Any, dim: int = -1) -> Any:
+    left, right = t.chunk(x, 2, dim)
+    return t.mul(left, t.sigmoid(right))
+
+
+def _threshold(t: Any, x: Any, threshold: float, value: float) -> Any:
+    if threshold != value:
+        raise refuse(
+            t.place, f"jumps from {value} to {threshold} where its argument is {threshold}", "use a smooth function"
+        )
+    return t.add(t.relu(t.sub(x, threshold)), threshold)
+
+
+#: Operations as formulas of others, from the operators t and the operation's arguments.
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "addcdiv": lambda t, x, a, b, *, value=1: t.add(x, t.mul(t.div(a, b), value)),
+    "addcmul": lambda t, x, a, b, *, value=1: t.add(x, t.mul(t.mul(a, b), value)),
+    "amax": _largest,
+    "amin": functools.partial(_largest, of_two="minimum"),
+    "cdist": _distances,
+    "copy": lambda t, x, source, *_: t.expand_as(source, x),
+    "fill": lambda t, x, value: t.add(t.zeros_like(x), value),
+    "glu": _gated,
+    "group_norm": _group_norm,
+    "hardsigmoid": lambda t, x: t.clamp(t.add(t.div(x, 6.0), 0.5), 0.0, 1.0),
+    "hardswish": lambda t, x: t.mul(x, t.hardsigmoid(x)),
+    "instance_norm": _instance_norm,
+    "layer_norm": _layer_norm,
+    "lerp": lambda t, a, b, weight: t.add(a, t.mul(t.sub(b, a), weight)),
+    "linalg_vector_norm": _norm,
+    "logaddexp": lambda t, a, b: t.add(b, t.softplus(t.sub(a, b), 1.0, FAR)),
+    "masked_fill": lambda t, x, mask, value: t.where(mask, value, x),
+    "max": _max,
+    "min": functools.partial(_max, of_two="minimum"),
+    "native_batch_norm": lambda t, *args: (t.batch_norm(*args, False), None, None),
+    "_native_batch_norm_legit_no_training": lambda t, x, weight, bias, mean, var, momentum, eps: (
+        t.batch_norm(x, weight, bias, mean, var, False, momentum, eps, False),
+        None,
+        None,
+    ),
+    "native_group_norm": lambda t, x, weight, bias, n, c, size, groups, eps: (
+        _group_norm(t, x, groups, weight, bias, eps),
+        None,
+        None,
+    ),
+    "native_layer_norm": lambda t, *args: (_layer_norm(t, *args), None, None),
+    "native_rms_norm": lambda t, *args: (_rms_norm(t, *args), None),
+    "pairwise_distance": _distance,
+    "rms_norm": _rms_norm,
+    "softshrink": lambda t, x, bound=0.5: t.sub(t.relu(t.sub(x, bound)), t.relu(t.sub(t.neg(x), bound))),
+    "std": lambda t, *args, **kwargs: t.sqrt(_variance(t, *args, **kwargs)),
+    "threshold": _threshold,
+    "var": _variance,
+    "zero": lambda t, x: t.zeros_like(x),
+}
 
 _ROWS = "use fully-connected layers, whose every output depends on one row"
-_NORM = "use nn.BatchNorm1d, whose evaluation mode is an affine map, or scale the data"
 _INTEGER = "import the part of the network behind the table, which takes real numbers"
 _EVAL = "call module.eval() before"
 
@@ -183,39 +411,46 @@ _REASONS = (
         "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d",
     ),
     (
-        "divides features by their own standard deviation",
-        _NORM,
-        "layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm",
+        "normalises with the statistics of the batch, so that rows depend on each other",
+        "call module.eval() before, and let it track statistics (track_running_stats=True)",
+        "_native_batch_norm_legit _native_batch_norm_legit_functional _batch_norm_with_update",
     ),
-    ("normalises with the statistics of the batch", _EVAL, "native_batch_norm _native_batch_norm_legit"),
-    ("changes its own buffers, as batch normalisation in training does", _EVAL, "add_ copy_ mul_ sub_ fill_ zero_"),
+    (
+        "stops the gradient (detach, or torch.no_grad), so that the module's own derivatives are not those of its "
+        "values",
+        "remove it",
+        "detach",
+    ),
     (
         "drops features or draws slopes at random",
         _EVAL,
         "dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu",
     ),
     (
-        "divides by a sum over all features",
-        "return the values before it, and apply it to those",
-        "softmax _softmax log_softmax _log_softmax logsumexp",
+        "sums exponentials, which overflow for large values unless the largest value is subtracted, and the largest "
+        "has kinks",
+        "return the values before it and apply it to those, or write exp(z) / exp(z).sum(-1, keepdim=True) if all z "
+        "are small",
+        "softmax _softmax log_softmax _log_softmax _safe_softmax logsumexp",
     ),
     (
-        "is attention, which multiplies values that both depend on the inputs",
+        "is attention, whose softmax sums exponentials that overflow unless the largest is subtracted, and the "
+        "largest has kinks",
         _ROWS,
         "scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd",
     ),
     (
         "takes a maximum, which has kinks where its arguments are equal",
         "use a smooth function such as a sum or a mean",
-        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices max min "
-        "amax amin fmax fmin sort topk median kthvalue cummax",
+        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices sort topk "
+        "median kthvalue cummax",
     ),
     (
         "is a pooling over places, which is not kept as one here",
         "use nn.Linear on the flattened input",
         "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d",
     ),
-    ("looks up a table by integers", _INTEGER, "embedding embedding_bag one_hot bucketize searchsorted gather take"),
+    ("looks up a table by integers", _INTEGER, "embedding embedding_bag one_hot bucketize searchsorted take"),
     (
         "is constant in pieces, so that its derivatives are 0 or undefined",
         "use a smooth function",
@@ -224,7 +459,7 @@ _REASONS = (
     (
         "chooses by a comparison",
         "use a smooth function in place of the choice",
-        "gt ge lt le eq ne where masked_fill logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not "
+        "gt ge lt le eq ne logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not "
         "isnan nonzero item _local_scalar_dense",
     ),
     ("is a recurrent network", _ROWS, "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
@@ -234,9 +469,9 @@ _REASONS = (
         "rand randn rand_like randn_like bernoulli normal multinomial randint randperm",
     ),
     (
-        "takes a norm or a deviation of features, which has kinks or is divided by",
-        "return the values before it, and apply it to those",
-        "linalg_vector_norm norm cdist pairwise_distance cosine_similarity var std",
+        "takes a norm that has kinks, or divides by one",
+        "use the Euclidean norm along an axis of features, or return the values before it",
+        "pdist cosine_similarity dist",
     ),
     (
         "solves with or factors a matrix that depends on the inputs",
@@ -245,11 +480,7 @@ _REASONS = (
     ),
     ("makes complex numbers", "write it with real and imaginary parts", "fft_fft fft_rfft complex view_as_complex"),
     ("multiplies all features", "write it as products of two", "prod cumprod"),
-    (
-        "is a function with kinks",
-        "use its smooth counterpart: sigmoid, SiLU or x - tanh(x)",
-        "hardsigmoid hardswish hardshrink softshrink threshold",
-    ),
+    ("jumps where its argument is its bound", "use a smooth function such as x - tanh(x)", "hardshrink"),
 )
 REFUSED: dict[str, tuple[str, str]] = {
     name: (does, instead) for does, instead, names in _REASONS for name in names.split()

@@ -6,22 +6,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hessquik.errors import UnsupportedError
+from hessquik.importing import torch_constants as constants
 from hessquik.importing import torch_operations as operations
+from hessquik.importing.bilinear import apply_bilinear
 from hessquik.importing.graph import Node, refuse
 from hessquik.importing.interpreting import (
     Features,
     apply_affine,
     as_float64,
     features_in,
+    filled,
     maximum,
     minimum,
     multiply,
@@ -29,7 +35,7 @@ from hessquik.importing.interpreting import (
     rectify,
 )
 
-__all__ = ["HANDLERS", "Call", "Program", "Ref", "read", "run"]
+__all__ = ["COLLECT", "HANDLERS", "Call", "Operators", "Program", "Ref", "read", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,26 @@ class Call:
 
     @property
     def operation(self) -> str:
-        """The operator's name without package and overload."""
-        return self.target.split(".")[1] if self.target.startswith("aten.") else self.target
+        """The usual name of the function that it computes, without package and overload."""
+        return _operation(self.target)
+
+    @property
+    def function(self) -> str:
+        """The operator that computes the same, and changes no argument: ``aten.add`` for ``aten.add_``."""
+        package, _, rest = self.target.partition(".")
+        name, dot, overload = rest.partition(".")
+        return f"{package}.{name.removesuffix('_')}{dot}{overload}" if self.changes_its_argument else self.target
+
+    @property
+    def changes_its_argument(self) -> bool:
+        """Return True if it writes its result into its first argument."""
+        alias = _alias(self.target)
+        return alias is not None and alias.is_write and self.operation != "detach"
+
+    @property
+    def is_view(self) -> bool:
+        """Return True if its results share memory with its first argument, or may do so."""
+        return _alias(self.target) is not None or self.operation in operations.DROPS or self.target in _PARTS
 
     @property
     def computes(self) -> bool:
@@ -79,6 +103,8 @@ class Program:
         constants: Parameters, buffers and other tensors, by the names of their values.
         calls: In order.
         output: Name of the output.
+        takes_any_rows: Whether the number of rows may differ from that of the shape.
+        titles: Names of parameters and buffers in the module, by the names of their values.
     """
 
     input: str
@@ -87,11 +113,20 @@ class Program:
     constants: dict[str, Tensor]
     calls: list[Call]
     output: str
+    takes_any_rows: bool = False
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
         """Number of inputs of a point."""
         return int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype of the fewest digits in which it computes."""
+        casts = (call for call in self.calls if call.operation in operations.UNCHANGED)
+        dtypes = {self.dtype, *(dtype for call in casts for dtype in _dtypes(call.args, call.kwargs))}
+        return torch.float32 if torch.float32 in dtypes else self.dtype
 
 
 def read(program: Program, point: Node) -> Node:
@@ -101,17 +136,20 @@ def read(program: Program, point: Node) -> Node:
         UnsupportedError: the program does something that cannot be exact here.
     """
     rows, *shape = program.shape
-    values: dict[str, Any] = {name: as_float64(tensor) for name, tensor in program.constants.items()}
-    values[program.input] = Features(point, tuple(shape))
     _expect_known(program)
+    memory = _Memory(program, Features(point, tuple(shape), 0))
     for call in program.calls:
         if call.computes:
-            args, kwargs = _arguments(call, values)
             with readable(_place(call)):
-                _store(call, _interpret(call, args, kwargs, rows), values)
-    output = values[program.output]
+                _expect_numbers(program, call, memory.values)
+                memory.store(call, Operators(_place(call), rows, program.dtype))
+    output = memory.values[program.output]
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
+    if output.axis:
+        raise refuse(
+            program.output, f"has the rows along axis {output.axis}", "return one row per point, by a transpose"
+        )
     return output.node
 
 
@@ -119,14 +157,29 @@ def _expect_known(program: Program) -> None:
     """Refuse a program with an operator that cannot be exact, before anything of it is computed."""
     dependent = {program.input}
     for call in program.calls:
-        if not call.computes:
+        names = _names([*call.args, *call.kwargs.values()])
+        if not call.computes or dependent.isdisjoint(names):
             continue
-        if dependent.isdisjoint(_names(call.args)) and dependent.isdisjoint(_names(list(call.kwargs.values()))):
-            continue
-        tables = (HANDLERS, operations.POINTWISE, operations.ADDITIVE)
-        if call.target != "_operator.getitem" and not any(call.operation in table for table in tables):
-            raise _unknown(call)
-        dependent |= set(call.outputs) if call.operation not in _SIZES else set()
+        if call.target not in _PYTHON and call.operation not in _KNOWN:
+            raise _unknown(_place(call), call.target)
+        if call.operation not in {*_SIZES, *operations.BY_SHAPE}:
+            dependent |= {*call.outputs, *(names[:1] if call.changes_its_argument else ())}
+
+
+def _expect_numbers(program: Program, call: Call, values: Mapping[str, Any]) -> None:
+    """Refuse NaN and infinity among the constants of a call, by their names."""
+    names = _names([*call.args, *call.kwargs.values()])
+    if not any(isinstance(values.get(name), Features) for name in names):
+        return
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
+            raise refuse(
+                _place(call),
+                f"computes with {program.titles.get(name, name)}, which has {kind}",
+                "train or load the module anew; what it computes is not a number",
+            )
 
 
 def _names(argument: Any) -> list[str]:
@@ -136,19 +189,104 @@ def _names(argument: Any) -> list[str]:
     return [argument.name] if isinstance(argument, Ref) else []
 
 
+#: What to do instead of a change of a buffer.
+_STILL = "call module.eval() before; if it does so in evaluation as well, compute without buffers that change"
+
+
+class _Memory:
+    """Values by their names, some of which share memory: a change of one is a change of the others.
+
+    Attributes:
+        values: The values.
+        views: The value that a value is a part of, and the function that takes the part.
+        lost: Values that share memory with a changed one or do not, which only the module's memory would tell.
+    """
+
+    def __init__(self, program: Program, point: Features) -> None:
+        self.values: dict[str, Any] = {name: as_float64(tensor) for name, tensor in program.constants.items()}
+        self.values[program.input] = point
+        self.views: dict[str, tuple[str, Callable[[Any], Any]]] = {}
+        self.copies: set[str] = set()
+        self.lost: set[str] = set()
+        self.titles = {name: program.titles.get(name, f"constant {name}") for name in program.constants}
+
+    def store(self, call: Call, t: Operators) -> None:
+        """Compute a call, and store its results."""
+        for name in _names([*call.args, *call.kwargs.values()]):
+            if name in self.lost:
+                raise refuse(
+                    t.place, f"takes {name!r}, which may have been changed in place", "clone before a change"
+                )
+        args, kwargs = _arguments(call, self.values)
+        results = _results(call, t.apply(call.function, args, kwargs))
+        source = next(iter(_names(call.args[:1])), None)
+        if call.changes_its_argument and source is not None:
+            self._change(source, results[0], t)
+            results = [self.values[source]]
+            self.views[call.outputs[0]] = source, lambda value: value
+        elif call.is_view and source is not None:
+            for k, name in enumerate(call.outputs):
+                self.views[name] = source, _part(call, t, args, kwargs, k)
+            self.copies |= set(call.outputs) if call.operation in _MAY_COPY else set()
+        self.values.update(zip(call.outputs, results, strict=True))
+
+    def _change(self, name: str, value: Any, t: Operators) -> None:
+        """Set a value, and all that share memory with it."""
+        parts: list[Callable[[Any], Any]] = []
+        root = name
+        while root in self.views and root not in self.copies:
+            root, part = self.views[root]
+            parts.append(part)
+        if root in self.titles:
+            raise refuse(
+                t.place,
+                f"changes {self.titles[root]} at every call, as batch normalisation and spectral_norm do in training",
+                _STILL,
+            )
+        self.lost |= self._sharing(self._first(root)) - self._sharing(root)
+        self.values[root] = t.replaced(self.values[root], value, list(reversed(parts)))
+        for each in self.views:
+            if each in self._sharing(root) and each != root:
+                base, part = self.views[each]
+                self.values[each] = part(self.values[base])
+
+    def _first(self, name: str) -> str:
+        """Return the value that a value is a part of, be it a copy or not."""
+        while name in self.views:
+            name, _ = self.views[name]
+        return name
+
+    def _sharing(self, name: str) -> set[str]:
+        """Return a value and all parts of it."""
+        found = {name}
+        for view, (base, _) in self.views.items():
+            if base in found:
+                found.add(view)
+        return found
+
+
+def _part(call: Call, t: Operators, args: Sequence[Any], kwargs: Mapping[str, Any], k: int) -> Callable[[Any], Any]:
+    """Return the function that computes the result k of a call from another first argument."""
+
+    def part(value: Any) -> Any:
+        return _results(call, t.apply(call.function, (value, *args[1:]), kwargs))[k]
+
+    return part
+
+
 def run(program: Program, x: Tensor) -> Tensor:
     """Run the program itself on points (rows, d), by torch."""
     values: dict[str, Any] = {
         name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in program.constants.items()
     }
-    values[program.input] = x.reshape(program.shape)
+    values[program.input] = x.reshape(-1, *program.shape[1:])
     for call in program.calls:
         if call.computes:
             args, kwargs = _arguments(call, values)
-            _store(call, _compute(call, args, kwargs), values)
+            values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
     result: Tensor = values[program.output]
-    return result.reshape(program.shape[0], -1)
+    return result.reshape(len(x), -1)
 
 
 #: Arguments that choose device and layout, and do not change values.
@@ -157,57 +295,93 @@ _IGNORED = {"device", "layout", "memory_format", "non_blocking", "copy", "pin_me
 
 def _arguments(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call by position and by name."""
-    kwargs = {name: _resolved(value, values) for name, value in call.kwargs.items() if name not in _IGNORED}
-    return _resolved(call.args, values), kwargs
+    keeps_lists = call.target in _PARTS
+    kwargs = {k: _resolved(value, values, keeps_lists) for k, value in call.kwargs.items() if k not in _IGNORED}
+    return _resolved(call.args, values, keeps_lists), kwargs
 
 
 def _compute(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Evaluate a call on tensors."""
-    if call.operation not in operations.UNCHANGED:
-        return _function(call)(*args, **kwargs)
-    dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
-    return args[0].to(dtypes[0]) if dtypes else args[0]
+    """Evaluate a call of a program that has been read."""
+    if call.operation in operations.UNCHANGED:
+        value = args[0].clone() if _alias(call.target) is None else args[0]
+        dtypes = _dtypes(args, kwargs)
+        return value.to(dtypes[0]) if dtypes else value
+    if call.target in _PYTHON:
+        return _python(_place(call), call.target, args)
+    if call.operation not in _KNOWN:
+        return constants.compute(_place(call), call.target, args, kwargs, _KNOWN)
+    return _found(_place(call), call.target)(*args, **kwargs)
 
 
-def _store(call: Call, result: Any, values: dict[str, Any]) -> None:
-    """Store the results of a call under its names."""
-    results = result if isinstance(result, list | tuple) and len(call.outputs) > 1 else [result]
-    if isinstance(result, list | tuple) and len(call.outputs) == 1:
-        results = [result]  # a list that later calls take apart
-    values.update(zip(call.outputs, results, strict=True))
+def _found(place: str, target: str) -> Callable[..., Any]:
+    function = constants.find(target)
+    if function is None:
+        raise _unknown(place, target)
+    return function
 
 
-def _resolved(argument: Any, values: Mapping[str, Any]) -> Any:
+def _results(call: Call, result: Any) -> list[Any]:
+    """Return the results of a call in the order of its outputs; one output can be a list for later calls."""
+    is_apart = isinstance(result, list | tuple) and len(call.outputs) > 1
+    return list(result)[: len(call.outputs)] if is_apart else [result]
+
+
+def _resolved(argument: Any, values: Mapping[str, Any], keeps_lists: bool) -> Any:
+    """Return an argument with values in the places of names; in files a list of one has the name of its part."""
     if isinstance(argument, Ref):
-        return values[argument.name]
+        value = values[argument.name]
+        return value[0] if isinstance(value, list) and len(value) == 1 and not keeps_lists else value
     if isinstance(argument, list | tuple):
-        return type(argument)(_resolved(part, values) for part in argument)
+        return type(argument)(_resolved(part, values, keeps_lists) for part in argument)
     return argument
 
 
-#: Operators on sizes, which are plain integers here.
-_ON_SIZES: dict[str, Callable[..., Any]] = {
-    "_operator.add": lambda a, b: a + b,
-    "_operator.sub": lambda a, b: a - b,
-    "_operator.mul": lambda a, b: a * b,
-    "_operator.floordiv": lambda a, b: a // b,
-    "_operator.getitem": lambda a, b: a[b],
-    "<built-in function add>": lambda a, b: a + b,
+#: Operators that take a value out of a list.
+_PARTS = ("_operator.getitem", "<built-in function getitem>")
+#: The name of an operator that returns a list of its arguments.
+COLLECT = "list"
+#: Operators that take a value out of a list, and those on sizes.
+_PYTHON: dict[str, Callable[..., Any]] = {
+    COLLECT: lambda values: values,
+    **dict.fromkeys(_PARTS, operator.getitem),
+    "<built-in function add>": operator.add,
+    **{
+        f"_operator.{name}": getattr(operator, name)
+        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "ge", "gt", "le", "lt", "eq", "ne")
+    },
 }
+#: Operations whose results share memory with their arguments if these lie in order, and are copies otherwise.
+_MAY_COPY = {"reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as"}
 
 
-def _function(call: Call) -> Callable[..., Any]:
-    """Return the function that a call is of, out of those that only compute."""
-    if call.target in _ON_SIZES:
-        return _ON_SIZES[call.target]
-    name = call.operation
-    is_known = name in {*operations.ADDITIVE, *operations.POINTWISE, *operations.CONSTANT, *HANDLERS}
-    if not call.target.startswith("aten.") or not is_known:
-        raise _unknown(call)
-    packet = getattr(torch.ops.aten, name)
-    overload = call.target.split(".")[2] if call.target.count(".") == 2 else "default"
-    found: Callable[..., Any] = getattr(packet, overload)
-    return found
+def _python(place: str, target: str, args: Sequence[Any]) -> Any:
+    """Return the result of an operator of Python on numbers, or of one on a list."""
+    if target not in {COLLECT, *_PARTS} and not all(isinstance(arg, int | float) for arg in args):
+        raise refuse(place, "computes with something else than sizes", "write it with torch's operators")
+    return _PYTHON[target](*args)
+
+
+def _operation(target: str) -> str:
+    """Return the usual name of the function of an operator.
+
+    Examples:
+        >>> _operation("aten.add_.Tensor"), _operation("aten.true_divide.Tensor"), _operation("mine.f")
+        ('add', 'div', 'mine.f')
+    """
+    if not target.startswith("aten."):
+        return target
+    name = target.split(".")[1]
+    name = name.removesuffix("_")
+    return operations.ALIASES.get(name, name)
+
+
+def _alias(target: str) -> Any:
+    """Return how an operator's first argument shares memory with its results, or is changed; ``None`` if neither."""
+    found = constants.find(target)
+    if isinstance(found, torch._ops.OpOverloadPacket):
+        found = getattr(found, "default", None)
+    arguments = [] if found is None else found._schema.arguments  # type: ignore[attr-defined]
+    return arguments[0].alias_info if arguments else None
 
 
 def _place(call: Call) -> str:
@@ -216,139 +390,226 @@ def _place(call: Call) -> str:
     )
 
 
-def _unknown(call: Call) -> UnsupportedError:
-    if call.operation in operations.REFUSED:
-        return refuse(_place(call), *operations.REFUSED[call.operation])
-    if "higher_order" in call.target:
-        return refuse(_place(call), "decides or repeats while it runs", "write forward without branches on values")
-    if not call.target.startswith("aten."):
-        return refuse(_place(call), "is an operator of your own", "write it with torch's operators")
+def _unknown(place: str, target: str) -> UnsupportedError:
+    operation = _operation(target)
+    if operation in operations.REFUSED:
+        return refuse(place, *operations.REFUSED[operation])
+    if "autocast" in target:
+        return refuse(place, "computes in few digits (torch.autocast)", "remove it")
+    if "higher_order" in target:
+        return refuse(place, "decides or repeats while it runs", "write forward without branches on values")
+    if not target.startswith("aten."):
+        return refuse(place, "is an operator of your own", "write it with torch's operators")
     return refuse(
-        _place(call),
+        place,
         "is not among the operations that can be exact here",
         "write it with those that the table of supported operations lists",
     )
 
 
-def _interpret(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Convert a call to values of the graph, or evaluate it if its arguments are constants."""
-    if call.target == "_operator.getitem":
-        return args[0][args[1]]
-    if not (features_in(args) + features_in(list(kwargs.values()))):
-        return as_float64(_compute(call, args, kwargs))
-    return HANDLERS.get(call.operation, _by_table)(call, args, kwargs, rows)
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """torch's operators on values that depend on the inputs, by their names: ``t.add(u, v)``.
+
+    Attributes:
+        place: Name of the node that is computed.
+        rows: Number of rows.
+        dtype: Of the program's input.
+    """
+
+    place: str
+    rows: int
+    dtype: torch.dtype
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.apply(f"aten.{name}", args, kwargs)
+
+    @property
+    def precision(self) -> float:
+        """Relative precision of numbers of the program's dtype."""
+        return torch.finfo(self.dtype).eps
+
+    def apply(self, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Interpret an operator as values of the graph, or evaluate it if its arguments are constants."""
+        if target in _PYTHON:
+            return _python(self.place, target, args)
+        name = _operation(target)
+        if "out" in kwargs:
+            raise refuse(self.place, "writes into another array (out=), as spectral_norm does in training", _STILL)
+        if name in {"index", "index_put"}:
+            args = (args[0], _positions(args[1]), *args[2:])
+        if not features_in([*args, *kwargs.values()]) and name not in _ON_ANYTHING:
+            return as_float64(constants.compute(self.place, target, args, kwargs, _KNOWN))
+        if name in HANDLERS:
+            return HANDLERS[name](self, *args, **kwargs)
+        if name in operations.POINTWISE and isinstance(args[0], Features) and len(features_in(args)) == 1:
+            others = [float(arg) if isinstance(arg, Tensor) and arg.numel() == 1 else arg for arg in args[1:]]
+            return replace(args[0], node=operations.POINTWISE[name](self.place, args[0].node, *others, **kwargs))
+        if name in operations.ADDITIVE:
+            return self.affine(target, args, kwargs, operations.ADDITIVE[name])
+        raise _unknown(self.place, target)
+
+    def affine(self, target: str, args: Sequence[Any], kwargs: Mapping[str, Any], additive: Collection[int]) -> Any:
+        """Interpret an affine operation, or a product of two values."""
+        named = {key: value for key, value in kwargs.items() if key != "dtype"}
+        found = _found(self.place, target)
+        features = features_in(args)
+
+        def function(*arguments: Any) -> Any:
+            return found(*arguments, **named)
+
+        shapes = iter([torch.zeros(1, dtype=torch.float64).expand(each.whole(self.rows)) for each in features])
+        result = constants.rehearse(self.place, found, filled(args, shapes), named)
+        outputs = sum(part.numel() for part in tree_leaves(result) if isinstance(part, Tensor)) // self.rows
+        constants.expect_bounded(self.place, outputs * max(each.node.width for each in features))
+        if len(features) > 1 and _operation(target) in operations.PRODUCTS:
+            return apply_bilinear(self.place, function, args, self.rows)
+        return apply_affine(self.place, function, args, additive, self.rows)
+
+    def replaced(self, whole: Any, part: Any, views: Sequence[Callable[[Any], Any]]) -> Any:
+        """Return a value with a part of it, a view of a view and so on, replaced by another value."""
+        if not views:
+            return part
+        shape = whole.whole(self.rows) if isinstance(whole, Features) else tuple(whole.shape)
+        positions = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        for view in views:
+            positions = view(positions)
+
+        def function(old: Tensor, new: Tensor) -> Tensor:
+            numbers = new.expand(positions.shape).reshape(-1)
+            return old.reshape(-1).scatter(0, positions.reshape(-1), numbers).reshape(shape)
+
+        if not features_in([whole, part]):
+            return function(whole, part.to(whole.dtype))
+        return apply_affine(self.place, function, (whole, part), (0, 1), self.rows)
 
 
-def _by_table(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Interpret a function of one variable or an affine operation."""
-    name = call.operation
-    if name in operations.POINTWISE and isinstance(args[0], Features) and len(features_in(args)) == 1:
-        others = [float(arg) if isinstance(arg, Tensor) and arg.numel() == 1 else arg for arg in args[1:]]
-        return Features(operations.POINTWISE[name](_place(call), args[0].node, *others, **kwargs), args[0].shape)
-    if name in operations.ADDITIVE:
-        return _linear(call, args, kwargs, rows)
-    raise _unknown(call)
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return indices with every mask as the positions where it is True."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype in {torch.bool, torch.uint8}
+        found += list(index.nonzero().unbind(1)) if is_mask and index is not None else [index]
+    return found
 
 
 #: Operators whose results are sizes.
 _SIZES = ("size", "sym_size")
 
 
-def _size(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    sizes = (rows, *args[0].shape)
-    return sizes[args[1]] if len(args) > 1 else sizes
+def _size(t: Operators, value: Any, *axis: int) -> Any:
+    sizes = value.whole(t.rows) if isinstance(value, Features) else tuple(value.shape)
+    return sizes[axis[0]] if axis else sizes
 
 
-def _drop(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
+def _drop(t: Operators, value: Any, probability: float, is_training: bool) -> Any:
     """Return the value as it is, in evaluation mode."""
-    if args[1] and args[2]:
-        raise _unknown(call)
-    value: Features = args[0]
+    if probability and is_training:
+        raise refuse(t.place, *operations.REFUSED["dropout"])
     return value
 
 
-def _normalise(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
+def _normalise(t: Operators, *args: Any) -> Any:
     """Interpret batch normalisation, which is affine in evaluation mode."""
     if args[5]:
-        raise refuse(_place(call), *operations.REFUSED["native_batch_norm"])
-    return _linear(call, args, kwargs, rows)
+        raise refuse(t.place, *operations.REFUSED["_native_batch_norm_legit"])
+    return t.affine("aten.batch_norm", args, {}, operations.ADDITIVE["batch_norm"])
 
 
-def _multiply(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Interpret a product or quotient."""
-    if kwargs.get("rounding_mode") is not None:
-        raise refuse(_place(call), "rounds a quotient", "divide without rounding_mode")
-    left, right = args
-    return multiply(_place(call), left, right, rows, divide=call.operation == "div")
+def _divide(t: Operators, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
+    """Interpret a quotient."""
+    if rounding_mode is not None:
+        raise refuse(t.place, "rounds a quotient", "divide without rounding_mode")
+    return multiply(t.place, left, right, t.rows, divide=True)
 
 
-def _unchanged(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
+def _unchanged(t: Operators, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the value as it is, unless it becomes an integer."""
-    dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
+    if not isinstance(value, Features):
+        return value.to(_dtypes(args, kwargs)[0]) if _dtypes(args, kwargs) else value
+    dtypes = _dtypes(args, kwargs)
     if any(not dtype.is_floating_point for dtype in dtypes):
-        raise refuse(_place(call), "makes integers of the values", "keep the values as real numbers")
+        raise refuse(t.place, "makes integers of the values", "keep the values as real numbers")
     if not {torch.float32, torch.float64} >= set(dtypes):
-        raise refuse(_place(call), "rounds the values to few digits", "keep the values as float32 or float64")
-    return args[0]
+        raise refuse(t.place, "rounds the values to few digits", "keep the values as float32 or float64")
+    return value
 
 
-def _power(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Interpret z to a power, or a positive number to the power z."""
-    base, exponent = args
-    if isinstance(base, Features) and not isinstance(exponent, Features | Tensor):
-        return _by_table(call, args, kwargs, rows)
-    if isinstance(base, int | float) and base > 0:
-        place = _place(call)
-        scaled = multiply(place, exponent, torch.tensor(math.log(base), dtype=torch.float64), rows)
-        return Features(operations.POINTWISE["exp"](place, scaled.node), exponent.shape)
-    raise refuse(
-        _place(call), "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
-    )
+def _dtypes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.dtype]:
+    return [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
 
 
-def _gate(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
-    """Interpret u ⊙ sigmoid(v) with the halves u and v of a value."""
-    dim = args[1] if len(args) > 1 else -1
-    left, right = apply_affine(_place(call), lambda z: z.chunk(2, dim), args[:1], (), rows)
-    gate = Features(operations.POINTWISE["sigmoid"](_place(call), right.node), right.shape)
-    return multiply(_place(call), left, gate, rows)
+def _detach(t: Operators, value: Any) -> Any:
+    """Return a constant as it is."""
+    if isinstance(value, Features):
+        raise refuse(t.place, *operations.REFUSED["detach"])
+    return value
 
 
-def _random_slope(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
+def _power(t: Operators, base: Any, exponent: Any) -> Any:
+    """Interpret z to a power, or positive numbers to the power z."""
+    if isinstance(base, Features) and _is_number(exponent):
+        return replace(base, node=operations.POINTWISE["pow"](t.place, base.node, float(exponent)))
+    if isinstance(exponent, Features) and not isinstance(base, Features):
+        numbers = torch.as_tensor(base, dtype=torch.float64)
+        if bool((numbers > 0).all()):
+            return t.exp(t.mul(exponent, numbers.log()))
+    raise refuse(t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _random_slope(
+    t: Operators, x: Features, lower: float = 1 / 8, upper: float = 1 / 3, is_training: bool = False, *_: Any
+) -> Any:
     """Interpret RReLU, whose slope is the mean one in evaluation mode."""
-    x, lower, upper, is_training = (*args, *(1 / 8, 1 / 3, False)[len(args) - 1 :])[:4]
     if is_training:
-        raise _unknown(call)
-    return Features(operations.POINTWISE["leaky_relu"](_place(call), x.node, (lower + upper) / 2), x.shape)
+        raise refuse(t.place, *operations.REFUSED["rrelu"])
+    return t.leaky_relu(x, (lower + upper) / 2)
 
 
-def _slopes(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Features:
+def _slopes(t: Operators, x: Features, slopes: Tensor) -> Features:
     """Interpret PReLU, with a slope per channel."""
-    x, slopes = args
     shape = (1, -1, *(1,) * (len(x.shape) - 1)) if slopes.numel() > 1 else (1,)
-    return rectify(_place(call), x, slopes.reshape(shape), rows)
+    return rectify(t.place, x, slopes.reshape(shape), t.rows)
 
 
-def _linear(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Any:
-    """Interpret an affine operation."""
-    function = _function(call)
-    kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
-    return apply_affine(
-        _place(call), lambda *a: function(*a, **kwargs), args, operations.ADDITIVE[call.operation], rows
-    )
+def _by_shape(name: str, t: Operators, *args: Any, **kwargs: Any) -> Any:
+    """Interpret an operation to which one argument gives its shape alone."""
+    k = operations.BY_SHAPE[name]
+    if isinstance(args[k], Features):
+        args = (*args[:k], torch.zeros((), dtype=torch.float64).expand(args[k].whole(t.rows)), *args[k + 1 :])
+    return t.affine(f"aten.{name}", args, kwargs, ()) if features_in(args) else getattr(t, name)(*args, **kwargs)
+
+
+def _choose(t: Operators, mask: Tensor, left: Any, right: Any) -> Any:
+    """Interpret a choice by a constant mask."""
+    return t.affine("aten.where", (mask, left, right), {}, (1, 2))
 
 
 #: Operations that need more than their row in a table.
-HANDLERS: dict[str, Callable[[Call, tuple[Any, ...], dict[str, Any], int], Any]] = {
+HANDLERS: dict[str, Callable[..., Any]] = {
+    **operations.FORMULAS,
+    **{name: partial(_by_shape, name) for name in operations.BY_SHAPE},
     **dict.fromkeys(operations.UNCHANGED, _unchanged),
+    **dict.fromkeys(operations.DROPS, _drop),
     **dict.fromkeys(_SIZES, _size),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _drop),
-    **dict.fromkeys(("mul", "div"), _multiply),
     "batch_norm": _normalise,
-    "glu": _gate,
+    "detach": _detach,
+    "div": _divide,
+    "maximum": lambda t, left, right: maximum(t.place, left, right, t.rows),
+    "minimum": lambda t, left, right: minimum(t.place, left, right, t.rows),
+    "mul": lambda t, left, right: multiply(t.place, left, right, t.rows),
     "pow": _power,
     "prelu": _slopes,
     "rrelu": _random_slope,
-    "maximum": lambda call, args, kwargs, rows: maximum(_place(call), args[0], args[1], rows),
-    "minimum": lambda call, args, kwargs, rows: minimum(_place(call), args[0], args[1], rows),
+    "where": _choose,
 }
+#: Operations that are interpreted on constants as on other values.
+_ON_ANYTHING = {*operations.UNCHANGED, *operations.DROPS, *_SIZES}
+#: Operations that are known to compute functions.
+_KNOWN = frozenset(itertools.chain(HANDLERS, operations.POINTWISE, operations.ADDITIVE, operations.PLAIN))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,12 +20,26 @@ from torch import Tensor
 from hessquik import activations as act
 from hessquik.activations import hessQuikActivationFunction
 from hessquik.expressions import MAX_OPERATIONS, Formula
-from hessquik.importing.graph import Affine, Input, Map, Node, Pointwise, Product, affine, compose, ordered
+from hessquik.importing.graph import (
+    Affine,
+    Input,
+    Map,
+    Node,
+    Pointwise,
+    Product,
+    affine,
+    compose,
+    diagonal,
+    evaluate,
+    ordered,
+)
 
 __all__ = ["KINKED", "resolve"]
 
 #: Operations that the formulas in files may not have.
 KINKED = ("abs", "relu")
+#: Operations that have a kink where their argument is a square.
+ROOTS = ("sqrt", "power")
 #: Relative difference up to which coefficients of two normal forms count as equal.
 TOLERANCE = 1e-12
 #: Most terms of a normal form; a formula with more is not recognised.
@@ -65,6 +79,7 @@ KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
     (["mul", "z", ["tanh", ["softplus", "z"]]], act.mishActivation()),
     (["div", "z", ["add", 1.0, ["abs", "z"]]], act.softsignActivation()),
     (["exp", ["neg", ["mul", "z", "z"]]], act.gaussianActivation()),
+    (["abs", "z"], act.reluActivation(-1.0)),
     (["softplus", "z"], act.softplusActivation(1.0, 40.0)),
     (["log", ["add", 1.0, ["exp", "z"]]], act.softplusActivation(1.0, 40.0)),
     (["log1p", ["exp", "z"]], act.softplusActivation(1.0, 40.0)),
@@ -73,9 +88,15 @@ KNOWN: list[tuple[Formula, hessQuikActivationFunction]] = [
 ]
 
 
-def resolve(output: Node) -> Node:
-    """Return a graph that computes the same value without products and without formulas that have kinks."""
+def resolve(output: Node, x: Tensor) -> Node:
+    """Return a graph that computes the same value without products and without formulas that have kinks.
+
+    Args:
+        output: The value.
+        x: Points (n, d), at which the factors of products are compared in size.
+    """
     rewritten: dict[Node, Node] = {}
+    values: dict[Node, Tensor] = {}
     chains: dict[Node, dict[Node, Formula]] = {}
     for node in ordered([output]):
         new: Node
@@ -83,6 +104,7 @@ def resolve(output: Node) -> Node:
             case Input():
                 rewritten[node] = node
                 chains[node] = {node: "z"}
+                values[node] = x
                 continue
             case Affine():
                 terms = [(rewritten[term], matrix) for term, matrix in node.terms]
@@ -95,14 +117,18 @@ def resolve(output: Node) -> Node:
                 chain = {} if formula is None else _composed(formula, chains[of])
                 new = _recognise_kinks(node, chain) or _applied(node, of)
             case Product():
-                new, chain = _product(node, rewritten[node.left], rewritten[node.right], chains)
+                new, chain = _product(node, rewritten[node.left], rewritten[node.right], chains, values)
         rewritten[node] = new
         chains[new] = {new: "z"} | chain
     return rewritten[output]
 
 
 def _product(
-    node: Product, left: Node, right: Node, chains: dict[Node, dict[Node, Formula]]
+    node: Product,
+    left: Node,
+    right: Node,
+    chains: dict[Node, dict[Node, Formula]],
+    values: dict[Node, Tensor],
 ) -> tuple[Node, dict[Node, Formula]]:
     """Return a node that computes a product without one, and its formulas, one for each value that it is one of.
 
@@ -114,7 +140,8 @@ def _product(
         if found is not None:
             new = affine(node.place, [(found, compose(a, b))])
             return new, chain if new is found else {}
-    return _polarised(node.place, left, right), _joined("mul", chains[left], chains[right])
+    new = _polarised(node.place, left, right, _balancing(left, right, values))
+    return new, _joined("mul", chains[left], chains[right])
 
 
 def _unscaled(node: Node) -> list[tuple[Node, Map]]:
@@ -137,29 +164,37 @@ def _function_of_one(node: Product, chain: dict[Node, Formula]) -> Node | None:
 
 
 def _recognise_kinks(node: Node, chain: dict[Node, Formula]) -> Node | None:
-    """Return a node with the known activation that a formula with kinks is equal to, or ``None``."""
+    """Return a node with the function that a formula with kinks is in simpler terms, or ``None``.
+
+    In some the kinks cancel; the root of a square has one, although its operations have none.
+    """
     for base, formula in chain.items():
-        if formula not in (["abs", "z"], ["relu", "z"]) and _has_kinks(formula):
-            found = _named(formula)
-            if isinstance(found, hessQuikActivationFunction):
-                return Pointwise(node.place, node.width, base, found)
+        if formula in (["abs", "z"], ["relu", "z"]):
+            continue
+        factor, found = (1.0, _finished(formula)) if _has(KINKED, formula) else _absolute(formula)
+        if found is not None:
+            return affine(node.place, [(Pointwise(node.place, node.width, base, found), factor)])
     return None
 
 
+def _absolute(formula: Formula) -> tuple[float, hessQuikActivationFunction | None]:
+    """Return c and |z| if a formula with a root is c |z|."""
+    normal = _normal_or_none(formula) if _has(ROOTS, formula) else None
+    if normal is None or list(normal) != [_ABSOLUTE]:
+        return 1.0, None
+    return normal[_ABSOLUTE], act.reluActivation(-1.0)
+
+
 def _applied(node: Pointwise, of: Node) -> Node:
-    """Return the node of a function of a value; |v| becomes ReLU(v) + ReLU(−v)."""
-    if node.function != ["abs", "z"]:
-        function = _finished(node.function)
-        assert function is not None, "readers make formulas of one operation"
-        return Pointwise(node.place, node.width, of, function)
-    sides = [
-        Pointwise(node.place, node.width, affine(node.place, [(of, s)]), act.reluActivation()) for s in (1.0, -1.0)
-    ]
-    return affine(node.place, [(side, 1.0) for side in sides])
+    """Return the node of a function of a value."""
+    function = _finished(node.function)
+    assert function is not None, "readers make formulas of one operation"
+    return Pointwise(node.place, node.width, of, function)
 
 
-def _has_kinks(formula: Formula) -> bool:
-    return isinstance(formula, list) and (formula[0] in KINKED or any(map(_has_kinks, formula[1:])))
+def _has(operations: Collection[str], formula: Formula) -> bool:
+    """Return True if a formula has one of some operations."""
+    return isinstance(formula, list) and (formula[0] in operations or any(_has(operations, p) for p in formula[1:]))
 
 
 def _formula(function: hessQuikActivationFunction | Formula) -> Formula | None:
@@ -176,13 +211,25 @@ def _formula(function: hessQuikActivationFunction | Formula) -> Formula | None:
     return function
 
 
-def _polarised(place: str, u: Node, v: Node) -> Node:
-    """Return u ⊙ v as ½ q(u + v) − ½ q(u − v) with q(z) = z²/2."""
+def _polarised(place: str, u: Node, v: Node, factors: Tensor) -> Node:
+    """Return u ⊙ v as ½ q(su + v/s) − ½ q(su − v/s) with factors s and q(z) = z²/2."""
+    s, inverse, square = diagonal(factors), diagonal(1 / factors), act.quadraticActivation()
     squares = [
-        (Pointwise(place, u.width, affine(place, [(u, 1.0), (v, sign)]), act.quadraticActivation()), sign / 2)
+        (Pointwise(place, u.width, affine(place, [(u, s), (v, compose(inverse, sign))]), square), sign / 2)
         for sign in (1.0, -1.0)
     ]
     return affine(place, squares)
+
+
+def _balancing(u: Node, v: Node, values: dict[Node, Tensor]) -> Tensor:
+    """Return factors s, powers of 2, with which su is about as large as v/s.
+
+    The squares of a sum and a difference of unequal numbers cancel but for their last digits.
+    """
+    evaluate([u, v], values)
+    ratio = values[v].square().mean(0) / values[u].square().mean(0)
+    exponent = ratio.log2() / 4
+    return torch.exp2(torch.where(exponent.isfinite(), exponent, 0.0).round())
 
 
 def _composed(formula: Formula, chain: dict[Node, Formula]) -> dict[Node, Formula]:
@@ -235,21 +282,43 @@ def _size(formula: Formula) -> int:
 
 
 def _named(formula: Formula) -> hessQuikActivationFunction | Formula:
-    """Return the activation that a formula is equal to, or the formula.
+    """Return the activation that a formula is equal to, or the formula; without kinks, if they cancel.
 
     Examples:
         >>> _named(["mul", ["sigmoid", "z"], "z"])
         siluActivation()
+        >>> _named(["mul", ["abs", "z"], ["abs", "z"]])
+        ['mul', 1.0, ['power', 'z', 2]]
     """
-    try:
-        normal = _normal(formula)
-    except OverflowError:
+    normal = _normal_or_none(formula)
+    if normal is None:
         return formula
-    return next((activation for known, activation in _NORMALS if _same(normal, known)), formula)
+    known = next((activation for known, activation in _NORMALS if _same(normal, known)), None)
+    if known is None and _has(KINKED, formula) and all(factor == "z" for product in normal for factor, _ in product):
+        return _polynomial(normal)
+    return known or formula
 
 
 #: A sum of products: the coefficient of each product, which is given by its factors and their exponents.
 Normal = dict[tuple[tuple[Any, int], ...], float]
+
+
+#: The product |z|.
+_ABSOLUTE = ((("abs", "z"), 1),)
+
+
+def _normal_or_none(formula: Formula) -> Normal | None:
+    """Return a formula's normal form, or ``None`` if it has too many terms."""
+    try:
+        return _normal(formula)
+    except OverflowError:
+        return None
+
+
+def _polynomial(normal: Normal) -> Formula:
+    """Return a polynomial's normal form as a formula."""
+    powers = (["mul", number, ["power", "z", dict(product).get("z", 0)]] for product, number in normal.items())
+    return _sum(*powers) if normal else ["mul", 0.0, "z"]
 
 
 def _normal(formula: Formula) -> Normal:
@@ -260,6 +329,10 @@ def _normal(formula: Formula) -> Normal:
     a = _normal(first)
     if operation == "power" and others[0] == int(others[0]):
         return _raised(a, int(others[0]))
+    if operation == "sqrt" or (operation == "power" and others[0] == 0.5):
+        return _root_of(a)
+    if operation == "abs" and a == {(("z", 1),): 1.0}:
+        return {_ABSOLUTE: 1.0}
     if operation in _RULES:
         return _RULES[operation](a, *map(_normal, others))
     return {(((operation, _frozen(a), *others), 1),): 1.0}
@@ -288,11 +361,29 @@ def _multiplied(a: Normal, b: Normal) -> Normal:
             factors = dict(left)
             for factor, exponent in right:
                 factors[factor] = factors.get(factor, 0) + exponent
-            product = tuple(sorted(((f, k) for f, k in factors.items() if k), key=repr))
-            total = _added(total, {product: x * y})
+            total = _added(total, {_simplified(factors): x * y})
     if len(total) > MAX_TERMS:
         raise OverflowError("a normal form with too many terms")
     return total
+
+
+def _simplified(factors: dict[Any, int]) -> tuple[tuple[Any, int], ...]:
+    """Return a product of factors and exponents in its one form, with |f|² as f²."""
+    plain: dict[Any, int] = {}
+    for factor, k in factors.items():
+        is_even = factor[0] == "abs" and k % 2 == 0
+        base = factor[1] if is_even else factor
+        plain[base] = plain.get(base, 0) + k
+    return tuple(sorted(((f, k) for f, k in plain.items() if k), key=repr))
+
+
+def _root_of(a: Normal) -> Normal:
+    """Return √a: that of a square c f² is √c |f|."""
+    if len(a) == 1:
+        ((product, number),) = a.items()
+        if number > 0 and all(k % 2 == 0 for _, k in product):
+            return {_simplified({("abs", f): k // 2 for f, k in product}): math.sqrt(number)}
+    return {((("sqrt", _frozen(a)), 1),): 1.0}
 
 
 def _raised(a: Normal, exponent: int) -> Normal:
@@ -326,7 +417,7 @@ def _finished(function: hessQuikActivationFunction | Formula) -> hessQuikActivat
     found = _named(function) if isinstance(function, list | tuple | str) else function
     if isinstance(found, hessQuikActivationFunction):
         return found
-    return None if _has_kinks(found) else act.expressionActivation(found)
+    return None if _has(KINKED, found) else act.expressionActivation(found)
 
 
 _NORMALS = [(_normal(formula), activation) for formula, activation in KNOWN]

@@ -456,6 +456,7 @@ def _read_head(head: Head, known: frozenset[str]) -> tuple[bool | None, frozense
 
 def _endpoint(name: str, endpoint: Endpoint) -> Direct:
     """Return the route of an endpoint, which parses the body as JSON, whatever its Content-Type."""
+    is_abstract = name == "abstract_eval"
 
     def answer(call: Call) -> Reply | Cancel:
         call.find(call.target.model, call.target.version)
@@ -465,8 +466,8 @@ def _endpoint(name: str, endpoint: Endpoint) -> Direct:
         f"/tesseract/{{model}}/{name}",
         answer,
         _read_head,
-        schemas.TesseractAbstract if name == "abstract_eval" else endpoint.body(name),
-        {"model": ModelName, "run_id": RunId, "x_deadline_ms": Deadline},
+        schemas.TesseractAbstract if is_abstract else endpoint.body(name),
+        {"model": ModelName, "run_id": RunId} | ({} if is_abstract else {"x_deadline_ms": Deadline}),
         methods=["POST"],
         name=f"tesseract_{name}",
         summary=name.replace("_", " ").capitalize(),

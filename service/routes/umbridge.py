@@ -83,6 +83,7 @@ def _find(call: Call) -> dict[str, Any]:
     if not isinstance(name, str):
         raise InvalidInput.of("name", "a string", "something else")
     call.core.repository.versions(name)  # that it is not there is said before anything else
+    call.request.model = name
     config = {} if config is None else config
     if not isinstance(config, dict):
         raise InvalidInput.of("config", "an object", type(config).__name__)
@@ -163,13 +164,15 @@ def _body(name: str, feature: Feature) -> type[BaseModel]:
     return create_model(f"UMBridge{name}", __base__=schemas.UMBridgePoint, __doc__=feature.text, **members)
 
 
-def _operation(name: str, text: str, go_on: Callable[[Call], Reply | Cancel], body: Any, reply: Any) -> Direct:
+def _operation(
+    name: str, text: str, go_on: Callable[[Call], Reply | Cancel], body: Any, reply: Any, **parameters: Any
+) -> Direct:
     """Return a route that parses the body as JSON, whatever its Content-Type."""
     return Direct(
         f"/{name}",
         lambda call: call.read(go_on),
         body=body,
-        parameters={"x_deadline_ms": Deadline},
+        parameters=parameters,
         methods=["POST"],
         name=name,
         text=text,
@@ -222,6 +225,7 @@ router.routes += [
             partial(_ask, feature),
             _body(name, feature),
             schemas.UMBridgeOutputs if name == "Evaluate" else schemas.UMBridgeOutput,
+            x_deadline_ms=Deadline,
         )
         for name, feature in FEATURES.items()
     ),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import runpy
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ import yaml
 from service.settings import Settings
 from tests.deployment.test_kubernetes import KUBERNETES, OVERLAYS, VERSIONS, by_kind, kustomize
 from tests.live import ROOT
+
+with_settings, SET_BY_THE_CHART = itemgetter("with_settings", "SET_BY_THE_CHART")(
+    runpy.run_path(str(ROOT / "deploy" / "helm_schema.py"))
+)
 
 CHART = ROOT / "deploy" / "helm"
 VALUES = {"cpu": {}, "gpu": yaml.safe_load((CHART / "gpu.yaml").read_text())}
@@ -53,14 +60,7 @@ def test_lint_finds_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_chart_and_overlay_are_the_same_objects(overlay: str) -> None:
-    rendered, expected = render(VALUES[overlay]), by_kind(kustomize(KUBERNETES / overlay))
-    for manifests in (rendered, expected):
-        (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
-        container["env"].sort(key=lambda one: one["name"])
-    assert {kind: without_instance(one) for kind, one in rendered.items()} == expected
-    for version in VERSIONS:
-        for manifest in rendered.values():
-            kubernetes_validate.validate(copy.deepcopy(manifest), version, strict=True)
+    expect_same(render(VALUES[overlay]), KUBERNETES / overlay)
 
 
 def test_releases_of_one_namespace_do_not_meet() -> None:
@@ -80,7 +80,7 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     values = {
         "settings": {"watch_s": 5, "access_log": True, "max_body_bytes": 33554432, "outside": "refuse"},
         "modelsImage": "registry.example.com/hessquik-models:1",
-        "podMonitor": True,
+        "podMonitor": {"enabled": True},
         "nodeSelector": {"pool": "fast"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
         "allowedNamespaces": [],
@@ -99,6 +99,39 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     assert manifests["NetworkPolicy"]["spec"]["ingress"][0]["from"] == [{"podSelector": {}}]
     monitor = yaml.safe_load((KUBERNETES / "monitoring" / "podmonitor.yaml").read_text())
     assert without_instance(manifests["PodMonitor"]) == monitor
+    values["podMonitor"] = {"enabled": True, "key": ""}
+    del monitor["spec"]["podMetricsEndpoints"][0]["authorization"]
+    assert without_instance(render(values)["PodMonitor"]) == monitor, "where there are no keys"
+
+
+def test_schema_has_the_settings_of_the_service() -> None:
+    text = (CHART / "values.schema.json").read_text()
+    assert text == with_settings(text), "run `python deploy/helm_schema.py`"
+    settings = json.loads(text)["properties"]["settings"]
+    assert settings["properties"].keys() == Settings.model_fields.keys() - SET_BY_THE_CHART
+    assert settings["additionalProperties"] is False
+
+
+def test_tracing_is_that_of_the_kustomize_component(tmp_path: Path) -> None:
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, folder)
+    overlay = folder / "cpu" / "kustomization.yaml"
+    overlay.write_text(overlay.read_text() + "components: [../tracing]\n")
+    expect_same(render({"tracing": {"endpoint": "http://collector.monitoring:4318"}}), folder / "cpu")
+
+
+def expect_same(rendered: dict[str, dict[str, Any]], overlay: Path) -> None:
+    """Check that the chart renders the objects of an overlay, and that these are valid."""
+    expected = by_kind(kustomize(overlay))
+    for manifests in (rendered, expected):
+        pod = manifests["Deployment"]["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        for named in (container["env"], container["volumeMounts"], pod["volumes"]):  # their order means nothing
+            named.sort(key=lambda one: one["name"])
+    assert {kind: without_instance(one) for kind, one in rendered.items()} == expected
+    for version in VERSIONS:
+        for manifest in rendered.values():
+            kubernetes_validate.validate(copy.deepcopy(manifest), version, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +139,11 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     [
         {"setings": {"watch_s": 5}},
         {"settings": {"HESSQUIK_WATCH_S": 5}},
+        {"settings": {"max_row": 5}},
+        {"settings": {"max_rows": 0}},
+        *({"settings": {name: "1"}} for name in sorted(SET_BY_THE_CHART)),
+        {"podMonitor": True},
+        {"tracing": {"endpoint": "collector"}},
         {"image": {"tag": ""}},
         {"resources": {"limits": {"cpu": 1, "memory": None}}},
         {"autoscaling": {"minReplicas": 0}},
@@ -115,3 +153,8 @@ def test_values_become_settings_models_and_a_monitor() -> None:
 def test_values_that_do_not_fit_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(helm_python.HelmError, match="values don't meet the specifications of the schema"):
         render(values)
+
+
+def test_fewest_pods_are_at_most_the_most() -> None:
+    with pytest.raises(helm_python.HelmError, match="expected maxReplicas to be at least minReplicas"):
+        render({"autoscaling": {"minReplicas": 9, "maxReplicas": 2}})

@@ -89,6 +89,11 @@ def test_dependencies_are_a_layer_that_a_change_of_the_code_leaves_alone() -> No
     assert sources == [["--from=dependencies", "/opt/hessquik"], ["--from=code", "/layer"]]
 
 
+def test_module_that_triton_compiles_is_built_where_the_compiler_is() -> None:
+    """At its first start a service on a GPU would look for a compiler, which the image does not have."""
+    assert any("python -P -m hessquik.backends.gpu_driver" in command for command in instructions("RUN", 2))
+
+
 def test_image_has_the_labels_that_registries_show() -> None:
     (labels,) = instructions("LABEL")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -148,6 +153,9 @@ def test_last_stage_runs_as_nobody_in_particular() -> None:
     assert instructions("USER") == ["10001:10001"]
     assert [words[0] for words in STAGES[-1]].index("USER") > [words[0] for words in STAGES[-1]].index("COPY")
     assert not any("--chown" in copied for copied in instructions("COPY"))
+    (owned,) = re.findall(r"chown hessquik: (\S+)", DOCKERFILE)
+    (kept,) = (volume.split(":")[1] for volume in GPU["services"]["hessquik"]["volumes"])
+    assert owned == kept == GPU["services"]["hessquik"]["environment"]["TRITON_CACHE_DIR"]
 
 
 def test_last_stage_copies_no_tests_and_no_tools() -> None:
@@ -228,7 +236,7 @@ def test_a_plain_up_starts_the_service_alone_and_the_profile_what_watches_it(com
 def test_gpu_file_changes_image_memory_and_devices_and_nothing_that_confines(compose: dict[str, Any]) -> None:
     (service,) = GPU["services"].values()
     assert GPU["services"].keys() == {"hessquik"}
-    assert service.keys() == {"image", "build", "mem_limit", "environment", "deploy"}
+    assert service.keys() == {"image", "build", "mem_limit", "environment", "volumes", "deploy"}
     assert service["build"]["args"] == {"TARGET": "cuda"}
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}

@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ KUBERNETES = DEPLOY / "kubernetes"
 VERSIONS = ("1.37", "1.29")
 OVERLAYS = ("cpu", "gpu")
 BASE = sorted(path.name for path in (KUBERNETES / "base").glob("*.yaml") if path.name != "kustomization.yaml")
+#: Folder of the kernels that Triton has compiled.
+CACHE = "/var/cache/hessquik"
 PODS = (*OVERLAYS, "kserve/servingruntime.yaml")
 KSERVE = {"servingruntime.yaml": "V1alpha1ServingRuntime", "inferenceservice.yaml": "V1beta1InferenceService"}
 
@@ -106,7 +109,7 @@ def test_models_may_come_as_an_image_volume(tmp_path: Path) -> None:
     kubernetes_validate.validate(patched, VERSIONS[0], strict=True)
     pod = patched["spec"]["template"]["spec"]
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} >= {"/models", "/tmp"}
-    assert {volume["name"] for volume in pod["volumes"]} == {"keys", "tmp", "models"}
+    assert {volume["name"] for volume in pod["volumes"]} == {"keys", "tmp", "models", "kernels"}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
@@ -164,6 +167,19 @@ def test_pod_monitor_scrapes_the_pods_under_the_name_that_the_rules_know(
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in container["ports"]}
     assert endpoint["path"] == "/metrics"
+
+
+def test_operator_gets_the_rules_and_alerts_of_prometheus(tmp_path: Path) -> None:
+    script = runpy.run_path(str(DEPLOY / "prometheus_rule.py"))
+    assert script["MANIFEST"].read_text() == script["manifest"](), "run `python deploy/prometheus_rule.py`"
+    manifests = by_kind(kustomize(KUBERNETES / "monitoring"))
+    assert manifests.keys() == {"PodMonitor", "PrometheusRule"}
+    spec = manifests["PrometheusRule"]["spec"]
+    files = [read(DEPLOY / "prometheus" / name) for name in ("rules.yml", "alerts.yml")]
+    assert spec == {"groups": [group for file in files for group in file["groups"]]}
+    if shutil.which("promtool") is not None:
+        (tmp_path / "rules.yml").write_text(yaml.safe_dump(spec))
+        subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], check=True, capture_output=True)
 
 
 def test_kubernetes_schema_refuses_an_unknown_field(deployment: dict[str, Any]) -> None:
@@ -236,10 +252,8 @@ def test_probes_ask_the_right_questions_without_a_key(name: str) -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_image_settings_in_the_manifest_exist(name: str) -> None:
-    names = {
-        variable["name"].removeprefix("HESSQUIK_").lower() for variable in find_pod(name)["containers"][0]["env"]
-    }
-    assert names <= Settings.model_fields.keys()
+    names = {variable["name"] for variable in find_pod(name)["containers"][0]["env"]} - {"TRITON_CACHE_DIR"}
+    assert {one.removeprefix("HESSQUIK_").lower() for one in names} <= Settings.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -255,7 +269,11 @@ def test_pod_is_confined(name: str) -> None:
     seccomp = context["seccompProfile"]
     assert seccomp == {"type": "RuntimeDefault"}
     assert container["resources"]["limits"].keys() - {"nvidia.com/gpu"} == {"memory"}
-    assert {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")} == {"/tmp"}
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable - {CACHE} == {"/tmp"}
+    kept = [one["value"] for one in container["env"] if one["name"] == "TRITON_CACHE_DIR"]
+    assert kept == [CACHE] * (name == "gpu")
+    assert (CACHE in writable) == (name == "gpu")
 
 
 def test_grace_period_outlasts_the_drain(deployment: dict[str, Any], container: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -100,6 +101,49 @@ def test_servers_and_front_ends_that_end_cost_plain_clients_nothing_but_their_co
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.headers["content-type"] == "application/problem+json"
     assert reply.json()["status"] == 503
+
+
+class Full:
+    """A server that is ready and refuses every request but its probes, unless it has room."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.asked = 0
+        self.has_room = False
+        full = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                is_probe = self.path == "/readyz"
+                full.asked += not is_probe
+                self.send_response(200 if is_probe or full.has_room else 503)
+                self.send_header("Retry-After", "1")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever).start()
+        stack.callback(server.server_close)
+        stack.callback(server.shutdown)
+
+
+def test_a_refused_request_is_tried_on_the_other_server_and_then_once_more(tmp_path: Path) -> None:
+    """Two servers that are full get three times the requests together, and one that has room answers all."""
+    with contextlib.ExitStack() as stack:
+        one, other = Full(stack), Full(stack)
+        url = stack.enter_context(Balancer(one.address, other.address, tmp_path / "haproxy")).url
+        client = stack.enter_context(httpx.Client())
+        replies = [client.get(f"{url}/v1/models") for _ in range(10)]
+        assert [(reply.status_code, reply.headers["retry-after"]) for reply in replies] == [(503, "1")] * 10
+        assert one.asked + other.asked == 3 * 10
+        assert min(one.asked, other.asked) >= 10, "each is tried for each request"
+        other.has_room = True
+        assert {client.get(f"{url}/v1/models").status_code for _ in range(10)} == {200}
 
 
 def fronts(server: LiveServer) -> list[psutil.Process]:

@@ -26,7 +26,9 @@ LOCKS = [ROOT / "requirements" / f"{name}.lock" for name in ("cpu", "cuda", "cud
 BUILD = ROOT / "requirements" / "build.lock"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-SERVER = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["server"]]
+EXTRAS = PROJECT["optional-dependencies"]
+#: With tracing, since every setting works in the image.
+SERVER = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["server"] + EXTRAS["otel"]]
 
 #: Releases before these have known faults that this service would be open to.
 FLOORS = {
@@ -40,7 +42,7 @@ FLOORS = {
     "setuptools": "78.1.1",  # CVE-2025-47273: path traversal
 }
 #: Parsers for what no client of this service sends, and readers of pickles.
-UNWANTED = {"python-multipart", "aiohttp", "cloudpickle", "dill", "requests"}
+UNWANTED = {"python-multipart", "aiohttp", "cloudpickle", "dill"}
 
 
 @pytest.fixture(name="sbom", scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import mpmath
@@ -20,10 +19,10 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the compiled kernel", allow_module_level=True)
 
 from hessquik import Evaluator, ShapeError, evaluator, from_torch
-from hessquik.backends import choice
+from hessquik.backends import choice, gpu_compile
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
-from hessquik.backends.gpu_unrolled import Unrolling
+from hessquik.backends.gpu_unrolled import Unrolled, Unrolling
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.evaluator import COMMON
 from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer, skipLayer
@@ -300,7 +299,7 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
 
 _COMPILE = """
 import json, sys, torch
-from hessquik.backends.triton import BLOCKS, compile_kernel
+from hessquik.backends.gpu_compile import BLOCKS, compile_kernel
 found = {}
 for arch in map(int, sys.argv[2:]):
     for dtype in list(BLOCKS)[:int(sys.argv[1])]:
@@ -331,7 +330,8 @@ import json, sys, torch
 from benchmarks.gpu_kernels import resources
 from hessquik import Evaluator, storage
 from hessquik.backends.gpu_unrolled import source
-from hessquik.backends.triton import MOST_FORMS, compile_unrolled, unrolling
+from hessquik.backends.gpu_compile import compile_unrolled
+from hessquik.backends.triton import MOST_FORMS, unrolling
 from hessquik.device import GPU
 from hessquik.evaluator import COMMON
 from hessquik.plan import Ask, choose
@@ -441,30 +441,73 @@ def test_only_questions_that_can_be_asked_are_compiled() -> None:
     assert Evaluator(fullyConnectedNN([3, 6, 1]), compiled=COMMON).compiled == (), "a CPU has no such kernels"
 
 
-class _Compiled:
-    """A stand-in for the compiler of a GPU: it records the kernels, and waits until six are compiled at once."""
+_COMPILE_AHEAD = """
+import os, sys, triton
+from hessquik import Evaluator
+from hessquik.backends import gpu_compile
+from hessquik.backends.gpu_unrolled import source
+from hessquik.backends.triton import unrolling
+from hessquik.networks import fullyConnectedNN
+import torch
+evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
+plans = [evaluate.plan(quantities).program for quantities in (("value",), ("value", "gradient"))]
+kernels = [source(program, 4, unrolling(torch.float32, 90)) for program in plans]
+os.sched_getaffinity = lambda _: range(2)
+gpu_compile.compile_ahead(kernels, 90)
+hits = []
+triton.knobs.compilation.listener = lambda **found: hits.append(found["cache_hit"])
+for kernel in kernels:
+    gpu_compile.compile_unrolled(kernel, 90)
+print(*hits)
+gpu_compile.subprocess = None
+gpu_compile.compile_ahead(kernels, 90)
+"""
 
-    def __init__(self) -> None:
-        self.names: list[object] = []
-        self.together = threading.Barrier(6, timeout=20)
 
-    def compile(self, kernel: object, arch: int) -> object:
-        self.names.append(kernel)
-        self.together.wait()
-        return object()
+def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "True True\n"
+    assert not list(tmp_path.rglob("*.ptx")), "binaries alone"
 
 
-def test_kernels_are_compiled_side_by_side_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = backend._Device(CPU)
-    device.is_cuda, compiled = True, _Compiled()
+def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
+    command = [sys.executable, "-m", "hessquik.backends.gpu_compile", "90", "--plans"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    # A kernel that never ends to be read: its source waits.
+    text = "import time; time.sleep(600)"
+    child.stdin.write(json.dumps([{"text": text, "arguments": []}]).encode() + b"\n")
+    child.stdin.close()
+    assert child.wait(60) == 1
+
+
+def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gpu_compile.sys, "executable", "/bin/false")
+    monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
+    gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_compiles_both_table_kernels_and_those_of_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, ahead = backend._Device(CPU), list[object]()
+    device.is_cuda, compiled = True, list[object]()
     monkeypatch.setattr(backend, "_shared_state", lambda _: device)
-    monkeypatch.setattr(backend, "compile_kernel", compiled.compile)
-    monkeypatch.setattr(backend, "compile_unrolled", compiled.compile)
-    monkeypatch.setattr(backend.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(backend, "compile_ahead", lambda kernels, arch: ahead.extend(kernels))
+    for name in ("compile_kernel", "compile_unrolled"):
+        monkeypatch.setattr(backend, name, lambda kernel, arch: compiled.append(kernel) or object())
     evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
     programs = [evaluate.plan(quantities).program for quantities in COMMON]
-    ready = backend.ready_programs(programs, torch.float32, CPU)
-    assert list(map(type, ready)) == [UnrolledProgram] * 4
-    assert len(compiled.names) == 6, "two table kernels and four of plans, which waited for each other"
-    backend.ready_programs(programs, torch.float32, CPU)
-    assert len(compiled.names) == 6
+    for _ in range(2):
+        ready = backend.ready_programs(programs, torch.float32, CPU)
+        assert list(map(type, ready)) == [UnrolledProgram] * 4
+        assert len(compiled) == 6, "two table kernels and four of plans, once"
+    assert len(ahead) == 12

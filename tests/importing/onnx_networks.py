@@ -8,7 +8,21 @@ import torch
 from onnx import helper, numpy_helper
 from torch.nn import functional
 
-OPSET = 20
+#: Versions of the operators from which models are drawn.
+OPSETS = range(7, 27)
+#: Versions from which on operators are there; the others are there from the first.
+SINCE = {
+    **dict.fromkeys(("Erf", "Shrink", "Where"), 9),
+    "ThresholdedRelu": 10,
+    **dict.fromkeys(("Celu", "Einsum"), 12),
+    "HardSwish": 14,
+    "LayerNormalization": 17,
+    "Mish": 18,
+    "Gelu": 20,
+    "GroupNormalization": 21,
+    "RMSNormalization": 23,
+    "Swish": 24,
+}
 #: Operators of one variable with what torch computes, and the operator's attributes.
 SMOOTH = {
     "Tanh": (torch.tanh, {}),
@@ -23,12 +37,17 @@ SMOOTH = {
     "Cos": (torch.cos, {}),
     "Atan": (torch.atan, {}),
     "Erf": (torch.erf, {}),
+    "Swish": (lambda z: z * torch.sigmoid(0.75 * z), {"alpha": 0.75}),
 }
 KINKED = {
     "Relu": (torch.relu, {}),
     "LeakyRelu": (lambda z: functional.leaky_relu(z, 0.25), {"alpha": 0.25}),
     "Abs": (torch.abs, {}),
     "Selu": (lambda z: 2.0 * functional.elu(z, 0.5), {"alpha": 0.5, "gamma": 2.0}),
+    "HardSigmoid": (lambda z: (0.25 * z + 0.5).clamp(0.0, 1.0), {"alpha": 0.25}),
+    "HardSwish": (functional.hardswish, {}),
+    "Shrink": (lambda z: functional.softshrink(z, 0.25), {"lambd": 0.25, "bias": 0.25}),
+    "ThresholdedRelu": (torch.relu, {"alpha": 0.0}),
 }
 
 
@@ -38,7 +57,7 @@ class Graph:
     def __init__(self, seed, dtype=np.float64):
         self.draw, self.rng = random.Random(seed), np.random.default_rng(seed)
         self.dtype, self.nodes, self.constants, self.steps = dtype, [], [], []
-        self.d = self.draw.choice((1, 2, 3, 4))
+        self.d, self.opset = self.draw.choice((1, 2, 3, 4)), self.draw.choice(OPSETS)
 
     def constant(self, array):
         name = f"c{len(self.constants)}"
@@ -69,8 +88,18 @@ class Graph:
         product = self.add("MatMul", [value], lambda u: u @ tW, (W,)), q
         return self.add("Add", [product], lambda u: u + tb, (b,)), q
 
+    def has(self, operator):
+        """Return True if the operators of this version have this one."""
+        return SINCE.get(operator, 1) <= self.opset
+
+    def moved(self, operator, value, f, width, since, **lists):
+        """Add an operator whose lists are attributes before version ``since``, and inputs from it on."""
+        if self.opset < since:
+            return self.add(operator, [value], f, (), lists), width
+        return self.add(operator, [value], f, [np.array(each) for each in lists.values()]), width
+
     def pointwise(self, value, kinds):
-        operator = self.draw.choice(sorted(kinds))
+        operator = self.draw.choice([name for name in sorted(kinds) if self.has(name)])
         f, attributes = kinds[operator]
         return self.add(operator, [value], f, (), attributes), value[1]
 
@@ -91,6 +120,88 @@ class Graph:
 
         return self.add("BatchNormalization", [value], f, arrays, {"epsilon": 1e-5}), w
 
+    def standardised(self, value):
+        """Add a normalisation of a row by its own mean and variance; ε is large, since rows are short."""
+        value, w = self.linear(value, 4), 4
+        kinds = {
+            "LayerNormalization": lambda u, s, o: functional.layer_norm(u, (w,), s, o, 0.5),
+            "RMSNormalization": lambda u, s, o: functional.rms_norm(u, (w,), s, 0.5),
+            "GroupNormalization": lambda u, s, o: functional.group_norm(u, 2, s, o, 0.5),
+            "InstanceNormalization": lambda u, s, o: functional.instance_norm(
+                u.reshape(-1, 2, 2), None, None, s[:2], o[:2], True, 0.0, 0.5
+            ),
+        }
+        operator = self.draw.choice([name for name in kinds if self.has(name)])
+        scale, offset = (self.rng.uniform(0.5, 1.5, w).astype(self.dtype) for _ in range(2))
+        constants, attributes = [scale, offset], {"epsilon": 0.5}
+        if operator == "RMSNormalization":
+            constants = [scale]
+        if operator == "GroupNormalization":
+            attributes["num_groups"] = 2
+        ts, to = (torch.as_tensor(array).double() for array in (scale, offset))
+        if operator == "InstanceNormalization":
+            constants = [scale[:2], offset[:2]]
+            shape = self.add("Reshape", [value], lambda u: u.reshape(-1, 2, 2), (np.array([0, 2, 2]),)), w
+            normal = self.add(operator, [shape], lambda u: kinds[operator](u, ts, to), constants, attributes), w
+            return self.add("Flatten", [normal], lambda u: u.reshape(len(u), -1)), w
+        return self.add(operator, [value], lambda u: kinds[operator](u, ts, to), constants, attributes), w
+
+    def matrix(self, value):
+        """Add the product of two matrices that both depend on the inputs."""
+        a, b = ((self.linear(value, 4)) for _ in range(2))
+        shape = np.array([0, 2, 2])
+        a, b = ((self.add("Reshape", [each], lambda u: u.reshape(-1, 2, 2), (shape,)), 4) for each in (a, b))
+        if self.has("Einsum") and self.draw.random() < 0.5:
+            name = self.add("Einsum", [a, b], lambda u, v: (u * v).sum(-1), (), {"equation": "nij,nij->ni"})
+            return name, 2
+        product = self.add("MatMul", [a, b], torch.matmul), 4
+        return self.add("Flatten", [product], lambda u: u.reshape(len(u), -1)), 4
+
+    def masked(self, value):
+        """Add a choice between two values by a constant mask."""
+        other, mask = self.pointwise(value, SMOOTH), self.rng.random(value[1]) < 0.5
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node("Where", [self.constant(mask), value[0], other[0]], [name]))
+        self.steps.append((name, lambda u, v: torch.where(torch.as_tensor(mask), u, v), [value[0], other[0]]))
+        return name, value[1]
+
+    def reduced(self, value):
+        """Add one of the reductions of the features to one number, next to the value."""
+        kinds = {
+            "ReduceSum": (13, lambda u: u.sum(1, keepdim=True)),
+            "ReduceMean": (18, lambda u: u.mean(1, keepdim=True)),
+            "ReduceSumSquare": (18, lambda u: (u * u).sum(1, keepdim=True)),
+        }
+        operator = self.draw.choice(sorted(kinds))
+        since, f = kinds[operator]
+        one = self.moved(operator, value, f, 1, since, axes=[1])
+        return self.add("Add", [value, one], torch.add), value[1]
+
+    def halves(self, value):
+        """Add a gated linear unit from a split."""
+        w = self.draw.choice((1, 2))
+        both = self.linear(value, 2 * w)
+        parts = [f"v{len(self.nodes)}_{side}" for side in "ab"]
+        inputs, attributes = [both[0]], {"axis": 1}
+        if self.opset < 13:
+            attributes["split"] = [w, w]
+        else:
+            inputs.append(self.constant(np.array([w, w])))
+        self.nodes.append(helper.make_node("Split", inputs, parts, **attributes))
+        self.steps += [(part, lambda u, i=i: u.chunk(2, 1)[i], [both[0]]) for i, part in enumerate(parts)]
+        gate = self.add("Sigmoid", [(parts[1], w)], torch.sigmoid), w
+        return self.add("Mul", [(parts[0], w), gate], torch.mul), w
+
+    def dropped(self, value):
+        attributes = {"ratio": 0.5} if self.opset < 12 else {}
+        return self.add("Dropout", [value], lambda u: u, (), attributes), value[1]
+
+    def clipped(self, value):
+        if self.opset < 11:
+            return self.add("Clip", [value], lambda u: u.clamp(-1, 1), (), {"min": -1.0, "max": 1.0}), value[1]
+        bounds = [self.dtype(-1), self.dtype(1)]
+        return self.add("Clip", [value], lambda u: u.clamp(-1, 1), bounds), value[1]
+
     def gelu(self, value):
         """Add 0.5 x (1 + erf(x / √2)), the form of older opsets."""
         root = self.dtype(2**0.5)
@@ -107,7 +218,7 @@ class Graph:
     def reshaped(self, value):
         shape = np.array([0, 1, -1])
         cube = self.add("Reshape", [value], lambda u: u.reshape(len(u), 1, -1), (shape,)), value[1]
-        return self.add("Squeeze", [cube], lambda u: u.squeeze(1), (np.array([1]),)), value[1]
+        return self.moved("Squeeze", cube, lambda u: u.squeeze(1), value[1], 13, axes=[1])
 
     def block(self, value, kinds):
         w = self.draw.choice((1, 2, 3, 5))
@@ -132,9 +243,17 @@ class Graph:
             return self.pointwise(self.linear(value, q), kinds)
 
         makers = [plain, plain, plain, residual, dense, product]
-        makers += [lambda f=f: f(value) for f in (self.scaled, self.normalised, self.reshaped)]
+        makers += [
+            lambda f=f: f(value)
+            for f in (self.scaled, self.normalised, self.reshaped, self.reduced, self.halves, self.dropped)
+        ]
         if kinds is SMOOTH:
-            makers += [lambda: self.gelu(self.linear(value, w)), lambda: self.swish(self.linear(value, w))]
+            makers += [lambda: self.swish(self.linear(value, w)), lambda: self.standardised(value)]
+            makers += [lambda: self.gelu(self.linear(value, w))] if self.has("Erf") else []
+            makers += [lambda: self.masked(self.linear(value, w))] if self.has("Where") else []
+            makers += [lambda: self.matrix(value)]
+        else:
+            makers += [lambda: self.clipped(value)]
         return self.draw.choice(makers)()
 
 
@@ -144,6 +263,7 @@ def model(seed, kinds=SMOOTH, dtype=np.float64):
     value = ("x", graph.d)
     for _ in range(graph.draw.choice((1, 2, 3))):
         value = graph.block(value, kinds)
+    graph.add("Floor", [value], torch.floor)  # which nothing needs
     value = graph.linear(value, graph.draw.choice((1, 2)))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     made = helper.make_graph(
@@ -153,7 +273,7 @@ def model(seed, kinds=SMOOTH, dtype=np.float64):
         [helper.make_tensor_value_info(value[0], kind, ["n", value[1]])],
         graph.constants,
     )
-    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", graph.opset)], ir_version=9)
     onnx.checker.check_model(proto)
 
     def f(x):

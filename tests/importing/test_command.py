@@ -143,6 +143,8 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
     torch.save(module, tmp_path / "whole.pt")
     torch.save(Code(), tmp_path / "code.pt")
     torch.save(module.state_dict(), tmp_path / "state.pt")
+    torch.save({"epoch": 3, "state_dict": module.state_dict()}, tmp_path / "checkpoint.pt")
+    torch.save(nn.DataParallel(module).state_dict(), tmp_path / "parallel.pt")
     (tmp_path / "damaged.onnx").write_bytes(b"\xff\xff not protobuf")
     (tmp_path / "damaged.pt2").write_bytes(exported.read_bytes()[:-200])
     (tmp_path / "forest.pkl").write_bytes(b"")
@@ -162,6 +164,11 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         ((exported, "--bounds", "0,1"), "--bounds must be lower:upper per input"),
         ((exported, "--dtype", "float16"), "--dtype must be float32 or float64"),
         ((exported, "--input-names", "x"), "input_names must be one string per input"),
+        ((exported, "--input-names", "x,x"), "--input-names must be different names"),
+        ((exported, "--output-names", "y,"), "--output-names must be different names"),
+        ((exported, "--architecture", "short.json"), "an architecture (--architecture) is for state dicts"),
+        (("checkpoint.pt", "--architecture", "short.json"), 'got a dict of "epoch", "state_dict"; save module'),
+        (("parallel.pt", "--architecture", "short.json"), "as DataParallel writes them"),
     ]
     for (file, *options), message in cases:
         given = [tmp_path / each if str(each).endswith(".json") else each for each in options]
@@ -191,13 +198,24 @@ def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
 
 
 def test_the_place_to_write_is_checked_first(exported, tmp_path):
-    missing = run(exported, tmp_path / "missing" / "out.safetensors")
-    assert (missing.exit_code, missing.stderr.strip()[-14:]) == (2, "does not exist")
-    nowhere = run(exported, tmp_path / "models")
+    nowhere = run(exported, tmp_path / "models.onnx")
     assert nowhere.exit_code == 2
-    assert "expected a folder, or a file named like model.safetensors, as OUT, got models" in nowhere.stderr
+    assert "expected a folder, or a file named like model.safetensors, as OUT, got models.onnx" in nowhere.stderr
     (tmp_path / "my model.pt2").write_bytes(exported.read_bytes())
     assert "got my model.safetensors" in run(tmp_path / "my model.pt2", tmp_path).stderr
+    bad = run(exported, tmp_path, "--name", "a b")
+    assert (bad.exit_code, "--name must be letters, digits" in bad.stderr) == (2, True)
+    (tmp_path / "file").write_text("")
+    inside = run(exported, tmp_path / "file" / "out.safetensors")
+    assert (inside.exit_code, "cannot be made" in inside.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_folders_are_made_and_an_older_file_is_named(exported, tmp_path):
+    assert run(exported, tmp_path / "new" / "models").exit_code == 0
+    again = run(exported, tmp_path / "new" / "models" / "mlp.safetensors")
+    assert again.exit_code == 0
+    assert "in place of an older file" in " ".join(again.stdout.split())
 
 
 def beside(tmp_path, location):

@@ -134,7 +134,7 @@ def test_pipelines_exported_by_skl2onnx():
     for seed in range(choose(60, 1000)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one step of training does not converge
-            estimator, d, f = sklearn_networks.estimator(seed)
+            estimator, d, f = sklearn_networks.estimator(seed, kinds="network")
         if isinstance(estimator, TransformedTargetRegressor):
             continue
         model = to_onnx(estimator, np.zeros((1, d)))

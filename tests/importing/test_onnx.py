@@ -12,6 +12,9 @@ from tests.importing import onnx_networks
 from tests.importing.comparison import TOLERANCE, error, worst_error
 from tests.whole import choose
 
+#: Operators that onnxruntime computes in float32, whatever their input is.
+ROUNDED = {"Gelu", "GroupNormalization", "LayerNormalization", "RMSNormalization"}
+
 
 def points(d, seed=0):
     """Return three points."""
@@ -37,7 +40,8 @@ def test_random_graphs(start):
         assert next(network.parameters()).dtype is torch.float64
         assert worst_error(network, f, points(d)) <= TOLERANCE, seed
         values = by_onnxruntime(model, points(d))
-        assert values is None or error(network(points(d))[0].detach(), values) <= TOLERANCE, seed
+        bound = 1e-4 if {node.op_type for node in model.graph.node} & ROUNDED else TOLERANCE
+        assert values is None or error(network(points(d))[0].detach(), values) <= bound, seed
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -55,12 +59,15 @@ def test_random_graphs_with_kinks():
 
 
 def test_float32_graphs_have_the_values_of_onnxruntime():
-    for seed in range(choose(25, 1000)):
+    """It lacks Swish; products are differences of squares here, which have a digit less."""
+    compared, graphs = 0, choose(25, 1000)
+    for seed in range(graphs):
         model, d, _ = onnx_networks.model(seed, dtype=np.float32)
-        network = hessquik.from_onnx(model)
-        x = points(d).float()
+        network, x = hessquik.from_onnx(model), points(d).float()
         expected = by_onnxruntime(model, x)
-        assert error(network(x)[0].detach(), expected) <= 1e-5, seed
+        compared += expected is not None
+        assert expected is None or error(network(x)[0].detach(), expected) <= 1e-5, seed
+    assert compared >= 0.9 * graphs
 
 
 def test_onnxruntime_has_the_operators_of_enough_graphs_in_float64():

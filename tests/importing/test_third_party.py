@@ -48,19 +48,20 @@ KINKED = {
     "pytorch-operator/test_operator_": "clip selu",
     "simple/": "test_single_relu_model",
 }
+#: Imported, but not here: it normalises 10,240 features, so that its matrices take gigabytes.
+LARGE = "pytorch-operator/test_operator_symbolic_override"
 #: Refusals of the others: words of the message, and their number.
 REFUSED = {
     r"node \w+ \(Conv\) is a convolution, .*; use MatMul": 36,
     r"node \w+ \(ConvTranspose\) is a convolution, .*; use MatMul": 3,
     r"node \w+ \(AveragePool\) is a pooling over places, .*; use MatMul": 7,
     r"node \w+ \(MaxPool\) takes a maximum over features, .*; use a smooth function": 9,
-    r"node \w+ \((Log)?Softmax\) divides by a sum over all features; return the values before it": 7,
-    r"node \w+ \(InstanceNormalization\) divides features by their own size; use BatchNormalization": 1,
+    r"node \w+ \((Log)?Softmax\) sums exponentials of the features, .* kinks; return the values before it": 7,
     r"node \w+ \(SplitToSequence\) is not among the operators .*; write it with those": 2,
     r"node \w+ \(Mul\) multiplies every row by another constant; multiply all rows by the same": 2,
     r"node \w+ \(Add\) adds another constant to every row; add the same constant to all rows": 1,
     r"input \w+ must hold real numbers, .*, got (INT64|STRING)": 9,
-    r"input \w+ must have the shape \(n, d\) .*; pass example_input": 3,
+    r"input \w+ must have the shape \(n, d\), .*, got \[\d\]; export the model with an axis of rows": 3,
     r"must have one (input|output), an array .*, got [23] \(.*\); export it with one": 26,
     r"gives NaN or infinity at points .*; pass bounds": 1,
 }
@@ -133,7 +134,7 @@ def test_a_model_that_is_defined_on_a_half_line():
 
 
 def test_all_other_models_are_refused_with_a_reason():
-    others = sorted(FILES.keys() - {*listed(SMOOTH), *listed(KINKED)})
+    others = sorted(FILES.keys() - {*listed(SMOOTH), *listed(KINKED), LARGE})
     counted = Counter()
     for name in others:
         message = first_words(name)

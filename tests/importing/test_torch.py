@@ -25,6 +25,21 @@ def test_random_modules(start):
         assert worst_error(network, module, points(d)) <= TOLERANCE, seed
 
 
+@pytest.mark.slow
+def test_random_modules_of_physical_inputs():
+    for seed in range(choose(20, 200)):
+        module, d = torch_networks.module(seed)
+        mean, scale = torch.full((d,), 1e5, dtype=torch.float64), torch.full((d,), 100.0, dtype=torch.float64)
+        scaling = {"input_mean": mean.tolist(), "input_scale": scale.tolist()}
+        network = hessquik.from_torch(module, points(d), **scaling)
+        x = mean + scale * points(d)
+
+        def f(x, module=module, mean=mean, scale=scale):
+            return module((x - mean) / scale)
+
+        assert worst_error(network, f, x) <= TOLERANCE, seed
+
+
 @pytest.mark.parametrize("backend", backends())
 def test_random_modules_on_every_backend(backend):
     for seed in range(10):

@@ -110,6 +110,75 @@ class Scale(nn.Module):
         return (x - self.mean) / self.scale if self.divide else x * self.scale + self.mean
 
 
+class InPlace(nn.Module):
+    """x + body(x) with the sum, a column and an activation changed in place."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        out = self.body(x).clone()
+        out += x
+        out[:, 0] *= 0.5
+        return torch.nn.functional.silu(out.mul_(0.7), inplace=True)
+
+
+class Ensemble(nn.Module):
+    """The mean of several modules, stacked before the rows."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x):
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class RowsLast(nn.Module):
+    """(W xᵀ)ᵀ, or a batch of such products."""
+
+    def __init__(self, p, q, members):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(members, p, q) / p**0.5)
+
+    def forward(self, x):
+        if len(self.weight) == 1:
+            return torch.tanh(self.weight[0].T @ x.T).T
+        return torch.tanh(torch.einsum("bi,kih->kbh", x, self.weight)).sum(0)
+
+
+class Bilinear(nn.Module):
+    """A product of features of two branches."""
+
+    def __init__(self, p, q):
+        super().__init__()
+        self.left, self.product = nn.Linear(p, 2), nn.Bilinear(2, p, q)
+
+    def forward(self, x):
+        return self.product(torch.tanh(self.left(x)), x)
+
+
+class Masked(nn.Module):
+    """A choice of two functions by a constant mask, and features by their numbers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("mask", torch.rand(width) < 0.5)
+        self.order = torch.randperm(width).tolist()
+
+    def forward(self, x):
+        return torch.where(self.mask, torch.sin(x), x)[..., self.order].masked_fill(self.mask, 0.25)
+
+
+class OtherNames(nn.Module):
+    """Operations by their other names."""
+
+    def forward(self, x):
+        y = torch.subtract(torch.multiply(x, 0.5), torch.negative(torch.true_divide(x, 3.0)))
+        return torch.lerp(y, torch.special.expit(x), 0.3).view_as(x) + torch.addcmul(x, x, y) * torch.ones_like(x)
+
+
 class Reshaped(nn.Module):
     """A linear map of the halves of x, as another shape."""
 
@@ -122,8 +191,26 @@ class Reshaped(nn.Module):
         return torch.tanh(self.linear(halves).flip(1).transpose(1, 2).flatten(1))
 
 
+#: Linear layers whose weights are computed from others.
+WEIGHTS = (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm)
+
+
 def activation(draw, kinds=SMOOTH):
     return Function(draw.choice(FUNCTIONS)) if kinds is SMOOTH and draw.random() < 0.4 else draw.choice(kinds)()
+
+
+def forms(draw, p, q, kinds):
+    """Return modules that not every exporter writes in operators that can be read, with their numbers of outputs."""
+    return [
+        lambda: (nn.Sequential(nn.Linear(p, 3), nn.LayerNorm(3, eps=0.1)), 3),
+        lambda: (Bilinear(p, q), q),
+        lambda: (Masked(p), p),
+        lambda: (OtherNames(), p),
+        lambda: (RowsLast(p, q, draw.choice((1, 2))), q),
+        lambda: (InPlace(nn.Sequential(nn.Linear(p, 3), nn.Tanh(), nn.Linear(3, p))), p),
+        lambda: (Ensemble([nn.Sequential(nn.Linear(p, q), activation(draw, kinds)) for _ in range(3)]), q),
+        lambda: (nn.Sequential(draw.choice(WEIGHTS)(nn.Linear(p, q)), nn.Tanh()), q),
+    ]
 
 
 def block(draw, p, kinds=SMOOTH, nesting=1):
@@ -135,6 +222,8 @@ def block(draw, p, kinds=SMOOTH, nesting=1):
         lambda: (Scale(p, draw.random() < 0.5), p),
         lambda: (Sum(plain, nn.Linear(p, q), draw.choice((torch.add, torch.sub, torch.mul))), q),
     ]
+    if kinds is SMOOTH or kinds is KINKED:
+        choices += forms(draw, p, q, kinds)
     if p % 2 == 0:
         choices.append(lambda: (Reshaped(p), p))
     if nesting:

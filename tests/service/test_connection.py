@@ -719,6 +719,7 @@ def test_starting_is_answered_with_the_reason_and_a_damaged_file_is_refused(tmp_
             assert (reply.status, reply.json()["code"], reply.headers["retry-after"]) == (503, "not_ready", "1")
             assert "loading" in reply.json()["detail"]
             assert ask(server.port, request("GET", "/livez")).status == 200
+            assert b"\nhessquik_ready 0.0\n" in ask(server.port, request("GET", "/metrics")).body
         server.wait_until_ready()
         assert ask(server.port, post(VALUE, POINT)).status == 200
         lines = "\n".join(server.log)

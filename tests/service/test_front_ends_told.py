@@ -234,16 +234,74 @@ def test_a_command_that_fails_is_answered(supervisor: Supervisor, monkeypatch: p
     run(work())
 
 
-def test_a_file_that_moved_is_news(supervisor: Supervisor) -> None:
+def test_a_file_that_moved_and_one_that_was_refused_are_news(supervisor: Supervisor) -> None:
     async def work() -> None:
         front = supervisor._fronts[0]
         put(supervisor, "a")
-        for path in ("a", "a/1"):
-            supervisor.node.repository._table["a"][1].file = ModelFile("a", 1, Path(path))
+        for path, is_outdated in (("a", False), ("a/1", False), ("a/1", True)):
+            one = supervisor.node.repository._table["a"][1]
+            one.file, one.is_outdated = ModelFile("a", 1, Path(path)), is_outdated
             telling = asyncio.ensure_future(front.tell())
             await settle()
-            assert frames(front, "state")[-1]["served"][0]["path"] == path
+            (news,) = frames(front, "state")[-1]["served"]
+            assert (news["path"], news["is_outdated"]) == (path, is_outdated)
             acknowledge(front)
             await telling
+
+    run(work())
+
+
+def text(total: float, waiting: float) -> bytes:
+    """Return the metrics of a front end that has answered and holds so many requests."""
+    return (
+        f"# HELP hessquik_requests_total Requests.\n# TYPE hessquik_requests_total counter\n"
+        f'hessquik_requests_total{{status="200"}} {total}\n'
+        f"# HELP hessquik_queue_requests Requests.\n# TYPE hessquik_queue_requests gauge\n"
+        f"hessquik_queue_requests {waiting}\n"
+        f"# HELP hessquik_device_busy_seconds_total Time.\n# TYPE hessquik_device_busy_seconds_total counter\n"
+        f'hessquik_device_busy_seconds_total{{worker="0"}} {total}\n'
+    ).encode()
+
+
+def test_counters_never_fall_and_gauges_vanish_with_a_front_end_that_hangs_or_dies(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's counters are those of the node, which front ends that are well report."""
+    monkeypatch.setattr(supervisor_module, "REPORT_S", 0.05)
+    monkeypatch.setattr(supervisor_module, "TICK_S", 0.01)
+    monkeypatch.setattr(child_module, "FIRST_PAUSE_S", 0.0)
+
+    async def scrape(*reports: tuple[float, float], dies: FrontEnd | None = None) -> tuple[float, ...]:
+        """Scrape while the last front ends answer with their reports, and one may die meanwhile."""
+        scraping = asyncio.ensure_future(supervisor._metrics())
+        await settle()
+        up = [front for front in supervisor._fronts if front.is_up]
+        for front, report in zip(reversed(up), reversed(reports), strict=False):
+            number = frames(front, "report")[-1]["number"]
+            front._on_frame({"op": "reported", "number": number}, {"text": text(*report)})
+        if dies is not None:
+            dies._on_lost()
+        lines = (await scraping).decode().splitlines()
+        return tuple(float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#"))
+
+    async def work() -> None:
+        for front in supervisor._fronts:
+            front.is_up = True
+        victim = supervisor._fronts[0]
+        assert await scrape((100, 3), (90, 4)) == (190, 7, 100)
+        assert await scrape((95, 4)) == (195, 4, 95), "the first one hangs"
+        assert await scrape((105, 1), (96, 2)) == (201, 3, 105)
+        assert await scrape((97, 2), dies=victim) == (202, 2, 97), "it is counted once"
+        assert await scrape((98, 2)) == (203, 2, 98)
+        await settle()
+        while len(supervisor._fronts) < 2:
+            await asyncio.sleep(0.001)
+        supervisor._fronts[1].is_up = True
+        assert await scrape((99, 0), (5, 1)) == (209, 1, 99)
+        telling = asyncio.ensure_future(supervisor._fronts[0].tell())
+        await settle()
+        assert frames(supervisor._fronts[0], "state")[-1]["health"]["front_restarts"] == 1
+        acknowledge(supervisor._fronts[0])
+        await telling
 
     run(work())

@@ -217,6 +217,9 @@ def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: 
         while not is_over.is_set():
             answered.append(other.call("POST", "/v1/models/kept/value", {"inputs": [1.0, 1.0]})[0])
 
+    victim.call("POST", "/v1/models/kept/value", {"inputs": [1.0, 1.0]})
+    sample = 'hessquik_model_requests_total{model="kept",status="200"}'
+    began_s, before = server.metric("hessquik_start_time_seconds"), server.metric(sample)
     asking = threading.Thread(target=keep_asking)
     asking.start()
     lines = len(server.log)
@@ -228,6 +231,9 @@ def test_a_front_end_that_is_killed_is_replaced_and_the_other_serves_on(server: 
     asking.join()
     assert set(answered) == {200}
     wait_until(lambda: any("the front end serves" in line for line in server.log[lines:]))
+    assert server.metric(sample) >= before + len(answered)
+    assert server.metric("hessquik_front_restarts_total") > 0
+    assert server.metric("hessquik_start_time_seconds") == began_s
     fronts = connect(server)
     assert victim.pid not in [front.pid for front in fronts]
     for front in fronts:
@@ -288,7 +294,7 @@ def test_metrics_are_added_up_but_for_what_all_say_alike() -> None:
         "# TYPE hessquik_workers gauge",
         'hessquik_workers{state="ready"} 2.0',
     ]
-    assert add_up([]) == b"\n"
+    assert add_up([]) == add_up([b"", add_up([])]) == b""
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed(server: LiveServer) -> None:

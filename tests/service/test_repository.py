@@ -77,6 +77,10 @@ def served(repository: Repository) -> dict[tuple[str, int], str]:
     }
 
 
+def outdated(repository: Repository) -> set[int]:
+    return {version for version, one in repository.versions("a").items() if one.is_outdated}
+
+
 # The folder.
 
 
@@ -287,6 +291,14 @@ def test_a_refused_replacement_is_an_error_and_leaves_the_old_one_serving(
         assert [one["state"] for one in refused.value.extra["loaded"]] == ["ready", "failed"]
         assert served(repository) == {("a", 1): "ready", ("a", 2): "ready"}
         assert sorted(workers.held.values()) == [b"one", b"two"]
+        assert outdated(repository) == {2}
+        for data in (b"two", b"three"):  # what is served already, or something new
+            put(tmp_path, "a/2", data)
+            await repository.load("a")
+            assert outdated(repository) == set()
+            put(tmp_path, "a/2", b"bad")
+            await repository.follow()
+            assert outdated(repository) == {2}
 
     run(work())
 

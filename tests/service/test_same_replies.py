@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from opentelemetry.trace import SpanKind
 import hessquik
 from hessquik import activations, layers, networks
 from hessquik.networks import NN
-from hessquik_client.errors import StartUpError
+from hessquik_client.errors import Overloaded, ServiceError, StartUpError, Unauthorized
 from service.app import Application, create_app
 from service.http.connection import Limits, Listener
 from service.repository import Look
@@ -163,6 +163,71 @@ def test_a_connection_and_asgi_give_the_same_reply(served: Served, note: Note) -
     ended = [one.attributes or {} for one in served.spans.get_finished_spans() if one.kind is SpanKind.SERVER]
     assert Counter(one["http.response.status_code"] for one in ended) == {key: 2 * n for key, n in statuses.items()}
     assert set(Counter(one["hessquik.request_id"] for one in ended).values()) == {2}
+
+
+def refuse_with(error: ServiceError) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    return refuse
+
+
+@pytest.mark.slow
+def test_requests_for_an_evaluation_count_for_their_model_and_no_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every dialect, also those that are invalid, late or refused, be it before the body."""
+    core, v2 = served.app.core, "/v2/models/peaks"
+    x = {"name": "inputs", "shape": [1, 2], "datatype": "FP64", "data": [0.1, 0.2]}
+    point, body = {"name": "peaks", "input": [[0.1, 0.2]]}, {"inputs": {"x": [0.1, 0.2]}}
+    derivative = {**body, "jac_inputs": ["x"], "jac_outputs": ["value"]}
+    inputs, many = {"inputs": [0.1, 0.2]}, {"inputs": [[0.1, 0.2]] * 20_000}
+
+    def ask(method: str, path: str, document: Any = None, **headers: str) -> int:
+        text = b"" if document is None else json.dumps(document).encode()
+        fields = {"content-type": "application/json", "authorization": "Bearer admin", **headers}
+        return served.runner.run(over_a_connection(served.port, Drawn(method, path, fields, text))).status
+
+    def counted() -> Counter[int]:
+        core.metrics.settle()
+        totals = core.metrics._request_seconds.by(2, among=lambda labels: labels[1] == "peaks").totals()
+        return Counter({status: round(total) for (status,), total in totals.items()})
+
+    before = counted()
+    for path in ("/v1/models/peaks", f"{v2}/ready", v2, f"{v2}/config", f"{v2}/stats", "/tesseract/peaks/health"):
+        assert ask("GET", path) == 200, path
+    for path, document in (
+        ("/v1/models/peaks/load", {}),
+        ("/v2/repository/models/peaks/load", {}),
+        *((f"/{name}", {"name": "peaks"}) for name in ("ModelInfo", "InputSizes", "OutputSizes")),
+        ("/tesseract/peaks/abstract_eval", {"inputs": {"x": {"shape": [2], "dtype": "float64"}}}),
+    ):
+        assert ask("POST", path, document) == 200, path
+    with monkeypatch.context() as patch:
+        patch.setattr(served.app.front, "_check_key", refuse_with(Unauthorized("expected a key")))
+        assert ask("POST", "/v1/models/peaks/value", inputs) == 401
+    assert counted() == before, "nor do those without a key"
+    for path, document in (
+        ("/v1/models/peaks/value", inputs),
+        ("/v1/models/peaks/evaluate", {**inputs, "quantities": ["value"]}),
+        (f"{v2}/infer", {"inputs": [x]}),
+        ("/Evaluate", point),
+        ("/tesseract/peaks/apply", body),
+        ("/tesseract/peaks/jacobian", derivative),
+    ):
+        assert ask("POST", path, document) == 200, path
+    assert ask("POST", "/v1/models/peaks/value", {"inputs": "no"}) == 422
+    assert ask("POST", "/v1/models/peaks/value", many, **{"x-deadline-ms": "1"}) == 504
+    assert counted() - before == {200: 6, 422: 1, 504: 1}
+
+    monkeypatch.setattr(core.scheduler.queue, "expect_room", refuse_with(Overloaded("expected room in the queue")))
+    for path, document in (
+        ("/v1/models/peaks/value", inputs),
+        ("/v1/models/peaks/value", many),
+        ("/Evaluate", point),
+    ):
+        assert ask("POST", path, document) == 503, path
+    assert (counted() - before)[503] == 3
 
 
 #: Most Python calls of the front for a small request, most files whose functions run, and the kinds of values made.

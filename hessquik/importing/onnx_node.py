@@ -1,0 +1,90 @@
+"""One node of an ONNX graph; onnx's reference evaluates it where it depends on constants alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessquik.errors import UnsupportedError
+from hessquik.importing.graph import refuse
+from hessquik.importing.interpreting import as_float64
+from hessquik.importing.onnx_operations import RANDOM, REFUSED
+
+__all__ = ["Call", "unknown"]
+
+#: Operators that the reference implementation computes to few digits.
+_PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
+
+
+class Call:
+    """One node of a graph.
+
+    Attributes:
+        attributes: Values by name; a graph for a branch.
+        operator: Name of the operator; with its domain if it is none of the standard's.
+        version: Of the operators of its domain.
+        place: Name for messages.
+    """
+
+    def __init__(self, node: Any, number: int, opsets: Sequence[Any]) -> None:
+        """Keep the node and the versions of the operators."""
+        import onnx
+
+        self.node, self.opsets = node, opsets
+        self.attributes: Mapping[str, Any] = {
+            each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
+        }
+        self.is_standard = node.domain in {"", "ai.onnx"} or node.domain.startswith("ai.onnx.")
+        self.operator: str = node.op_type if self.is_standard else f"{node.domain}.{node.op_type}"
+        self.version = next((each.version for each in opsets if each.domain == node.domain), 1)
+        self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
+        self._run: Callable[..., Any] | None = None
+
+    def compute(self, *args: Any) -> Any:
+        """Evaluate the node on tensors, with the reference implementation of the standard."""
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        if not self.is_standard or self.operator in {"If", "Loop", "Scan", *RANDOM}:
+            raise unknown(self)
+        if self.operator in _PRECISE:
+            return _PRECISE[self.operator](*args)
+        names = [f"{i}" if name else "" for i, name in enumerate(self.node.input)]  # a value may be taken twice
+        if self._run is None:
+            node = onnx.NodeProto()
+            node.CopyFrom(self.node)
+            node.input[:] = names
+            inputs = [onnx.ValueInfoProto(name=name) for name in names if name]
+            outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+            graph = onnx.helper.make_graph([node], "node", inputs, outputs)
+            self._run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opsets)).run
+        feeds = {name: arg.numpy() for name, arg in zip(names, args, strict=True) if name and arg is not None}
+        results = [as_float64(torch.tensor(np.asarray(result).copy())) for result in self._run(None, feeds)]
+        return results[0] if len(results) == 1 else results
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def unknown(call: Call) -> UnsupportedError:
+    """Return the error for an operator that cannot be exact."""
+    if call.operator in REFUSED:
+        return refuse(call.place, *REFUSED[call.operator])
+    if call.node.domain.startswith("com.microsoft"):
+        return refuse(
+            call.place,
+            "is an operator of onnxruntime's own, as its optimiser writes them",
+            "import the model as it was before onnxruntime optimised it",
+        )
+    if not call.is_standard:
+        return refuse(call.place, "is an operator of your own", "write it with the standard's operators")
+    return refuse(
+        call.place,
+        "is not among the operators that can be exact here",
+        "write it with those that the table of supported operations lists",
+    )

@@ -1,0 +1,173 @@
+"""The comparison of an imported network with its source: in the dtype that is served, point by point."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+import hessquik
+from hessquik.errors import UnsupportedError
+from hessquik.importing.files import import_file
+from hessquik.importing.scaling import Scaling
+from hessquik.importing.torch_module import import_module
+from tests.importing.comparison import TOLERANCE, worst_error
+
+
+def network_error(network, f, x):
+    """Return the network's error at points of its own dtype, relative to the largest value."""
+    points = x.to(next(network.requires_grad_(False).parameters()).dtype)
+    expected = f(points.double())
+    return float((network(points)[0].double() - expected).abs().max() / expected.abs().max())
+
+
+def physical(dtype=torch.float32):
+    """Return a module, the scaling of its inputs, and the function of physical units that it stands for."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
+    mean, scale = torch.tensor([1e6, 2000.0], dtype=torch.float64), torch.tensor([10.0, 1.0], dtype=torch.float64)
+    exact = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    exact.load_state_dict({name: tensor.double() for name, tensor in module.state_dict().items()})
+    exact.requires_grad_(False)
+    return module, Scaling(input_mean=mean, input_scale=scale), lambda x: exact((x - mean) / scale)
+
+
+def test_weights_that_lose_digits_in_float32_are_kept_in_float64():
+    module, scaling, f = physical()
+    imported = import_module(module, None, scaling)
+    assert next(imported.network.parameters()).dtype is torch.float64
+    x = torch.tensor([[1e6, 2000.0], [1e6 + 8, 2001.0], [1e6 - 8, 1999.0]], dtype=torch.float64)
+    assert network_error(imported.network, f, x) < 1e-6, "float32 values of the source"
+
+
+def test_dtype_that_loses_digits_is_refused_by_name():
+    for dtype in (torch.float32, torch.float64):
+        module, scaling, _ = physical(dtype)
+        with pytest.raises(UnsupportedError, match=r"float32 .* pass dtype=torch.float64 \(--dtype float64\)"):
+            import_module(module, None, scaling, dtype=torch.float32)
+
+
+def test_reported_error_is_that_of_the_network_in_its_dtype():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+    imported = import_module(module, None, Scaling(input_mean=[300.0, 20.0], input_scale=[10.0, 1.0]))
+    assert next(imported.network.parameters()).dtype is torch.float32
+    assert 1e-7 < imported.error < 1e-4
+
+
+class Function(nn.Module):
+    """A linear layer and a function of its value."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.function = nn.Linear(3, 1).double(), function
+
+    def forward(self, x):
+        return self.function(x, self.linear(x))
+
+
+BY_ROWS = Function(lambda x, y: y / x.shape[0])
+
+
+def test_value_that_depends_on_the_number_of_rows_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="other values when it is evaluated with other points"):
+        hessquik.from_torch(BY_ROWS, torch.zeros(3))
+    dynamic = {0: torch.export.Dim("n", min=2)}
+    example = (torch.zeros(5, 3, dtype=torch.float64),)
+    torch.export.save(torch.export.export(BY_ROWS, example, dynamic_shapes=(dynamic,)), tmp_path / "rows.pt2")
+    with pytest.raises(UnsupportedError, match="other values when it is evaluated with other points"):
+        import_file(tmp_path / "rows.pt2")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Gather", ["s", "zero"], ["n"]),
+        helper.make_node("Cast", ["n"], ["r"], to=TensorProto.DOUBLE),
+        helper.make_node("Div", ["x", "r"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["n", 3]) for name in "xy")
+    zero = helper.make_tensor("zero", TensorProto.INT64, [], [0])
+    graph = helper.make_graph(nodes, "rows", [x], [y], [zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    with pytest.raises(UnsupportedError, match="other values when it is evaluated with other points"):
+        hessquik.from_onnx(model)
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize(("large", "dtype"), [(3e3, torch.float64), (1e6, torch.float64), (1e2, torch.float32)])
+def test_product_of_a_large_and_a_small_factor_keeps_its_digits(large, dtype):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return (large + torch.sin(self.a(x))) * (torch.tanh(self.b(x)) / large)
+
+    module = Module().to(dtype)
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = hessquik.from_torch(module, torch.zeros(3))
+    assert next(network.parameters()).dtype is dtype
+    assert worst_error(network.double(), module.double(), x) <= (TOLERANCE if dtype is torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: torch.sqrt(x**2),
+        lambda x, y: (y * y) ** 0.5,
+        lambda x, y: torch.sqrt(torch.square(torch.tanh(y))),
+    ],
+    ids=["square", "product", "composed"],
+)
+def test_root_of_a_square_has_a_kink(function):
+    module = Function(function)
+    with pytest.raises(UnsupportedError, match="has a kink"):
+        hessquik.from_torch(module, torch.zeros(3))
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert worst_error(hessquik.from_torch(module, torch.zeros(3), allow_kinks=True), module, x) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, y: y.abs() ** 2, lambda x, y: 3 * y.abs() * y.abs() + 2, lambda x, y: torch.relu(y) * 0 + y],
+    ids=["square", "product", "zero"],
+)
+def test_square_of_an_absolute_value_has_none(function):
+    module = Function(function)
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert worst_error(hessquik.from_torch(module, torch.zeros(3)), module, x) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"input_mean": "a"}, "input_mean must be one finite number or 3"),
+        ({"input_mean": [0, "a", 1]}, "input_mean must be one finite number or 3"),
+        ({"input_scale": {"x": 1}}, "input_scale must be one finite number or 3"),
+        ({"input_lower": 0, "input_upper": 1, "onto": [0]}, "onto must be an interval such as"),
+        ({"input_lower": 0, "input_upper": 1, "onto": 5}, "onto must be an interval such as"),
+        ({"input_lower": 0, "input_upper": 1, "onto": ["a", 1]}, "onto must be an interval such as"),
+        ({"output_mean": None, "output_scale": True}, "output_scale must be one finite number or 1"),
+    ],
+)
+def test_scaling_that_is_none_is_refused_by_its_key(scale, message):
+    given = json.loads(json.dumps(scale))
+    with pytest.raises(hessquik.ShapeError, match=message):
+        hessquik.from_torch(BY_ROWS.linear, **given)
+
+
+def test_scaling_keeps_every_digit():
+    for mean in ([0.1, 0.7], np.array([0.1, 0.7]), torch.tensor([0.1, 0.7], dtype=torch.float64), (0.1, 0.7)):
+        assert Scaling(input_mean=mean).input(2)[0].tolist() == [0.1, 0.7]
+    parameter = nn.Parameter(torch.tensor([0.5]))
+    assert Scaling(output_scale=parameter).output(2)[1].tolist() == [0.5, 0.5]
+
+
+def test_network_without_inputs_or_outputs_is_refused():
+    for module in (Function(lambda x, y: y[:, :0]), Function(lambda x, y: x[:, 3:])):
+        with pytest.raises(UnsupportedError, match="at least one output"):
+            hessquik.from_torch(module, torch.zeros(3))

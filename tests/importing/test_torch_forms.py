@@ -1,0 +1,359 @@
+"""Forms in which modules are written: in place, on weights, by masks, of products, norms and other axes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import hessquik
+from hessquik.errors import UnsupportedError
+from hessquik.importing.files import import_file
+from hessquik.importing.graph import Input
+from hessquik.importing.torch_reader import Call, Program, Ref, read
+from tests.importing.comparison import TOLERANCE, worst_error
+from tests.importing.torch_networks import Function
+
+D = 4
+X = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+W = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([True, False, True, True])
+POSITIVE = [0.5] * D, [2.0] * D
+
+
+def residual(x):
+    out = torch.sin(x) @ W
+    out += x
+    return out
+
+
+def column(x):
+    y = x.clone()
+    y[:, 0] = torch.sin(x[:, 1])
+    y[:, 2:] *= 2.0
+    return y * x
+
+
+def view_of_view(x):
+    y = x @ W
+    rows = y.view(-1, 2, 2)
+    rows.transpose(1, 2)[:, 0].add_(torch.cos(x[:, :2]))
+    return y + rows.sum(1).repeat(1, 2)
+
+
+def filled(x):
+    y = torch.zeros_like(x)
+    y[:, :2] = torch.tanh(x[:, 2:])
+    z = x.new_empty(len(x), 2)
+    z.fill_(0.5)
+    z[:, 1].zero_()
+    return torch.cat([y, z], 1) * 3
+
+
+def parts(x):
+    y = 2 * x
+    left, right = y.narrow(1, 0, 2), y.narrow(1, 2, 2)
+    left.mul_(right)
+    return y
+
+
+def masked(x):
+    y = x @ W
+    y[:, MASK] = y[:, MASK] ** 2
+    y.masked_fill_(~MASK, 1.5)
+    return y * x
+
+
+IN_PLACE = {
+    "residual": residual,
+    "column": column,
+    "view of a view": view_of_view,
+    "filled": filled,
+    "parts": parts,
+    "masks": masked,
+    "activations": lambda x: (
+        functional.silu((x @ W).mul_(2.0), inplace=True).clone().tanh_() + functional.mish(x @ W, True)
+    ),
+}
+#: The same without changes in place, where torch itself has no second derivatives of a form.
+PURE = {
+    "parts": lambda x: torch.cat([4 * x[:, :2] * x[:, 2:], 2 * x[:, 2:]], 1),
+    "activations": lambda x: torch.tanh(functional.silu(2 * (x @ W))) + functional.mish(x @ W),
+}
+
+ON_WEIGHTS = {
+    "softmax": lambda x: torch.tanh(x @ torch.softmax(W, 0)),
+    "inverse": lambda x: torch.tanh(x @ torch.linalg.inv(W)),
+    "matrix_exp": lambda x: torch.tanh(x @ torch.matrix_exp(W / 4)),
+    "normalize": lambda x: torch.tanh(x @ functional.normalize(W, dim=0)),
+    "embedding": lambda x: torch.tanh(x + functional.embedding(torch.arange(2), W).sum(0)),
+    "logsumexp": lambda x: torch.tanh(x + W.logsumexp(1)),
+    "svd": lambda x: torch.tanh(x / torch.linalg.svdvals(W)[0]),
+    "in place": lambda x: torch.tanh(x @ torch.zeros(D, D, dtype=x.dtype).fill_(2.0).mul_(W)),
+    "without gradient": lambda x: torch.tanh(x @ torch.no_grad()(torch.exp)(W)) + x * W.detach()[0],
+    "spectral_norm": nn.utils.parametrizations.spectral_norm(nn.Linear(D, 3)).double().eval(),
+    "old spectral_norm": nn.utils.spectral_norm(nn.Linear(D, 3)).double().eval(),
+    "orthogonal": nn.utils.parametrizations.orthogonal(nn.Linear(D, D)).double().eval(),
+}
+
+SELECTIONS = {
+    "where": lambda x: torch.where(MASK, torch.sin(x), x),
+    "masked_fill": lambda x: torch.sin(x).masked_fill(~MASK, 2.0),
+    "index": lambda x: torch.sin(x)[..., [2, 0]],
+    "mask": lambda x: torch.sin(x)[:, MASK],
+    "gather": lambda x: torch.sin(x).take_along_dim(torch.tensor([[2, 0, 0]]), 1),
+    "like": lambda x: torch.ones_like(x) * x + torch.full_like(x, 2.0) + x.new_zeros(x.shape).add(1.0),
+    "aliases": lambda x: (
+        torch.true_divide(torch.multiply(x, x), 2.0).subtract(torch.negative(x)) + torch.special.expit(x)
+    ),
+    "shapes": lambda x: (x[:, None].swapaxes(1, 2) + x[:, :1, None].expand_as(x[:, :, None])).repeat_interleave(2, 1),
+    "a list of one": lambda x: x.chunk(1, 1)[0] * torch.cat(x[:, None].unbind(1), 0),
+    "view_as": lambda x: torch.sin(x).view_as(x).reshape_as(x),
+    "joins": lambda x: (
+        torch.hstack([torch.sin(x), torch.concat([x, x], 1)]) + torch.column_stack([x[:, 0], x, x, x])[:, :12]
+    ),
+}
+
+PRODUCTS = {
+    "einsum of rows": lambda x: torch.einsum("bi,bi->b", torch.sin(x), x @ W)[:, None],
+    "quadratic form": lambda x: torch.einsum("bi,ij,bj->b", x, W, x),
+    "outer product": lambda x: torch.einsum("bi,bj->bij", torch.sin(x), x),
+    "bilinear": lambda x: functional.bilinear(torch.sin(x), x, torch.stack([W, W.T]), W[0, :2]),
+    "bmm": lambda x: torch.bmm(x.reshape(-1, 2, 2), torch.sin(x).reshape(-1, 2, 2)),
+    "matmul": lambda x: x.reshape(-1, 2, 2) @ torch.sin(x).reshape(-1, 2, 2),
+    "baddbmm": lambda x: (
+        torch.baddbmm(x.reshape(-1, 2, 2), x.reshape(-1, 2, 2), x.sin().reshape(-1, 2, 2)) + W[:2, :2]
+    ),
+    "cross": lambda x: torch.cross(x[:, :3], torch.tanh(x[:, 1:]), dim=1),
+    "addcmul": lambda x: torch.addcmul(x, torch.sin(x), x @ W, value=0.5) + torch.addcdiv(x, x, 2 + torch.cos(x)),
+    "lerp": lambda x: torch.lerp(x, torch.tanh(x), 0.3) + torch.lerp(x, torch.tanh(x), torch.sigmoid(x)),
+    "tensordot": lambda x: torch.tensordot(torch.tanh(x), W, dims=([1], [0])),
+}
+
+NORMS = {
+    "var": lambda x: x.var(1, keepdim=True) + torch.sin(x).var(1, unbiased=False, keepdim=True),
+    "std": lambda x: x.std(1),
+    "norm": lambda x: x.norm(dim=1),
+    "square of a norm": lambda x: torch.exp(-((x[:, None] - W).norm(dim=-1) ** 2)),
+    "distance": lambda x: functional.pairwise_distance(x, x @ W),
+    "LayerNorm": nn.LayerNorm(D).double(),
+    "LayerNorm of two axes": lambda x: functional.layer_norm(x.reshape(-1, 2, 2), [2, 2], W[:2, :2], W[2:, 2:]),
+    "RMSNorm": nn.RMSNorm(D).double(),
+    "GroupNorm": nn.GroupNorm(2, D, eps=1e-3).double(),
+    "InstanceNorm": nn.Sequential(nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, affine=True)).double(),
+    "native": lambda x: torch.native_layer_norm(x, [D], W[0], W[1], 1e-5)[0],
+    "erfc": lambda x: torch.erfc(x) + torch.logaddexp(x, x @ W),
+}
+
+AXES = {
+    "rows last": lambda x: torch.tanh(W @ x.T).T,
+    "ensemble": lambda x: torch.stack([torch.tanh(x @ W), torch.sin(x @ W), x @ W.T]).mean(0),
+    "ensemble by einsum": lambda x: torch.einsum("bi,kih->kbh", x, torch.stack([W, W.T])).tanh().mean(0),
+    "ensemble by bmm": lambda x: torch.bmm(x.expand(2, *x.shape), torch.stack([W, W.T])).tanh().sum(0),
+    "constants of more axes": lambda x: (x * W[:, None, :]).sin().sum(0),
+    "product": lambda x: (x.T * torch.sin(x.T)).T + (x.T.sum(0) * x.T).T,
+    "as many features as rows": lambda x: torch.tanh(torch.cat([x, x[:, :3]], 1).T).T[:, :3],
+    "norm": lambda x: x.T.norm(dim=0)[:, None] * torch.tanh(x.T).T,
+}
+
+FORMS = {
+    f"{kind}: {name}": form
+    for kind, forms in {
+        "in place": IN_PLACE,
+        "weights": ON_WEIGHTS,
+        "selection": SELECTIONS,
+        "product": PRODUCTS,
+        "norm": NORMS,
+        "axis": AXES,
+    }.items()
+    for name, form in forms.items()
+}
+
+
+def module_of(form):
+    return form if isinstance(form, nn.Module) else Function(form)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(name):
+    module = module_of(FORMS[name])
+    network = hessquik.from_torch(module, X)
+    reference = PURE.get(name.partition(": ")[2], module)
+    assert worst_error(network, reference, X) <= TOLERANCE
+
+
+#: Forms whose files of core operators differ most from the forms.
+IN_CORE = (
+    "in place: residual",
+    "in place: view of a view",
+    "weights: softmax",
+    "weights: spectral_norm",
+    "selection: shapes",
+    "product: bilinear",
+    "product: baddbmm",
+    "norm: LayerNorm",
+    "norm: RMSNorm",
+    "norm: GroupNorm",
+    "norm: var",
+    "axis: ensemble by einsum",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", IN_CORE)
+def test_forms_in_files_of_core_operators(name, tmp_path):
+    module = module_of(FORMS[name])
+    torch.export.save(torch.export.export(module, (X,)).run_decompositions(), tmp_path / "form.pt2")
+    assert worst_error(import_file(tmp_path / "form.pt2").network, module, X) <= TOLERANCE
+
+
+#: Files of these hold something else than calls on tensors.
+NO_FILES = {"weights: without gradient", "in place: masks", "selection: mask"}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch's exporter
+@pytest.mark.parametrize("is_decomposed", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_in_files(name, is_decomposed, tmp_path):
+    """Exported programs hold the same calls, or the pure ones of core operators."""
+    if name in NO_FILES:
+        pytest.skip("the file holds sizes that depend on masks, or a program within the program")
+    module = module_of(FORMS[name])
+    exported = torch.export.export(module, (X,))
+    torch.export.save(exported.run_decompositions({}) if is_decomposed else exported, tmp_path / "form.pt2")
+    network = import_file(tmp_path / "form.pt2").network
+    assert worst_error(network, PURE.get(name.partition(": ")[2], module), X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish", "softshrink", "clip", "amax", "max", "normalize"])
+def test_kinks(name):
+    forms = {
+        "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0.0, 1.0),
+        "hardswish": lambda x: x * (x / 6 + 0.5).clamp(0.0, 1.0),
+        "softshrink": functional.softshrink,
+        "clip": lambda x: torch.clip(x, -0.5, 0.5),
+        "amax": lambda x: torch.cat([x, x @ W, x[:, :1]], 1).amax(1),
+        "max": lambda x: (x @ W).max(1).values - (x @ W).min(1).values,
+        "normalize": lambda x: functional.normalize(x, dim=1),
+    }
+    module = {"hardsigmoid": nn.Hardsigmoid(), "hardswish": nn.Hardswish()}.get(name, Function(forms[name]))
+    network = hessquik.from_torch(module, X, allow_kinks=True)
+    assert worst_error(network, forms[name], X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("exponent", [2.5, -1.3, 0.1, 20, 33, -17, 3.0, 0])
+def test_powers(exponent):
+    network = hessquik.from_torch(Function(lambda x: x**exponent + x), X.abs() + 0.5, bounds=POSITIVE)
+    assert worst_error(network, lambda x: x**exponent + x, X.abs() + 0.5) <= TOLERANCE
+
+
+def test_a_power_that_is_a_buffer():
+    exponent = nn.Buffer(torch.tensor(3.0))
+    module = Function(lambda x: x**exponent)
+    module.exponent = exponent
+    assert worst_error(hessquik.from_torch(module.double(), X), module, X) <= TOLERANCE
+
+
+def test_distances():
+    """torch has no second derivatives of cdist."""
+    network = hessquik.from_torch(Function(lambda x: torch.exp(-(torch.cdist(x, W) ** 2))), X)
+    assert worst_error(network, lambda x: torch.exp(-((x[:, None] - W) ** 2).sum(-1)), X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e150])
+def test_weights_of_any_size(scale):
+    module = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    for parameter in module[2].parameters():
+        parameter.data *= scale
+    network = hessquik.from_torch(module)
+    assert worst_error(network, module, X) <= TOLERANCE
+
+
+def test_physical_scales():
+    module = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)).double()
+    mean, scale = torch.tensor([1e5, 300.0]).double(), torch.tensor([100.0, 5.0]).double()
+    network = hessquik.from_torch(module, input_mean=mean.tolist(), input_scale=scale.tolist())
+    x = mean + scale * X[:, :2]
+    assert worst_error(network, lambda x: module((x - mean) / scale), x) <= TOLERANCE
+
+
+def test_rows_of_another_example_do_not_matter():
+    for rows in (1, 2, 5):
+        network = hessquik.from_torch(Function(lambda x: torch.tanh(W @ x.T).T), torch.zeros(rows, D).double())
+        assert worst_error(network, lambda x: torch.tanh(x @ W.T), X) <= TOLERANCE
+
+
+def test_a_copy_that_may_share_memory_is_not_used_after_a_change():
+    def change(x):
+        y = torch.sin(x)
+        y.reshape(-1, 2, 2).mul_(2.0)
+        return y
+
+    with pytest.raises(UnsupportedError, match=r"takes 'sin', which may have been changed in place; clone before"):
+        hessquik.from_torch(Function(lambda x: change(x) + 1), X)
+
+    def use_of_the_copy(x):
+        y = torch.sin(x).reshape(-1, 2, 2)
+        y += 1.0
+        return y.flatten(1) * x
+
+    assert worst_error(hessquik.from_torch(Function(use_of_the_copy), X), use_of_the_copy, X) <= TOLERANCE
+
+
+def program(*calls):
+    """Return a program that multiplies its input by the result of calls without arguments that depend on it."""
+    last = Call("aten.mul.Tensor", (Ref("x"), Ref(calls[-1].outputs[0])), {}, ("y",), "")
+    return Program("x", (7, D), torch.float64, {"w": W}, [*calls, last], "y")
+
+
+def call(target, *args, **kwargs):
+    return Call(target, args, kwargs, ("made",), "")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        call("aten.from_file.default", "/etc/passwd", False, 8),
+        call("aten.rand.default", [4]),
+        call("aten.randperm.default", 4),
+        call("aten.bernoulli.default", Ref("w")),
+        call("aten.dropout.default", Ref("w"), 0.5, True),
+        call("aten.rrelu.default", Ref("w"), 0.1, 0.2, True),
+        call("aten.set_.source_Tensor", Ref("w"), Ref("w")),
+        call("aten.add.out", Ref("w"), Ref("w"), out=Ref("w")),
+        call("aten._print.default", "x"),
+        call("aten.full.default", [10**12], 0.0),
+        call("aten.zeros.default", [10**6, 10**6]),
+        call("aten.eye.default", 10**6),
+        call("aten.arange.default", 10**12),
+        call("aten.repeat.default", Ref("w"), [10**6, 10**6]),
+        call("aten.expand.default", Ref("w"), [10**9, 4, 4]),
+        call("aten.kron.default", Ref("w"), Ref("w"), "x"),
+        call("aten.nonzero.default", Ref("w")),
+        call("aten.bincount.default", Ref("w")),
+        call("aten.add_.Tensor", Ref("w"), 1.0),
+        call("aten.no_such_operator.default", Ref("w")),
+        call("aten.__class__.default", Ref("w")),
+        call("prim.print.default", Ref("w")),
+        call("torch.load", "/etc/passwd"),
+        call("_operator.mul", [0.0], 10**12),
+        call("builtins.eval", "1"),
+    ],
+    ids=lambda made: f"{made.target} {made.args}"[:40],
+)
+def test_constants_of_files_that_are_not_computed(made):
+    with pytest.raises(UnsupportedError, match="node "):
+        read(program(made), Input("x", D))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        call("aten.repeat.default", Ref("x"), [1, 10**12]),
+        call("aten.expand.default", Ref("x"), [10**10, 7, 4]),
+        call("aten.constant_pad_nd.default", Ref("x"), [0, 10**12]),
+    ],
+    ids=lambda made: made.target,
+)
+def test_values_of_files_that_are_too_large(made):
+    with pytest.raises(UnsupportedError, match=r"makes an array of .* numbers; keep every array below"):
+        read(Program("x", (7, D), torch.float64, {}, [made], "made"), Input("x", D))
