@@ -157,6 +157,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "as_float": float,
     "as_floats": lambda value: [float(each) for each in value],
     "as_sym_int": lambda value: Ref(value["as_name"]) if "as_name" in value else value["as_int"],
+    "as_sym_bool": lambda value: Ref(value["as_name"]) if "as_name" in value else value["as_bool"],
     "as_sym_ints": lambda value: [_READ["as_sym_int"](each) for each in value],
     "as_scalar_type": lambda value: DTYPES.get(value, torch.complex128),
 }
@@ -169,6 +170,11 @@ def _argument(argument: Mapping[str, Any]) -> Any:
         return value
     if kind in _IGNORED:
         return None
+    if kind == "as_graph":
+        raise UnsupportedError(
+            "the program has a program within it, as torch.no_grad, torch.cond and loops make; remove these and export "
+            "the module anew"
+        )
     if kind not in _READ:
         raise FormatError(f"an argument must be a tensor, a number or a list of these, got {str(kind)[:60]!r}")
     return _READ[kind](value)
