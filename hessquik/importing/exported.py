@@ -172,8 +172,8 @@ def _argument(argument: Mapping[str, Any]) -> Any:
         return None
     if kind == "as_graph":
         raise UnsupportedError(
-            "the program has a program within it, as torch.no_grad, torch.cond and loops make; remove these and export "
-            "the module anew"
+            "the program has a program within it, as torch.no_grad, torch.cond and loops make; remove these and "
+            "export the module anew"
         )
     if kind not in _READ:
         raise FormatError(f"an argument must be a tensor, a number or a list of these, got {str(kind)[:60]!r}")
