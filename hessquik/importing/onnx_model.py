@@ -73,7 +73,17 @@ def import_model(
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:
-        return torch.as_tensor(run(what, x.reshape(-1, *what.shape[1:]).numpy())).reshape(len(x), -1)
+        try:
+            result = run(what, x.reshape(-1, *what.shape[1:]).numpy())
+        except UnsupportedError:
+            raise
+        except Exception as error:  # onnxruntime has classes of its own for each kind of error
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            raise UnsupportedError(
+                f"{runtime} cannot compute the model for {len(x)} points ({reason}); export it with a number of "
+                "points that is either free or fixed throughout"
+            ) from None
+        return torch.as_tensor(result).reshape(len(x), -1)
 
     at_all = evaluate if what.takes_any_rows else by_rows(evaluate, what.shape[0])
     precision = _precision(model, runtime)
@@ -104,7 +114,17 @@ def _load(path_or_model: Any) -> Any:
             raise FormatError(f"{path.name}: the file must be an ONNX model ({str(error)[:100]})") from None
     if not isinstance(model, onnx.ModelProto) or not model.graph.node:
         raise FormatError("the model must be an ONNX model with at least one node")
-    return inliner.inline_local_functions(model) if model.functions else model
+    model = inliner.inline_local_functions(model) if model.functions else model
+    return _with_one_name(model) if any(each.domain == "ai.onnx" for each in model.opset_import) else model
+
+
+def _with_one_name(model: Any) -> Any:
+    """Return a copy of a model in which the standard's operators are of the domain "", which is "ai.onnx" as well."""
+    found = type(model)()
+    found.CopyFrom(model)
+    for each in found.opset_import:
+        each.domain = "" if each.domain == "ai.onnx" else each.domain
+    return found
 
 
 def _load_weights(model: Any, path: Path) -> None:

@@ -35,12 +35,13 @@ class Call:
         import onnx
 
         self.node, self.opsets = node, opsets
+        self.domain = "" if node.domain == "ai.onnx" else node.domain
         self.attributes: Mapping[str, Any] = {
             each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
         }
-        self.is_standard = node.domain in {"", "ai.onnx"} or node.domain.startswith("ai.onnx.")
+        self.is_standard = not self.domain or self.domain.startswith("ai.onnx.")
         self.operator: str = node.op_type if self.is_standard else f"{node.domain}.{node.op_type}"
-        self.version = next((each.version for each in opsets if each.domain == node.domain), 1)
+        self.version = next((each.version for each in opsets if each.domain == self.domain), 1)
         self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
         self._run: Callable[..., Any] | None = None
 
@@ -57,6 +58,7 @@ class Call:
         if self._run is None:
             node = onnx.NodeProto()
             node.CopyFrom(self.node)
+            node.domain = self.domain
             node.input[:] = names
             inputs = [onnx.ValueInfoProto(name=name) for name in names if name]
             outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]

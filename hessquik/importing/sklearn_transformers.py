@@ -167,13 +167,13 @@ def _union(union: Any, place: str, value: Node) -> Node:
 
 
 def _columns(transformer: Any, place: str, value: Node) -> Node:
-    """Return the results of all transformers of columns in a row."""
-    positions = transformer._transformer_to_input_indices
-    parts = [
-        transform(part, child(place, name, part), select(place, value, list(positions[name])))
-        for name, part, _ in transformer.transformers_
-        if not _is_dropped(part) and len(positions[name])
-    ]
+    """Return the results of all transformers of columns in a row, multiplied by their weights."""
+    positions, weights = transformer._transformer_to_input_indices, transformer.transformer_weights or {}
+    parts = []
+    for name, part, _ in transformer.transformers_:
+        if not _is_dropped(part) and len(positions[name]):
+            result = transform(part, child(place, name, part), select(place, value, list(positions[name])))
+            parts.append(affine(place, [(result, float(weights.get(name, 1.0)))]))
     return stacked(place, parts)
 
 

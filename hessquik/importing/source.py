@@ -22,8 +22,12 @@ __all__ = ["BOUNDS", "Imported", "Source", "by_rows", "import_source"]
 
 #: Bound of the difference between the source's own runtime and the network, relative to the largest value.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
+#: Most by which a network increases the rounding of its inputs and outputs.
+ROUNDING = 100.0
 #: Points of the comparison: a number that no reader interprets a program with.
 POINTS = 11
+#: Those that are evaluated alone as well: an even number, unlike that of all.
+ALONE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ def _in_dtype(
     Raises:
         UnsupportedError: the network differs from its source, or loses digits in the wanted dtype.
     """
-    bound = max(BOUNDS[source.dtype], source.precision)
+    bound = max(BOUNDS[source.dtype], source.precision, _rounding(source, scaling, network.dim_output()))
     exact = _error(source, scaling, network, x)
     if not exact <= bound:
         raise UnsupportedError(
@@ -179,10 +183,17 @@ def _in_dtype(
     )
 
 
+def _rounding(source: Source, scaling: Scaling, outputs: int) -> float:
+    """Return the relative size of what float64 rounds of physical units, where scales are small beside the means."""
+    sides = (scaling.input(source.width), scaling.output(outputs))
+    return ROUNDING * torch.finfo(torch.float64).eps * max(float((mean / scale).abs().max()) for mean, scale in sides)
+
+
 def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
     """Return the largest difference from the source's values at points, relative to the largest value.
 
-    Both take the points as the network's dtype has them.
+    Both take the points as the network's dtype has them; values are compared in the source's own units, so that a
+    large mean of the outputs hides nothing.
 
     Raises:
         UnsupportedError: the source has no finite values there, or values that depend on other points.
@@ -198,7 +209,7 @@ def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
             ]
             + "; pass bounds (--bounds) within which the network is defined"
         )
-    part = slice(POINTS // 2)
+    part = slice(ALONE)
     if not _difference(_values(source, inner[part]), expected[part]) <= max(BOUNDS[source.dtype], source.precision):
         raise UnsupportedError(
             f"{source.runtime} gives a point other values when it is evaluated with other points, so that they "
@@ -206,7 +217,7 @@ def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
         )
     out_mean, out_scale = scaling.output(expected.shape[1])
     with torch.no_grad():
-        return _difference(network(x)[0].double(), expected * out_scale + out_mean)
+        return _difference((network(x)[0].double() - out_mean) / out_scale, expected)
 
 
 def _values(source: Source, inner: Tensor) -> Tensor:

@@ -71,10 +71,12 @@ def import_module(
     def evaluate(x: Tensor) -> Tensor:
         try:
             result = module(x.clone().reshape(len(x), *example.shape[1:]))
-        except RuntimeError as error:  # such as one of weights of several dtypes, which capture does not notice
+        except Exception as error:  # such as one of weights of several dtypes, which capture does not notice
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise UnsupportedError(
-                f"{type(module).__name__} cannot compute its values ({str(error).splitlines()[0][:200]}); call it on "
-                f"points of {x.dtype} first, and give all weights one dtype by module.float() or module.double()"
+                f"{type(module).__name__} cannot compute its values ({reason}); call it on {len(x)} points of "
+                f"{x.dtype} first: let it take any number of points, and give all weights one dtype by "
+                "module.float() or module.double()"
             ) from None
         if not isinstance(result, Tensor):
             kind = type(result).__name__

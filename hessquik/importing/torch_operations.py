@@ -14,6 +14,7 @@ from hessquik import activations as act
 from hessquik.activations import hessQuikActivationFunction
 from hessquik.expressions import Formula
 from hessquik.importing.graph import Node, Pointwise, affine, refuse
+from hessquik.importing.univariate import is_nonnegative
 
 __all__ = [
     "ADDITIVE",
@@ -32,6 +33,10 @@ Function = hessQuikActivationFunction | Formula
 
 #: Softplus is the identity to the last bit from here on.
 FAR = 40.0
+#: The largest number of float32: exporters have it as the bound of what has none.
+LARGEST = 3.4e38
+#: A clamp is written from its lower bound up to here, which costs at most three digits.
+NEAR = 1024.0
 #: Largest whole power of formulas.
 MAX_POWER = 16
 _SELU = (1.6732632423543772, 1.0507009873554805)
@@ -69,7 +74,7 @@ def _power(place: str, z: Node, exponent: Any) -> Node:
     exponent = float(exponent)
     if exponent == 1:
         return z
-    if isinstance(z, Pointwise) and z.function == ["sqrt", "z"] and exponent % 2 == 0:
+    if isinstance(z, Pointwise) and z.function == ["sqrt", "z"] and exponent % 2 == 0 and is_nonnegative(z.of):
         return _power(place, z.of, exponent / 2)
     if exponent == 2:
         return _scaled(place, z, act.quadraticActivation(), outer=2.0)
@@ -94,20 +99,21 @@ def _whole_power(exponent: int) -> Formula:
 
 
 def _clamp(place: str, z: Node, low: float | None = None, high: float | None = None) -> Node:
-    """Return min(max(z, low), high), as low + ReLU(z − low) − ReLU(z − high)."""
+    """Return min(max(z, low), high), as low + ReLU(z − low) − ReLU(z − high); far bounds leave z its digits."""
     import torch
 
-    def relu(shift: float) -> Node:
-        offset = torch.full((z.width,), -float(shift), dtype=torch.float64)
-        return Pointwise(place, z.width, affine(place, [(z, 1.0)], offset), act.reluActivation())
+    def full(number: float) -> Any:
+        return torch.full((z.width,), float(number), dtype=torch.float64)
 
-    if low is None and high is None:
-        return z
-    if low is None:
-        assert high is not None
-        return affine(place, [(z, 1.0), (relu(high), -1.0)])
-    floor = torch.full((z.width,), float(low), dtype=torch.float64)
-    return affine(place, [(relu(low), 1.0), *([] if high is None else [(relu(high), -1.0)])], floor)
+    def relu(sign: float, bound: float) -> Node:
+        return Pointwise(place, z.width, affine(place, [(z, sign)], full(-sign * bound)), act.reluActivation())
+
+    high = None if high is None or high >= LARGEST else high
+    low = None if low is None or low <= -LARGEST else low if high is None else min(low, high)
+    above = [] if high is None else [(relu(1.0, high), -1.0)]
+    if low is not None and abs(low) <= NEAR:
+        return affine(place, [(relu(1.0, low), 1.0), *above], full(low))
+    return affine(place, [(z, 1.0), *([] if low is None else [(relu(-1.0, low), 1.0)]), *above])
 
 
 #: Functions of one variable: the node from its place, the value and the operation's other arguments.
@@ -141,7 +147,7 @@ POINTWISE: dict[str, Callable[..., Node]] = {
     "log1p": _apply(["log1p", "z"]),
     "sin": _apply(act.sinActivation()),
     "cos": _apply(["cos", "z"]),
-    "sinh": lambda place, z: _sum(place, z, (act.expActivation(), 1.0, 0.5), (act.expActivation(), -1.0, -0.5)),
+    "sinh": lambda place, z: _sum(place, z, (["expm1", "z"], 1.0, 0.5), (["expm1", "z"], -1.0, -0.5)),
     "cosh": lambda place, z: _sum(place, z, (act.expActivation(), 1.0, 0.5), (act.expActivation(), -1.0, 0.5)),
     "atan": _apply(act.arctanActivation()),
     "erf": _apply(["erf", "z"]),

@@ -243,10 +243,11 @@ class _Memory:
                 f"changes {self.titles[root]} at every call, as batch normalisation and spectral_norm do in training",
                 _STILL,
             )
-        self.lost |= self._sharing(self._first(root)) - self._sharing(root)
+        changed = self._sharing(root, self.copies)
+        self.lost |= self._sharing(self._first(root)) - changed
         self.values[root] = t.replaced(self.values[root], value, list(reversed(parts)))
         for each in self.views:
-            if each in self._sharing(root) and each != root:
+            if each in changed and each != root:
                 base, part = self.views[each]
                 self.values[each] = part(self.values[base])
 
@@ -256,11 +257,11 @@ class _Memory:
             name, _ = self.views[name]
         return name
 
-    def _sharing(self, name: str) -> set[str]:
+    def _sharing(self, name: str, without: Collection[str] = ()) -> set[str]:
         """Return a value and all parts of it."""
         found = {name}
         for view, (base, _) in self.views.items():
-            if base in found:
+            if base in found and view not in without:
                 found.add(view)
         return found
 

@@ -28,18 +28,22 @@ from hessquik.importing.graph import (
     Pointwise,
     Product,
     affine,
+    as_map,
     compose,
     diagonal,
     evaluate,
+    identity,
     ordered,
 )
 
-__all__ = ["KINKED", "resolve"]
+__all__ = ["KINKED", "is_nonnegative", "resolve"]
 
 #: Operations that the formulas in files may not have.
 KINKED = ("abs", "relu")
 #: Operations that have a kink where their argument is a square.
 ROOTS = ("sqrt", "power")
+#: Operations whose results are nowhere below 0.
+NONNEGATIVE = ("exp", "ndtr", "sigmoid", "softplus", "sqrt")
 #: Relative difference up to which coefficients of two normal forms count as equal.
 TOLERANCE = 1e-12
 #: Most terms of a normal form; a formula with more is not recognised.
@@ -140,7 +144,12 @@ def _product(
         if found is not None:
             new = affine(node.place, [(found, compose(a, b))])
             return new, chain if new is found else {}
-    new = _polarised(node.place, left, right, _balancing(left, right, values))
+    logarithms = [_logarithm(left), _logarithm(right)]
+    if None in logarithms:
+        new = _polarised(node.place, left, right, _balancing(left, right, values))
+    else:
+        argument = affine(node.place, [(part, 1.0) for part in logarithms if part is not None])
+        new = Pointwise(node.place, node.width, argument, act.expActivation())
     return new, _joined("mul", chains[left], chains[right])
 
 
@@ -209,6 +218,60 @@ def _formula(function: hessQuikActivationFunction | Formula) -> Formula | None:
     if isinstance(function, hessQuikActivationFunction):
         return FORMULAS.get(type(function))
     return function
+
+
+def is_nonnegative(value: Node) -> bool:
+    """Return True if it is plain that a value has no entry below 0, as a sum of squares or exponentials has none."""
+    found: set[Node] = set()
+    for node in ordered([value]):
+        match node:
+            case Pointwise():
+                is_known = _has_no_negative(_formula(node.function))
+            case Affine():
+                numbers = [torch.as_tensor(matrix) for _, matrix in node.terms]
+                numbers += [] if node.offset is None else [node.offset]
+                is_known = all(term in found for term, _ in node.terms) and all(bool((n >= 0).all()) for n in numbers)
+            case Product():
+                is_known = node.left is node.right or {node.left, node.right} <= found
+            case _:
+                is_known = False
+        found |= {node} if is_known else set()
+    return value in found
+
+
+def _has_no_negative(formula: Formula | None) -> bool:
+    """Return True if it is plain that a formula is nowhere below 0."""
+    if not isinstance(formula, list):
+        return isinstance(formula, int | float) and formula >= 0
+    operation, *parts = formula
+    if operation in {"add", "mul"} and all(map(_has_no_negative, parts)):
+        return True
+    is_square = (operation == "mul" and parts[0] == parts[1]) or (operation == "power" and parts[1] % 2 == 0)
+    return is_square or operation in NONNEGATIVE
+
+
+def _logarithm(node: Node) -> Node | None:
+    """Return the logarithm of an exponential, or of a root or a negative power, be it scaled; else ``None``.
+
+    Products of these are exponentials of sums, which keep their digits where one factor is far larger than the other.
+    """
+    match node:
+        case Pointwise(function=act.expActivation()):
+            return node.of
+        case Pointwise():
+            formula = _formula(node.function)
+            if not isinstance(formula, list) or formula[:2] not in (["power", "z"], ["sqrt", "z"]):
+                return None
+            exponent = 0.5 if formula[0] == "sqrt" else float(formula[2])
+            if exponent >= 1 or not is_nonnegative(node.of):  # whole powers have derivatives at 0, logarithms none
+                return None
+            logarithm = Pointwise(node.place, node.width, node.of, act.expressionActivation(["log", "z"]))
+            return affine(node.place, [(logarithm, exponent)])
+        case Affine(terms=((term, matrix),), offset=None):
+            full = matrix * identity(node.width) if isinstance(matrix, float) else matrix
+            inner = _logarithm(term) if bool((((full > 0).sum(0) == 1) & ((full >= 0).all(0))).all()) else None
+            return inner and affine(node.place, [(inner, as_map((full > 0).double()))], full.sum(0).log())
+    return None
 
 
 def _polarised(place: str, u: Node, v: Node, factors: Tensor) -> Node:

@@ -50,6 +50,19 @@ def test_dtype_that_loses_digits_is_refused_by_name():
             import_module(module, None, scaling, dtype=torch.float32)
 
 
+def test_large_means_of_outputs_hide_neither_errors_nor_digits():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+    imported = import_module(module, None, Scaling(output_mean=1e6))
+    assert next(imported.network.parameters()).dtype is torch.float64
+    with pytest.raises(UnsupportedError, match="float32 lose too many digits"):
+        import_module(module, None, Scaling(output_mean=1e6), dtype=torch.float32)
+    imported = import_module(module, None, Scaling(output_mean=300.0, output_scale=20.0))
+    assert next(imported.network.parameters()).dtype is torch.float32
+    for scaling in (Scaling(output_mean=1e9, output_scale=1e-2), Scaling(input_mean=1e9, input_scale=0.1)):
+        assert import_module(module.double(), None, scaling).error < 1e-3, "as float64 rounds the units"
+
+
 def test_reported_error_is_that_of_the_network_in_its_dtype():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
@@ -71,6 +84,18 @@ class Function(nn.Module):
 
 
 BY_ROWS = Function(lambda x, y: y / x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda x, y: y * (1 + len(x) % 2), "gives a point other values when it is evaluated with other points"),
+        (lambda x, y: y.reshape(7, -1), r"cannot compute its values \(.*call it on 11 points of torch.float64 first"),
+    ],
+)
+def test_functions_of_the_number_of_rows_are_refused(f, message):
+    with pytest.raises(UnsupportedError, match=message):
+        hessquik.from_torch(Function(f), torch.zeros(3, dtype=torch.float64))
 
 
 def test_value_that_depends_on_the_number_of_rows_is_refused(tmp_path):

@@ -560,3 +560,29 @@ def test_files_that_onnxruntime_optimised(operator, name, tmp_path):
     assert worst_error(network, lambda x: f(x @ tW + tb) @ tV, X) <= TOLERANCE
     if operator != "Gelu":
         assert MICROSOFT in {each.domain for each in onnx.load(tmp_path / "optimised.onnx").graph.node}
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_the_standard_has_two_names(domain):
+    model = made([node("MatMul", "x W", "h"), node("PRelu", "h s")], W=W, s=np.array([0.1, 0.5, 2.0, 3.0]))
+    model.opset_import[0].domain = domain
+    network = hessquik.from_onnx(model, allow_kinks=True)
+    assert model.opset_import[0].domain == domain, "the model is not changed"
+    slopes = torch.tensor([0.1, 0.5, 2.0, 3.0], dtype=torch.float64)
+    assert worst_error(network, lambda x: torch.where(x @ TW > 0, x @ TW, slopes * (x @ TW)), X) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("low", "high"), [(5.0, 2.0), (-3.4028234663852886e38, 1.0), (0.0, 3.4028234663852886e38)])
+def test_clips_with_any_bounds(low, high):
+    model = made([node("Clip", "x low high")], low=np.array(low), high=np.array(high))
+    network = hessquik.from_onnx(model, allow_kinks=True, bounds=([20.0] * 3, [40.0] * 3))
+    x = torch.cat([X - 30, X, X + 30])
+    assert worst_error(network, lambda x: torch.clamp(x, low, high), x) <= TOLERANCE
+
+
+def test_number_of_rows_that_the_model_does_not_take_is_named():
+    model = made([node("Reshape", "x sizes")], sizes=np.array([7, -1]))
+    with pytest.raises(
+        UnsupportedError, match=r"onnxruntime cannot compute .* for 11 points .* either free or fixed"
+    ):
+        hessquik.from_onnx(model)

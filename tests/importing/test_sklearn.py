@@ -191,6 +191,20 @@ def test_columns_are_chosen_by_their_names_in_tables():
     assert error(network(x)[0].detach(), expected[:, None]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("weights", [{"a": 3.0, "b": 0.5}, {"a": 3.0, "remainder": 0.5}])
+def test_transformers_of_columns_have_weights(weights):
+    x, rng = points(3), np.random.default_rng(0)
+    data = rng.normal(3, 2, (30, 3))
+    columns = ColumnTransformer(
+        [("a", StandardScaler(), [2]), ("b", MinMaxScaler(), [0])],
+        remainder=StandardScaler(),
+        transformer_weights=weights,
+    )
+    model = make_pipeline(columns, KernelRidge(kernel="rbf", alpha=0.1)).fit(data, np.sin(data[:, 0]))
+    got = hessquik.from_sklearn(model)(x)[0].detach().reshape(-1)
+    assert error(got, torch.as_tensor(model.predict(x.numpy()))) <= TOLERANCE
+
+
 @pytest.mark.parametrize("kind", [RFE, RFECV, SequentialFeatureSelector])
 def test_eliminations_of_features(kind):
     model = kind(Ridge()).fit(X, Y)

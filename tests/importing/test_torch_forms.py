@@ -10,7 +10,7 @@ from hessquik.errors import UnsupportedError
 from hessquik.importing.files import import_file
 from hessquik.importing.graph import Input
 from hessquik.importing.torch_reader import Call, Program, Ref, read
-from tests.importing.comparison import TOLERANCE, worst_error
+from tests.importing.comparison import TOLERANCE, derivatives, worst_error
 from tests.importing.torch_networks import Function
 
 D = 4
@@ -295,6 +295,82 @@ def test_a_copy_that_may_share_memory_is_not_used_after_a_change():
         return y.flatten(1) * x
 
     assert worst_error(hessquik.from_torch(Function(use_of_the_copy), X), use_of_the_copy, X) <= TOLERANCE
+
+
+def test_a_copy_of_what_does_not_lie_in_order_is_not_taken_for_a_view():
+    def change(x):
+        y = torch.sin(x).t()
+        z = y.contiguous()
+        y.clamp_(-5.0, 5.0)
+        return (y * z).t()
+
+    with pytest.raises(UnsupportedError, match="takes 'contiguous', which may have been changed in place"):
+        hessquik.from_torch(Function(change), X, allow_kinks=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(5.0, 2.0), (-5.0, -9.0), (-1e12, 1.0), (-1e20, None), (torch.finfo(torch.float32).min, 1.0), (0.5, 3.5e38)],
+)
+def test_clamps_with_any_bounds(low, high):
+    def f(x):
+        return torch.clamp(x @ W, low, high)
+
+    x = torch.cat([X - 30, X, X + 30, 1e4 * X])
+    bounds = [20.0] * D, [40.0] * D
+    assert worst_error(hessquik.from_torch(Function(f), X, allow_kinks=True, bounds=bounds), f, x) <= TOLERANCE
+
+
+def test_far_bounds_have_no_kinks():
+    limits = torch.finfo(torch.float32)
+    network = hessquik.from_torch(Function(lambda x: torch.clamp(torch.sin(x), limits.min, limits.max)), X)
+    assert worst_error(network, torch.sin, X) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.exp(x) / torch.exp(x).sum(1, keepdim=True),
+        lambda x: torch.exp(x) / (1 + torch.exp(x).sum(1, keepdim=True)),
+        lambda x: torch.exp(x[:, :1]) * torch.exp(-2 * x[:, 1:]),
+        lambda x: torch.exp(x) / (0.5 + (x * x).sum(1, keepdim=True) + torch.square(x[:, :1])),
+        lambda x: torch.exp(-(x**2)) * torch.rsqrt(torch.exp(x).sum(1, keepdim=True)),
+        lambda x: torch.exp(x) / torch.sqrt(torch.exp(x).sum(1, keepdim=True)),
+    ],
+)
+def test_products_of_exponentials_far_from_the_comparison(f):
+    network = hessquik.from_torch(Function(f), X)
+    for scale in (1.0, 15.0):
+        for got, expected in zip(
+            network(scale * X, do_gradient=True, do_Hessian=True), derivatives(f, scale * X), strict=True
+        ):
+            assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_product_of_an_exponential_and_a_power_that_is_zero():
+    def f(x):
+        return torch.exp(x[:, :1]) * (x * x).sum(1, keepdim=True) ** 3
+
+    x = torch.cat([X, torch.zeros(1, D, dtype=torch.float64)])
+    assert worst_error(hessquik.from_torch(Function(f), X), f, x) <= TOLERANCE
+
+
+def test_quotient_of_an_exponential_and_numbers_of_both_signs():
+    def f(x):
+        return torch.exp(x) / (torch.exp(x[:, :1]) - 2 * torch.exp(x[:, 1:2]) - 10)
+
+    assert worst_error(hessquik.from_torch(Function(f), X), f, X) <= TOLERANCE
+
+
+def test_square_of_a_root_is_defined_where_the_root_is():
+    network = hessquik.from_torch(Function(lambda x: torch.sqrt(x + 3) ** 2), X)
+    assert bool(network(torch.full((1, D), -4.0, dtype=torch.float64))[0].isnan().all())
+
+
+def test_hyperbolic_sine_near_zero():
+    x = 1e-12 * X
+    got = hessquik.from_torch(Function(torch.sinh), X)(x)[0]
+    assert bool(((got - torch.sinh(x)).abs() <= 1e-15 * x.abs()).all())
 
 
 def program(*calls):
