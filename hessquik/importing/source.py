@@ -163,8 +163,14 @@ def _in_dtype(
     Raises:
         UnsupportedError: the network differs from its source, or loses digits in the wanted dtype.
     """
-    bound = max(BOUNDS[source.dtype], source.precision, _rounding(source, scaling, network.dim_output()))
+    rounding = _rounding(source, scaling, network.dim_output())
+    bound = max(BOUNDS[source.dtype], source.precision, min(rounding, BOUNDS[torch.float32]))
     exact = _error(source, scaling, network, x)
+    if bound < exact <= rounding:
+        raise UnsupportedError(
+            "scales of inputs and outputs must not be so small beside their means that float64 rounds them away, got "
+            f"a difference of {exact:.1e} from the values of {source.runtime}; give the network units of its own"
+        )
     if not exact <= bound:
         raise UnsupportedError(
             f"the network's values must be those of {source.runtime} to {bound:.0e}, got a difference of "

@@ -60,7 +60,9 @@ def test_large_means_of_outputs_hide_neither_errors_nor_digits():
     imported = import_module(module, None, Scaling(output_mean=300.0, output_scale=20.0))
     assert next(imported.network.parameters()).dtype is torch.float32
     for scaling in (Scaling(output_mean=1e9, output_scale=1e-2), Scaling(input_mean=1e9, input_scale=0.1)):
-        assert import_module(module.double(), None, scaling).error < 1e-3, "as float64 rounds the units"
+        assert import_module(module.double(), None, scaling).error < 1e-4, "as float64 rounds the units"
+    with pytest.raises(UnsupportedError, match=r"scales .* so small beside their means that float64 rounds"):
+        import_module(module, None, Scaling(output_mean=1e9, output_scale=1e-6))
 
 
 def test_reported_error_is_that_of_the_network_in_its_dtype():
