@@ -45,7 +45,7 @@ def from_onnx(
         path_or_model: A file, or an ``onnx.ModelProto``.
         example_input: A point (d,) or points (n, d); only needed where the model leaves the number of inputs open.
         allow_kinks: See :func:`hessquik.from_torch`.
-        dtype: Of the weights; that of the model's input if not given.
+        dtype: Of the weights. If not given, that of the model's input, or float64 where float32 would lose digits.
         bounds: See :func:`hessquik.from_torch`.
         scaling: See :func:`hessquik.from_torch`.
 

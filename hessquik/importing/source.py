@@ -93,7 +93,7 @@ def import_source(
         source: The source.
         scaling: The scaling of its data before training.
         allow_kinks: Whether functions whose first derivatives jump are let through.
-        dtype: Of the weights; the source's own if not given.
+        dtype: Of the weights. If not given, the source's own, or float64 where float32 would lose digits.
         bounds: Where to compare; within two scales of the means if not given.
 
     Raises:

@@ -42,7 +42,7 @@ def table() -> str:
         by_table = operations.POINTWISE.keys() | operations.ADDITIVE.keys()
         rows += [
             (source, "functions of one variable", operations.POINTWISE),
-            (source, "affine operations", operations.ADDITIVE),
+            (source, "affine operations, some of them products", operations.ADDITIVE),
             (source, "under conditions that a refusal names", handlers.keys() - by_table),
             (source, "refused with a reason", operations.REFUSED.keys() - handlers.keys()),
         ]

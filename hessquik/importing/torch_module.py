@@ -37,7 +37,7 @@ def from_torch(
         example_input: A point (d,) or points (n, d); not needed where the first layer tells d.
         allow_kinks: Whether ReLU, LeakyReLU and other functions whose first derivatives jump are accepted; they are
             named in the metadata of the file that :func:`hessquik.save` writes.
-        dtype: Dtype of the weights; the module's if not given.
+        dtype: Dtype of the weights. If not given, the module's, or float64 where float32 would lose digits.
         bounds: Lower and upper bounds of the inputs, within which values are compared; near 0 if not given.
         scaling: ``input_mean``, ``input_scale``, ``output_mean``, ``output_scale``, or bounds in their place, as
             :class:`hessquik.importing.scaling.Scaling` has them: folded into the weights.
