@@ -91,6 +91,7 @@ $("change-key").addEventListener("click", () => {
 
 async function loadModels() {
   const { models: listed } = await getJson("/v1/models");
+  isGone = false; // not before: a service that starts has metrics, but no models yet
   models = await Promise.all(
     listed.map((one) => (one.state === "ready" ? getJson(`/v1/models/${one.name}?version=${one.default_version}`) : one)),
   );
@@ -549,7 +550,6 @@ async function poll() {
     const text = await (await request("/metrics")).text();
     readings = [...readings.slice(1 - WINDOW), { time: performance.now() / 1000, samples: parseMetrics(text) }];
     if (isGone) {
-      isGone = false;
       readings = readings.slice(-1);
       await attempt(loadModels);
     }

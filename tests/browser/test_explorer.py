@@ -670,6 +670,20 @@ def test_a_surface_has_the_numbers_of_the_api_and_its_quadratic_model_is_cut_by_
         assert watched.asked("/evaluate") == before  # none for the parts of a picture
 
 
+#: A service that has metrics, but no models, for longer than the page waits between two looks.
+SLOW_START = """
+import asyncio
+from service.cli import main
+from service.repository import Repository
+load_all = Repository.load_all
+async def load_late(self):
+    await asyncio.sleep(3)
+    await load_all(self)
+Repository.load_all = load_late
+main()
+"""
+
+
 def test_page_survives_its_server(crowded: Watched, guarded: LiveServer) -> None:
     """A model that was chosen during the outage is the one that is drawn after it. Last, for it ends the server."""
     page = crowded.page
@@ -678,9 +692,8 @@ def test_page_survives_its_server(crowded: Watched, guarded: LiveServer) -> None
     page.click("#model-list button[data-model=wide]")
     expect(page.locator("#problem")).to_contain_text("does not answer", timeout=15_000)
     expect(page.locator("#state")).to_have_text("not reachable")
-    port = f"sys.argv[sys.argv.index('--port') + 1] = '{guarded.port}'"
-    command = ("-c", f"import sys; {port}; from service.cli import main; main()")
-    with LiveServer(guarded.models, settings={"api_keys": KEY}, command=command):
+    command = ("-c", SLOW_START)
+    with LiveServer(guarded.models, settings={"api_keys": KEY}, command=command, port=guarded.port):
         expect(page.locator("#state")).to_have_text("ready", timeout=60_000)
         expect(page.locator("#problem")).to_be_hidden()
         expect(page.locator("#plot")).to_have_attribute("aria-label", re.compile("of wide over"), timeout=15_000)
