@@ -60,7 +60,7 @@ class Plan:
         mode: ``backward`` or ``forward``.
         start: Initial tangents: ``x`` or ``reduced``.
         rows: Rows of a tile.
-        operations: Floating-point operations per row.
+        operations: Floating-point operations per row, at least one: results that are constant are written, too.
         bytes: Bytes per row that steps read and write.
         graph: The operations.
         program: The steps.
@@ -117,7 +117,7 @@ def choose(forms: Sequence[Form], ask: Ask, dtype: torch.dtype, outputs: int, de
         rows = max(device.smallest_tile_rows, min(device.largest_tile_rows, fitting))
         moved = program.moved * dtype.itemsize
         name = mode.__name__.lower()
-        plans.append(Plan(ask, name, start, rows, program.operations, moved, graph, program, shapes))
+        plans.append(Plan(ask, name, start, rows, max(1, program.operations), moved, graph, program, shapes))
     return min(plans, key=lambda plan: plan.cost(device, dtype))
 
 

@@ -123,3 +123,16 @@ def test_plans_are_those_of_the_same_network_written_with_our_layers(asked):
     for quantity in asked:
         found, expected = (getattr(Evaluator(each)(x, asked), quantity) for each in (imported, by_hand))
         assert torch.equal(found, expected)
+
+
+def test_network_without_operations_is_served(tmp_path):
+    """Products of a constant network are with zeros, so that its plans count no operations."""
+    with torch.no_grad():
+        module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        for layer in (module[0], module[2]):
+            layer.weight.zero_()
+    hessquik.save(hessquik.from_torch(module), tmp_path / "constant.safetensors")
+    with LiveServer(tmp_path) as live, httpx.Client(base_url=live.wait_until_ready().url) as client:
+        value, *derivatives = evaluated(client, "constant", torch.zeros(2, 2))
+        assert torch.equal(value, module(torch.zeros(2, 2, dtype=torch.float64)).detach())
+        assert not any(part.any() for part in derivatives)
