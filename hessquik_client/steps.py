@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from hessquik_client.errors import ClientError, ConnectionLost, ServiceError, UnexpectedReply
+from hessquik_client.errors import ClientError, ConnectionLost, DeadlineExceeded, ServiceError, UnexpectedReply
 from hessquik_client.messages import (
     Answer,
     Array,
@@ -158,6 +158,9 @@ def exchange(request: Request, policy: RetryPolicy, end_s: float | None = None) 
     while True:
         outcome: Reply | ClientError = yield Send(request, max(0.001, end_s - time.monotonic()))
         error = error_in(outcome) if isinstance(outcome, Reply) else outcome
+        if isinstance(error, ConnectionLost) and time.monotonic() >= end_s:
+            # A service that keeps the same deadline may end its reply a moment before the client stops reading.
+            error = DeadlineExceeded(f"expected an answer within {policy.deadline_s:.3f} s, there was none", status=0)
         if isinstance(outcome, Reply) and error is None:
             return outcome
         assert error is not None

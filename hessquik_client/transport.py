@@ -6,6 +6,7 @@ it reads and decompresses replies of any size.
 
 from __future__ import annotations
 
+import math
 import selectors
 import socket
 import ssl
@@ -33,11 +34,13 @@ CONNECT_S = 5.0
 def options(step: Send) -> dict[str, Any]:
     """Return the arguments of ``stream`` of httpx's clients for a step."""
     request, within_s = step.request, step.within_s
+    # Rounded up: the service, which starts to count later, ends no reply before the client does.
+    deadline_ms = math.ceil(within_s * 1000)
     return {
         "method": request.method,
         "url": request.target,
         "content": request.body or None,
-        "headers": {**request.headers, "x-deadline-ms": str(max(1, int(within_s * 1000)))},
+        "headers": {**request.headers, "x-deadline-ms": str(deadline_ms)},
         # Less than all the time to connect: httpcore leaves the socket of a cancelled TLS handshake open.
         "timeout": httpx.Timeout(within_s, connect=min(CONNECT_S, 0.9 * within_s)),
     }

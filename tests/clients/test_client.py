@@ -8,6 +8,7 @@ import importlib.resources
 import importlib.util
 import os
 import pickle
+import socket
 import ssl
 import subprocess
 import sys
@@ -548,6 +549,44 @@ def test_deadline_is_kept_and_typed(zoo: Zoo) -> None:
         monopoly = np.zeros((40_000, 3))
         with pytest.raises(DeadlineExceeded):
             model.hessian(monopoly)
+
+
+def test_a_connection_that_breaks_when_the_time_is_up_is_too_late() -> None:
+    conversation = exchange(Request("GET", "/"), RetryPolicy(deadline_s=0.001))
+    next(conversation)
+    time.sleep(0.002)
+    with pytest.raises(DeadlineExceeded, match=r"within 0\.001 s"):
+        conversation.send(ConnectionLost("x"))
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_reply_that_the_service_ends_at_the_deadline_is_too_late(kind: type) -> None:
+    """The service keeps the same deadline as the client, from when it has read the request."""
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            head = connection.recv(65536).lower()
+            deadline_ms = int(head.split(b"x-deadline-ms:")[1].split(b"\r\n")[0])
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
+            time.sleep(deadline_ms / 1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        served = threads.submit(serve, listener)
+        # Not a whole number of milliseconds: rounded down, the service would be first by 0.9 ms.
+        url, limits = f"http://127.0.0.1:{listener.getsockname()[1]}", {"deadline_s": 0.3009, "retries": 0}
+
+        def ask() -> None:
+            with Client(url, **limits) as client:
+                client.models()
+
+        async def ask_async() -> None:
+            async with AsyncClient(url, **limits) as client:
+                await client.models()
+
+        with pytest.raises(DeadlineExceeded):
+            ask() if kind is Client else asyncio.run(ask_async())
+        served.result()
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
