@@ -136,7 +136,7 @@ def models(folder: Folder = None) -> None:
     from .workers import LoadError
 
     root = folder or Path("models")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         _fail(f"expected a folder, {root} is none", status=2)
     table = Table("name", "version", "architecture", "d", "m", "dtype", "parameters")
     refused = []

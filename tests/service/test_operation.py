@@ -177,6 +177,22 @@ def test_a_bad_file_of_keys_refuses_the_start_and_leaves_the_keys_of_a_running_s
     assert words in done.output
 
 
+def test_a_folder_of_secrets_that_cannot_be_looked_at_is_refused_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one in a folder that is closed to the service; a name that is too long stands for it."""
+    folder = f"{tmp_path}/{'x' * 300}"
+    done = serve("--secrets", folder)
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert f"hessquik: expected a file that can be read at {folder}, got: File name too long" in done.output
+    (tmp_path / "hessquik_api_keys").write_text("a")
+    keys = Keys(Settings.of({"secrets": str(tmp_path)}))
+    keys._settings._flags["secrets"] = folder
+    keys.reload()
+    assert keys.is_known(b"a")
+    assert f"stay as they are, they cannot be read: expected a file that can be read at {folder}" in caplog.text
+
+
 def test_a_folder_of_secrets_without_keys_is_a_warning_and_no_folder_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -384,6 +400,11 @@ def test_loads_are_audited_with_the_key_that_asked(operated: Operated) -> None:
         "load-5": ("load", "peaks", 403),
     }
     assert found["load-1"]["key"] == found["load-3"]["key"] != found["load-2"]["key"]
+    assert operated.post("nothing/unload?version=7&version=8&key=boss", "two") == 401
+    assert operated.post("nothing/unload?version=7", "boss", headers={"X-Request-Id": "load-6"}) == 404
+    until(lambda: "load-6" in audited(), "another audit line")
+    last = audited()["load-6"]
+    assert (last["version"], last["message"]) == ("7", f"unload nothing version 7: status 404, key {last['key']}")
 
     def models() -> dict[str, str]:
         return {line["request_id"]: line["model"] for line in operated.access() if line["request_id"] in found}
