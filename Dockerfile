@@ -64,7 +64,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /u
 COPY --from=dependencies /opt/hessquik /opt/hessquik
 COPY requirements/${LOCK}.cdx.json /opt/hessquik/sbom.cdx.json
 COPY --from=code /layer /opt/hessquik
-COPY models /models
+COPY --chmod=755 models /models
 # NumPy's OpenBLAS would start a thread per core in every process, up to 64, and multiplies nothing here.
 ENV PATH=/opt/hessquik/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -158,6 +158,12 @@ def test_last_stage_runs_as_nobody_in_particular() -> None:
     assert owned == kept == GPU["services"]["hessquik"]["environment"]["TRITON_CACHE_DIR"]
 
 
+def test_models_are_readable_by_the_service_whatever_the_checkout_allows() -> None:
+    """By modes that every builder knows: Docker before 28 and buildah refuse letters."""
+    for text in (DOCKERFILE, (ROOT / "deploy" / "kubernetes" / "models" / "Dockerfile").read_text()):
+        assert re.search(r"^COPY --chmod=755 (models|\.) /", text, re.MULTILINE)
+
+
 def test_last_stage_copies_no_tests_and_no_tools() -> None:
     assert [copied.split()[-1] for copied in instructions("COPY")] == [
         "/opt/hessquik",
