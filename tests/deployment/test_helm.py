@@ -26,6 +26,8 @@ with_settings, SET_BY_THE_CHART = itemgetter("with_settings", "SET_BY_THE_CHART"
 CHART = ROOT / "deploy" / "helm"
 VALUES = {"cpu": {}, "gpu": yaml.safe_load((CHART / "gpu.yaml").read_text())}
 INSTANCE = "app.kubernetes.io/instance"
+#: Kinds of Kubernetes' own, whose schemas are at hand.
+VALIDATED = {"Deployment", "Service", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget"}
 ERROR = 3
 
 
@@ -104,6 +106,45 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     assert without_instance(render(values)["PodMonitor"]) == monitor, "where there are no keys"
 
 
+def test_pod_is_given_the_time_that_its_drain_takes() -> None:
+    for settings, grace_s in (({}, 40), ({"drain_s": 20}, 40), ({"drain_s": 60}, 80), ({"drain_s": 1.5}, 22)):
+        pod = render({"settings": settings})["Deployment"]["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] == grace_s, settings
+
+
+def test_cluster_may_ask_for_labels_variables_and_a_secret_of_its_registry() -> None:
+    """kube-prometheus-stack wants a label; settings of OpenTelemetry are variables."""
+    variables = [{"name": "OTEL_TRACES_SAMPLER", "value": "parentbased_traceidratio"}]
+    values = {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "env": variables,
+        "imagePullSecrets": [{"name": "registry"}],
+    }
+    manifests = render(values)
+    labels = manifests["PodMonitor"]["metadata"]["labels"]
+    assert labels == render({})["Deployment"]["metadata"]["labels"] | {"release": "prometheus"}
+    kubernetes_validate.validate(copy.deepcopy(manifests["Deployment"]), VERSIONS[0], strict=True)
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["env"][-1:] == variables
+    assert pod["imagePullSecrets"] == values["imagePullSecrets"]
+
+
+def test_names_that_yaml_takes_for_something_else_stay_names() -> None:
+    values = {
+        "keysSecret": "123",
+        "podMonitor": {"enabled": True, "key": "1e3"},
+        "tracing": {"endpoint": "http://collector:4318", "namespace": "0x10"},
+    }
+    for release in ("true", "null", "on"):
+        for kind, manifest in render(values, release).items():
+            metadata = manifest["metadata"]
+            assert (metadata["name"], metadata["labels"][INSTANCE]) == (release, release), kind
+            if kind in VALIDATED:
+                kubernetes_validate.validate(copy.deepcopy(manifest), VERSIONS[0], strict=True)
+    monitor = render(values)["PodMonitor"]["spec"]["podMetricsEndpoints"][0]
+    assert monitor["authorization"]["credentials"] == {"name": "123", "key": "1e3"}
+
+
 def test_schema_has_the_settings_of_the_service() -> None:
     text = (CHART / "values.schema.json").read_text()
     assert text == with_settings(text), "run `python deploy/helm_schema.py`"
@@ -147,6 +188,9 @@ def expect_same(rendered: dict[str, dict[str, Any]], overlay: Path) -> None:
         {"image": {"tag": ""}},
         {"resources": {"limits": {"cpu": 1, "memory": None}}},
         {"autoscaling": {"minReplicas": 0}},
+        {"device": "cpu:0"},
+        {"device": "cuda,cuda:1"},
+        {"env": [{"name": "HESSQUIK_PORT", "value": "9000"}]},
     ],
     ids=str,
 )
