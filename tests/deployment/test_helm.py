@@ -80,7 +80,13 @@ def test_releases_of_one_namespace_do_not_meet() -> None:
 
 def test_values_become_settings_models_and_a_monitor() -> None:
     values = {
-        "settings": {"watch_s": 5, "access_log": True, "max_body_bytes": 33554432, "outside": "refuse"},
+        "settings": {
+            "watch_s": 5,
+            "access_log": True,
+            "max_body_bytes": 33554432,
+            "outside": "refuse",
+            "host": "::",  # in a cluster with IPv6 alone
+        },
         "modelsImage": "registry.example.com/hessquik-models:1",
         "podMonitor": {"enabled": True},
         "nodeSelector": {"pool": "fast"},
@@ -95,6 +101,7 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     given.pop("secrets")  # a folder of the pod
     settings = Settings(**given)  # numbers are written out, not in exponents
     assert (settings.watch_s, settings.access_log, settings.max_body_bytes) == (5, True, 33554432)
+    assert settings.host == "::"
     (volume,) = [one for one in pod["volumes"] if one["name"] == "models"]
     assert volume["image"]["reference"] == values["modelsImage"]
     assert (pod["nodeSelector"], pod["tolerations"]) == (values["nodeSelector"], values["tolerations"])
