@@ -11,7 +11,7 @@ ARG TARGET=cpu
 # A file in requirements/.
 ARG LOCK=${TARGET}
 # torch's CPU build lies on PyTorch's own index. Only files whose hash is in the lock are installed, so a second index
-# adds no trust. Without internet access: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
+# adds no trust. Without access to an index: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
