@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hessquik_client.errors import StartUpError
-from service import cli, logs
+from service import cli, devices, logs
 from service.app import create_app
 from service.http.messages import Head, Request
 from service.keys import Keys
@@ -258,6 +259,17 @@ def test_several_front_ends_without_opentelemetry_are_refused_as_one_is(monkeypa
     for start in (supervise, create_app):
         with pytest.raises(StartUpError, match="expected OpenTelemetry"):
             start(settings)
+
+
+def test_a_driver_that_hangs_ends_the_start_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], timeout: float, **_: object) -> None:
+        assert command[1] == "-P", "or a torch.py of the current folder would be run"
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(devices, "subprocess", SimpleNamespace(run=hang, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(devices.Path, "exists", lambda _: True)
+    with pytest.raises(StartUpError, match="expected a driver that names its CUDA devices within 120 s"):
+        devices.resolve_devices("auto", 1)
 
 
 @pytest.mark.parametrize(
