@@ -79,7 +79,7 @@ USER 10001:10001
 EXPOSE 8000
 # The service drains for up to 20 s (HESSQUIK_DRAIN_S): whoever stops the container waits 30 s before killing it.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=600s --retries=3 \
     CMD ["python", "-m", "hessquik_service.healthcheck"]
 ENTRYPOINT ["hessquik"]
 CMD ["serve"]

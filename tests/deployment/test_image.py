@@ -196,6 +196,8 @@ def test_command_is_in_exec_form_and_health_is_asked_without_a_shell() -> None:
     from service.healthcheck import TIMEOUT_S
 
     assert TIMEOUT_S < int(seconds["timeout"]) <= int(seconds["interval"])
+    # So that `docker compose up --wait` waits for as long as the service gives its workers and models.
+    assert int(seconds["start-period"]) >= Settings().start_timeout_s + Settings().load_timeout_s
 
 
 def test_stop_signal_is_the_one_that_drains_and_outlasts_the_drain(compose: dict[str, Any]) -> None:
