@@ -121,6 +121,9 @@ def serve(**flags: Any) -> None:
     try:
         status = supervise(settings) if settings.processes > 1 else run(create_app(settings), settings)
     except StartUpError as error:
+        if settings.log_format == "json":
+            logging.getLogger(__name__).error("%s", error)
+            raise typer.Exit(EXIT_START_UP) from None
         logging.shutdown()  # writes what was logged before, so that this line is the last
         _fail(str(error), EXIT_START_UP)
     raise typer.Exit(status)

@@ -298,6 +298,17 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     assert ended.stdout == ""
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_start_that_fails_says_so_in_the_format_of_the_log(processes: int, tmp_path: Path) -> None:
+    flags = ["--port", "0", "--device", "cpu", "--log-format", "json", "--processes", str(processes)]
+    command = [sys.executable, "-m", "service", "serve", str(tmp_path / "nowhere"), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 3
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    (error,) = (line for line in lines if line["level"] == "error")
+    assert error["message"] == f"expected a folder of models at {tmp_path / 'nowhere'}, found nothing"
+
+
 @pytest.mark.parametrize(("arguments", "words"), [(["--workers", "0"], "workers"), (["--nonsense"], "nonsense")])
 def test_a_wrong_flag_is_named(arguments: list[str], words: str) -> None:
     done = serve("models", "--port", "0", *arguments)
