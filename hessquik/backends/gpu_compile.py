@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hessquik.backends import gpu_math
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_table import CALL_ARRAYS
 from hessquik.backends.gpu_unrolled import WARPS, Unrolled, define_kernel
@@ -113,16 +115,18 @@ def compile_ahead(kernels: Sequence[Kernel], arch: int) -> None:
     with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
         for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
             for one in share:
-                _mark(one, arch).touch()
+                with contextlib.suppress(OSError):  # a cache that is filled beforehand may be read-only
+                    _mark(one, arch).touch()
 
 
 def _compile_share(kernels: Sequence[Kernel], arch: int) -> Sequence[Kernel]:
     """Compile kernels in a process, and return those that are compiled: all or none."""
     command = [sys.executable, "-P", "-m", "hessquik.backends.gpu_compile", str(arch), "--plans"]
-    # Intermediate forms would take seven times the space in the cache.
-    environment = {**os.environ, "TRITON_STORE_BINARY_ONLY": "1"}
+    # Packages are found where this process finds them. Intermediate forms would take seven times the space in the cache.
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_STORE_BINARY_ONLY": "1"}
     with (
-        contextlib.suppress(BrokenPipeError),
+        contextlib.suppress(OSError),  # it cannot be started, or ended before it has read
         subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         ) as child,
@@ -148,8 +152,11 @@ def _size(kernel: Kernel) -> float:
 
 def _mark(kernel: Kernel, arch: int) -> Path:
     """Return the file that says that a kernel has been compiled into the cache."""
-    source = f"{run_table.cache_key} {BLOCKS[kernel]}" if isinstance(kernel, torch.dtype) else kernel.text
-    key = f"{triton.__version__} {arch} {kernel if isinstance(kernel, torch.dtype) else ''} {source}"
+    if isinstance(kernel, torch.dtype):
+        source = f"{kernel} {BLOCKS[kernel]} {run_table.cache_key}"
+    else:
+        source = kernel.text + inspect.getsource(gpu_math)
+    key = f"{triton.__version__} {arch} {source}"
     return Path(triton.knobs.cache.dir) / f"hessquik-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 

@@ -29,7 +29,7 @@ from hessquik.backends import gpu_driver
 from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
-from hessquik.backends.gpu_table import CALL_ARRAYS, Table
+from hessquik.backends.gpu_table import CALL_ARRAYS, LARGEST_ROW_NUMBERS, Table
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts
 from hessquik.strided import View
@@ -38,6 +38,7 @@ __all__ = [
     "UNROLLINGS",
     "TritonProgram",
     "UnrolledProgram",
+    "fits",
     "is_available",
     "is_interpreted",
     "ready_programs",
@@ -189,16 +190,24 @@ class TritonProgram:
             constants = self._blocks.constants(self._dtype)
             self._constants = tuple(constants[name] for name in run_table.arg_names if name in constants)
 
-    def _place(self, view: View) -> Tensor:
-        """Return a constant on the device in the shape of its view, and keep it alive as long as the program."""
-        found = self._state.constant(self._program.constant(view), self._dtype)
-        self._keep.append(found)
-        shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
-        return found[..., : shape[2]].expand(view.shape)
+    def _placing(self) -> Callable[[View], Tensor]:
+        """Return a function that puts a constant on the device in the shape of its view, for as long as this program.
+
+        It does not refer to the program, whose memory is thus freed with the last reference to it.
+        """
+        state, program, dtype, keep = self._state, self._program, self._dtype, self._keep
+        keep.clear()
+
+        def place(view: View) -> Tensor:
+            found = state.constant(program.constant(view), dtype)
+            keep.append(found)
+            shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
+            return found[..., : shape[2]].expand(view.shape)
+
+        return place
 
     def _write(self) -> Table:
-        self._keep.clear()
-        table = Table(self._program, self._place, 16 // self._dtype.itemsize)
+        table = Table(self._program, self._placing(), 16 // self._dtype.itemsize)
         self._spilled = table.spilled
         self._numbers = torch.tensor(table.numbers, dtype=torch.int64).to(self._state.device)
         return table
@@ -225,7 +234,7 @@ class TritonProgram:
             return
         with torch.cuda.device(state.device):
             used = {name: arrays[name] for name in table.names}
-            if all(array.device.type == "cuda" for array in used.values()):
+            if all(not array.is_cpu for array in used.values()):
                 self._launch(used, start, stop, torch.cuda.current_stream(state.device))
                 return
             assert state.stages is not None
@@ -318,9 +327,8 @@ class UnrolledProgram(TritonProgram):
         super().__init__(program, dtype, device)
 
     def _write(self) -> Unrolled:  # type: ignore[override]
-        self._keep.clear()
-        self._most_rows = self._sizes.rows
-        numbers = self._source.table(lambda view: self._place(view).data_ptr())
+        self._most_rows, place = self._sizes.rows, self._placing()
+        numbers = self._source.table(lambda view: place(view).data_ptr())
         self._numbers = torch.tensor(numbers, dtype=torch.int64).to(self._state.device)
         return self._source
 
@@ -346,6 +354,14 @@ class UnrolledProgram(TritonProgram):
             self._kernel[(instances,)](*given)
         else:
             self._kernel[(instances, 1, 1)](*given, stream=stream.cuda_stream)
+
+
+def fits(program: Program) -> bool:
+    """Return whether the kernels' indices reach every entry of a program's arrays, and a call takes all of these."""
+    views = [view for step in (*program.once, *program.steps) for view in (*step.reads(), *step.writes())]
+    named = {view.buffer.name for view in views if view.buffer.name}
+    is_small = all(view.buffer.size <= LARGEST_ROW_NUMBERS for view in views)
+    return is_small and len(named) <= CALL_ARRAYS and _most_entries(program) <= MOST_ENTRIES
 
 
 def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torch.device) -> list[TritonProgram]:

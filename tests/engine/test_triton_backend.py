@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mpmath
@@ -23,6 +26,7 @@ from hessquik.backends import choice, gpu_compile
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling
+from hessquik.backends.torch import TorchProgram
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.evaluator import COMMON
 from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer, skipLayer
@@ -380,6 +384,24 @@ def test_what_is_too_large_for_its_indices_is_refused() -> None:
         TritonProgram(Program((), (step,), 0, 0, 4), torch.float32, CPU)
 
 
+@pytest.mark.parametrize("tiles", [None, TILES[0]], ids=["table", "own"])
+def test_constants_are_freed_with_the_last_reference_to_a_program(tiles: Unrolling | None) -> None:
+    program = Evaluator(fullyConnectedNN([3, 6, 1])).plan().program
+    ready = (
+        TritonProgram(program, torch.float32, CPU)
+        if tiles is None
+        else UnrolledProgram(program, torch.float32, CPU, tiles)
+    )
+    constants = [weakref.ref(constant) for constant in ready._keep]
+    assert constants
+    gc.disable()
+    try:
+        del ready
+        assert not any(constant() for constant in constants)
+    finally:
+        gc.enable()
+
+
 def test_backend_names_its_kernel_once() -> None:
     assert backend.is_available(CPU)
     assert not backend.is_available(torch.device("meta"))
@@ -434,6 +456,17 @@ def test_what_is_too_large_for_a_kernel_of_its_own_goes_to_the_table(
     assert _kernel(evaluate, "value", "gradient", "hessian") is TritonProgram
 
 
+@pytest.mark.parametrize("limit", ["MOST_ENTRIES", "LARGEST_ROW_NUMBERS", "CALL_ARRAYS"])
+def test_what_is_too_large_for_the_table_goes_to_torch(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(backend, limit, 1)
+    evaluate, x = Evaluator(fullyConnectedNN([3, 6, 1]), backend="triton", compiled=[("hessian",)]), torch.randn(2, 3)
+    for quantities in (("hessian",), ("gradient", "hessian")):
+        assert _kernel(evaluate, *quantities) is TorchProgram
+        assert evaluate(x, quantities).hessian.shape == (2, 3, 3, 1)
+
+
 def test_only_questions_that_can_be_asked_are_compiled() -> None:
     for names in ([], ["hvp"], ["value", "nothing"]):
         with pytest.raises(ShapeError, match="expected quantities to compile out of value, gradient"):
@@ -443,6 +476,7 @@ def test_only_questions_that_can_be_asked_are_compiled() -> None:
 
 _COMPILE_AHEAD = """
 import os, sys, triton
+sys.path.insert(0, sys.argv[1])
 from hessquik import Evaluator
 from hessquik.backends import gpu_compile
 from hessquik.backends.gpu_unrolled import source
@@ -465,14 +499,32 @@ gpu_compile.compile_ahead(kernels, 90)
 
 
 def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    cache, packages = tmp_path / "cache", tmp_path / "packages"
+    packages.mkdir()
+    # A package that only this process's path has, as those of a checkout that is not installed.
+    (packages / "sitecustomize.py").write_text(f"open({str(tmp_path / 'found')!r}, 'a').write('x')")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD],
+        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD, packages],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "True True\n"
-    assert not list(tmp_path.rglob("*.ptx")), "binaries alone"
+    assert not list(cache.rglob("*.ptx")), "binaries alone"
+    assert (tmp_path / "found").read_text() == "xx", "both processes find packages where this one does"
+
+
+def test_compiled_kernels_in_a_cache_that_is_read_only_are_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def touch(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr(gpu_compile, "_compile_share", lambda kernels, arch: kernels)
+    monkeypatch.setattr(Path, "touch", touch)
+    gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
 
 
 def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
@@ -487,11 +539,12 @@ def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
     assert child.wait(60) == 1
 
 
+@pytest.mark.parametrize("python", ["/bin/false", "/no/python"])
 def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, python: str
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(gpu_compile.sys, "executable", "/bin/false")
+    monkeypatch.setattr(gpu_compile.sys, "executable", python)
     monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
     gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
     assert list(tmp_path.iterdir()) == []
