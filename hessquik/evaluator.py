@@ -55,7 +55,8 @@ class Evaluator:
         network: The network.
         device: Device to compute on.
         dtype: ``torch.float32`` or ``torch.float64``; the network's own if not given.
-        threads: Number of threads, including the caller's, that share the rows of a large call on a CPU.
+        threads: Number of threads, including the caller's, that share the rows of a large call on a CPU; a GPU needs
+            no others, and their work would be on other streams.
         backend: A name out of :func:`hessquik.backends.names`; the best that the device has if not given.
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
             each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
@@ -107,8 +108,8 @@ class Evaluator:
         copy = (network if owned else deepcopy(network)).cpu().requires_grad_(False)
         self._forms = exact_forms(copy.layers())
         expect_traceable(self._forms)
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
+        self._threads = threads if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._threads - 1, "evaluator") if self._threads > 1 else None
         self._lock = threading.Lock()
         own_parts = (*copy.parameters(), *copy.buffers())
         self._own_data = {part.untyped_storage().data_ptr() for part in own_parts}

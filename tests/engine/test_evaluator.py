@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,12 @@ def test_threads_of_its_own_give_the_same_bits(backend):
     alone = Evaluator(network, backend=backend)(x, ("value", "hessian"))
     together = Evaluator(network, threads=3, backend=backend)(x, ("value", "hessian"))
     assert torch.equal(alone.hessian, together.hessian)
+
+
+def test_on_a_gpu_all_work_is_on_the_callers_stream():
+    evaluate = Evaluator(NETWORKS["residual"](), torch.device("cuda", 0), threads=3, backend="torch")
+    runner = SimpleNamespace(plan=evaluate.plan(), tile_rows=(1,))
+    assert evaluate._piece(runner, 1 << 30) == 1 << 30
 
 
 def divided(monkeypatch):

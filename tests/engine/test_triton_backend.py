@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -280,11 +281,11 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
     program = TritonProgram(evaluate.plan(("value",)).program, torch.float64, CPU)
     make, asked, freed = program._scratch, [], []
 
-    def scratch(count: int, stream: object) -> Tensor:
+    def scratch(count: int) -> Tensor:
         asked.append(count)
         if len(asked) <= failures:
             raise torch.OutOfMemoryError("no memory")
-        return make(count, stream)
+        return make(count)
 
     monkeypatch.setattr(program, "_scratch", scratch)
     monkeypatch.setattr(program._state, "free_memory", lambda: freed.append(len(asked)))
@@ -294,9 +295,7 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
     torch.testing.assert_close(value, evaluate(x).value)
     assert freed[0] == 1, "cached memory is given back before tiles become smaller"
     assert asked[-1] < asked[0] or failures == 1
-    monkeypatch.setattr(
-        program, "_scratch", lambda count, stream: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
-    )
+    monkeypatch.setattr(program, "_scratch", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         program.run({"x": x, "value": value}, 0, 10)
 
@@ -400,6 +399,30 @@ def test_constants_are_freed_with_the_last_reference_to_a_program(tiles: Unrolli
         assert not any(constant() for constant in constants)
     finally:
         gc.enable()
+
+
+def test_memory_of_a_program_is_kept_until_its_streams_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator is told once of each stream that reads the program's constants and table."""
+    device, told, launched = backend._Device(CPU), list[object](), list[object]()
+    device.is_cuda, streams = True, iter([7, 7, 8, 7])
+    monkeypatch.setattr(backend, "_shared_state", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
+    monkeypatch.setattr(Tensor, "record_stream", lambda array, stream: told.append(array.data_ptr()))
+    now = SimpleNamespace(get_current_stream=lambda index: next(streams))
+    monkeypatch.setattr(backend.triton.runtime.driver, "_active", now)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *given, stream: launched.append(stream)
+
+    monkeypatch.setattr(device, "_compiled", lambda key, compiled: Kernel())
+    program = TritonProgram(Evaluator(fullyConnectedNN([3, 6, 1])).plan().program, torch.float32, CPU)
+    arrays = {"x": torch.zeros(2, 3), "value": torch.zeros(2, 1)}
+    for _ in range(4):
+        program.run(arrays, 0, 2)
+    assert launched == [7, 7, 8, 7]
+    held = [array.data_ptr() for array in (program._numbers, *program._keep)]
+    assert told == held * 2
 
 
 def test_backend_names_its_kernel_once() -> None:
