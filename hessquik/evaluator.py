@@ -206,6 +206,8 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
+        if not x.is_cpu and x.device != self.device:
+            return self._elsewhere(x, quantities, weights, directions, between, out)
         runner, bound = self._prepare(x, quantities, weights, directions)
         found = bound(x, weights, directions) if out is None else None
         if found is not None:
@@ -235,6 +237,10 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
+        if not x.is_cpu and x.device != self.device:
+            for tile in self.tiles(x.to(self.device), quantities, weights, directions):
+                yield Derivatives(**{name: getattr(tile, name).to(x.device) for name in quantities})
+            return
         runner, _ = self._prepare(x, quantities, weights, directions)
         n, arrays = x.shape[0], self._inputs(runner, x, quantities, weights, directions)
         start = 0
@@ -248,6 +254,25 @@ class Evaluator:
             runner.run({**inputs, **results}, 0, rows)
             yield Derivatives(**results)
             start += max(rows, 1)
+
+    def _elsewhere(
+        self,
+        x: Tensor,
+        quantities: Sequence[str],
+        weights: Tensor | None,
+        directions: Tensor | None,
+        between: Callable[[], None] | None,
+        out: Mapping[str, Tensor] | None,
+    ) -> Derivatives:
+        """Compute for points of another device, which has the results, too."""
+        if out is not None:
+            runner, _ = self._prepare(x, quantities, weights, directions)
+            self._check_out(quantities, runner, x.shape[0], x.device, dict(out))
+        found = self(x.to(self.device), quantities, weights, directions, between)
+        results = {name: getattr(found, name).to(x.device) for name in quantities}
+        if out is not None:
+            results = {name: place.copy_(results[name]) for name, place in out.items()}
+        return Derivatives(**results)
 
     def _prepare(
         self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None

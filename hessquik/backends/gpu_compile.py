@@ -1,7 +1,7 @@
 """Compilation of the Triton kernels into Triton's cache on disk, side by side in processes.
 
-Triton's compiler holds Python's interpreter lock, so that threads would compile one kernel after the other. Neither
-compiling nor the cache needs a GPU.
+Triton's compiler holds Python's interpreter lock: threads would compile one kernel after the other, and nothing else
+would run in the process meanwhile. Neither compiling nor the cache needs a GPU.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def compile_ahead(kernels: Sequence[Kernel], arch: int) -> None:
     """
     missing = sorted((one for one in kernels if not _mark(one, arch).exists()), key=_size, reverse=True)
     processes = min(len(missing), len(os.sched_getaffinity(0)))
-    if processes < 2:
+    if not missing:
         return
     with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
         for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):

@@ -511,7 +511,7 @@ import torch
 evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
 plans = [evaluate.plan(quantities).program for quantities in (("value",), ("value", "gradient"))]
 kernels = [source(program, 4, unrolling(torch.float32, 90)) for program in plans]
-os.sched_getaffinity = lambda _: range(2)
+os.sched_getaffinity = lambda _: range(int(sys.argv[2]))
 gpu_compile.compile_ahead(kernels, 90)
 hits = []
 triton.knobs.compilation.listener = lambda **found: hits.append(found["cache_hit"])
@@ -523,20 +523,21 @@ gpu_compile.compile_ahead(kernels, 90)
 """
 
 
-def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processors", choose([2], [1, 2]))
+def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path, processors: int) -> None:
     cache, packages = tmp_path / "cache", tmp_path / "packages"
     packages.mkdir()
     # A package that only this process's path has, as those of a checkout that is not installed.
     (packages / "sitecustomize.py").write_text(f"open({str(tmp_path / 'found')!r}, 'a').write('x')")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD, packages],
+        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD, packages, str(processors)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "True True\n"
     assert not list(cache.rglob("*.ptx")), "binaries alone"
-    assert (tmp_path / "found").read_text() == "xx", "both processes find packages where this one does"
+    assert (tmp_path / "found").read_text() == "x" * processors, "they find packages where this process does"
 
 
 def test_compiled_kernels_in_a_cache_that_is_read_only_are_used(
