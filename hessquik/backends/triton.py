@@ -102,20 +102,31 @@ class _Device:
             self.arch = 10 * properties.major + properties.minor
 
     def kernel(self, dtype: torch.dtype) -> Any:
-        """Return the table kernel for this device, compiled when it is first asked for."""
+        """Return the table kernel for this device, compiled and loaded when it is first asked for."""
         return self._compiled(dtype, lambda: compile_kernel(dtype, self.arch))
 
     def unrolled(self, kernel: Unrolled) -> Any:
-        """Return a plan kernel for this device, compiled when it is first asked for."""
+        """Return a plan kernel for this device, compiled and loaded when it is first asked for."""
         return self._compiled(kernel.text, lambda: compile_unrolled(kernel, self.arch))
 
     def _compiled(self, key: torch.dtype | str, compiled: Callable[[], Any]) -> Any:
         found = self._kernels.get(key)
         if found is None:
             found = compiled()
+            _retried(lambda: self._load(found), self)
             with self._lock:
                 found = self._kernels.setdefault(key, found)
         return found
+
+    def _load(self, kernel: Any) -> None:
+        """Have Triton load a kernel onto the device now, and not at its first launch."""
+        try:
+            with torch.cuda.device(self.device):
+                kernel[1, 1, 1]
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
     def constant(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a constant as a dense tensor on the device, its columns zero-padded to whole vectors of 16 bytes."""

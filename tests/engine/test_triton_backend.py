@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -576,13 +577,41 @@ def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("failures", "what"), [(1, "out of memory"), (9, "out of memory"), (9, "invalid image")])
+def test_kernels_are_loaded_before_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, failures: int, what: str
+) -> None:
+    """A device whose memory is full of what torch keeps for later has room after that is freed."""
+    device, turns, freed = backend._Device(CPU), list[object](), list[object]()
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(device, "free_memory", lambda: freed.append(len(turns)))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> None:
+            turns.append(grid)
+            if len(turns) <= failures:
+                raise RuntimeError(f"Triton Error [CUDA]: {what}")
+
+    kernel = Kernel()
+    if failures == 1:
+        assert device._compiled("a", lambda: kernel) is kernel
+    else:
+        expected = torch.OutOfMemoryError if what == "out of memory" else RuntimeError
+        with pytest.raises(expected, match=what) as error:
+            device._compiled("a", lambda: kernel)
+        assert type(error.value) is expected
+        assert not device._kernels
+    assert freed == [1] * (what == "out of memory")
+
+
 def test_load_compiles_both_table_kernels_and_those_of_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     device, ahead = backend._Device(CPU), list[object]()
     device.is_cuda, compiled = True, list[object]()
     monkeypatch.setattr(backend, "_shared_state", lambda _: device)
     monkeypatch.setattr(backend, "compile_ahead", lambda kernels, arch: ahead.extend(kernels))
     for name in ("compile_kernel", "compile_unrolled"):
-        monkeypatch.setattr(backend, name, lambda kernel, arch: compiled.append(kernel) or object())
+        monkeypatch.setattr(backend, name, lambda kernel, arch: compiled.append(kernel) or {(1, 1, 1): None})
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
     programs = [evaluate.plan(quantities).program for quantities in COMMON]
     for _ in range(2):
