@@ -206,7 +206,7 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
-        if not x.is_cpu and x.device != self.device:
+        if self._is_elsewhere(x):
             return self._elsewhere(x, quantities, weights, directions, between, out)
         runner, bound = self._prepare(x, quantities, weights, directions)
         found = bound(x, weights, directions) if out is None else None
@@ -237,7 +237,7 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
-        if not x.is_cpu and x.device != self.device:
+        if self._is_elsewhere(x):
             for tile in self.tiles(x.to(self.device), quantities, weights, directions):
                 yield Derivatives(**{name: getattr(tile, name).to(x.device) for name in quantities})
             return
@@ -254,6 +254,13 @@ class Evaluator:
             runner.run({**inputs, **results}, 0, rows)
             yield Derivatives(**results)
             start += max(rows, 1)
+
+    def _is_elsewhere(self, x: Tensor) -> bool:
+        """Return whether points are on a GPU that is not the evaluator's device."""
+        if x.is_cpu:
+            return False
+        own, index = self.device, x.device.index
+        return x.device.type != own.type or own.index not in {None, index}
 
     def _elsewhere(
         self,

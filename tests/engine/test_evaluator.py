@@ -240,6 +240,17 @@ def test_points_of_another_device_get_their_results_there(monkeypatch):
         evaluate(x, ("hessian",), out={"hessian": torch.empty(5, 3, 3, 2)})
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "moves"),
+    [("cuda:0", "cuda:0", False), ("cuda:0", "cuda:1", True), ("cuda:0", "cpu", False), ("cpu", "cuda:0", True),
+     ("xpu", "xpu:0", False), ("cpu", "cpu", False)],
+)  # fmt: skip
+def test_only_points_of_another_gpu_are_moved(own, other, moves):
+    device = torch.device(other)
+    x = SimpleNamespace(device=device, is_cpu=device.type == "cpu")
+    assert evaluator.Evaluator._is_elsewhere(SimpleNamespace(device=torch.device(own)), x) is moves
+
+
 def test_on_a_gpu_all_work_is_on_the_callers_stream():
     evaluate = Evaluator(NETWORKS["residual"](), torch.device("cuda", 0), threads=3, backend="torch")
     runner = SimpleNamespace(plan=evaluate.plan(), tile_rows=(1,))
