@@ -123,7 +123,7 @@ def _compile_share(kernels: Sequence[Kernel], arch: int) -> Sequence[Kernel]:
     """Compile kernels in a process, and return those that are compiled: all or none."""
     command = [sys.executable, "-P", "-m", "hessquik.backends.gpu_compile", str(arch), "--plans"]
     # Packages are found where this process finds them. Intermediate forms would take seven times the space in the cache.
-    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    path = os.pathsep.join(map(str, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_STORE_BINARY_ONLY": "1"}
     with (
         contextlib.suppress(OSError),  # it cannot be started, or ended before it has read

@@ -79,8 +79,10 @@ class FakeDriver:
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def copy(self, out: Tensor, source: Tensor) -> None:
         self.queue(self.current, lambda: out.copy_(source))
