@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +109,29 @@ def compile_ahead(kernels: Sequence[Kernel], arch: int) -> None:
         kernels: The kernels.
         arch: The processor generation, such as 90.
     """
-    missing = sorted((one for one in kernels if not _mark(one, arch).exists()), key=_size, reverse=True)
-    processes = min(len(missing), len(os.sched_getaffinity(0)))
-    if not missing:
+    if all(_mark(one, arch).exists() for one in kernels):
         return
-    with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
-        for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
-            for one in share:
-                with contextlib.suppress(OSError):  # a cache that is filled beforehand may be read-only
-                    _mark(one, arch).touch()
+    with _alone():
+        missing = sorted((one for one in kernels if not _mark(one, arch).exists()), key=_size, reverse=True)
+        processes = min(len(missing), len(os.sched_getaffinity(0)))
+        if not missing:
+            return
+        with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
+            for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
+                for one in share:
+                    with contextlib.suppress(OSError):  # a cache that is filled beforehand may be read-only
+                        _mark(one, arch).touch()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other process compiles into the cache: workers of several GPUs need the same kernels."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written, or whose file system has no locks
+            folder = Path(triton.knobs.cache.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / "hessquik.lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _compile_share(kernels: Sequence[Kernel], arch: int) -> Sequence[Kernel]:

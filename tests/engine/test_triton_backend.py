@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -566,6 +568,30 @@ def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
     assert child.wait(60) == 1
 
 
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_workers_of_several_devices_compile_a_kernel_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_writable: bool
+) -> None:
+    folder, compiled, both = tmp_path / "cache", list[object](), threading.Barrier(2)
+    if not is_writable:
+        folder.write_text("not a folder")
+
+    def compile_share(kernels: list[Unrolled], arch: int) -> list[Unrolled]:
+        if not is_writable:
+            both.wait(10)  # nothing makes one wait for the other
+        compiled.extend(kernels)
+        return kernels
+
+    def load(_: int) -> None:
+        gpu_compile.compile_ahead([Unrolled("a")], 90)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(gpu_compile, "_compile_share", compile_share)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load, range(2)))
+    assert len(compiled) == (1 if is_writable else 2)
+
+
 @pytest.mark.parametrize("python", ["/bin/false", "/no/python"])
 def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, python: str
@@ -574,7 +600,7 @@ def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
     monkeypatch.setattr(gpu_compile.sys, "executable", python)
     monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
     gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["hessquik.lock"]
 
 
 @pytest.mark.parametrize(("failures", "what"), [(1, "out of memory"), (9, "out of memory"), (9, "invalid image")])
