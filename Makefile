@@ -79,8 +79,8 @@ gpu:  ## on a machine with a GPU: tests, times against JAX and a soak of the ser
 	failed=0; \
 	timeout -k 15 -s INT 140 $(GPU_PYTHON) -m pytest tests/gpu -q -n 4 --noconftest -p no:cacheprovider -c /dev/null --rootdir=. \
 		--junitxml build/gpu-tests.xml || failed=1; \
-	timeout -k 15 150 $(GPU_PYTHON) -m benchmarks.gpu --profile --seconds 100 --output build || failed=1; \
-	timeout -k 15 -s INT 185 $(GPU_PYTHON) -m benchmarks.gpu_soak --seconds 75 --output build || failed=1; \
+	timeout -k 15 160 $(GPU_PYTHON) -m benchmarks.gpu --profile --seconds 110 --output build || failed=1; \
+	timeout -k 15 -s INT 175 $(GPU_PYTHON) -m benchmarks.gpu_soak --seconds 75 --output build || failed=1; \
 	exit $$failed
 
 docs: $(STAMP)  ## the documentation, into site/
