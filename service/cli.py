@@ -435,8 +435,10 @@ def bench(context: typer.Context) -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    """Print a one-line error and exit with a status."""
-    sys.stderr.write(f"hessquik: {message}\n")
+    """Print a one-line error, whatever names in files it quotes, and exit with a status."""
+    from .logs import printable
+
+    sys.stderr.write(f"hessquik: {printable(message)}\n")
     raise typer.Exit(status)
 
 

@@ -210,6 +210,8 @@ def _check(
         return torch.stack([torch.as_tensor(part) for part in parts]).sum(0)
 
     got = linear([each.arrange(array) for each, array in zip(features, trial, strict=True)]).reshape(rows, -1)
+    if not bool(torch.isfinite(got).all()):
+        raise refuse(place, "gives NaN or infinity for all inputs", "export the model with finite weights")
     difference = (got - predicted(lambda part: part)).abs()
     if not bool((difference <= 1e-9 * predicted(abs)).all()):
         raise refuse(

@@ -29,7 +29,7 @@ from hessquik.importing.onnx_node import Call, unknown
 from hessquik.importing.sklearn_kernels import kernel
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["HANDLERS", "Comparison"]
+__all__ = ["HANDLERS", "OF_FIRST", "Comparison"]
 
 #: Added to the standard deviation by the definition of MeanVarianceNormalization.
 _MVN_EPSILON = 1e-9
@@ -411,7 +411,7 @@ def _fused_gemm(call: Call, args: list[Any], rows: int) -> Features:
     function = operations.POINTWISE.get(given.get("activation", ""))
     if function is None:
         raise unknown(call)
-    numbers = {key: given[f"activation_{key}"] for key in ("alpha", "gamma") if f"activation_{key}" in given}
+    numbers = {key: given[f"activation_{key}"] for key in ("alpha", "beta", "gamma") if f"activation_{key}" in given}
     return Features(function(call.place, z.node, numbers), z.shape)
 
 
@@ -443,7 +443,7 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "ReduceSumSquare": _reduced("square"),
     "SVMRegressor": _support_vectors,
     "Scaler": _scaler,
-    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),
+    **dict.fromkeys(("ScatterElements", "ScatterND"), _scatter),
     "Shrink": _soft_shrink,
     "ThresholdedRelu": _thresholded,
     "Where": _choose,
@@ -452,3 +452,13 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.FusedMatMul": _fused_product,
 }
+
+#: Operators whose first input alone may depend on the model's.
+OF_FIRST = (
+    "Clip",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "PRelu",
+    "RMSNormalization",
+)

@@ -14,7 +14,7 @@ from hessquik.importing.graph import refuse
 from hessquik.importing.interpreting import as_float64
 from hessquik.importing.onnx_operations import RANDOM, REFUSED
 
-__all__ = ["Call", "unknown"]
+__all__ = ["Call", "as_tensor", "graphs_in", "unknown"]
 
 #: Operators that the reference implementation computes to few digits.
 _PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
@@ -61,16 +61,30 @@ class Call:
             node.domain = self.domain
             node.input[:] = names
             inputs = [onnx.ValueInfoProto(name=name) for name in names if name]
-            outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+            node.output[:] = [f"result {i}" for i in range(len(node.output))]  # some may have no name
+            outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
             graph = onnx.helper.make_graph([node], "node", inputs, outputs)
             self._run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opsets)).run
         feeds = {name: arg.numpy() for name, arg in zip(names, args, strict=True) if name and arg is not None}
-        results = [as_float64(torch.tensor(np.asarray(result).copy())) for result in self._run(None, feeds)]
+        results = [as_float64(as_tensor(np.asarray(result))) for result in self._run(None, feeds)]
         return results[0] if len(results) == 1 else results
 
 
+def as_tensor(array: Any) -> Tensor:
+    """Return a copy of an array; bfloat16 and types of 8 bits or fewer, which numpy itself lacks, become wider."""
+    if array.dtype.isbuiltin != 1:
+        array = array.astype(np.int8 if "int" in array.dtype.name else np.float64)
+    return torch.as_tensor(array.copy())
+
+
+def graphs_in(graph: Any) -> list[Any]:
+    """Return a graph or a function, and the branches and bodies inside its nodes."""
+    inner = (each.g for node in graph.node for each in node.attribute if each.HasField("g"))
+    return [graph, *(part for each in inner for part in graphs_in(each))]
+
+
 def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def unknown(call: Call) -> UnsupportedError:

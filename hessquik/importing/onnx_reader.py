@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,17 @@ from torch import Tensor
 
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing import onnx_operations as operations
-from hessquik.importing.graph import Node, refuse
+from hessquik.importing.graph import MAX_WIDTH, Node, refuse
 from hessquik.importing.interpreting import Features, apply_affine, as_float64, features_in, readable
-from hessquik.importing.onnx_handlers import HANDLERS, Comparison
-from hessquik.importing.onnx_node import Call, unknown
+from hessquik.importing.onnx_handlers import HANDLERS, OF_FIRST, Comparison
+from hessquik.importing.onnx_node import Call, as_tensor, unknown
 
 __all__ = ["Signature", "expect_known", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
+#: Numbers of all points, where the model fixes their number.
+MAX_ENTRIES = 1 << 22
 #: Weights beyond have squares that overflow.
 LARGEST = 1e150
 
@@ -81,7 +84,7 @@ def _dtype(name: str, code: int) -> torch.dtype:
     """
     import onnx
 
-    kind = onnx.TensorProto.DataType.Name(code)
+    kind = onnx.TensorProto.DataType.Name(code) if code in onnx.TensorProto.DataType.values() else str(code)
     types = {"FLOAT": torch.float32, "DOUBLE": torch.float64}
     if kind not in types and "FLOAT" in kind:
         raise UnsupportedError(
@@ -100,9 +103,12 @@ def _shape(name: str, kind: Any, d: int | None) -> list[int]:
     """Return the shape of an input, rows first; their number is 0 if it is open.
 
     Raises:
-        UnsupportedError: it has no axis of rows, or leaves other sizes than the number of rows open.
+        FormatError: a size is below 0.
+        UnsupportedError: it has no axis of rows, leaves other sizes than the number of rows open, or is too large.
     """
     sizes = [size.dim_value for size in kind.shape.dim] if kind.HasField("shape") else [0, 0]
+    if min(sizes, default=0) < 0:
+        raise FormatError(f"input {name} must have a shape of positive sizes, got {sizes}")
     if len(sizes) < 2:
         raise UnsupportedError(
             f"input {name} must have the shape (n, d), with one row per point, got {sizes}; export the model with "
@@ -115,6 +121,11 @@ def _shape(name: str, kind: Any, d: int | None) -> list[int]:
         raise UnsupportedError(
             f"input {name} must have the shape (n, d) with a number for d, got {sizes}; {instead} with a fixed "
             "number of inputs"
+        )
+    if math.prod(sizes) > MAX_ENTRIES or math.prod(sizes[1:]) > MAX_WIDTH:
+        raise UnsupportedError(
+            f"input {name} must have at most {MAX_WIDTH} numbers per point and {MAX_ENTRIES} in all, got {sizes}; "
+            "export the model with a free number of points, or with fewer inputs"
         )
     return sizes
 
@@ -185,7 +196,7 @@ def _weights(tensor: Any) -> Tensor:
     from onnx import numpy_helper
 
     try:
-        weights: Tensor = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
+        weights: Tensor = as_float64(as_tensor(numpy_helper.to_array(tensor)))
     except Exception as error:  # any error that a damaged file causes
         name = tensor.name[:64]
         raise FormatError(f"tensor {name!r} must have numbers of its type and shape ({str(error)[:100]})") from None
@@ -222,12 +233,18 @@ class _Reader:
                     f"node {call.place}: the model must have a value named {missing[0]!r} before it is used"
                 )
             results = self._results(call, [self.values[name] for name in node.input])
-            self.values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
+            if not all(node.output[: len(results)]):  # which end onnxruntime's process
+                raise refuse(call.place, "leaves out some of its results", "export the model with a name for each")
+            further = wanted.intersection(node.output[len(results) :])  # such as Dropout's mask
+            if further:
+                raise refuse(call.place, f"gives {min(further)!r} beside its result", "use its first output alone")
+            self.values.update(zip(node.output, results, strict=False))
 
     def _results(self, call: Call, args: list[Any]) -> Sequence[Any]:
         if call.operator == "If" and isinstance(args[0], Tensor):
-            branch = call.attributes["then_branch" if bool(args[0]) else "else_branch"]
-            names = [output.name for output in branch.output]
+            with readable(call.place):
+                branch = call.attributes["then_branch" if bool(args[0]) else "else_branch"]
+                names = [output.name for output in branch.output]
             self.read(branch, names)
             return [self.values[name] for name in names]
         depends = bool(features_in(args)) or any(isinstance(arg, Comparison) for arg in args)
@@ -254,6 +271,10 @@ def _interpret(call: Call, args: list[Any], rows: int) -> Any:
         raise unknown(compared)
     if not _is_known(call):
         raise unknown(call)
+    if call.operator in OF_FIRST and (not isinstance(args[0], Features) or features_in(args[1:])):
+        raise refuse(
+            call.place, "has numbers that depend on the inputs", "use constants, or write it with Mul and Add"
+        )
     if call.operator in HANDLERS:
         return HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:

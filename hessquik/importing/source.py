@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,22 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
+@contextmanager
+def _of_a_size_to_be_read() -> Iterator[None]:
+    """Turn the errors that too large a network causes into one that says so.
+
+    Raises:
+        UnsupportedError: the network has too many nodes in a row, or its matrices do not fit into the memory.
+    """
+    try:
+        yield
+    except (MemoryError, RecursionError) as error:
+        raise UnsupportedError(
+            f"the network is too large or too deep to be read here ({type(error).__name__}); make it smaller"
+        ) from None
+
+
+@_of_a_size_to_be_read()
 def import_source(
     source: Source,
     scaling: Scaling,

@@ -118,6 +118,17 @@ GRAPHS = {
         ),
         lambda x: x @ (torch.as_tensor((W * 50).astype(np.int8) - 3.0) * float(np.float32(0.02))),
     ),
+    "weights in bfloat16": (
+        made(
+            [
+                node("Cast", "W", "h", to=TensorProto.BFLOAT16),
+                node("Cast", "h", "V", to=TensorProto.DOUBLE),
+                node("MatMul", "x V"),
+            ],
+            W=W,
+        ),
+        lambda x: x @ TW.bfloat16().double(),
+    ),
     "weights in float16": (
         made([node("Cast", "h", "W", to=TensorProto.DOUBLE), node("MatMul", "x W")], h=W.astype(np.float16)),
         lambda x: x @ torch.as_tensor(W.astype(np.float16).astype(float)),
@@ -437,6 +448,42 @@ REFUSED = {
         made([node("Dropout", "x r t")], r=np.float32(0.5), t=np.array(True)),
         "drops features at random; export the model in evaluation mode",
     ),
+    "results without names": (
+        made([helper.make_node("Split", ["x"], ["", "b", "c"], axis=1, num_outputs=3), node("Mul", "b c")]),
+        r"node 0 \(Split\) leaves out some of its results; export the model with a name for each",
+    ),
+    "a result beside the first": (
+        made([node("Dropout", "x", "d mask"), node("Where", "mask d x")]),
+        r"the_Dropout \(Dropout\) gives 'mask' beside its result; use its first output alone",
+    ),
+    "rows that are left out": (
+        made([node("Slice", "x start end")], start=np.array([0]), end=np.array([9])),
+        r"onnxruntime cannot compute the model for 11 points \(it gives 9 rows\); export it with a number of points",
+    ),
+    "more inputs than a matrix can have": (
+        made([node("Tanh", "x")], shape=("n", 1 << 40)),
+        r"input x must have at most 16384 numbers per point and .*, got \[0, 1099511627776\]; export the model with",
+    ),
+    "more points than fit into the memory": (
+        made([node("Tanh", "x")], shape=(1 << 40, 3)),
+        r"and 4194304 in all, got \[1099511627776, 3\]; export the model with a free number of points",
+    ),
+    "more features than a matrix can have": (
+        made([node("Tile", "x n", "t"), node("Tanh", "t")], n=np.array([1, 10_000])),
+        "at most 16384 features, got 30000; make the network narrower",
+    ),
+    "slopes that depend on the inputs": (
+        made([node("PRelu", "c x")], c=np.ones((1, 3))),
+        r"the_PRelu \(PRelu\) has numbers that depend on the inputs; use constants",
+    ),
+    "a variance below 0": (
+        made([node("BatchNormalization", "x s s s v")], s=np.ones(3), v=-np.ones(3)),
+        r"\(BatchNormalization\) gives NaN or infinity for all inputs; export the model with finite weights",
+    ),
+    "a choice without branches": (
+        made([node("If", "c")], c=np.array(True)),
+        r"the_If \(If\) has arguments that cannot be read \(KeyError: 'then_branch'\); export the model anew",
+    ),
     "no outputs": (made([node("MatMul", "x W")], W=np.ones((3, 0))), "node y holds no numbers"),
     "too many products": (
         made([node("Einsum", "x x", equation="bi,bj->bij")], shape=("n", 200)),
@@ -506,6 +553,12 @@ MICROSOFTS = {
 def test_operators_of_onnxruntime(name):
     model, f = MICROSOFTS[name]
     assert worst_error(hessquik.from_onnx(model, dtype=torch.float64), f, X) <= TOLERANCE
+
+
+def test_activations_of_onnxruntime_have_their_numbers():
+    numbers = {"activation": "HardSigmoid", "activation_alpha": 0.25, "activation_beta": 0.125}
+    network = hessquik.from_onnx(microsoft("FusedGemm", "x W", **numbers), allow_kinks=True, dtype=torch.float64)
+    assert worst_error(network, lambda x: (0.25 * x @ _W + 0.125).clamp(0, 1), X) <= TOLERANCE
 
 
 @pytest.mark.parametrize("opset", [11, 17])
