@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.onnx_node import graphs_in
-from hessquik.importing.onnx_reader import Signature, expect_known, read, signature
+from hessquik.importing.onnx_reader import Signature, expect_known, expect_size, read, signature
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
@@ -73,6 +73,7 @@ def import_model(
     d = None if example_input is None else int(torch.as_tensor(example_input).shape[-1])
     what = signature(model, d)
     expect_known(model, what)
+    expect_size(what)
     runtime, run = _runtime(model)
 
     def evaluate(x: Tensor) -> Tensor:

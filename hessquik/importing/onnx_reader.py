@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hessquik.importing.interpreting import Features, apply_affine, as_float64, 
 from hessquik.importing.onnx_handlers import HANDLERS, OF_FIRST, Comparison
 from hessquik.importing.onnx_node import Call, as_tensor, unknown
 
-__all__ = ["Signature", "expect_known", "read", "signature"]
+__all__ = ["Signature", "expect_known", "expect_size", "read", "signature"]
 
 #: Rows where the model leaves their number open.
 ROWS = 7
@@ -48,7 +48,7 @@ class Signature:
     @property
     def width(self) -> int:
         """Number of inputs of a point."""
-        return int(torch.Size(self.shape[1:]).numel())
+        return math.prod(self.shape[1:])
 
 
 def signature(model: Any, d: int | None = None) -> Signature:
@@ -104,7 +104,7 @@ def _shape(name: str, kind: Any, d: int | None) -> list[int]:
 
     Raises:
         FormatError: a size is below 0.
-        UnsupportedError: it has no axis of rows, leaves other sizes than the number of rows open, or is too large.
+        UnsupportedError: it has no axis of rows, or leaves other sizes than the number of rows open.
     """
     sizes = [size.dim_value for size in kind.shape.dim] if kind.HasField("shape") else [0, 0]
     if min(sizes, default=0) < 0:
@@ -121,11 +121,6 @@ def _shape(name: str, kind: Any, d: int | None) -> list[int]:
         raise UnsupportedError(
             f"input {name} must have the shape (n, d) with a number for d, got {sizes}; {instead} with a fixed "
             "number of inputs"
-        )
-    if math.prod(sizes) > MAX_ENTRIES or math.prod(sizes[1:]) > MAX_WIDTH:
-        raise UnsupportedError(
-            f"input {name} must have at most {MAX_WIDTH} numbers per point and {MAX_ENTRIES} in all, got {sizes}; "
-            "export the model with a free number of points, or with fewer inputs"
         )
     return sizes
 
@@ -145,6 +140,19 @@ def expect_known(model: Any, what: Signature) -> None:
             dependent |= set(node.output)
 
 
+def expect_size(what: Signature) -> None:
+    """Refuse a model whose input is too large for matrices of its features.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if what.width > MAX_WIDTH or math.prod(what.shape) > MAX_ENTRIES:
+        raise UnsupportedError(
+            f"input {what.input} must have at most {MAX_WIDTH} numbers per point and {MAX_ENTRIES} in all, got "
+            f"{what.shape}; export the model with a free number of points, or with fewer inputs"
+        )
+
+
 def read(model: Any, what: Signature, point: Node) -> Node:
     """Return a model's output as a value of a graph, from the value that it takes.
 
@@ -152,13 +160,15 @@ def read(model: Any, what: Signature, point: Node) -> Node:
         FormatError: a tensor is not what it says, or a node takes what nothing before it gives.
         UnsupportedError: the model does something that cannot be exact here.
     """
-    values: dict[str, Any] = {"": None, what.input: Features(point, what.shape[1:])}
+    values: dict[str, Any] = {"": None, what.input: Features(point, what.shape[1:], 0)}
     _Reader(model.opset_import, what.shape[0], values).read(model.graph, [what.output])
     output = values.get(what.output)
     if not isinstance(output, Features):
         raise refuse(what.output, "does not depend on the input", "return what the network computes of it")
     if not output.node.width:
         raise refuse(what.output, "holds no numbers", "return what the network computes")
+    if output.axis:
+        raise refuse(what.output, f"has the rows along axis {output.axis}", "transpose it, to one row per point")
     return output.node
 
 
@@ -279,7 +289,7 @@ def _interpret(call: Call, args: list[Any], rows: int) -> Any:
         return HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:
         x = args[0]
-        return Features(operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)), x.shape)
+        return replace(x, node=operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)))
     additive = operations.ADDITIVE[call.operator]
     positions = range(len(args)) if additive is None else additive
     return apply_affine(call.place, call.compute, args, positions, rows)

@@ -85,6 +85,54 @@ GRAPHS = {
         ),
         lambda x: x @ TW,
     ),
+    "rows along the second axis": (
+        made(
+            [node("Transpose", "x", "t"), node("Tanh", "t", "u"), node("MatMul", "W u", "v"), node("Transpose", "v")],
+            W=W.T.copy(),
+        ),
+        lambda x: x.tanh() @ TW,
+    ),
+    "rows along the second axis, as many as features": (
+        made(
+            [node("Transpose", "x", "t"), node("Gather", "t places", "u", axis=0), node("Transpose", "u")],
+            shape=(3, 3),
+            places=np.array([2, 0]),
+        ),
+        lambda x: x[:, [2, 0]],
+    ),
+    "an ensemble along the first axis": (
+        made(
+            [
+                node("MatMul", "x Ws", "h"),
+                node("Sin", "h", "s"),
+                node("Shape", "s", "n"),
+                node("Gather", "n two", "w"),
+                node("ReduceMean", "s zero", "m", keepdims=0),
+                node("Cast", "w", "c", to=TensorProto.DOUBLE),
+                node("Mul", "m c"),
+            ],
+            Ws=np.stack([W, -2 * W, W + 1]),
+            two=np.array(2),
+            zero=np.array([0]),
+        ),
+        lambda x: 4 * torch.stack([x @ TW, -2 * x @ TW, x @ (TW + 1)]).sin().mean(0),
+    ),
+    "products of values with the rows along the second axis": (
+        made(
+            [
+                node("Unsqueeze", "x zero", "u"),
+                node("ReduceProd", "u last", "p", keepdims=0),
+                node("Squeeze", "p zero"),
+            ],
+            last=np.array([2]),
+            zero=np.array([0]),
+        ),
+        lambda x: x.prod(1),
+    ),
+    "powers of several numbers": (
+        made([node("Pow", "b x")], b=np.array([0.5, 2.0, 3.0])),
+        lambda x: torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) ** x,
+    ),
     "nodes that nothing needs": (
         made([node("Tanh", "x"), node("Floor", "x", "f"), node("ReduceMax", "f", "g")]),
         torch.tanh,
@@ -462,15 +510,34 @@ REFUSED = {
     ),
     "more inputs than a matrix can have": (
         made([node("Tanh", "x")], shape=("n", 1 << 40)),
-        r"input x must have at most 16384 numbers per point and .*, got \[0, 1099511627776\]; export the model with",
+        r"input x must have at most 16384 numbers per point and .*, got \(7, 1099511627776\); export the model with",
     ),
     "more points than fit into the memory": (
         made([node("Tanh", "x")], shape=(1 << 40, 3)),
-        r"and 4194304 in all, got \[1099511627776, 3\]; export the model with a free number of points",
+        r"and 4194304 in all, got \(1099511627776, 3\); export the model with a free number of points",
     ),
     "more features than a matrix can have": (
         made([node("Tile", "x n", "t"), node("Tanh", "t")], n=np.array([1, 10_000])),
         "at most 16384 features, got 30000; make the network narrower",
+    ),
+    "a result with the rows along the second axis": (
+        made([node("Transpose", "x")]),
+        "node y has the rows along axis 1; transpose it, to one row per point",
+    ),
+    "groups of channels with the rows among them": (
+        made(
+            [
+                node("Transpose", "x", "t"),
+                node("GroupNormalization", "t s s", "g", num_groups=1),
+                node("Transpose", "g"),
+            ],
+            s=np.ones(7),
+        ),
+        r"the_GroupNormalization \(GroupNormalization\) has the rows along axis 1; transpose its input before",
+    ),
+    "powers of a whole number, which are rounded": (
+        made([node("Pow", "b x")], b=np.array(2)),
+        "raises to a power that is not one number",
     ),
     "slopes that depend on the inputs": (
         made([node("PRelu", "c x")], c=np.ones((1, 3))),
