@@ -172,6 +172,8 @@ def read(model: Any, what: Signature, point: Node) -> Node:
     return output.node
 
 
+#: Operators whose second operand has an axis before version 7.
+_BY_AXIS = ("Add", "Div", "Mul", "Pow", "Sub")
 #: Operators that depend on the shape of a value alone.
 _OF_SHAPE = ("Shape", "Size")
 
@@ -257,6 +259,7 @@ class _Reader:
                 names = [output.name for output in branch.output]
             self.read(branch, names)
             return [self.values[name] for name in names]
+        _expect_present_form(call, args)
         depends = bool(features_in(args)) or any(isinstance(arg, Comparison) for arg in args)
         if depends:
             _expect_finite(call, args)
@@ -272,6 +275,20 @@ def _expect_finite(call: Call, args: Sequence[Any]) -> None:
         if isinstance(arg, Tensor) and arg.is_floating_point() and bool(is_wrong(arg).any()):
             does = f"takes the tensor {name!r}, which has NaN, infinity or numbers beyond {LARGEST:.0e}"
             raise refuse(call.place, does, "export the model with finite weights")
+
+
+def _expect_present_form(call: Call, args: Sequence[Any]) -> None:
+    """Refuse operators of old versions whose results differ from those of the present ones, which alone are read.
+
+    The standard's reference has the present ones alone as well, so that the comparison of values does not tell.
+    """
+    instead = "convert the model to version 7 of the operators or later"
+    if call.operator == "Selu" and call.version < 6 and not {"alpha", "gamma"} <= call.attributes.keys():
+        raise refuse(call.place, "has other slopes by default than in the present version", instead)
+    if call.operator in _BY_AXIS and call.version < 7 and "axis" in call.attributes:
+        left, right = (len(arg.shape) + isinstance(arg, Features) for arg in args)
+        if call.attributes["axis"] % left != left - right:
+            raise refuse(call.place, "aligns its second operand by other axes than the last", instead)
 
 
 def _interpret(call: Call, args: list[Any], rows: int) -> Any:

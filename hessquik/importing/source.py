@@ -147,7 +147,8 @@ def _region(
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
     lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
-    if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
+    is_shaped = lower.shape == upper.shape == (source.width,)
+    if not is_shaped or not bool(((lower < upper) & (upper - lower).isfinite()).all()):
         raise ShapeError(
             f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
             f"one, got {lower.tolist()} and {upper.tolist()}"[:300]

@@ -141,6 +141,7 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         json.dumps({"type": "Sequential", "layers": [{"type": "Linear", "in_features": 2, "out_features": 6}]})
     )
     (tmp_path / "scale.json").write_text('{"input_men": 1}')
+    (tmp_path / "latin.json").write_bytes(b'{"input_mean": "\xe9"}')
     torch.save(module, tmp_path / "whole.pt")
     torch.save(Code(), tmp_path / "code.pt")
     torch.save(module.state_dict(), tmp_path / "state.pt")
@@ -161,6 +162,8 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         (("damaged.pt2",), "damaged.pt2: "),
         (("missing.onnx",), "missing.onnx"),
         ((exported, "--scale", "scale.json"), "a scaling must have keys out of input_mean"),
+        ((exported, "--scale", "latin.json"), "scale must be strict JSON"),
+        ((exported, "--bounds", "0:inf,0:1"), "bounds must be 2 lower and 2 upper numbers"),
         ((exported, "--bounds", "0:1"), "bounds must be 2 lower and 2 upper numbers"),
         ((exported, "--bounds", "0,1"), "--bounds must be lower:upper per input"),
         ((exported, "--dtype", "float16"), "--dtype must be float32 or float64"),

@@ -133,6 +133,10 @@ GRAPHS = {
         made([node("Pow", "b x")], b=np.array([0.5, 2.0, 3.0])),
         lambda x: torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) ** x,
     ),
+    "operands aligned by the last axis": (
+        made([node("Add", "x c", broadcast=1, axis=-1)], opset=6, c=B[:3]),
+        lambda x: x + TB[:3],
+    ),
     "nodes that nothing needs": (
         made([node("Tanh", "x"), node("Floor", "x", "f"), node("ReduceMax", "f", "g")]),
         torch.tanh,
@@ -538,6 +542,14 @@ REFUSED = {
     "powers of a whole number, which are rounded": (
         made([node("Pow", "b x")], b=np.array(2)),
         "raises to a power that is not one number",
+    ),
+    "operands aligned by another axis than the last": (
+        made([node("Mul", "x c", broadcast=1, axis=1)], opset=6, shape=("n", 3, 3), c=B[:3]),
+        r"the_Mul \(Mul\) aligns its second operand by other axes than the last; convert the model to version 7",
+    ),
+    "slopes of an old version": (
+        made([node("Selu", "x")], opset=5),
+        r"the_Selu \(Selu\) has other slopes by default than in the present version; convert the model to version 7",
     ),
     "slopes that depend on the inputs": (
         made([node("PRelu", "c x")], c=np.ones((1, 3))),
