@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessquik.errors import FormatError, UnsupportedError
+from hessquik.errors import FormatError, ShapeError, UnsupportedError
 from hessquik.importing.onnx_node import graphs_in
 from hessquik.importing.onnx_reader import Signature, expect_known, expect_size, read, signature
-from hessquik.importing.scaling import Scaling
+from hessquik.importing.scaling import Scaling, as_numbers
 from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
 
@@ -55,7 +55,7 @@ def from_onnx(
     Raises:
         FormatError: the file is not an ONNX model.
         UnsupportedError: the model cannot be exact here, and the message names the node; or onnx is not installed.
-        ShapeError: a scaling or the bounds do not fit.
+        ShapeError: a scaling, the bounds or the example do not fit.
     """
     return import_model(path_or_model, example_input, Scaling.of(scaling), allow_kinks, dtype, bounds).network
 
@@ -70,7 +70,7 @@ def import_model(
 ) -> Imported:
     """Import a model as :func:`from_onnx` does; return the network with the comparison of its values."""
     model = _load(path_or_model)
-    d = None if example_input is None else int(torch.as_tensor(example_input).shape[-1])
+    d = None if example_input is None else _inputs(example_input)
     what = signature(model, d)
     expect_known(model, what)
     expect_size(what)
@@ -95,6 +95,18 @@ def import_model(
     precision = _precision(model, runtime)
     source = Source(what.width, what.dtype, runtime, lambda point: read(model, what, point), at_all, precision)
     return import_source(source, scaling, allow_kinks, dtype, bounds)
+
+
+def _inputs(example_input: Any) -> int:
+    """Return the number of inputs of a point, or of points.
+
+    Raises:
+        ShapeError: it is neither.
+    """
+    points = as_numbers(example_input)
+    if points is None or points.ndim not in {1, 2}:
+        raise ShapeError("example_input must be a point (d,) or points (n, d) of numbers")
+    return int(points.shape[-1])
 
 
 def _load(path_or_model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from hessquik.activations import KINKS, hessQuikActivationFunction
 from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
-from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
+from hessquik.importing.scaling import Scaling, as_numbers, scaled_input, scaled_output
 from hessquik.importing.univariate import resolve
 from hessquik.networks import NN
 
@@ -116,6 +116,8 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    if dtype not in {None, *BOUNDS}:
+        raise UnsupportedError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
     region = _region(source, scaling, bounds)
     x = _points(region)
     _, inner = scaled_input(scaling, source.width)
@@ -146,14 +148,14 @@ def _region(
     """
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
-    lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
-    is_shaped = lower.shape == upper.shape == (source.width,)
-    if not is_shaped or not bool(((lower < upper) & (upper - lower).isfinite()).all()):
-        raise ShapeError(
-            f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
-            f"one, got {lower.tolist()} and {upper.tolist()}"[:300]
-        )
-    return lower.tolist(), upper.tolist()
+    match [as_numbers(bound) for bound in given] if isinstance(given, Iterable) else []:
+        case [Tensor() as lower, Tensor() as upper] if lower.shape == upper.shape == (source.width,):
+            if bool(((lower < upper) & (upper - lower).isfinite()).all()):
+                return lower.tolist(), upper.tolist()
+    raise ShapeError(
+        f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper one, "
+        f"got {given}"[:300]
+    )
 
 
 def _refuse_kinks(output: Node) -> None:
