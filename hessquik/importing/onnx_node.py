@@ -35,14 +35,15 @@ class Call:
         import onnx
 
         self.node, self.opsets = node, opsets
-        self.domain = "" if node.domain == "ai.onnx" else node.domain
+        name, kind, domain = map(_text, (node.name, node.op_type, node.domain))
+        self.domain: str = "" if domain == "ai.onnx" else domain
         self.attributes: Mapping[str, Any] = {
             each.name: _text(onnx.helper.get_attribute_value(each)) for each in node.attribute
         }
         self.is_standard = not self.domain or self.domain.startswith("ai.onnx.")
-        self.operator: str = node.op_type if self.is_standard else f"{node.domain}.{node.op_type}"
+        self.operator: str = kind if self.is_standard else f"{domain}.{kind}"
         self.version = next((each.version for each in opsets if each.domain == self.domain), 1)
-        self.place = f"{node.name or number} ({node.domain + '.' if node.domain else ''}{node.op_type})"
+        self.place = f"{name or number} ({domain + '.' if domain else ''}{kind})"
         self._run: Callable[..., Any] | None = None
 
     def compute(self, *args: Any) -> Any:
@@ -84,6 +85,7 @@ def graphs_in(graph: Any) -> list[Any]:
 
 
 def _text(value: Any) -> Any:
+    """Return text that protobuf gives as bytes, as it does where they are not UTF-8; keep other values."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
@@ -91,7 +93,7 @@ def unknown(call: Call) -> UnsupportedError:
     """Return the error for an operator that cannot be exact."""
     if call.operator in REFUSED:
         return refuse(call.place, *REFUSED[call.operator])
-    if call.node.domain.startswith("com.microsoft"):
+    if call.domain.startswith("com.microsoft"):
         return refuse(
             call.place,
             "is an operator of onnxruntime's own, as its optimiser writes them",

@@ -536,6 +536,11 @@ def test_onnx_models_with_damaged_types():
     no_text = damaged(lambda model: setattr(model.graph.node[1].attribute[0], "s", b"\xff"))
     with pytest.raises(UnsupportedError, match="cannot be computed by onnx's reference"):
         hessquik.from_onnx(no_text)
+    mine = onnx_model(helper.make_node("Gelu", ["t"], ["y"], "second", domain="mine")).SerializeToString()
+    for name, message in ((b"mine", "second .* is an operator of your own"), (b"Gelu", "second .* is an operator")):
+        other = onnx.load_from_string(mine.replace(name, b"\xff" + name[1:]))
+        with pytest.raises(UnsupportedError, match=message):
+            hessquik.from_onnx(other)
 
 
 def _functions(calls):
