@@ -139,18 +139,21 @@ def _unscaled(scaler: Any, place: str, value: Node) -> Node:
 
 def _projected(part: Any, place: str, value: Node) -> Node:
     """Return (x − mean) Cᵀ, of decompositions and random projections."""
-    matrix = tensor(part.components_).T
-    mean = getattr(part, "mean_", None)
-    if getattr(part, "whiten", False) and hasattr(part, "explained_variance_"):
-        deviations = tensor(part.explained_variance_).sqrt()
-        if not bool((deviations > WHITENED * deviations.max()).all()):
-            raise refuse(
-                place,
-                "divides a component without variance by its deviation, so that it is nothing but rounding",
-                "fit it with fewer components (n_components)",
-            )
-        matrix = matrix / deviations
+    matrix, mean = tensor(part.components_).T, getattr(part, "mean_", None)
     return affine(place, [(value, matrix)], None if mean is None else -tensor(mean) @ matrix)
+
+
+def _principal(part: Any, place: str, value: Node) -> Node:
+    """Return (x Cᵀ − mean Cᵀ) / deviations, of PCA, which has the latter two in the dtype that it was fitted in."""
+    matrix, shift = tensor(part.components_).T, tensor(part.mean_ @ part.components_.T)
+    deviations = tensor(np.sqrt(part.explained_variance_)) if part.whiten else torch.ones_like(shift)
+    if not bool((deviations > WHITENED * deviations.max()).all()):
+        raise refuse(
+            place,
+            "divides a component without variance by its deviation, so that it is nothing but rounding",
+            "fit it with fewer components (n_components)",
+        )
+    return affine(place, [(value, matrix / deviations)], -shift / deviations)
 
 
 def _pipeline(pipeline: Any, place: str, value: Node) -> Node:
@@ -271,9 +274,10 @@ def _random_waves(part: Any, place: str, value: Node) -> Node:
 TRANSFORMERS: dict[str, Reader] = {
     **dict.fromkeys(SCALERS, _scaled),
     **dict.fromkeys(
-        ("FastICA", "GaussianRandomProjection", "IncrementalPCA", "PCA", "SparseRandomProjection", "TruncatedSVD"),
+        ("FastICA", "GaussianRandomProjection", "SparseRandomProjection", "TruncatedSVD"),
         _projected,
     ),
+    **dict.fromkeys(("IncrementalPCA", "PCA"), _principal),
     "ColumnTransformer": _columns,
     "FeatureUnion": _union,
     "FunctionTransformer": lambda part, place, value: _function(part.func, part.kw_args, place, value),

@@ -261,6 +261,9 @@ OTHERS = {
     ).fit(x, y),
     "missing numbers": lambda x, y: make_pipeline(SimpleImputer(), SVR(gamma=0.1)).fit(x, y),
     "components in parts": lambda x, y: make_pipeline(IncrementalPCA(2, whiten=True), SVR(gamma=0.1)).fit(x, y),
+    "components in float32": lambda x, y: make_pipeline(PCA(whiten=True), SVR(gamma=0.1)).fit(
+        x.astype(np.float32), y.astype(np.float32)
+    ),
     "a random projection": lambda x, y: make_pipeline(SparseRandomProjection(2, random_state=0), SVR(gamma=0.1)).fit(
         x, y
     ),
