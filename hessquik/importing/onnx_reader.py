@@ -19,8 +19,8 @@ from hessquik.importing.onnx_node import Call, as_tensor, unknown
 
 __all__ = ["Signature", "expect_known", "expect_size", "read", "signature"]
 
-#: Rows where the model leaves their number open.
-ROWS = 7
+#: Rows where the model leaves their number open: a number that sizes of features seldom are.
+ROWS = 61
 #: Numbers of all points, where the model fixes their number.
 MAX_ENTRIES = 1 << 22
 #: Weights beyond have squares that overflow.

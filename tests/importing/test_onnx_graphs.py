@@ -21,6 +21,7 @@ from torch.nn import functional
 
 import hessquik
 from hessquik.errors import UnsupportedError
+from hessquik.importing.onnx_reader import ROWS
 from tests.importing.comparison import TOLERANCE, error, worst_error
 
 _RNG = np.random.default_rng(0)
@@ -510,11 +511,15 @@ REFUSED = {
     ),
     "rows that are left out": (
         made([node("Slice", "x start end")], start=np.array([0]), end=np.array([9])),
-        r"onnxruntime cannot compute the model for 11 points \(it gives 9 rows\); export it with a number of points",
+        r"the_Slice \(Slice\) makes an array \(9, 3\) of 61 rows; keep one row per point",
+    ),
+    "rows that become features": (
+        made([node("Reshape", "x sizes")], shape=("n", ROWS), sizes=np.array([ROWS, -1])),
+        r"onnxruntime cannot compute the model for 11 points \(it gives 61 rows\); export it with a number of points",
     ),
     "more inputs than a matrix can have": (
         made([node("Tanh", "x")], shape=("n", 1 << 40)),
-        r"input x must have at most 16384 numbers per point and .*, got \(7, 1099511627776\); export the model with",
+        r"input x must have at most 16384 numbers per point and .*, got \(61, 1099511627776\); export the model with",
     ),
     "more points than fit into the memory": (
         made([node("Tanh", "x")], shape=(1 << 40, 3)),
@@ -535,7 +540,7 @@ REFUSED = {
                 node("GroupNormalization", "t s s", "g", num_groups=1),
                 node("Transpose", "g"),
             ],
-            s=np.ones(7),
+            s=np.ones(ROWS),
         ),
         r"the_GroupNormalization \(GroupNormalization\) has the rows along axis 1; transpose its input before",
     ),
@@ -713,7 +718,7 @@ def test_clips_with_any_bounds(low, high):
 
 
 def test_number_of_rows_that_the_model_does_not_take_is_named():
-    model = made([node("Reshape", "x sizes")], sizes=np.array([7, -1]))
+    model = made([node("Reshape", "x sizes")], sizes=np.array([ROWS, -1]))
     with pytest.raises(
         UnsupportedError, match=r"onnxruntime cannot compute .* for 11 points .* either free or fixed"
     ):
