@@ -127,7 +127,9 @@ def import_source(
     output = resolve(scaled_output(scaling, read), x)
     if not allow_kinks:
         _refuse_kinks(output)
-    network, error = _in_dtype(source, scaling, lower(output), x, dtype)
+    with torch.random.fork_rng(devices=[]):  # layers begin with random weights
+        exact = lower(output)
+    network, error = _in_dtype(source, scaling, exact, x, dtype)
     return Imported(network, source.runtime, error, POINTS, region)
 
 

@@ -52,6 +52,13 @@ def test_dtype_that_loses_digits_is_refused_by_name():
             import_module(module, None, scaling, dtype=torch.float32)
 
 
+def test_an_import_draws_no_random_numbers_of_the_caller():
+    module, scaling, _ = physical()
+    before = torch.get_rng_state()
+    import_module(module, None, scaling)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_network_that_is_too_deep_says_so():
     def read(point):
         value = point
