@@ -17,7 +17,7 @@ from hessquik.importing.onnx_operations import RANDOM, REFUSED
 __all__ = ["Call", "as_tensor", "graphs_in", "unknown"]
 
 #: Operators that the reference implementation computes to few digits.
-_PRECISE: dict[str, Callable[[Tensor], Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
+_PRECISE: dict[str, Callable[..., Tensor]] = {"Erf": torch.erf, "Gelu": torch.nn.functional.gelu}
 
 
 class Call:
@@ -54,7 +54,7 @@ class Call:
         if not self.is_standard or self.operator in {"If", "Loop", "Scan", *RANDOM}:
             raise unknown(self)
         if self.operator in _PRECISE:
-            return _PRECISE[self.operator](*args)
+            return _PRECISE[self.operator](*args, **self.attributes)
         names = [f"{i}" if name else "" for i, name in enumerate(self.node.input)]  # a value may be taken twice
         if self._run is None:
             node = onnx.NodeProto()

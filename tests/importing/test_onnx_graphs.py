@@ -130,6 +130,10 @@ GRAPHS = {
         ),
         lambda x: x.prod(1),
     ),
+    "GELU of weights": (
+        made([node("Gelu", "c", "g", approximate="tanh"), node("Gelu", "c", "e"), node("Sum", "x g e")], c=B[:3]),
+        lambda x: x + functional.gelu(TB[:3], approximate="tanh") + functional.gelu(TB[:3]),
+    ),
     "powers of several numbers": (
         made([node("Pow", "b x")], b=np.array([0.5, 2.0, 3.0])),
         lambda x: torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) ** x,
