@@ -209,6 +209,8 @@ def import_(
     from hessquik import HessQuikError, proof, storage
     from hessquik.importing import files
 
+    from .logs import printable
+
     out = _destination(file, out, name)
     if dtype not in {None, "float32", "float64"}:
         _fail(f"--dtype must be float32 or float64, got {dtype}", status=2)
@@ -228,7 +230,7 @@ def import_(
         with progress.status("proving the derivatives"):
             rows = proof.prove(imported.network, *imported.region)
     except (HessQuikError, OSError) as error:
-        _fail(str(error), status=1)
+        _fail(printable(str(error)), status=1)
     table = Table("", "found")
     for key, value in files.describe(imported):
         table.add_row(key, value)
@@ -435,10 +437,8 @@ def bench(context: typer.Context) -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    """Print a one-line error, whatever names in files it quotes, and exit with a status."""
-    from .logs import printable
-
-    sys.stderr.write(f"hessquik: {printable(message)}\n")
+    """Print a one-line error and exit with a status."""
+    sys.stderr.write(f"hessquik: {message}\n")
     raise typer.Exit(status)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import FormatError, ShapeError, UnsupportedError
 from hessquik.importing.onnx_node import graphs_in
 from hessquik.importing.onnx_reader import Signature, expect_known, expect_size, read, signature
-from hessquik.importing.scaling import Scaling, as_numbers
+from hessquik.importing.scaling import Scaling
 from hessquik.importing.source import BOUNDS, Imported, Source, by_rows, import_source
 from hessquik.networks import NN
 
@@ -103,8 +103,11 @@ def _inputs(example_input: Any) -> int:
     Raises:
         ShapeError: it is neither.
     """
-    points = as_numbers(example_input)
-    if points is None or points.ndim not in {1, 2}:
+    try:
+        points = torch.as_tensor(example_input)
+    except (TypeError, ValueError, RuntimeError):
+        points = torch.tensor(0.0)
+    if points.ndim not in {1, 2}:
         raise ShapeError("example_input must be a point (d,) or points (n, d) of numbers")
     return int(points.shape[-1])
 

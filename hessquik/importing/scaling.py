@@ -12,7 +12,7 @@ from torch import Tensor
 from hessquik.errors import ShapeError
 from hessquik.importing.graph import Input, Node, affine, diagonal
 
-__all__ = ["Scaling", "as_numbers", "scaled_input", "scaled_output"]
+__all__ = ["Scaling", "scaled_input", "scaled_output"]
 
 Numbers = Any
 
@@ -83,7 +83,7 @@ class Scaling:
             lower, upper = (self._numbers(f"{side}_{key}", width) for key in ("lower", "upper"))
             if not bool((lower < upper).all()):
                 raise ShapeError(f"{side}_lower must be below {side}_upper for every {side}")
-            onto = as_numbers(self.onto)
+            onto = _as_numbers(self.onto)
             if onto is None or onto.shape != (2,) or not onto[0] < onto[1]:
                 raise ShapeError(f"onto must be an interval such as [0, 1] or [-1, 1], got {self.onto!r:.100}")
             low, high = onto.tolist()
@@ -98,13 +98,13 @@ class Scaling:
         value = getattr(self, name)
         if value is None:
             value = 1.0 if name.endswith("scale") else 0.0
-        numbers = as_numbers(value)
+        numbers = _as_numbers(value)
         if numbers is None or numbers.ndim > 1 or numbers.numel() not in {1, width}:
             raise ShapeError(f"{name} must be one finite number or {width}, got {value!r:.100}")
         return numbers.expand(width).clone()
 
 
-def as_numbers(value: Any) -> Tensor | None:
+def _as_numbers(value: Any) -> Tensor | None:
     """Return finite real numbers as a float64 tensor, or ``None`` for anything else."""
     try:
         kind = torch.as_tensor(value).dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import KINKS, hessQuikActivationFunction
+from hessquik.architecture import MAX_WIDTH
 from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
-from hessquik.importing.scaling import Scaling, as_numbers, scaled_input, scaled_output
+from hessquik.importing.scaling import Scaling, scaled_input, scaled_output
 from hessquik.importing.univariate import resolve
 from hessquik.networks import NN
 
@@ -62,6 +63,21 @@ def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor
     return evaluate_all
 
 
+@contextmanager
+def _of_a_size_to_be_read() -> Iterator[None]:
+    """Turn the errors that too large a network causes into one that says so.
+
+    Raises:
+        UnsupportedError: the network has too many nodes in a row, or its matrices do not fit into the memory.
+    """
+    try:
+        yield
+    except (MemoryError, RecursionError) as error:
+        raise UnsupportedError(
+            f"the network is too large or too deep to be read here ({type(error).__name__}); make it smaller"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Imported:
     """An imported network, and the comparison with its source.
@@ -81,21 +97,7 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
-@contextmanager
-def _of_a_size_to_be_read() -> Iterator[None]:
-    """Turn the errors that too large a network causes into one that says so.
-
-    Raises:
-        UnsupportedError: the network has too many nodes in a row, or its matrices do not fit into the memory.
-    """
-    try:
-        yield
-    except (MemoryError, RecursionError) as error:
-        raise UnsupportedError(
-            f"the network is too large or too deep to be read here ({type(error).__name__}); make it smaller"
-        ) from None
-
-
+@torch.random.fork_rng(devices=[])
 @_of_a_size_to_be_read()
 def import_source(
     source: Source,
@@ -117,7 +119,9 @@ def import_source(
         UnsupportedError: something cannot be exact, or the values differ.
     """
     if dtype not in {None, *BOUNDS}:
-        raise UnsupportedError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
+        raise ShapeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r:.60}")
+    if source.width > MAX_WIDTH:
+        raise UnsupportedError(f"the network must have at most {MAX_WIDTH} inputs, got {source.width}")
     region = _region(source, scaling, bounds)
     x = _points(region)
     _, inner = scaled_input(scaling, source.width)
@@ -127,9 +131,7 @@ def import_source(
     output = resolve(scaled_output(scaling, read), x)
     if not allow_kinks:
         _refuse_kinks(output)
-    with torch.random.fork_rng(devices=[]):  # layers begin with random weights
-        exact = lower(output)
-    network, error = _in_dtype(source, scaling, exact, x, dtype)
+    network, error = _in_dtype(source, scaling, lower(output), x, dtype)
     return Imported(network, source.runtime, error, POINTS, region)
 
 
@@ -150,14 +152,18 @@ def _region(
     """
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
-    match [as_numbers(bound) for bound in given] if isinstance(given, Iterable) else []:
-        case [Tensor() as lower, Tensor() as upper] if lower.shape == upper.shape == (source.width,):
-            if bool(((lower < upper) & (upper - lower).isfinite()).all()):
-                return lower.tolist(), upper.tolist()
-    raise ShapeError(
-        f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper one, "
-        f"got {given}"[:300]
-    )
+    try:
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(
+            f"bounds must be a pair of {source.width} lower and {source.width} upper numbers, got {given!r:.100}"
+        ) from None
+    if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
+        raise ShapeError(
+            f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
+            f"one, got {lower.tolist()} and {upper.tolist()}"[:300]
+        )
+    return lower.tolist(), upper.tolist()
 
 
 def _refuse_kinks(output: Node) -> None:

@@ -566,7 +566,7 @@ REFUSED = {
     ),
     "a variance below 0": (
         made([node("BatchNormalization", "x s s s v")], s=np.ones(3), v=-np.ones(3)),
-        r"\(BatchNormalization\) gives NaN or infinity for all inputs; export the model with finite weights",
+        r"\(BatchNormalization\) computes with NaN, or multiplies by infinity; use finite numbers",
     ),
     "a choice without branches": (
         made([node("If", "c")], c=np.array(True)),
