@@ -19,6 +19,7 @@ from hessquik.errors import UnsupportedError
 from hessquik.expressions import Formula
 
 __all__ = [
+    "MAX_WIDTH",
     "Affine",
     "Input",
     "Map",
@@ -37,6 +38,8 @@ __all__ = [
     "refuse",
 ]
 
+#: Features of one value: matrices that select them are square.
+MAX_WIDTH = 1 << 14
 #: A linear map on row vectors: a matrix, or a number for that multiple of the identity.
 Map = Tensor | float
 
@@ -136,7 +139,15 @@ def affine(place: str, terms: Sequence[tuple[Node, Map]], offset: Tensor | None 
 
 
 def identity(width: int) -> Tensor:
-    """Return the identity matrix."""
+    """Return the identity matrix.
+
+    Raises:
+        UnsupportedError: it is too large.
+    """
+    if width > MAX_WIDTH:
+        raise UnsupportedError(
+            f"a value must have at most {MAX_WIDTH} features, got {width}; make the network narrower"
+        )
     return torch.eye(width, dtype=torch.float64)
 
 

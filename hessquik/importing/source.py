@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hessquik.activations import KINKS, hessQuikActivationFunction
+from hessquik.architecture import MAX_WIDTH
 from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
@@ -61,6 +63,21 @@ def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor
     return evaluate_all
 
 
+@contextmanager
+def _of_a_size_to_be_read() -> Iterator[None]:
+    """Turn the errors that too large a network causes into one that says so.
+
+    Raises:
+        UnsupportedError: the network has too many nodes in a row, or its matrices do not fit into the memory.
+    """
+    try:
+        yield
+    except (MemoryError, RecursionError) as error:
+        raise UnsupportedError(
+            f"the network is too large or too deep to be read here ({type(error).__name__}); make it smaller"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Imported:
     """An imported network, and the comparison with its source.
@@ -80,6 +97,8 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
+@torch.random.fork_rng(devices=[])
+@_of_a_size_to_be_read()
 def import_source(
     source: Source,
     scaling: Scaling,
@@ -99,6 +118,10 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    if dtype not in {None, *BOUNDS}:
+        raise ShapeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r:.60}")
+    if source.width > MAX_WIDTH:
+        raise UnsupportedError(f"the network must have at most {MAX_WIDTH} inputs, got {source.width}")
     region = _region(source, scaling, bounds)
     x = _points(region)
     _, inner = scaled_input(scaling, source.width)
@@ -129,7 +152,12 @@ def _region(
     """
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
-    lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    try:
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(
+            f"bounds must be a pair of {source.width} lower and {source.width} upper numbers, got {given!r:.100}"
+        ) from None
     if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
         raise ShapeError(
             f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import safetensors.torch
@@ -140,6 +141,7 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         json.dumps({"type": "Sequential", "layers": [{"type": "Linear", "in_features": 2, "out_features": 6}]})
     )
     (tmp_path / "scale.json").write_text('{"input_men": 1}')
+    (tmp_path / "latin.json").write_bytes(b'{"input_mean": "\xe9"}')
     torch.save(module, tmp_path / "whole.pt")
     torch.save(Code(), tmp_path / "code.pt")
     torch.save(module.state_dict(), tmp_path / "state.pt")
@@ -160,6 +162,7 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         (("damaged.pt2",), "damaged.pt2: "),
         (("missing.onnx",), "missing.onnx"),
         ((exported, "--scale", "scale.json"), "a scaling must have keys out of input_mean"),
+        ((exported, "--scale", "latin.json"), "scale must be strict JSON"),
         ((exported, "--bounds", "0:1"), "bounds must be 2 lower and 2 upper numbers"),
         ((exported, "--bounds", "0,1"), "--bounds must be lower:upper per input"),
         ((exported, "--dtype", "float16"), "--dtype must be float32 or float64"),
@@ -227,18 +230,47 @@ def beside(tmp_path, location):
     return tmp_path / "model" / "net.onnx", d, f
 
 
-def test_weights_beside_the_file_are_read_from_its_folder_alone(tmp_path, monkeypatch):
+def test_weights_beside_the_file_are_read_from_its_folder_alone(tmp_path):
     (tmp_path / "model").mkdir()
     path, d, f = beside(tmp_path, "net.onnx.data")
     x = torch.randn(3, d, dtype=torch.float64)
     torch.testing.assert_close(hessquik.from_onnx(path)(x)[0].detach(), f(x), rtol=1e-10, atol=1e-10)
-    monkeypatch.setattr(onnx_model, "MAX_FILE_BYTES", 8 << 10)
-    with (tmp_path / "model" / "net.onnx.data").open("ab") as file:
-        file.write(bytes(9 << 10))
-    with pytest.raises(FormatError, match=r"net.onnx: the weights beside the file must have at most 8192 bytes"):
-        hessquik.from_onnx(path)
-    data = path.read_bytes().replace(b"net.onnx.data", b"../secret.dat")
     (tmp_path / "secret.dat").write_bytes((tmp_path / "model" / "net.onnx.data").read_bytes()[:100])
-    path.write_bytes(data)
-    with pytest.raises(FormatError, match="must be an ONNX model"):
-        hessquik.from_onnx(path)
+    for location in (b"../secret.dat", b"missing.data0"):
+        other = path.with_stem("other")
+        other.write_bytes(path.read_bytes().replace(b"net.onnx.data", location))
+        with pytest.raises(
+            FormatError, match=f"other.onnx: the weights beside .* in regular files .*{location.decode()}"
+        ):
+            hessquik.from_onnx(other)
+
+
+def test_weights_beside_the_file_are_counted_as_often_as_they_are_used(tmp_path, monkeypatch):
+    """As many tensors can take the same bytes, those of constants among them."""
+    weights = onnx.numpy_helper.from_array(np.ones(3), "w")
+    (tmp_path / "w.data").write_bytes(weights.raw_data)
+    onnx.external_data_helper.set_external_data(weights, "w.data")
+    weights.ClearField("raw_data")
+    nodes = [onnx.helper.make_node("Constant", [], [f"w{i}"], value=weights) for i in range(10)]
+    nodes.append(onnx.helper.make_node("Sum", ["x", *(f"w{i}" for i in range(10))], ["y"]))
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, ["n", 3]) for name in "xy"]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", sides[:1], sides[1:])), tmp_path / "net.onnx")
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    assert torch.equal(hessquik.from_onnx(tmp_path / "net.onnx")(x)[0].detach(), x + 10)
+    size = (tmp_path / "net.onnx").stat().st_size
+    assert size > 9 * 24
+    monkeypatch.setattr(onnx_model, "MAX_FILE_BYTES", size)
+    (tmp_path / "w.data").write_bytes(bytes(size // 9))
+    with pytest.raises(FormatError, match=f"net.onnx: the weights beside the file must have at most {size} bytes"):
+        hessquik.from_onnx(tmp_path / "net.onnx")
+
+
+def test_names_in_a_file_cannot_forge_lines(tmp_path):
+    model, *_ = onnx_networks.model(2)
+    for node in model.graph.node:
+        node.op_type, node.name = "Floor", "a\x1b[31m\nb"
+    onnx.save(model, tmp_path / "net.onnx")
+    result = run(tmp_path / "net.onnx", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(r"hessquik: node a\x1b[31m\nb (Floor) is constant in pieces")
+    assert result.stderr.count("\n") == 1

@@ -12,7 +12,9 @@ from torch import nn
 import hessquik
 from hessquik.errors import UnsupportedError
 from hessquik.importing.files import import_file
+from hessquik.importing.graph import Affine, Product
 from hessquik.importing.scaling import Scaling
+from hessquik.importing.source import Source, import_source
 from hessquik.importing.torch_module import import_module
 from tests.importing.comparison import TOLERANCE, worst_error
 
@@ -48,6 +50,25 @@ def test_dtype_that_loses_digits_is_refused_by_name():
         module, scaling, _ = physical(dtype)
         with pytest.raises(UnsupportedError, match=r"float32 .* pass dtype=torch.float64 \(--dtype float64\)"):
             import_module(module, None, scaling, dtype=torch.float32)
+
+
+def test_an_import_draws_no_random_numbers_of_the_caller():
+    module, scaling, _ = physical()
+    before = torch.get_rng_state()
+    import_module(module, None, scaling)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_is_too_deep_says_so():
+    def read(point):
+        value = point
+        for _ in range(2000):
+            value = Affine("a scale", 2, ((value, torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64))),))
+        return Product("a product", 2, value, point)
+
+    source = Source(2, torch.float64, "nothing", read, lambda x: x)
+    with pytest.raises(UnsupportedError, match=r"too large or too deep .* \(RecursionError\); make it smaller"):
+        import_source(source, Scaling(), False)
 
 
 def test_large_means_of_outputs_hide_neither_errors_nor_digits():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import hessquik
-from hessquik.errors import FormatError, UnsupportedError
+from hessquik.errors import FormatError, ShapeError, UnsupportedError
 from hessquik.importing import onnx_handlers, onnx_operations, support, torch_operations, torch_reader
 
 WIDTH = 4
@@ -506,6 +506,73 @@ def test_damaged_onnx_models():
                 setattr(bias, name, value)
         with pytest.raises(FormatError, match=r"tensor 'bias' must have numbers of its type and shape"):
             hessquik.from_onnx(onnx_model(add, constants=[bias]))
+
+
+@pytest.mark.parametrize("given", [5, "ab", [[0.0], [1.0, 2.0]], {"a": 1}, np.zeros((2, 4, 4))])
+def test_arguments_of_other_kinds(given):
+    model = onnx_model(helper.make_node("Neg", ["t"], ["y"]))
+    for bounds in (given, ([0.0] * 4, given), ([0.0] * 4,)):
+        with pytest.raises(ShapeError, match=r"bounds must be (a pair of )?4 lower and 4 upper numbers"):
+            hessquik.from_onnx(model, bounds=bounds)
+    with pytest.raises(ShapeError, match=r"example_input must be a point \(d,\) or points \(n, d\) of numbers"):
+        hessquik.from_onnx(model, given)
+    with pytest.raises(ShapeError, match=r"dtype must be torch.float32 or torch.float64, got torch.float16"):
+        hessquik.from_onnx(model, dtype=torch.float16)
+    assert hessquik.from_onnx(model, bounds=np.array([[0.0] * 4, [1.0] * 4])).dim_input() == 4
+
+
+def test_onnx_models_with_damaged_types():
+    def damaged(change):
+        model = onnx_model(helper.make_node("Gelu", ["t"], ["y"], "second", approximate="tanh"))
+        change(model)
+        return model
+
+    below = damaged(lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -1))
+    with pytest.raises(FormatError, match=r"input x must have a shape of positive sizes, got \[-1, 4\]"):
+        hessquik.from_onnx(below)
+    unknown = damaged(lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 43))
+    with pytest.raises(UnsupportedError, match=r"x must hold real numbers.* got 43"):
+        hessquik.from_onnx(unknown)
+    no_text = damaged(lambda model: setattr(model.graph.node[1].attribute[0], "s", b"\xff"))
+    with pytest.raises(UnsupportedError, match="cannot be computed by onnx's reference"):
+        hessquik.from_onnx(no_text)
+    mine = onnx_model(helper.make_node("Gelu", ["t"], ["y"], "second", domain="mine")).SerializeToString()
+    for name, message in ((b"mine", "second .* is an operator of your own"), (b"Gelu", "second .* is an operator")):
+        other = onnx.load_from_string(mine.replace(name, b"\xff" + name[1:]))
+        with pytest.raises(UnsupportedError, match=message):
+            hessquik.from_onnx(other)
+
+
+def _functions(calls):
+    """Return a model of functions with the names of those that each of them calls."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+    functions = [
+        helper.make_function(
+            "mine",
+            name,
+            ["a"],
+            ["b"],
+            [
+                helper.make_node(called, [f"v{i}" if i else "a"], [f"v{i + 1}"], domain="mine")
+                for i, called in enumerate(inner)
+            ]
+            + [helper.make_node("Neg", [f"v{len(inner)}" if inner else "a"], ["b"])],
+            opsets,
+        )
+        for name, inner in calls.items()
+    ]
+    model = onnx_model(helper.make_node("F0", ["t"], ["y"], "second", domain="mine"))
+    model.functions.extend(functions)
+    return model
+
+
+def test_onnx_functions_that_cannot_be_written_out():
+    with pytest.raises(FormatError, match=r"functions must be those of an ONNX model .*Cycle"):
+        hessquik.from_onnx(_functions({"F0": ["F1"], "F1": ["F0"]}))
+    doubling = {f"F{i}": [f"F{i + 1}"] * 2 for i in range(40)} | {"F40": []}
+    with pytest.raises(FormatError, match="must have at most 65536 nodes with its functions written out"):
+        hessquik.from_onnx(_functions(doubling))
+    assert hessquik.from_onnx(_functions({"F0": ["F1", "F1"], "F1": ["F2"], "F2": []})).dim_input() == WIDTH
 
 
 def _gram():
