@@ -21,7 +21,7 @@ from hessquik.errors import UnsupportedError
 from hessquik.importing import torch_constants as constants
 from hessquik.importing import torch_operations as operations
 from hessquik.importing.bilinear import apply_bilinear
-from hessquik.importing.graph import Node, refuse
+from hessquik.importing.graph import Map, Node, affine, as_map, identity, refuse
 from hessquik.importing.interpreting import (
     Features,
     apply_affine,
@@ -33,6 +33,7 @@ from hessquik.importing.interpreting import (
     multiply,
     readable,
     rectify,
+    spread,
 )
 
 __all__ = ["COLLECT", "HANDLERS", "Call", "Operators", "Program", "Ref", "read", "run"]
@@ -529,8 +530,10 @@ def _divide(t: Operators, left: Any, right: Any, *, rounding_mode: str | None = 
 def _unchanged(t: Operators, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the value as it is, unless it becomes an integer."""
     if not isinstance(value, Features):
-        return value.to(_dtypes(args, kwargs)[0]) if _dtypes(args, kwargs) else value
+        return as_float64(value.to(_dtypes(args, kwargs)[0])) if _dtypes(args, kwargs) else value
     dtypes = _dtypes(args, kwargs)
+    if any(dtype.is_complex for dtype in dtypes):
+        raise refuse(t.place, *operations.REFUSED["complex"])
     if any(not dtype.is_floating_point for dtype in dtypes):
         raise refuse(t.place, "makes integers of the values", "keep the values as real numbers")
     if not {torch.float32, torch.float64} >= set(dtypes):
@@ -550,9 +553,9 @@ def _detach(t: Operators, value: Any) -> Any:
 
 
 def _power(t: Operators, base: Any, exponent: Any) -> Any:
-    """Interpret z to a power, or positive numbers to the power z."""
-    if isinstance(base, Features) and _is_number(exponent):
-        return replace(base, node=operations.POINTWISE["pow"](t.place, base.node, float(exponent)))
+    """Interpret z to constant powers, or positive numbers to the power z."""
+    if isinstance(base, Features) and not isinstance(exponent, Features):
+        return _powers(t, base, torch.as_tensor(exponent, dtype=torch.float64))
     if isinstance(exponent, Features) and not isinstance(base, Features):
         numbers = torch.as_tensor(base, dtype=torch.float64)
         if bool((numbers > 0).all()):
@@ -560,8 +563,18 @@ def _power(t: Operators, base: Any, exponent: Any) -> Any:
     raise refuse(t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+def _powers(t: Operators, base: Features, exponents: Tensor) -> Features:
+    """Return entries of a value to a power each, those of equal exponents together."""
+    base = spread(t.place, base, torch.broadcast_shapes(base.whole(t.rows), exponents.shape), t.rows)
+    by_row = exponents.broadcast_to(base.whole(t.rows)).movedim(base.axis or 0, 0).reshape(t.rows, -1)
+    if not torch.allclose(by_row, by_row[:1], rtol=0.0, atol=0.0, equal_nan=True):
+        raise refuse(t.place, "raises every row to another power", "raise all rows to the same powers")
+    terms: list[tuple[Node, Map]] = []
+    for exponent in by_row[0].unique().tolist():
+        chosen = identity(base.node.width)[by_row[0] == exponent]
+        part = affine(t.place, [(base.node, as_map(chosen.T))])
+        terms.append((operations.POINTWISE["pow"](t.place, part, exponent), as_map(chosen)))
+    return replace(base, node=affine(t.place, terms))
 
 
 def _random_slope(

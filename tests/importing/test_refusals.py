@@ -121,6 +121,14 @@ TORCH = {
     },
     "jumps where its argument is its bound; use a smooth function": {"hardshrink": nn.Hardshrink()},
     "jumps from 0.0 to 0.1 where its argument is 0.1; use a smooth": {"threshold": nn.Threshold(0.1, 0.0)},
+    "jumps where its argument is 0.5, which is its value from there on; use a threshold of 20.0 or more": {
+        "softplus": nn.Softplus(2.0, 1.0)
+    },
+    "is softplus of the steepness beta = 0.0; use one above 0": {"softplus ": nn.Softplus(0.0)},
+    r"multiplies its argument by -1\.0 in an exponential; use an alpha above 0": {"celu": nn.CELU(-1.0)},
+    "raises every row to another power; raise all rows to the same powers": {
+        "pow": Function(lambda x: x ** torch.arange(7.0)[:, None])
+    },
     r"drops features or draws slopes at random; call module.eval\(\) before": {
         "dropout": nn.Dropout(),
         "alpha_dropout": nn.AlphaDropout(),
@@ -238,6 +246,8 @@ TORCH = {
     },
     "takes a norm that has kinks, or divides by one; use the Euclidean norm along an axis of features": {
         "linalg_vector_norm": Function(lambda x: torch.linalg.vector_norm(x, 1, dim=1)),
+        "linalg_norm": square(lambda u: torch.linalg.norm(u, 2, dim=(1, 2))),
+        "linalg_matrix_norm": square(lambda u: torch.linalg.matrix_norm(u, 2)),
         "cdist": Function(lambda x: torch.cdist(x, torch.ones(3, WIDTH), p=1.0)),
         "linalg_vector_norm ": Function(lambda x: torch.norm(x, p=3, dim=1)),
         "cosine_similarity": Function(lambda x: functional.cosine_similarity(x, torch.ones(WIDTH))),
@@ -249,7 +259,9 @@ TORCH = {
         "linalg_eigvalsh": square(torch.linalg.eigvalsh),
         "linalg_cholesky": square(torch.linalg.cholesky),
     },
-    "makes complex numbers; write it with real and imaginary parts": {
+    "computes with complex numbers; write it with real and imaginary parts": {
+        "real": Function(lambda x: (x * torch.ones(4, dtype=torch.complex64)).real),
+        "to": Function(lambda x: x.to(torch.complex64)),
         "fft_fft": Function(lambda x: torch.fft.fft(x).real),
         "complex": Function(lambda x: torch.view_as_real(torch.complex(x, x)).flatten(1)),
     },

@@ -90,6 +90,7 @@ ON_WEIGHTS = {
     "svd": lambda x: torch.tanh(x / torch.linalg.svdvals(W)[0]),
     "in place": lambda x: torch.tanh(x @ torch.zeros(D, D, dtype=x.dtype).fill_(2.0).mul_(W)),
     "without gradient": lambda x: torch.tanh(x @ torch.no_grad()(torch.exp)(W)) + x * W.detach()[0],
+    "whole numbers": lambda x: torch.tanh(x) * (torch.arange(4) // 2 + 1) * (torch.arange(4) % 3),
     "spectral_norm": nn.utils.parametrizations.spectral_norm(nn.Linear(D, 3)).double().eval(),
     "old spectral_norm": nn.utils.spectral_norm(nn.Linear(D, 3)).double().eval(),
     "orthogonal": nn.utils.parametrizations.orthogonal(nn.Linear(D, D)).double().eval(),
@@ -108,6 +109,17 @@ SELECTIONS = {
     "shapes": lambda x: (x[:, None].swapaxes(1, 2) + x[:, :1, None].expand_as(x[:, :, None])).repeat_interleave(2, 1),
     "a list of one": lambda x: x.chunk(1, 1)[0] * torch.cat(x[:, None].unbind(1), 0),
     "view_as": lambda x: torch.sin(x).view_as(x).reshape_as(x),
+    "scatter": lambda x: (
+        x.new_zeros(len(x), 6).scatter(1, torch.tensor([[0, 2, 4, 5]]).expand(x.shape), torch.sin(x))
+        + x.new_ones(len(x), 6).scatter_add(1, torch.tensor([[1, 1, 0, 0]]).expand(x.shape), x)
+    ),
+    "changes by index": lambda x: (
+        x.new_ones(len(x), 2).index_add_(1, torch.tensor([0, 1, 0, 1]), torch.sin(x), alpha=2)
+        + x.index_copy(1, torch.tensor([2, 0]), x[:, :2]).index_fill(1, torch.tensor([1]), 0.5)[:, 1:3]
+    ),
+    "trapezoid": lambda x: (
+        torch.trapezoid(torch.sin(x), torch.tensor([0.0, 1.0, 3.0, 4.0]).to(x)) + torch.trapezoid(x, dx=0.1)
+    ),
     "joins": lambda x: (
         torch.hstack([torch.sin(x), torch.concat([x, x], 1)]) + torch.column_stack([x[:, 0], x, x, x])[:, :12]
     ),
@@ -133,6 +145,11 @@ NORMS = {
     "var": lambda x: x.var(1, keepdim=True) + torch.sin(x).var(1, unbiased=False, keepdim=True),
     "std": lambda x: x.std(1),
     "norm": lambda x: x.norm(dim=1),
+    "norm of matrices": lambda x: (
+        torch.linalg.matrix_norm(x.reshape(-1, 2, 2))
+        + torch.linalg.norm(x.reshape(-1, 2, 2), "fro", dim=(1, 2))
+        + torch.linalg.norm(x, 2, dim=1)
+    ),
     "square of a norm": lambda x: torch.exp(-((x[:, None] - W).norm(dim=-1) ** 2)),
     "distance": lambda x: functional.pairwise_distance(x, x @ W),
     "LayerNorm": nn.LayerNorm(D).double(),
@@ -242,6 +259,38 @@ def test_kinks(name):
 def test_powers(exponent):
     network = hessquik.from_torch(Function(lambda x: x**exponent + x), X.abs() + 0.5, bounds=POSITIVE)
     assert worst_error(network, lambda x: x**exponent + x, X.abs() + 0.5) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x[:, :, None] ** torch.arange(4)).flatten(1),
+        lambda x: (1 + x * x) ** torch.tensor([0.5, 2.3, -3.0, 0.0], dtype=x.dtype),
+        lambda x: (x.T ** torch.tensor([[1], [2], [3], [2]])).T,
+    ],
+    ids=["monomials", "real exponents", "rows last"],
+)
+def test_powers_that_differ_by_entry(f):
+    assert worst_error(hessquik.from_torch(Function(f), X), f, X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 49.0])
+def test_elu_of_scaled_arguments(alpha):
+    """CELU is such a function, in torch's own words; torch rounds the α of its derivatives to float32."""
+    elu = Function(lambda x: torch.ops.aten.elu(x, alpha, 3.0, 1 / alpha))
+    for module, factor in ((elu, 3.0), (nn.CELU(alpha), 1.0)):
+        network = hessquik.from_torch(module, X)
+        expected = Function(lambda x, c=factor: c * torch.where(x > 0, x, alpha * torch.expm1(x / alpha)))
+        assert worst_error(network, expected, X) <= TOLERANCE
+
+
+def test_weights_that_are_cast_to_the_dtype_of_the_input():
+    linear = nn.Linear(D, D)
+    module = Function(lambda x: torch.tanh(x @ linear.weight.to(x.dtype)) + x.to(linear.bias.dtype))
+    module.linear = linear
+    network = hessquik.from_torch(module, X.float())
+    assert next(network.parameters()).dtype is torch.float32
+    assert worst_error(network.double(), module.double(), X) <= TOLERANCE
 
 
 def test_a_power_that_is_a_buffer():
