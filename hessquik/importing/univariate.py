@@ -403,7 +403,7 @@ def _normal(formula: Formula) -> Normal:
 
 def _frozen(normal: Normal) -> tuple[Any, ...]:
     """Return a normal form in hashable form, its coefficients rounded to 12 digits."""
-    return tuple(sorted(((repr(product), float(f"{number:.12g}")) for product, number in normal.items())))
+    return tuple(sorted(((product, float(f"{number:.12g}")) for product, number in normal.items()), key=repr))
 
 
 def _scaled(normal: Normal, factor: float) -> Normal:

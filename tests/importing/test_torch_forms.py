@@ -255,6 +255,18 @@ def test_kinks(name):
     assert worst_error(network, forms[name], X) <= TOLERANCE
 
 
+def test_product_with_a_function_of_many_functions():
+    """The names of what is inside one another stay short."""
+
+    def f(x):
+        y = x
+        for _ in range(50):
+            y = torch.sin(y)
+        return x * y
+
+    assert worst_error(hessquik.from_torch(Function(f), X), f, X) <= TOLERANCE
+
+
 @pytest.mark.parametrize("exponent", [2.5, -1.3, 0.1, 20, 33, -17, 3.0, 0])
 def test_powers(exponent):
     network = hessquik.from_torch(Function(lambda x: x**exponent + x), X.abs() + 0.5, bounds=POSITIVE)
