@@ -13,6 +13,7 @@ import hessquik
 from hessquik import proof, storage
 from hessquik.errors import FormatError
 from hessquik.importing import onnx_model
+from hessquik.importing.sequential import read_sequential
 from service.cli import app
 from tests.importing import onnx_networks
 
@@ -155,7 +156,10 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
         (("whole.pt", "--architecture", "short.json"), "a whole module is a pickle of code"),
         (("code.pt", "--architecture", "short.json"), "a whole module is a pickle of code"),
         (("state.pt", "--architecture", "conv.json"), "layers[0].type must be one of BatchNorm1d"),
-        (("state.pt", "--architecture", "short.json"), 'tensor "2.bias" must have the shape of none'),
+        (
+            ("state.pt", "--architecture", "short.json"),
+            'tensor "2.bias" must be none, got real numbers of the shape (6,)',
+        ),
         (("damaged.onnx",), "damaged.onnx: the file must be an ONNX model"),
         (("damaged.pt2",), "damaged.pt2: "),
         (("missing.onnx",), "missing.onnx"),
@@ -208,6 +212,67 @@ def test_the_place_to_write_is_checked_first(exported, tmp_path):
     (tmp_path / "file").write_text("")
     inside = run(exported, tmp_path / "file" / "out.safetensors")
     assert (inside.exit_code, "cannot be made" in inside.stderr) == (2, True)
+    refused = run(tmp_path / "missing.pt2", tmp_path / "new" / "models")
+    assert (refused.exit_code, (tmp_path / "new").exists()) == (1, False)
+
+
+LAYERS = [{"type": "Linear", "in_features": 2, "out_features": 3}, {"type": "Tanh"}]
+
+
+@pytest.mark.usefixtures("one_backend")
+def test_a_state_dict_of_several_dtypes_keeps_every_digit(tmp_path):
+    (tmp_path / "net.json").write_text(json.dumps({"type": "Sequential", "layers": LAYERS}))
+    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh()).double()
+    torch.save({"0.weight": module[0].weight, "0.bias": module[0].bias.float()}, tmp_path / "state.pt")
+    result = run(tmp_path / "state.pt", tmp_path / "out.safetensors", "--architecture", tmp_path / "net.json")
+    assert result.exit_code == 0, result.output
+    module[0].bias.data = module[0].bias.float().double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(hessquik.load(tmp_path / "out.safetensors")(x)[0], module(x), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w + 1j,
+            "must be real numbers of the shape (3, 2), got torch.complex64 numbers of the shape (3, 2)",
+        ),
+        (lambda w: (9 * w).int(), "must be real numbers of the shape (3, 2), got torch.int32 numbers"),
+        (lambda w: w.to_sparse(), "got numbers in another form than an array"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "got numbers in another form than an array"),
+        (lambda w: torch.nested.nested_tensor([w]), "got numbers in another form than an array"),
+        (lambda w: w.to("meta"), "must hold a state dict, which has names and tensors alone"),
+        (None, "must hold a state dict, which has names and tensors alone, got a dict of 0"),
+    ],
+)
+def test_state_dicts_of_other_numbers(tmp_path, change, message):
+    (tmp_path / "net.json").write_text(json.dumps({"type": "Sequential", "layers": LAYERS}))
+    state = nn.Linear(2, 3).state_dict(prefix="0.")
+    state = {0: state["0.weight"]} if change is None else state | {"0.weight": change(state["0.weight"])}
+    torch.save(state, tmp_path / "state.pt")
+    result = run(tmp_path / "state.pt", tmp_path / "out.safetensors", "--architecture", tmp_path / "net.json")
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (1, True), result.output
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_architectures_larger_than_the_file_take_no_memory(tmp_path):
+    layers = [{"type": "Linear", "in_features": 65536, "out_features": 65536}] * 9
+    (tmp_path / "net.json").write_text(json.dumps({"type": "Sequential", "layers": layers}))
+    torch.save(nn.Linear(2, 3).state_dict(prefix="0."), tmp_path / "state.pt")
+    with pytest.raises(
+        FormatError, match=r'"0.bias" must be real numbers of the shape \(65536,\), got real .* \(3,\)'
+    ):
+        read_sequential(tmp_path / "state.pt", tmp_path / "net.json")
+
+
+def test_json_that_is_no_text(exported, tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "state.pt")
+    for arguments in ((exported, "--scale"), (tmp_path / "state.pt", "--architecture")):
+        result = run(arguments[0], tmp_path / "out.safetensors", arguments[1], tmp_path / "bytes.json")
+        assert (result.exit_code, "must be strict JSON" in result.stderr) == (1, True), result.output
 
 
 @pytest.mark.usefixtures("one_backend")
