@@ -210,6 +210,8 @@ def import_(
     from hessquik import HessQuikError, proof, storage
     from hessquik.importing import files
 
+    from .logs import printable
+
     out = _destination(file, out, name)
     if dtype not in {None, "float32", "float64"}:
         _fail(f"--dtype must be float32 or float64, got {dtype}", status=2)
@@ -229,7 +231,7 @@ def import_(
         with progress.status("proving the derivatives"):
             rows = proof.prove(imported.network, *imported.region)
     except (HessQuikError, OSError) as error:
-        _fail(str(error), status=1)
+        _fail(printable(str(error)), status=1)
     table = Table("", "found")
     for key, value in files.describe(imported):
         table.add_row(key, value)

@@ -130,8 +130,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path.name}: the file must be a state dict that torch.save wrote, which holds tensors alone; a whole "
             "module is a pickle of code: save module.state_dict(), or torch.export.save the module to a .pt2 file"
         ) from None
-    is_named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not (is_named and found and all(isinstance(value, Tensor) and not value.is_meta for value in found.values())):
+    is_named = isinstance(found, dict) and bool(found) and all(isinstance(name, str) for name in found)
+    if not (is_named and all(isinstance(value, Tensor) and not value.is_meta for value in found.values())):
         kind = (
             f"a dict of {', '.join(map(shown, list(found)[:4]))}" if isinstance(found, dict) else type(found).__name__
         )
@@ -144,4 +144,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path.name}: the names of the tensors must be those of the layers, got module.… as DataParallel writes "
             "them; save model.module.state_dict()"
         )
-    return found
+    state: dict[str, Tensor] = found
+    return state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessquik.activations import KINKS, hessQuikActivationFunction
+from hessquik.architecture import MAX_WIDTH
 from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
@@ -99,6 +100,8 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    if source.width > MAX_WIDTH:
+        raise UnsupportedError(f"the network must have at most {MAX_WIDTH} inputs, got {source.width}")
     region = _region(source, scaling, bounds)
     x = _points(region)
     _, inner = scaled_input(scaling, source.width)

@@ -144,7 +144,7 @@ def read(program: Program, point: Node) -> Node:
             with readable(_place(call)):
                 _expect_numbers(program, call, memory.values)
                 memory.store(call, Operators(_place(call), rows, program.dtype))
-    output = memory.values[program.output]
+    output = memory.values.get(program.output)
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
     if output.axis:
@@ -382,7 +382,7 @@ def _alias(target: str) -> Any:
     found = constants.find(target)
     if isinstance(found, torch._ops.OpOverloadPacket):
         found = getattr(found, "default", None)
-    arguments = [] if found is None else found._schema.arguments  # type: ignore[attr-defined]
+    arguments = found._schema.arguments if isinstance(found, torch._ops.OpOverload) else []
     return arguments[0].alias_info if arguments else None
 
 

@@ -1,6 +1,7 @@
 """``hessquik import``: every kind of file, its options, the table, and what it refuses."""
 
 import json
+import zipfile
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ import hessquik
 from hessquik import proof, storage
 from hessquik.errors import FormatError
 from hessquik.importing import onnx_model
+from hessquik.importing.files import import_file
 from hessquik.importing.sequential import read_sequential
 from service.cli import app
 from tests.importing import onnx_networks
@@ -185,8 +187,6 @@ def test_what_is_refused_names_the_file_and_what_to_do(module, exported, tmp_pat
 @pytest.mark.usefixtures("one_backend")
 def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
     """The pickle of sample inputs is not read; weights that are pickles are refused."""
-    import zipfile
-
     hostile, pickled = tmp_path / "hostile.pt2", tmp_path / "pickled.pt2"
     with zipfile.ZipFile(exported) as source, zipfile.ZipFile(hostile, "w") as a, zipfile.ZipFile(pickled, "w") as b:
         for name in source.namelist():
@@ -199,6 +199,94 @@ def test_a_pickle_in_an_archive_is_not_opened(exported, tmp_path):
     result = run(pickled, tmp_path / "other.safetensors")
     assert result.exit_code == 1
     assert "must be stored as raw numbers, got a pickle" in result.stderr
+
+
+def rewritten(source, target, change, compression=zipfile.ZIP_STORED):
+    """Write an archive with the JSON of its model and of its weights changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith(("model.json", "weights_config.json")):
+                found = json.loads(data)
+                change(found["graph_module"] if "graph_module" in found else found["config"]["0.weight"])
+                data = json.dumps(found).encode()
+            new.writestr(name, data)
+
+
+def shaped(sizes):
+    """Return a change of the shape of a weight, whose numbers are all the first one."""
+
+    def change(part):
+        if "tensor_meta" in part:
+            part["tensor_meta"] |= {
+                "sizes": [{"as_int": size} for size in sizes],
+                "strides": [{"as_int": 0} for _ in sizes],
+            }
+
+    return change
+
+
+def graphed(change):
+    """Return a change of the graph."""
+    return lambda part: change(part) if "graph" in part else None
+
+
+def aim(target):
+    """Return a change of the target of the first call."""
+    return graphed(lambda part: part["graph"]["nodes"][0].update(target=target))
+
+
+def take(sizes):
+    """Return a change of the shape of the input."""
+    sizes = [{"as_int": size} for size in sizes]
+    return graphed(lambda part: part["graph"]["tensor_values"]["input"].update(sizes=sizes))
+
+
+HOSTILE = {
+    "a huge weight": (shaped([1 << 20, 1 << 20]), "tensors must have at most 268435456 numbers together"),
+    "an overflow": (shaped([10**30]), "tensors must have at most 268435456 numbers together"),
+    "no input": (take([3, 0]), "a program must take 1 to 268435456 numbers, got an array of the shape (3, 0)"),
+    "huge inputs": (take([3, 10**9]), "a program must take 1 to 268435456 numbers"),
+    "many inputs": (take([3, 10**7]), "the network must have at most 65536 inputs, got 10000000"),
+    "negative inputs": (take([3, -2]), "a program must take 1 to 268435456 numbers"),
+    "no calls": (graphed(lambda part: part["graph"]["nodes"].clear()), "node linear_2 does not depend on the input"),
+    "a class": (aim("torch.ops.aten.add.__class__"), "(aten.add.__class__) is not among the operations"),
+    "a method": (aim("torch.ops.aten.linear.op"), "(aten.linear.op) is not among the operations"),
+    "no name": (
+        graphed(lambda part: part["graph"]["nodes"][0]["outputs"][0]["as_tensor"].update(name={})),
+        "the name of a value must be text, got {}",
+    ),
+    "a terminal": (aim("\x1b[31m\n"), r"node '0' (\x1b[31m\n) is an operator of your own"),
+    "no objects": (lambda part: part.clear(), "the file must be an archive that torch.export.save of torch 2.8"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused(name, exported, tmp_path):
+    change, message = HOSTILE[name]
+    rewritten(exported, tmp_path / "hostile.pt2", change)
+    result = run(tmp_path / "hostile.pt2", tmp_path / "out.safetensors")
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (1, True), result.output
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_damaged_archives_are_refused(exported, tmp_path):
+    path = tmp_path / "damaged.pt2"
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        rewritten(exported, path, lambda part: None, compression)
+        with pytest.raises(FormatError, match="must hold its files as they are, neither compressed nor encrypted"):
+            import_file(path)
+    data = bytearray(exported.read_bytes())
+    entry = data.rfind(b"PK\x01\x02")
+    data[entry + 8] |= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="neither compressed nor encrypted"):
+        import_file(path)
+    with zipfile.ZipFile(exported) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"[" * 100_000 if name.endswith("model.json") else old.read(name))
+    with pytest.raises(FormatError, match=r"must be an archive .*RecursionError"):
+        import_file(path)
 
 
 def test_the_place_to_write_is_checked_first(exported, tmp_path):
