@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ ROUNDING = 100.0
 POINTS = 11
 #: Those that are evaluated alone as well: an even number, unlike that of all.
 ALONE = 6
+#: Those at which the source's own derivatives may be others.
+KINKED_POINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Source:
         read: Returns its output in a graph, from the value that it takes.
         evaluate: Returns its own results (n, m) at points (n, d) in its own units, as the source computes them.
         precision: Of the runtime's own functions, relative.
+        differentiate: Returns its own derivatives (n, d) of the sum of its results, each times its weight (m,), at
+            points (n, d), if it has any.
     """
 
     width: int
@@ -50,6 +55,7 @@ class Source:
     read: Callable[[Node], Node]
     evaluate: Callable[[Tensor], Tensor]
     precision: float = 0.0
+    differentiate: Callable[[Tensor, Tensor], Tensor | None] = lambda x, weights: None
 
 
 def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
@@ -81,6 +87,7 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
+@torch.random.fork_rng(devices=[])
 def import_source(
     source: Source,
     scaling: Scaling,
@@ -100,6 +107,8 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    if dtype not in {None, *BOUNDS}:
+        raise ShapeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r:.60}")
     if source.width > MAX_WIDTH:
         raise UnsupportedError(f"the network must have at most {MAX_WIDTH} inputs, got {source.width}")
     region = _region(source, scaling, bounds)
@@ -111,7 +120,9 @@ def import_source(
     output = resolve(scaled_output(scaling, read), x)
     if not allow_kinks:
         _refuse_kinks(output)
-    network, error = _in_dtype(source, scaling, lower(output), x, dtype)
+    lowered = lower(output)
+    network, error = _in_dtype(source, scaling, lowered, x, dtype)
+    _expect_own_derivatives(source, scaling, lowered, x)
     return Imported(network, source.runtime, error, POINTS, region)
 
 
@@ -132,7 +143,12 @@ def _region(
     """
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
-    lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    try:
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(
+            f"bounds must be a pair of {source.width} lower and {source.width} upper numbers, got {given!r:.100}"
+        ) from None
     if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
         raise ShapeError(
             f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
@@ -190,6 +206,33 @@ def _in_dtype(
         f"weights in {str(dtype).removeprefix('torch.')} lose too many digits of this network: its values differ "
         f"from those of {source.runtime} by {error:.1e}; pass dtype=torch.float64 (--dtype float64)"
     )
+
+
+def _expect_own_derivatives(source: Source, scaling: Scaling, network: NN, x: Tensor) -> None:
+    """Refuse a source whose own derivatives are not those of its values, at any but a few points.
+
+    Rounding may move a kink past a few points.
+    """
+    mean, scale = scaling.input(source.width)
+    out_mean, out_scale = scaling.output(network.dim_output())
+    weights = torch.cos(torch.arange(len(out_scale), dtype=torch.float64))
+    inner = (x - mean) / scale
+    own = source.differentiate(inner.to(source.dtype), weights)
+    if own is None:
+        return
+    with torch.no_grad():
+        value, gradient, *_ = network(x, do_gradient=True)
+    found = scale * (gradient @ (weights / out_scale))
+    precision = max(BOUNDS[source.dtype], source.precision)
+    rounding = precision * ((value - out_mean) / out_scale).abs().max() / (inner.amax(0) - inner.amin(0))
+    excess = (own.double() - found).abs() - rounding
+    error = float(excess.amax(1).kthvalue(POINTS - KINKED_POINTS).values)
+    if error > math.sqrt(precision) * float(found.abs().max()):
+        raise UnsupportedError(
+            f"the derivatives of the network's values must be those that {source.runtime} has, got a difference of "
+            f"{error:.1e}; take out what changes derivatives alone: a torch.autograd.Function with a backward "
+            "of its own, hooks on gradients, torch.inference_mode"
+        )
 
 
 def _rounding(source: Source, scaling: Scaling, outputs: int) -> float:

@@ -398,6 +398,12 @@ def _unknown(place: str, target: str) -> UnsupportedError:
         return refuse(place, *operations.REFUSED[operation])
     if "autocast" in target:
         return refuse(place, "computes in few digits (torch.autocast)", "remove it")
+    if "functorch" in target:
+        return refuse(
+            place,
+            "transforms a function while it runs (torch.func)",
+            "return the function itself in place of its derivative; for vmap, save exported.run_decompositions({})",
+        )
     if "higher_order" in target:
         return refuse(place, "decides or repeats while it runs", "write forward without branches on values")
     if not target.startswith("aten."):

@@ -54,6 +54,18 @@ class Counts(nn.Module):
         return torch.tanh(x)
 
 
+class Force(nn.Module):
+    """The derivative of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(WIDTH, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
 class Attention(nn.Module):
     """Attention between the halves of a row."""
 
@@ -347,6 +359,14 @@ OTHERS = {
         Function(lambda x: torch.as_tensor(np.sin(x.detach().numpy()))),
         r"Function cannot be captured by torch.export at .*; write forward with tensor operations alone",
     ),
+    "torch.func.jvp": (
+        Function(lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1]),
+        r"node _make_dual .* transforms a function while it runs \(torch.func\); return the function itself in place",
+    ),
+    "a derivative": (
+        Force(),
+        r"cannot be captured .* \(it differentiates, .*: return the function that it derives\)",
+    ),
     "torch.cond": (
         Function(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))),
         r"node .* (chooses by a comparison|decides or repeats|makes an array \(\)).*; ",
@@ -433,6 +453,61 @@ def test_weights_that_are_no_numbers_are_named(number, kind):
     message = rf"node '2' \(aten.linear.default\) computes with parameter 2.weight, which has {kind}; train or load"
     with pytest.raises(UnsupportedError, match=message):
         hessquik.from_torch(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape yet; call the module on points first"),
+        (
+            lambda: nn.Linear(4, 1, device="meta"),
+            "weight is on the device meta; call module.cpu.* and load_state_dict",
+        ),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 1)), dtype=torch.qint8),
+            r"0 \(Linear\) is quantized, so that it rounds values; import the module that it was made from",
+        ),
+        (
+            lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 1))),
+            r"0 \(RecursiveScriptModule\) is TorchScript; import the module that it was made from",
+        ),
+    ],
+    ids=["lazy", "meta", "quantized", "TorchScript"],
+)
+def test_modules_without_numbers_that_can_be_read(make, message):
+    with pytest.raises(UnsupportedError, match=message):
+        hessquik.from_torch(make(), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "example",
+    ["abc", [[1.0, 2.0], [3.0]], torch.zeros(0, 4), 1.0, {"x": 1.0}, [], torch.zeros(3, 4).to_sparse()],
+    ids=["text", "ragged", "none", "a number", "a dict", "a list of none", "sparse"],
+)
+def test_examples_that_are_no_points(example):
+    for module in (nn.Linear(4, 1), Function(torch.sin)):
+        with pytest.raises(
+            UnsupportedError, match=r"example_input must be one point \(d,\) or several \(n, d\), got"
+        ):
+            hessquik.from_torch(module, example)
+
+
+def test_examples_of_other_libraries_and_in_tuples():
+    for example in (np.zeros(4), (torch.zeros(2, 4).double(),)):
+        assert next(hessquik.from_torch(Function(torch.sin), example).parameters()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("bounds", [[(0, 1)] * 4, ("a", "b"), 3, (None, None), (["a"] * 4, ["b"] * 4)])
+def test_bounds_that_are_no_pair_of_numbers(bounds):
+    with pytest.raises(hessquik.ShapeError, match="bounds must be a pair of 4 lower and 4 upper numbers, got"):
+        hessquik.from_torch(nn.Linear(4, 1), bounds=bounds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64, "float32", np.float64])
+def test_dtypes_of_no_network(dtype):
+    with pytest.raises(hessquik.ShapeError, match=r"dtype must be torch.float32 or torch.float64, got"):
+        hessquik.from_torch(nn.Linear(4, 1), dtype=dtype)
 
 
 def test_inputs_that_are_not_one_tensor_of_real_numbers():

@@ -1,5 +1,7 @@
 """Forms in which modules are written: in place, on weights, by masks, of products, norms and other axes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -196,6 +198,30 @@ def test_forms(name):
     network = hessquik.from_torch(module, X)
     reference = PURE.get(name.partition(": ")[2], module)
     assert worst_error(network, reference, X) <= TOLERANCE
+
+
+def test_ensemble_by_vmap():
+    members = [nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2)).double() for _ in range(3)]
+    weights, _ = torch.func.stack_module_state(members)
+    member = copy.deepcopy(members[0]).to("meta")
+
+    def mean(x):
+        return torch.func.vmap(lambda each: torch.func.functional_call(member, each, (x,)))(weights).mean(0)
+
+    network = hessquik.from_torch(Function(mean), X)
+    assert worst_error(network, lambda x: sum(each(x) for each in members) / 3, X) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_products_by_vmap_and_their_files(tmp_path):
+    module = Function(torch.func.vmap(lambda u: torch.dot(torch.tanh(u @ W), u)))
+    exported = torch.export.export(module, (X,))
+    torch.export.save(exported, tmp_path / "as_it_is.pt2")
+    with pytest.raises(UnsupportedError, match=r"for vmap, save exported.run_decompositions\({}\)"):
+        import_file(tmp_path / "as_it_is.pt2")
+    torch.export.save(exported.run_decompositions({}), tmp_path / "form.pt2")
+    for network in (hessquik.from_torch(module, X), import_file(tmp_path / "form.pt2").network):
+        assert worst_error(network, module, X) <= TOLERANCE
 
 
 #: Forms whose files of core operators differ most from the forms.
