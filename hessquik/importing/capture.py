@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -279,7 +280,8 @@ def _fault(module: nn.Module, error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "hessquik/importing" not in frame.filename
+        if not any(part in frame.filename for part in ("/torch/", "hessquik/importing"))
+        and Path(frame.filename).parent != Path(traceback.__file__).parent
     ]
     where = f" at {frames[-1].name}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -79,7 +79,9 @@ def _read(archive: zipfile.ZipFile) -> Program:
 
     models = [name for name in files if name.startswith("models/") and name.endswith(".json")]
     if len(models) != 1:
-        raise FormatError(f"the archive must have one model, got {len(models)}")
+        raise FormatError(
+            f"the archive must have one model, as torch.export.save of 2.8 or later has it, got {len(models)}"
+        )
     if "byteorder" in files and archive.read(files["byteorder"]).strip() != b"little":
         raise FormatError("numbers in the archive must be in little-endian order")
     key = models[0].removeprefix("models/").removesuffix(".json")

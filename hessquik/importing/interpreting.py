@@ -7,6 +7,7 @@ by applying the operations to the unit vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -164,6 +165,9 @@ def by_trial(
             arrays = [*zeros[:i], each.arrange(array), *zeros[i + 1 :]]
             columns.append(rows_first(arrays).reshape(rows, -1)[: len(chunk)])
         terms.append((each.node, as_map(torch.cat(columns))))
+    numbers = [*(matrix for _, matrix in terms), 0.0 if offset is None else offset.nan_to_num(math.nan, 0.0, 0.0)]
+    if not all(bool(torch.isfinite(torch.as_tensor(each, dtype=torch.float64)).all()) for each in numbers):
+        raise refuse(place, "computes with NaN, or multiplies by infinity", "use finite numbers")
     _check(place, rows_first, features, terms, rows)
     shift = None
     if offset is not None:

@@ -224,8 +224,8 @@ def _expect_own_derivatives(source: Source, scaling: Scaling, network: NN, x: Te
         value, gradient, *_ = network(x, do_gradient=True)
     found = scale * (gradient @ (weights / out_scale))
     precision = max(BOUNDS[source.dtype], source.precision)
-    rounding = precision * ((value - out_mean) / out_scale).abs().max() / (inner.amax(0) - inner.amin(0))
-    excess = (own.double() - found).abs() - rounding
+    size = ((value - out_mean) / out_scale).abs().max() / (inner.amax(0) - inner.amin(0))
+    excess = (own.double() - found).abs() - precision * size - torch.finfo(source.dtype).tiny
     error = float(excess.amax(1).kthvalue(POINTS - KINKED_POINTS).values)
     if error > math.sqrt(precision) * float(found.abs().max()):
         raise UnsupportedError(
@@ -262,14 +262,15 @@ def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
             + "; pass bounds (--bounds) within which the network is defined"
         )
     part = slice(ALONE)
-    if not _difference(_values(source, inner[part]), expected[part]) <= max(BOUNDS[source.dtype], source.precision):
+    alone = _difference(source, _values(source, inner[part]), expected[part])
+    if not alone <= max(BOUNDS[source.dtype], source.precision):
         raise UnsupportedError(
             f"{source.runtime} gives a point other values when it is evaluated with other points, so that they "
             "depend on those points or on their number; write the network such that each row is computed alone"
         )
     out_mean, out_scale = scaling.output(expected.shape[1])
     with torch.no_grad():
-        return _difference((network(x)[0].double() - out_mean) / out_scale, expected)
+        return _difference(source, (network(x)[0].double() - out_mean) / out_scale, expected)
 
 
 def _values(source: Source, inner: Tensor) -> Tensor:
@@ -279,5 +280,7 @@ def _values(source: Source, inner: Tensor) -> Tensor:
         return source.evaluate(inner).double().reshape(len(inner), -1)
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
+def _difference(source: Source, got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest number that is expected."""
+    smallest = torch.finfo(source.dtype).tiny
+    return float((got - expected).abs().max() / max(float(expected.abs().max()), smallest))

@@ -229,7 +229,8 @@ _SHAPES = """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t slice select index_select narrow
     split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile numpy_T mT
     pixel_shuffle pixel_unshuffle index gather take_along_dim repeat_interleave broadcast_to ravel diagonal trace
-    tril triu unfold expand_as view_as reshape_as trapezoid cumulative_trapezoid
+    tril triu unfold expand_as view_as reshape_as trapezoid cumulative_trapezoid diag_embed tensor_split hsplit rot90
+    fliplr deg2rad rad2deg
 """
 _PRODUCTS = """
     mm matmul mv bmm dot vdot inner outer ger kron einsum tensordot bilinear _trilinear linalg_vecdot cross
@@ -260,7 +261,7 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
 }
 
 _PLAIN = """
-    _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye floor_divide full_like linspace
+    _weight_norm_interface aminmax arange block_diag bucketize cumprod eye floor_divide full_like linspace
     logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like remainder scalar_tensor
     std tril_indices triu_indices zeros zeros_like _unsafe_view transpose
 """

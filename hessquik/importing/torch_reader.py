@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,8 +175,11 @@ def _expect_numbers(program: Program, call: Call, values: Mapping[str, Any]) -> 
         return
     for name in names:
         value = values.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        is_number = ~value.isnan() if call.operation == "clamp" else value.isfinite()  # inf is no bound
+        if not bool(is_number.all()):
+            kind = "NaN" if bool(value.isnan().any()) else "infinity"
             raise refuse(
                 _place(call),
                 f"computes with {program.titles.get(name, name)}, which has {kind}",
@@ -561,7 +565,7 @@ def _detach(t: Operators, value: Any) -> Any:
 def _power(t: Operators, base: Any, exponent: Any) -> Any:
     """Interpret z to constant powers, or positive numbers to the power z."""
     if isinstance(base, Features) and not isinstance(exponent, Features):
-        return _powers(t, base, torch.as_tensor(exponent, dtype=torch.float64))
+        return _by_entry(t, base, [exponent], operations.POINTWISE["pow"])
     if isinstance(exponent, Features) and not isinstance(base, Features):
         numbers = torch.as_tensor(base, dtype=torch.float64)
         if bool((numbers > 0).all()):
@@ -569,18 +573,31 @@ def _power(t: Operators, base: Any, exponent: Any) -> Any:
     raise refuse(t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts")
 
 
-def _powers(t: Operators, base: Features, exponents: Tensor) -> Features:
-    """Return entries of a value to a power each, those of equal exponents together."""
-    base = spread(t.place, base, torch.broadcast_shapes(base.whole(t.rows), exponents.shape), t.rows)
-    by_row = exponents.broadcast_to(base.whole(t.rows)).movedim(base.axis or 0, 0).reshape(t.rows, -1)
-    if not torch.allclose(by_row, by_row[:1], rtol=0.0, atol=0.0, equal_nan=True):
-        raise refuse(t.place, "raises every row to another power", "raise all rows to the same powers")
+def _by_entry(t: Operators, value: Features, constants: Sequence[Any], function: Callable[..., Node]) -> Features:
+    """Return a function of the entries of a value and of constants, those of equal constants together."""
+    arrays = [torch.as_tensor(each, dtype=torch.float64) for each in constants]
+    shape = torch.broadcast_shapes(value.whole(t.rows), *(each.shape for each in arrays))
+    value = spread(t.place, value, shape, t.rows)
+    rows = [each.broadcast_to(shape).movedim(value.axis or 0, 0).reshape(t.rows, -1) for each in arrays]
+    given = torch.stack(rows)
+    if not torch.allclose(given, given[:, :1], rtol=0.0, atol=0.0, equal_nan=True):
+        raise refuse(t.place, "has other constants for every row", "compute all rows with the same constants")
+    kinds, kind = given[:, 0].unique(dim=1, return_inverse=True)
     terms: list[tuple[Node, Map]] = []
-    for exponent in by_row[0].unique().tolist():
-        chosen = identity(base.node.width)[by_row[0] == exponent]
-        part = affine(t.place, [(base.node, as_map(chosen.T))])
-        terms.append((operations.POINTWISE["pow"](t.place, part, exponent), as_map(chosen)))
-    return replace(base, node=affine(t.place, terms))
+    for k, numbers in enumerate(kinds.T.tolist()):
+        chosen = identity(value.node.width)[kind == k]
+        part = affine(t.place, [(value.node, as_map(chosen.T))])
+        terms.append((function(t.place, part, *numbers), as_map(chosen)))
+    return replace(value, node=affine(t.place, terms))
+
+
+def _clamp(t: Operators, x: Features, low: Any = None, high: Any = None) -> Any:
+    """Interpret a clamp with bounds that are numbers, constants by entry, or other values."""
+    if not features_in([low, high]):
+        bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+        return _by_entry(t, x, bounds, operations.POINTWISE["clamp"])
+    x = x if low is None else t.maximum(x, low)
+    return x if high is None else t.minimum(x, high)
 
 
 def _random_slope(
@@ -619,6 +636,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(operations.DROPS, _drop),
     **dict.fromkeys(_SIZES, _size),
     "batch_norm": _normalise,
+    "clamp": _clamp,
     "detach": _detach,
     "div": _divide,
     "maximum": lambda t, left, right: maximum(t.place, left, right, t.rows),

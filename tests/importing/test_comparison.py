@@ -141,6 +141,14 @@ def test_product_of_a_large_and_a_small_factor_keeps_its_digits(large, dtype):
     assert worst_error(network.double(), module.double(), x) <= (TOLERANCE if dtype is torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1e-300, 1e-160, 1e160, 1e300])
+def test_products_of_factors_of_any_size(factor):
+    module = Function(lambda x, y: (factor * x) * torch.sin(y))
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, found = module(x), hessquik.from_torch(module, torch.zeros(3))(x)[0]
+    assert bool(((found - expected).abs() <= 1e-12 * expected.abs().max() + 5e-324).all())
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -138,7 +138,12 @@ TORCH = {
     },
     "is softplus of the steepness beta = 0.0; use one above 0": {"softplus ": nn.Softplus(0.0)},
     r"multiplies its argument by -1\.0 in an exponential; use an alpha above 0": {"celu": nn.CELU(-1.0)},
-    "raises every row to another power; raise all rows to the same powers": {
+    "computes with NaN, or multiplies by infinity; use finite numbers": {
+        "mul": Function(lambda x: x * float("inf")),
+        "div": Function(lambda x: x / 0.0),
+        "add": Function(lambda x: x + float("nan")),
+    },
+    "has other constants for every row; compute all rows with the same constants": {
         "pow": Function(lambda x: x ** torch.arange(7.0)[:, None])
     },
     r"drops features or draws slopes at random; call module.eval\(\) before": {

@@ -119,6 +119,15 @@ SELECTIONS = {
         x.new_ones(len(x), 2).index_add_(1, torch.tensor([0, 1, 0, 1]), torch.sin(x), alpha=2)
         + x.index_copy(1, torch.tensor([2, 0]), x[:, :2]).index_fill(1, torch.tensor([1]), 0.5)[:, 1:3]
     ),
+    "parts and angles": lambda x: torch.cat(
+        [
+            *torch.tensor_split(torch.sin(x), 3, 1),
+            *torch.hsplit(torch.deg2rad(x), 2),
+            torch.rot90(x.reshape(-1, 2, 2), 1, (1, 2)).flatten(1),
+            torch.diag_embed(torch.fliplr(x)).sum(1),
+        ],
+        1,
+    ),
     "trapezoid": lambda x: (
         torch.trapezoid(torch.sin(x), torch.tensor([0.0, 1.0, 3.0, 4.0]).to(x)) + torch.trapezoid(x, dx=0.1)
     ),
@@ -265,13 +274,23 @@ def test_forms_in_files(name, is_decomposed, tmp_path):
     assert worst_error(network, PURE.get(name.partition(": ")[2], module), X) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish", "softshrink", "clip", "amax", "max", "normalize"])
+@pytest.mark.parametrize(
+    "name",
+    ["hardsigmoid", "hardswish", "softshrink", "clip", "bounds by entry", "bounds", "amax", "max", "normalize"],
+)
 def test_kinks(name):
     forms = {
         "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0.0, 1.0),
         "hardswish": lambda x: x * (x / 6 + 0.5).clamp(0.0, 1.0),
         "softshrink": functional.softshrink,
         "clip": lambda x: torch.clip(x, -0.5, 0.5),
+        "bounds by entry": lambda x: (
+            torch.clamp(
+                x @ W, torch.tensor([-1.0, -torch.inf, 0.5, 2.0]).to(x), torch.tensor([-0.5, 0.5, 0.5, 0.5]).to(x)
+            )
+            + torch.clamp((3 * x).T, min=torch.tensor([[-1.0], [-2.0], [0.1], [0.2]]).to(x)).T
+        ),
+        "bounds": lambda x: torch.clamp(x @ W, x - 0.5, torch.sin(x) + 0.5),
         "amax": lambda x: torch.cat([x, x @ W, x[:, :1]], 1).amax(1),
         "max": lambda x: (x @ W).max(1).values - (x @ W).min(1).values,
         "normalize": lambda x: functional.normalize(x, dim=1),
