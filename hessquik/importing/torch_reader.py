@@ -289,8 +289,9 @@ def run(program: Program, x: Tensor) -> Tensor:
     values[program.input] = x.reshape(-1, *program.shape[1:])
     for call in program.calls:
         if call.computes:
-            args, kwargs = _arguments(call, values)
-            values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
+            with readable(_place(call)):
+                args, kwargs = _arguments(call, values)
+                values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
     result: Tensor = values[program.output]
     return result.reshape(len(x), -1)
 

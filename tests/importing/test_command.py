@@ -242,6 +242,14 @@ def take(sizes):
     return graphed(lambda part: part["graph"]["tensor_values"]["input"].update(sizes=sizes))
 
 
+NORM = {
+    "target": "torch.ops.aten.layer_norm.default",
+    "inputs": [
+        {"name": "input", "arg": argument, "kind": 1}
+        for argument in ({"as_tensor": {"name": "input"}}, {"as_ints": [2]}, {"as_float": 2.0})
+    ],
+    "outputs": [{"as_tensor": {"name": "norm"}}],
+}
 HOSTILE = {
     "a huge weight": (shaped([1 << 20, 1 << 20]), "tensors must have at most 268435456 numbers together"),
     "an overflow": (shaped([10**30]), "tensors must have at most 268435456 numbers together"),
@@ -255,6 +263,10 @@ HOSTILE = {
     "no name": (
         graphed(lambda part: part["graph"]["nodes"][0]["outputs"][0]["as_tensor"].update(name={})),
         "the name of a value must be text, got {}",
+    ),
+    "a number as weights": (
+        graphed(lambda part: part["graph"]["nodes"].insert(0, NORM)),
+        "(aten.layer_norm.default) has arguments that cannot be read (RuntimeError: aten::layer_norm() Expected",
     ),
     "a terminal": (aim("\x1b[31m\n"), r"node '0' (\x1b[31m\n) is an operator of your own"),
     "no objects": (lambda part: part.clear(), "the file must be an archive that torch.export.save of torch 2.8"),
