@@ -65,6 +65,15 @@ def test_large_means_of_outputs_hide_neither_errors_nor_digits():
         import_module(module, None, Scaling(output_mean=1e9, output_scale=1e-6))
 
 
+def test_values_that_float32_rounds_away_are_refused():
+    module = Function(lambda x, y: (x + 1000) ** 2 - x**2 - 2000 * x - 1e6 + 1e-3 * x)
+    with pytest.raises(
+        UnsupportedError, match="give it weights in float64, if float32 has too few digits for what it"
+    ):
+        hessquik.from_torch(module.float(), torch.zeros(3))
+    assert hessquik.from_torch(module.double(), torch.zeros(3)).dim_output() == 3
+
+
 def test_reported_error_is_that_of_the_network_in_its_dtype():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
