@@ -191,11 +191,10 @@ def _in_dtype(
             f"a difference of {exact:.1e} from the values of {source.runtime}; give the network units of its own"
         )
     if not exact <= bound:
-        coarse = "give it weights in float64, if float32 has too few digits for what it computes; else "
         raise UnsupportedError(
-            f"the network's values must be those of {source.runtime} to {bound:.0e}, got a difference of {exact:.1e}; "
-            f"{coarse if source.dtype is torch.float32 else ''}this is a fault of the import: please report it with "
-            "the file"
+            f"the network's values must be those of {source.runtime} to {bound:.0e}, got a difference of "
+            f"{exact:.1e}; give it weights in float64 if it cancels its digits; else this is a fault of the import: "
+            "please report it with the file"
         )
     wanted = dtype or source.dtype
     rounded = copy.deepcopy(network).to(wanted)
