@@ -260,11 +260,14 @@ def test_a_call_that_fails_on_one_thread_ends_on_all(monkeypatch):
 def pieces_of(evaluate, n, quantities):
     """Return the pieces of rows that threads computed in a call, in order, and whether several threads did."""
     runner = evaluate._runner(evaluate._ask(quantities, None, None))
-    right, pieces, threads = runner.run, [], set()
+    right, pieces, threads, are_two = runner.run, [], set(), threading.Event()
 
     def run(arrays, start, stop):
         pieces.append((start, stop))
         threads.add(threading.get_ident())
+        if len(threads) > 1:
+            are_two.set()
+        are_two.wait(5)  # or one thread might be done before the other has begun
         right(arrays, start, stop)
 
     runner.run = run
