@@ -271,7 +271,10 @@ def _bounds(text: str) -> tuple[list[float], list[float]]:
 
 
 def _destination(source: Path, out: Path, name: str | None) -> Path:
-    """Return the path of the file to write; its folder can be made, and its name is a valid name of a model."""
+    """Return the path of the file to write; its folder can be made, and its name is a valid name of a model.
+
+    It is another file than the one to read.
+    """
     from .repository import NAME, SUFFIX
 
     if name is not None and not NAME.fullmatch(name):
@@ -284,6 +287,8 @@ def _destination(source: Path, out: Path, name: str | None) -> Path:
         _fail(
             f"expected a folder, or a file named like model{SUFFIX}, as OUT, got {out.name}; or pass --name", status=2
         )
+    if out.exists() and source.exists() and out.samefile(source):
+        _fail(f"OUT must be another file than the one to read, {source}; pass --name", status=2)
     there = next(folder for folder in out.parents if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         _fail(f"the folder {out.parent} cannot be made in {there}", status=2)

@@ -56,7 +56,7 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
     points = None if example_input is None else _points_of(module, example_input)
     weights = (part.dtype for _, part in _tensors(module) if part.is_floating_point())
     dtype = next(weights, torch.get_default_dtype() if points is None else points.dtype)
-    if dtype in {torch.float16, torch.bfloat16}:
+    if dtype not in {torch.float32, torch.float64}:
         raise UnsupportedError(
             f"the module computes in {dtype}, which has too few digits for derivatives; call module.float() or "
             "module.double() before"

@@ -23,6 +23,8 @@ from hessquik.strict_json import shown
 __all__ = ["MODULES", "read_sequential"]
 
 MAX_NUMBER = 1 << 16
+#: Dtypes of weights: there is one for all numbers of any two.
+REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 #: Modules that an architecture may name.
 MODULES: dict[str, type[nn.Module]] = {
     kind.__name__: kind
@@ -85,7 +87,7 @@ def _described(tensor: Tensor | None) -> str:
         return "none"
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         return "numbers in another form than an array"
-    return f"{'real' if tensor.is_floating_point() else tensor.dtype} numbers of the shape {tuple(tensor.shape)}"
+    return f"{'real' if tensor.dtype in REAL else tensor.dtype} numbers of the shape {tuple(tensor.shape)}"
 
 
 def _build(architecture: Any) -> nn.Sequential:
@@ -119,7 +121,7 @@ def _module(layer: Any, place: str) -> nn.Module:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Return the tensors of a file."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             found: Any = safetensors.torch.load(path.read_bytes())
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)

@@ -340,6 +340,10 @@ def test_a_state_dict_of_several_dtypes_keeps_every_digit(tmp_path):
             "must be real numbers of the shape (3, 2), got torch.complex64 numbers of the shape (3, 2)",
         ),
         (lambda w: (9 * w).int(), "must be real numbers of the shape (3, 2), got torch.int32 numbers"),
+        (
+            lambda w: w.to(torch.float8_e4m3fn),
+            "must be real numbers of the shape (3, 2), got torch.float8_e4m3fn numbers",
+        ),
         (lambda w: w.to_sparse(), "got numbers in another form than an array"),
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "got numbers in another form than an array"),
         (lambda w: torch.nested.nested_tensor([w]), "got numbers in another form than an array"),
@@ -355,6 +359,15 @@ def test_state_dicts_of_other_numbers(tmp_path, change, message):
     result = run(tmp_path / "state.pt", tmp_path / "out.safetensors", "--architecture", tmp_path / "net.json")
     assert (result.exit_code, message in " ".join(result.stderr.split())) == (1, True), result.output
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_file_to_read_is_not_written(tmp_path):
+    (tmp_path / "net.json").write_text(json.dumps({"type": "Sequential", "layers": LAYERS}))
+    safetensors.torch.save_file(nn.Linear(2, 3).state_dict(prefix="0."), tmp_path / "state.safetensors")
+    data = (tmp_path / "state.safetensors").read_bytes()
+    result = run(tmp_path / "state.safetensors", tmp_path, "--architecture", tmp_path / "net.json")
+    assert (result.exit_code, "OUT must be another file than the one to read" in result.stderr) == (2, True)
+    assert (tmp_path / "state.safetensors").read_bytes() == data
 
 
 def test_architectures_larger_than_the_file_take_no_memory(tmp_path):

@@ -395,6 +395,7 @@ OTHERS = {
         "the module must be a torch.nn.Module, got builtin_function_or_method; call it in",
     ),
     "a half": (nn.Linear(4, 1).half(), r"computes in torch.float16, .*; call module.float\(\) or module.double\(\)"),
+    "an eighth": (nn.Linear(4, 1).to(torch.float8_e5m2), r"computes in torch.float8_e5m2, .*; call module.float\(\)"),
     "a bfloat": (nn.Linear(4, 1).bfloat16(), r"computes in torch.bfloat16, .*; call module.float\(\) or"),
     "two dtypes": (
         nn.Sequential(nn.Linear(4, 2).double(), nn.Linear(2, 1)),
