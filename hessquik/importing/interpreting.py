@@ -157,7 +157,7 @@ def by_trial(
     terms: list[tuple[Node, Map]] = []
     for i, each in enumerate(features):
         unit = identity(each.node.width)
-        columns = []
+        columns = [torch.zeros(0, math.prod(shape), dtype=torch.float64)]
         for start in range(0, len(unit), rows):
             chunk = unit[start : start + rows]
             array = torch.zeros(rows, each.node.width, dtype=torch.float64)

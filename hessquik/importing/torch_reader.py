@@ -589,7 +589,7 @@ def _by_entry(t: Operators, value: Features, constants: Sequence[Any], function:
         chosen = identity(value.node.width)[kind == k]
         part = affine(t.place, [(value.node, as_map(chosen.T))])
         terms.append((function(t.place, part, *numbers), as_map(chosen)))
-    return replace(value, node=affine(t.place, terms))
+    return replace(value, node=affine(t.place, terms)) if terms else value
 
 
 def _clamp(t: Operators, x: Features, low: Any = None, high: Any = None) -> Any:

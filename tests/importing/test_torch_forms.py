@@ -372,6 +372,15 @@ def test_weights_of_any_size(scale):
     assert worst_error(network, module, X) <= TOLERANCE
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_parts_without_features(width):
+    def f(x):
+        rest = torch.tanh(x[:, 1:])
+        return torch.cat([2 * rest, torch.sin(x[:, :1]), rest * rest, rest**2.0, x[:, :0] @ W[:0, :1]], 1) * x[:, :1]
+
+    assert worst_error(hessquik.from_torch(Function(f), X[:, :width]), f, X[:, :width]) <= TOLERANCE
+
+
 def test_physical_scales():
     module = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)).double()
     mean, scale = torch.tensor([1e5, 300.0]).double(), torch.tensor([100.0, 5.0]).double()
