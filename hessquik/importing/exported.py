@@ -113,7 +113,7 @@ def _tensors(
         numbers += math.prod(shape)
         if numbers > MAX_NUMBERS:
             raise FormatError(f"tensors must have at most {MAX_NUMBERS} numbers together")
-        found[name] = flat.as_strided(shape, strides, start)
+        found[name] = flat.as_strided(shape, strides, start).clone()
     return found
 
 

@@ -29,8 +29,8 @@ def from_torch(
 ) -> NN:
     """Return a torch module as a network with exact derivatives.
 
-    The module is captured by ``torch.export`` and is not changed. Its values are compared with the network's before
-    the network is returned.
+    The module is captured by ``torch.export`` and is not changed. Its values, and its first derivatives if torch has
+    them, are compared with the network's before the network is returned.
 
     Args:
         module: A module that takes points (n, d), in evaluation mode if it has dropout or batch normalisation.
