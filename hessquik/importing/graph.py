@@ -128,9 +128,14 @@ def ordered(outputs: Iterable[Node], until: Collection[Node] = ()) -> list[Node]
 
 
 def affine(place: str, terms: Sequence[tuple[Node, Map]], offset: Tensor | None = None) -> Node:
-    """Return the node Σᵢ vᵢ Aᵢ + c, or v itself if the sum is just v."""
-    node, linear = terms[0]
+    """Return the node Σᵢ vᵢ Aᵢ + c, or v itself if the sum is just v. Terms without entries are left out."""
     widths = {term.width if isinstance(matrix, float) else matrix.shape[1] for term, matrix in terms}
+    some = [(term, matrix) for term, matrix in terms if term.width]
+    if not some and widths != {0}:
+        source = ordered([terms[0][0]])[0]
+        some = [(source, torch.zeros(source.width, *widths, dtype=torch.float64))]
+    terms = some or terms
+    node, linear = terms[0]
     if offset is not None and not offset.any():
         offset = None
     if len(terms) == 1 and offset is None and isinstance(linear, float) and linear == 1.0:
@@ -153,7 +158,7 @@ def identity(width: int) -> Tensor:
 
 def as_map(matrix: Tensor) -> Map:
     """Return a matrix, or the number a if it is a times the identity."""
-    if matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * identity(len(matrix))):
+    if 0 < matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * identity(len(matrix))):
         return float(matrix[0, 0])
     return matrix
 

@@ -34,6 +34,7 @@ __all__ = [
     "multiply",
     "readable",
     "rectify",
+    "spread",
 ]
 
 
@@ -156,7 +157,7 @@ def by_trial(
     terms: list[tuple[Node, Map]] = []
     for i, each in enumerate(features):
         unit = identity(each.node.width)
-        columns = []
+        columns = [torch.zeros(0, math.prod(shape), dtype=torch.float64)]
         for start in range(0, len(unit), rows):
             chunk = unit[start : start + rows]
             array = torch.zeros(rows, each.node.width, dtype=torch.float64)
@@ -233,7 +234,7 @@ def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False)
         found: Features = apply_affine(place, torch.div if divide else torch.mul, (left, right), (), rows)
         return found
     shape = tuple(torch.broadcast_shapes(left.whole(rows), right.whole(rows)))
-    a, b = (_spread(place, each, shape, rows) for each in (left, right))
+    a, b = (spread(place, each, shape, rows) for each in (left, right))
     if a.axis != b.axis:
         raise refuse(place, "multiplies each row by all others", "each row must be computed alone")
     return replace(a, node=Product(place, a.node.width, a.node, b.node))
@@ -250,7 +251,7 @@ def _refuse_other_rows(place: str, left: Any, right: Any) -> None:
         raise refuse(place, "multiplies every row by another constant", "multiply all rows by the same constants")
 
 
-def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
+def spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
     """Return a value broadcast to the shape of a whole array."""
     if value.whole(rows) == shape:
         return value
