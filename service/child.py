@@ -13,10 +13,12 @@ from typing import Any
 
 from .wire import Channel, Field
 
-__all__ = ["Child", "end_with_parent", "environment", "pause_s"]
+__all__ = ["SWITCH_S", "Child", "end_with_parent", "environment", "pause_s"]
 
 #: Pause before the first restart of a child; it doubles with each death in a row.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+#: Longest time that one thread of a process keeps the interpreter from another.
+SWITCH_S = 0.0005
 _PR_SET_PDEATHSIG = 1
 
 

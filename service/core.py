@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from hessquik_client.errors import InvalidInput
 from hessquik_client.quantities import floats_per_row, row_shapes
 from hessquik_client.question import Question, Shape
 
+from .child import SWITCH_S
 from .keys import Keys
 from .link import Links
 from .metrics import Gauge, Metrics
@@ -68,6 +70,7 @@ class Core:
             StartUpError: the folder does not exist, or no worker starts.
         """
         if self._tidying is None:
+            sys.setswitchinterval(SWITCH_S)
             tidy = repeat(TIDY_S, self.metrics.settle, self.links.drop_idle_buffers, self.keys.follow)
             self._tidying = asyncio.get_running_loop().create_task(tidy)
         await self.node.start(self)

@@ -34,6 +34,7 @@ from hessquik_client.errors import BY_CODE, InternalError, ServiceError
 
 from . import wire
 from .child import end_with_parent
+from .metrics import Metrics
 from .node import Health
 from .repository import ModelFile, Served, Table
 from .settings import Settings
@@ -105,6 +106,7 @@ class RemoteNode:
         self._numbers = count(1)
         self._asked: dict[int, asyncio.Future[wire.Frame]] = {}
         self._loaded = asyncio.Event()
+        self._reporting: set[asyncio.Task[None]] = set()
 
     async def start(self, user: Any) -> None:
         """Connect to the supervisor, and wait until its models are loaded."""
@@ -134,7 +136,7 @@ class RemoteNode:
         """Make the supervisor unload a model or a version; return when no front end serves it."""
         await self._ask("unload", name=name, version=version)
 
-    async def metrics_text(self, own: bytes) -> bytes:
+    async def metrics_text(self, own: Metrics) -> bytes:
         """Return the metrics of all front ends together; the supervisor asks each for its own."""
         _, fields = await self._ask("metrics")
         return bytes(fields["text"])
@@ -175,11 +177,17 @@ class RemoteNode:
                 if answer is not None and not answer.done():
                     answer.set_result((head, fields))
             case "report":
-                self.write({"op": "reported", "number": head["number"]}, {"text": self._user.metrics.text()})
+                task = asyncio.get_running_loop().create_task(self._report(head["number"]))
+                self._reporting.add(task)  # or it might be collected while it waits
+                task.add_done_callback(self._reporting.discard)
             case "give_up":
                 self._user.give_up()
             case _:
                 raise wire.WireError("expected a frame of the supervisor")
+
+    async def _report(self, number: int) -> None:
+        """Send the metrics of this process to the supervisor."""
+        self.write({"op": "reported", "number": number}, {"text": await self._user.metrics.text()})
 
     def _on_lost(self) -> None:
         """Exit when the supervisor is gone, since nothing else restarts workers or front ends."""

@@ -6,6 +6,7 @@ several times a second, and when the metrics are read.
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from bisect import bisect_left
 from collections import defaultdict
@@ -20,7 +21,7 @@ from prometheus_client.utils import floatToGoString
 
 from .versions import versions
 
-__all__ = ["REFUSED", "Gauge", "Histogram", "Metrics"]
+__all__ = ["REFUSED", "Gauge", "Histogram", "Metrics", "Snapshot"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: Route label of input that was refused before it was a complete request.
@@ -109,15 +110,78 @@ class Histogram:
             family.add_metric(list(map(str, values)), list(zip(ends, accumulate(counts), strict=True)), total)
         return family
 
+    def copy(self) -> Histogram:
+        """Return a copy that is not counted on."""
+        same = Histogram(self._bounds)
+        same.series = {labels: [*series] for labels, series in self.series.items()}
+        return same
+
     def _of(self, labels: tuple[Any, ...]) -> list[float]:
         return self.series.setdefault(labels, [0.0] * (len(self._bounds) + 2))
 
 
-class Metrics(Collector):
+class Snapshot(Collector):
+    """All metrics at one moment, which any thread may write as text.
+
+    Args:
+        request_seconds: Seconds from the head to the reply of each request, by route, model and status.
+        queue_seconds: Seconds in the queue of each job, by model.
+        batch_rows: Rows of each batch, by quantities.
+        batch_requests: Requests of each batch, likewise.
+        gauges: The metrics that are computed for each snapshot.
+        process: The metrics of the process.
+    """
+
+    def __init__(
+        self,
+        request_seconds: Histogram,
+        queue_seconds: Histogram,
+        batch_rows: Histogram,
+        batch_requests: Histogram,
+        gauges: Iterable[Gauge],
+        process: Collector,
+    ) -> None:
+        """Copy what goes on being counted."""
+        self._request_seconds, self._queue_seconds = request_seconds.copy(), queue_seconds.copy()
+        self._batch_rows, self._batch_requests = batch_rows.copy(), batch_requests.copy()
+        self._gauges, self._process = list(gauges), process
+
+    def collect(self) -> Iterable[Metric]:
+        """Return all metrics in the form of Prometheus' client."""
+        answered, queued, rows = self._request_seconds, self._queue_seconds, self._batch_rows
+        routes = answered.by(0, among=lambda labels: labels[0] != REFUSED)
+        of_models = answered.by(1, 2, among=operator.itemgetter(1))
+        points = sum(series[-1] for series in rows.series.values())
+        counters = (
+            Gauge("hessquik_requests_total", "Requests answered.", answered.by(0, 2).totals(), ("route", "status")),
+            Gauge(
+                "hessquik_model_requests_total", "Requests for an evaluation answered.", of_models.totals(),
+                ("model", "status"),
+            ),
+            Gauge("hessquik_rows_total", "Points computed.", {(): points}),
+        )  # fmt: skip
+        yield from self._process.collect()
+        for gauge in (*counters, *self._gauges):
+            yield gauge.family()
+        yield routes.family("hessquik_request_seconds", "Time from head to reply.", "route")
+        yield of_models.by(0).family(
+            "hessquik_model_request_seconds", "Time from head to reply of an evaluation.", "model"
+        )
+        yield queued.by().family("hessquik_queue_seconds", "Time in the queue.")
+        yield queued.family("hessquik_model_queue_seconds", "Time in the queue, by model.", "model")
+        yield rows.family("hessquik_batch_rows", "Points per batch.", "quantities")
+        yield self._batch_requests.family("hessquik_batch_requests", "Requests per batch.", "quantities")
+
+    def text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self)
+
+
+class Metrics:
     """The service's counters and histograms.
 
     Args:
-        gauges: Returns the metrics that are computed at each scrape.
+        gauges: Returns the metrics that are computed for each snapshot.
 
     Attributes:
         answered: Seconds from the head to the reply of each request, by route, model that it asks to evaluate (or
@@ -134,10 +198,9 @@ class Metrics(Collector):
         self._gauges = gauges
         self._request_seconds, self._queue_seconds = Histogram(_SECONDS), Histogram(_SECONDS)
         self._batch_rows, self._batch_requests = Histogram(_POWERS), Histogram(_POWERS)
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        Info("hessquik_build", "Versions that run, and kind of modules.", registry=self._registry).info(versions())
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        Info("hessquik_build", "Versions that run, and kind of modules.", registry=self._process).info(versions())
 
     def settle(self) -> None:
         """Count what has happened since the last call, and empty the lists."""
@@ -154,32 +217,15 @@ class Metrics(Collector):
         for events in (self.answered, self.queued, self.computed):
             events.clear()
 
-    def collect(self) -> Iterable[Metric]:
-        """Return all metrics of the service."""
+    def snapshot(self) -> Snapshot:
+        """Return all metrics as they are now."""
         self.settle()
-        answered, queued, rows = self._request_seconds, self._queue_seconds, self._batch_rows
-        routes = answered.by(0, among=lambda labels: labels[0] != REFUSED)
-        of_models = answered.by(1, 2, among=operator.itemgetter(1))
-        points = sum(series[-1] for series in rows.series.values())
-        counters = (
-            Gauge("hessquik_requests_total", "Requests answered.", answered.by(0, 2).totals(), ("route", "status")),
-            Gauge(
-                "hessquik_model_requests_total", "Requests for an evaluation answered.", of_models.totals(),
-                ("model", "status"),
-            ),
-            Gauge("hessquik_rows_total", "Points computed.", {(): points}),
-        )  # fmt: skip
-        for gauge in (*counters, *self._gauges()):
-            yield gauge.family()
-        yield routes.family("hessquik_request_seconds", "Time from head to reply.", "route")
-        yield of_models.by(0).family(
-            "hessquik_model_request_seconds", "Time from head to reply of an evaluation.", "model"
-        )
-        yield queued.by().family("hessquik_queue_seconds", "Time in the queue.")
-        yield queued.family("hessquik_model_queue_seconds", "Time in the queue, by model.", "model")
-        yield rows.family("hessquik_batch_rows", "Points per batch.", "quantities")
-        yield self._batch_requests.family("hessquik_batch_requests", "Requests per batch.", "quantities")
+        counted = (self._request_seconds, self._queue_seconds, self._batch_rows, self._batch_requests)
+        return Snapshot(*counted, self._gauges(), self._process)
 
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+    async def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format.
+
+        They are written by a thread: with a thousand models that takes a second, for which no request may wait.
+        """
+        return await asyncio.get_running_loop().run_in_executor(None, self.snapshot().text)

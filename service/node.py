@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hessquik_client.errors import StartUpError
 
+from .metrics import Metrics
 from .repository import Repository, Served, Table
 from .settings import Settings
 from .workers import User, WorkerProcess, Workers
@@ -80,8 +81,8 @@ class NodeLike(Protocol):
             VersionNotFound: it has no such version.
         """
 
-    async def metrics_text(self, own: bytes) -> bytes:
-        """Return the metrics of all front ends together; ``own`` are those of this one."""
+    async def metrics_text(self, own: Metrics) -> bytes:
+        """Return the metrics of all front ends together as text; ``own`` are those of this one."""
 
 
 class Node:
@@ -163,9 +164,9 @@ class Node:
         """Stop serving a model or a version; see :meth:`Repository.unload <service.repository.Repository.unload>`."""
         self.repository.unload(name, version)
 
-    async def metrics_text(self, own: bytes) -> bytes:
-        """Return ``own``, since there is only one front end."""
-        return own
+    async def metrics_text(self, own: Metrics) -> bytes:
+        """Return ``own`` as text, since there is only one front end."""
+        return await own.text()
 
     def attach(self, worker: WorkerProcess) -> None:
         """Pass a worker that has become ready to the user."""

@@ -46,8 +46,8 @@ FRONT_MODULE = f"{__package__}.frontend"
 TICK_S = 0.25
 #: Time limit for a front end to apply a change, after which it is killed.
 HANG_S = 10.0
-#: Time limit for a front end to report its metrics, well within that of a scrape.
-REPORT_S = 1.0
+#: Time limit for a front end to report its metrics, well within that of a scrape; a thousand models take a second.
+REPORT_S = 3.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
 #: Deaths of front ends in a row, without a new one that answers in between, after which none can be kept alive.
@@ -320,7 +320,8 @@ class Supervisor:
 
     async def _metrics(self) -> bytes:
         await asyncio.gather(*(front.report() for front in self._fronts if front.is_up))
-        return add_up([self._counted, *(front.metrics for front in self._fronts)])
+        texts = [self._counted, *(front.metrics for front in self._fronts)]
+        return await asyncio.get_running_loop().run_in_executor(None, add_up, texts)
 
     def _say_keys(self) -> None:
         for front in self._fronts:

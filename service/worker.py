@@ -60,7 +60,7 @@ from hessquik_client.evaluators import TORCH_DTYPES, Evaluators
 from hessquik_client.quantities import DOMAIN_DISTANCE, row_shapes
 
 from . import wire
-from .child import end_with_parent
+from .child import SWITCH_S, end_with_parent
 from .codecs import json_rows
 
 __all__ = ["main"]
@@ -79,8 +79,6 @@ MAX_WARM_UP_OPERATIONS = 1e10
 MOST_DIRECTIONS = 64
 #: Parameters up to which an evaluator is made at once when it is asked for, and not by the loading thread.
 QUICK_PARAMETERS = 1 << 20
-#: Longest time that one thread keeps the interpreter from another.
-SWITCH_S = 0.0005
 #: Rows of a batch that a self-check computes again at most.
 CHECKED_ROWS = 256
 #: Exit status after an error that may have spoiled the device's context, and after a self-check that failed.

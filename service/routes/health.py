@@ -42,4 +42,4 @@ class MetricsText(Response):
 @router.get("/metrics", response_class=MetricsText, responses=refusals(*ANY))
 async def metrics(core: CoreOf) -> Response:
     """Return the metrics in Prometheus' text format."""
-    return MetricsText(await core.node.metrics_text(core.metrics.text()), media_type="text/plain; version=0.0.4")
+    return MetricsText(await core.node.metrics_text(core.metrics), media_type="text/plain; version=0.0.4")

@@ -153,7 +153,7 @@ def test_autoscaler_follows_a_metric_that_the_service_has_and_the_adapter_passes
     assert rule["name"]["matches"] == name
     assert rule["seriesQuery"].startswith(name + "{")
     core = create_app(Settings(device="cpu")).core
-    assert f"\n{name} 0.0\n" in core.metrics.text().decode()
+    assert f"\n{name} 0.0\n" in core.metrics.snapshot().text().decode()
 
 
 def test_pod_monitor_scrapes_the_pods_under_the_name_that_the_rules_know(

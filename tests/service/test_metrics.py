@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from service.metrics import REFUSED, Gauge, Metrics
+import asyncio
+import threading
+
+import pytest
+
+from service.metrics import REFUSED, Gauge, Metrics, Snapshot
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("hessquik_")]
+    lines = [line for line in metrics.snapshot().text().decode().splitlines() if line.startswith("hessquik_")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
@@ -49,6 +54,39 @@ def test_each_event_is_counted_once_and_read_at_once() -> None:
     assert not any('route="refused"' in name and "seconds" in name for name in found)
     assert not any('model=""' in name for name in found)
     assert samples(metrics) == found, "reading counts nothing"
+
+
+def test_a_snapshot_is_of_its_moment() -> None:
+    models: dict[tuple[str, ...], float] = {("ready",): 1.0}
+    metrics = Metrics(lambda: [Gauge("hessquik_models", "Models.", models, ("state",))])
+    metrics.answered["/value", "peaks", 200].append(0.001)
+    snapshot = metrics.snapshot()
+    metrics.answered["/value", "peaks", 200].append(0.001)
+    metrics.settle()
+    assert b'hessquik_requests_total{route="/value",status="200"} 1.0\n' in snapshot.text()
+    assert b'hessquik_requests_total{route="/value",status="200"} 2.0\n' in metrics.snapshot().text()
+
+
+def test_no_request_waits_until_the_metrics_of_many_models_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written by a thread, which the event loop does not wait for."""
+    metrics, may_write = Metrics(list), threading.Event()
+    right = Snapshot.text
+
+    def text(self: Snapshot) -> bytes:
+        assert may_write.wait(10), "the event loop waits"
+        return right(self)
+
+    monkeypatch.setattr(Snapshot, "text", text)
+
+    async def read() -> bytes:
+        reading = asyncio.create_task(metrics.text())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not reading.done()
+        may_write.set()
+        return await reading
+
+    assert b"hessquik_rows_total 0.0" in asyncio.run(read())
 
 
 def test_what_has_no_labels_is_there_before_the_first_event() -> None:
