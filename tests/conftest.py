@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
@@ -23,6 +24,10 @@ LONG = (
 )  # fmt: skip
 #: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
 collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
+# All servers of the tests are on this machine. Some clients are made while tests are collected.
+for _name in ("http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -133,6 +134,14 @@ class LiveServer:
             connection.request("GET", path, headers=headers)
             reply = connection.getresponse()
             return reply.status, reply.read().decode()
+
+    def is_listening(self) -> bool:
+        """Return whether it takes connections."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port), START_S).close()
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def workers(self) -> list[psutil.Process]:
         """Return its worker processes."""
