@@ -24,10 +24,13 @@ LONG = (
 )  # fmt: skip
 #: Need the original library, Keras and JAX's exporters, which are not installed beside ours.
 collect_ignore = ["fixtures/make_original.py", "fixtures/make_exported.py"]
-# All servers of the tests are on this machine. Some clients are made while tests are collected.
+# The environment changes no test: all servers are on this machine, and what is printed is compared. It is set here
+# because some clients are made while tests are collected.
 for _name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE"):
+    os.environ.pop(_name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
+#: Numbers of ports to try; other processes of the same run begin elsewhere.
+_PORTS = itertools.count(101 * os.getpid())
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
@@ -29,6 +32,16 @@ def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition does not hold in time"
         time.sleep(0.02)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Return different ports that are free and stay so: the system gives connections of others higher ones."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + next(_PORTS) % 12_000
+        with contextlib.suppress(OSError), socket.create_server((host, port)):
+            found.append(port)
+    return found
 
 
 def _is_worker(process: psutil.Process) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.live import ROOT, LiveServer, wait_until
+from tests.live import ROOT, LiveServer, free_ports, wait_until
 from tests.service.faulty_worker import RAISES
 
 pytestmark = pytest.mark.xdist_group("monitoring")
@@ -58,8 +57,7 @@ class Alertmanager:
     """Alertmanager with the shipped configuration."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self._log = (folder / "alertmanager.log").open("w")
         self._process = subprocess.Popen(
             [
