@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import re
 from collections.abc import Callable, Generator, Iterator
@@ -89,6 +90,18 @@ def no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SSL_CERT_FILE", raising=False)
         patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("certificates")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """Let httpx wait for answers of a busy machine for a minute where a test says nothing, not for five seconds."""
+    import httpx
+
+    usual = inspect.signature(httpx.get).parameters["timeout"].default  # one object for all of httpx
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "read", "write", "pool"):
+            patch.setattr(usual, name, 60.0)
         yield
 
 
