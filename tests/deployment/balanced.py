@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 from tests.live import ROOT, free_ports, wait_until
 
 CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 HOST = "127.0.0.1"
+#: HAProxy does not start where it may not have two descriptors for each connection of the configuration.
+DESCRIPTORS = 2 * int(CONFIG.read_text().partition("maxconn ")[2].split()[0]) + 16
+needs_haproxy = [
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
+    pytest.mark.skipif(
+        resource.getrlimit(resource.RLIMIT_NOFILE)[1] < DESCRIPTORS,
+        reason=f"HAProxy needs {DESCRIPTORS} descriptors: raise the hard limit, ulimit -Hn",
+    ),
+]
 
 
 class Balancer:
