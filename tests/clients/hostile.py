@@ -67,11 +67,12 @@ class HostileServer:
     ) -> None:
         self.is_closed.set()
         # Closing alone wakes no thread: it would go on with whatever socket gets the number, of a later server, say.
-        _shut_down(self._socket)
+        socket.create_connection(self._socket.getsockname(), 60).close()
         self._threads[0].join()
         self._socket.close()
         for connection in self._connections:
-            _shut_down(connection)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
 
@@ -79,6 +80,8 @@ class HostileServer:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._socket.accept()
+                if self.is_closed.is_set():
+                    return connection.close()
                 self._connections.append(connection)
                 self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
                 self._threads[-1].start()
@@ -124,12 +127,6 @@ class HostileServer:
     def silence(self, connection: socket.socket) -> None:
         """Send nothing."""
         self.is_closed.wait()
-
-
-def _shut_down(connection: socket.socket) -> None:
-    """End what other threads wait for on a socket."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def document(value: Any) -> bytes:

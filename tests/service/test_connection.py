@@ -446,7 +446,7 @@ def queued_s(process: int, thread: int) -> float:
     """Return for how long a thread could have run and had no processor; 0 where the system does not count this."""
     try:
         return int(Path(f"/proc/{process}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
-    except OSError:
+    except (OSError, IndexError, ValueError):
         return 0.0
 
 
