@@ -751,6 +751,39 @@ def test_a_connection_is_closed_when_it_was_idle_for_long_enough_and_not_before(
     assert not loop.errors
 
 
+@pytest.mark.parametrize("is_steady", [True, False], ids=["steady", "silent"])
+@pytest.mark.parametrize("side", ["sends", "takes"])
+def test_a_pause_of_the_process_is_no_pause_of_its_clients(side: str, is_steady: bool) -> None:
+    """What comes during a pause is seen after it. A client that does nothing then, either, is closed."""
+    loop, application = SimulatedLoop(lambda: 0.0), Echo()
+    limits = {"receive_timeout_s": 2.0, "send_timeout_s": 2.0}
+    connection, transport = loop.run(lambda: connected(application, **limits))
+    if side == "takes":
+        transport.get_write_buffer_size = lambda: unsent  # type: ignore[method-assign]
+        unsent = 100
+        loop.run(connection.data_received, post(EVALUATE, BODY))
+        loop.step()  # the first check of what it has taken
+    else:
+        loop.run(connection.data_received, USUAL[:-3])
+    loop.now = resumed_at = loop.now + 3600.0
+    loop.step()
+    assert loop.now == resumed_at
+    assert not transport.ended_at
+    if is_steady and side == "sends":
+        loop.run(connection.data_received, USUAL[-3:])
+        assert transport.written.startswith(b"HTTP/1.1 200")
+    elif is_steady:
+        unsent = 50
+        loop.step()
+    else:
+        while not transport.ended_at:
+            loop.step()
+        assert transport.ended_at - resumed_at < limits["send_timeout_s"] + 1
+    assert bool(transport.ended_at) != is_steady
+    loop.run(connection.connection_lost, None)
+    assert not loop.errors
+
+
 def test_starting_is_answered_with_the_reason_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     for name in ("peaks", "borehole"):
         (tmp_path / f"{name}.safetensors").write_bytes((ROOT / "models" / f"{name}.safetensors").read_bytes())
