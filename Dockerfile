@@ -11,7 +11,7 @@ ARG TARGET=cpu
 # A file in requirements/.
 ARG LOCK=${TARGET}
 # torch's CPU build lies on PyTorch's own index. Only files whose hash is in the lock are installed, so a second index
-# adds no trust. Without internet access: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
+# adds no trust. Without access to an index: PIP_NO_INDEX=1 and PIP_FIND_LINKS, a mounted folder of wheels.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
@@ -64,7 +64,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /u
 COPY --from=dependencies /opt/hessquik /opt/hessquik
 COPY requirements/${LOCK}.cdx.json /opt/hessquik/sbom.cdx.json
 COPY --from=code /layer /opt/hessquik
-COPY models /models
+COPY --chmod=755 models /models
 # NumPy's OpenBLAS would start a thread per core in every process, up to 64, and multiplies nothing here.
 ENV PATH=/opt/hessquik/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -79,7 +79,7 @@ USER 10001:10001
 EXPOSE 8000
 # The service drains for up to 20 s (HESSQUIK_DRAIN_S): whoever stops the container waits 30 s before killing it.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=600s --retries=3 \
     CMD ["python", "-m", "hessquik_service.healthcheck"]
 ENTRYPOINT ["hessquik"]
 CMD ["serve"]

@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu --output build
 
-Times are medians of CUDA events, inputs and results on the device; every measured result is compared with float64.
+Times on the device are medians of CUDA events, inputs and results there: ``device_us`` of a call by itself, in which
+the device waits for the host, and ``kernel_us`` of a call that is queued behind others. Every measured result is
+compared with float64.
 """
 
 from __future__ import annotations
@@ -25,25 +27,27 @@ from hessquik.networks import fullyConnectedNN
 
 SECOND = ("value", "gradient", "hessian")
 #: Widths, quantities, rows, dtype.
+NARROW, WIDE = [10, 64, 64, 64, 64, 64, 1], [50, 768, 768, 512, 512, 1]
 WORKLOADS = [
-    ([10, 64, 64, 64, 64, 64, 1], SECOND, n, dtype)
-    for dtype in (torch.float32, torch.float64)
-    for n in (1, 1024, 4096, 65536)
-] + [
-    ([50, 768, 768, 512, 512, 1], ("laplacian",), 2048, torch.float64),
-    ([50, 768, 768, 512, 512, 1], ("laplacian",), 2048, torch.float32),
+    *((NARROW, SECOND, n, torch.float32) for n in (1, 1024, 4096, 65536)),
     ([32, 64, 64, 64, 1], SECOND, 4096, torch.float32),
     ([100, 64, 64, 64, 1], ("laplacian",), 4096, torch.float32),
-]  # fmt: skip
+    *((NARROW, SECOND, n, torch.float64) for n in (1, 1024, 4096, 65536)),
+    *((WIDE, ("laplacian",), 2048, dtype) for dtype in (torch.float64, torch.float32)),
+]
+#: Clock cycles that the device sleeps while calls are queued, two milliseconds or so.
+SLEEP = 4_000_000
 
 
-def microseconds(call: Callable[[], Any], repeats: int = 15) -> float:
-    """Return the median time of a call on the device."""
+def microseconds(call: Callable[[], Any], repeats: int = 15, is_queued: bool = False) -> float:
+    """Return the median time of a call on the device: by itself, or without the host's part if it is queued."""
     call()
     torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if is_queued:
+            torch.cuda._sleep(SLEEP)
         begin.record()
         call()
         end.record()
@@ -91,9 +95,7 @@ def with_jax(widths: list[int], quantities: tuple[str, ...], weights: list[Any],
 
 def host_path(calls: int = 500) -> str:
     """Return where a call's time goes for one row on the host, by the profiler, which itself takes its share."""
-    evaluate = Evaluator(
-        fullyConnectedNN([10, 64, 64, 64, 64, 64, 1]).double(), "cuda", torch.float32, compiled=[SECOND]
-    )
+    evaluate = Evaluator(fullyConnectedNN(NARROW).double(), "cuda", torch.float32, compiled=[SECOND])
     x = torch.randn(1, 10)
     plain = latency(lambda: evaluate(x, SECOND), calls)
     profile = cProfile.Profile()
@@ -122,6 +124,7 @@ def measured(
         "ready_s": ready, "operations": evaluate.plan(quantities).operations,
     }  # fmt: skip
     row["device_us"] = microseconds(lambda: evaluate(x, quantities))
+    row["kernel_us"] = microseconds(lambda: evaluate(x, quantities), is_queued=True)
     row["latency_us"] = latency(lambda: evaluate(x, quantities), 100 if n < 5000 else 10)
     row["host_us"] = latency(lambda: evaluate(here, quantities), 100 if n < 5000 else 5)
     row["million_rows_per_s"] = n / row["device_us"]

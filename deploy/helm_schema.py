@@ -12,7 +12,7 @@ from hessquik_service.settings import Settings
 
 SCHEMA = Path(__file__).parent / "helm" / "values.schema.json"
 #: What the chart sets itself, from other values or fixed.
-SET_BY_THE_CHART = {"models", "host", "port", "device", "secrets", "api_keys", "admin_keys", "tracing"}
+SET_BY_THE_CHART = {"models", "port", "device", "secrets", "api_keys", "admin_keys", "tracing"}
 
 
 def with_settings(schema: str) -> str:

@@ -55,7 +55,8 @@ class Evaluator:
         network: The network.
         device: Device to compute on.
         dtype: ``torch.float32`` or ``torch.float64``; the network's own if not given.
-        threads: Number of threads, including the caller's, that share the rows of a large call on a CPU.
+        threads: Number of threads, including the caller's, that share the rows of a large call on a CPU; a GPU needs
+            no others, and their work would be on other streams.
         backend: A name out of :func:`hessquik.backends.names`; the best that the device has if not given.
         compiled: Quantities of calls without weights and directions, for instance :data:`COMMON`, that get a kernel
             each on a GPU: about twice as fast, compiled here, 4 to 10 seconds each on an idle core, unless found in
@@ -107,8 +108,8 @@ class Evaluator:
         copy = (network if owned else deepcopy(network)).cpu().requires_grad_(False)
         self._forms = exact_forms(copy.layers())
         expect_traceable(self._forms)
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "evaluator") if threads > 1 else None
+        self._threads = threads if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._threads - 1, "evaluator") if self._threads > 1 else None
         self._lock = threading.Lock()
         own_parts = (*copy.parameters(), *copy.buffers())
         self._own_data = {part.untyped_storage().data_ptr() for part in own_parts}
@@ -205,6 +206,8 @@ class Evaluator:
         Raises:
             ShapeError: a shape does not fit, a quantity is unknown, or its directions are missing.
         """
+        if self._is_elsewhere(x):
+            return self._elsewhere(x, quantities, weights, directions, between, out)
         runner, bound = self._prepare(x, quantities, weights, directions)
         found = bound(x, weights, directions) if out is None else None
         if found is not None:
@@ -234,6 +237,10 @@ class Evaluator:
         directions: Tensor | None = None,
     ) -> Iterator[Derivatives]:
         """Compute as :meth:`__call__` does and yield the rows tile by tile, in order; no rows are one empty tile."""
+        if self._is_elsewhere(x):
+            for tile in self.tiles(x.to(self.device), quantities, weights, directions):
+                yield Derivatives(**{name: getattr(tile, name).to(x.device) for name in quantities})
+            return
         runner, _ = self._prepare(x, quantities, weights, directions)
         n, arrays = x.shape[0], self._inputs(runner, x, quantities, weights, directions)
         start = 0
@@ -247,6 +254,32 @@ class Evaluator:
             runner.run({**inputs, **results}, 0, rows)
             yield Derivatives(**results)
             start += max(rows, 1)
+
+    def _is_elsewhere(self, x: Tensor) -> bool:
+        """Return whether points are on a GPU that is not the evaluator's device."""
+        if x.is_cpu:
+            return False
+        own, index = self.device, x.device.index
+        return x.device.type != own.type or own.index not in {None, index}
+
+    def _elsewhere(
+        self,
+        x: Tensor,
+        quantities: Sequence[str],
+        weights: Tensor | None,
+        directions: Tensor | None,
+        between: Callable[[], None] | None,
+        out: Mapping[str, Tensor] | None,
+    ) -> Derivatives:
+        """Compute for points of another device, which has the results, too."""
+        if out is not None:
+            runner, _ = self._prepare(x, quantities, weights, directions)
+            self._check_out(quantities, runner, x.shape[0], x.device, dict(out))
+        found = self(x.to(self.device), quantities, weights, directions, between)
+        results = {name: getattr(found, name).to(x.device) for name in quantities}
+        if out is not None:
+            results = {name: place.copy_(results[name]) for name, place in out.items()}
+        return Derivatives(**results)
 
     def _prepare(
         self, x: Tensor, quantities: Sequence[str], weights: Tensor | None, directions: Tensor | None

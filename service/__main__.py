@@ -11,13 +11,16 @@ __all__ = ["main"]
 
 
 def prepare() -> None:
-    """Ignore SIGHUP if this is a service, and open standard descriptors that are closed.
+    """Handle signals if this is a service, and open standard descriptors that are closed.
 
     A terminal that closes, or a group that is told to reload, ends neither a service nor its children, which inherit
-    this. A closed descriptor would be given to the next socket, which what is printed would then be written to.
+    this. A stop ends it at once while nothing has started; without a handler, the first process of a container would
+    not get it. A closed descriptor would be given to the next socket, which what is printed would then be written to.
     """
     if sys.argv[1:2] == ["serve"]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(0))
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)

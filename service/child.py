@@ -121,5 +121,5 @@ def environment() -> dict[str, str]:
     """Return the environment of a child process: without settings and keys, and with this package found first."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(part)]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("HESSQUIK_")}
+    ours = {name: value for name, value in os.environ.items() if not name.upper().startswith("HESSQUIK_")}
     return {**ours, "PYTHONPATH": os.pathsep.join([root, *path])}

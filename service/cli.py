@@ -121,6 +121,9 @@ def serve(**flags: Any) -> None:
     try:
         status = supervise(settings) if settings.processes > 1 else run(create_app(settings), settings)
     except StartUpError as error:
+        if settings.log_format == "json":
+            logging.getLogger(__name__).error("%s", error)
+            raise typer.Exit(EXIT_START_UP) from None
         logging.shutdown()  # writes what was logged before, so that this line is the last
         _fail(str(error), EXIT_START_UP)
     raise typer.Exit(status)
@@ -136,7 +139,7 @@ def models(folder: Folder = None) -> None:
     from .workers import LoadError
 
     root = folder or Path("models")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         _fail(f"expected a folder, {root} is none", status=2)
     table = Table("name", "version", "architecture", "d", "m", "dtype", "parameters")
     refused = []

@@ -11,6 +11,8 @@ from hessquik_client.errors import StartUpError
 
 __all__ = ["resolve_devices"]
 
+#: Time to count the GPUs.
+COUNT_S = 120
 _COUNT = "import torch; print(torch.cuda.device_count())"
 
 
@@ -52,8 +54,16 @@ def resolve_devices(device: str, workers: int, count_gpus: int | None = None) ->
 
 
 def _count_gpus() -> int:
-    """Return the number of GPUs that torch finds, in a separate process; 0 without a driver."""
+    """Return the number of GPUs that torch finds, in a separate process; 0 without a driver.
+
+    Raises:
+        StartUpError: the driver hangs.
+    """
     if not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidiactl").exists():
         return 0
-    answer = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False, timeout=120)
+    try:
+        command = [sys.executable, "-P", "-c", _COUNT]  # not a torch.py of the current folder
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COUNT_S)
+    except subprocess.TimeoutExpired:
+        raise StartUpError(f"expected a driver that names its CUDA devices within {COUNT_S} s") from None
     return int(answer.stdout) if answer.returncode == 0 and answer.stdout.strip().isdigit() else 0

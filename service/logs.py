@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from threading import Thread
@@ -39,6 +40,8 @@ MAX_LINES, GATHER_S = 1 << 16, 0.05
 MAX_RECORDS = 1 << 12
 #: Time to write what is left at the end.
 CLOSE_S = 1.0
+#: The version in the query of an unload.
+VERSION = re.compile(rb"(?:^|&)version=([0-9]{1,9})(?:&|$)")
 #: Bytes that a pipe takes at once, so that the lines of several processes are not mixed.
 WRITE_BYTES = 4096
 
@@ -109,14 +112,18 @@ def log_start(settings: Settings) -> None:
 
 
 def log_administration(request: Request, route: str, model: str, status: int, key: bytes) -> None:
-    """Log a request to load or unload a model: action, model, status, request id and a digest of the API key."""
+    """Log a request to load or unload a model: what is asked, status, request id and a digest of the API key.
+
+    Of the query only the version is logged: a client may have put its key there by mistake.
+    """
     action = route.rpartition("/")[2]
     # So that the same key is recognized and none can be read.
     digest = hashlib.sha256(key).hexdigest()[:8] if key else "none"
-    fields = {"action": action, "model": model, "status": status, "key": digest}
-    fields["query"] = request.head.query.decode("latin-1")
+    version = VERSION.search(request.head.query)
+    number = "" if version is None else version[1].decode()
+    fields = {"action": action, "model": model, "version": number, "status": status, "key": digest}
     audit.info(
-        "%s %s: status %d, key %s", action, model, status, digest,
+        "%s %s%s: status %d, key %s", action, model, number and f" version {number}", status, digest,
         extra={"request_id": request.id.decode(), "fields": fields},
     )  # fmt: skip
 

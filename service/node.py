@@ -116,8 +116,11 @@ class Node:
             return
         self._user = user
         path = self.settings.models
-        if not path.is_dir():
-            found = "a file" if path.exists() else "nothing"
+        try:
+            found = "" if path.is_dir() else "a file" if path.exists() else "nothing"
+        except OSError as error:  # such as a folder above it that is closed to this user
+            found = f"none that can be read ({error.strerror})"
+        if found:
             raise StartUpError(f"expected a folder of models at {path}, found {found}")
         await self.workers.start()
         await self.repository.load_all()

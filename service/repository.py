@@ -141,14 +141,17 @@ def scan(root: Path) -> Look:
 
 
 def _candidates(root: Path, real_root: str, look: Look) -> Iterator[tuple[os.DirEntry[str], str | None]]:
-    """Yield every ``*.safetensors`` entry with ``None``, then those of subfolders with the name of the subfolder."""
+    """Yield every ``*.safetensors`` entry with ``None``, then those of subfolders with the name of the subfolder.
+
+    Hidden subfolders are not looked at: Kubernetes keeps the files of a volume in such, new ones after each change.
+    """
     folders = []
     for entry in _entries(root, ".", look):
         if entry.name.endswith(SUFFIX):
             yield entry, None
             continue
         try:
-            if entry.is_dir():
+            if not entry.name.startswith(".") and entry.is_dir():
                 folders.append(entry)
         except OSError as error:
             _miss(entry.name, error, look)

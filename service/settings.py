@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources in order: arguments, environment variables, files in the folder ``secrets``."""
         folder = {**env_settings(), **init_settings()}.get("secrets")
-        files = _read_secrets(Path(folder)) if folder and Path(folder).is_dir() else {}
+        files = _read_secrets(Path(folder)) if folder else {}
         return (init_settings, env_settings, InitSettingsSource(settings_cls, files))
 
     @classmethod
@@ -210,11 +210,15 @@ def explain(error: ValueError) -> str:
 def _read_secrets(folder: Path) -> dict[str, str]:
     """Return the settings in the files of a folder; other files, whose names begin otherwise, are not ours.
 
+    What is no folder is left to the validation of the settings.
+
     Raises:
         ValueError: a file cannot be read, or its name is almost that of a setting.
     """
     path, found = folder, dict[str, str]()
     try:
+        if not folder.is_dir():
+            return {}
         ours = [path for path in folder.iterdir() if path.name.upper().startswith(PREFIX)]
         for sentence in unknown_names([path.name for path in ours], frozenset()):
             raise ValueError(f"{folder}: {sentence}")

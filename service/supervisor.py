@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -338,7 +339,8 @@ class Supervisor:
         status = None
         if front is not None:
             front.child.kill()
-            status = await asyncio.get_running_loop().run_in_executor(None, front.child.wait)
+            with suppress(RuntimeError):  # no thread can be started
+                status = await asyncio.get_running_loop().run_in_executor(None, front.child.wait)
         self._deaths += 1
         self.node.front_restarts += 1
         if self._deaths >= MAX_DEATHS:

@@ -6,6 +6,7 @@ environment variables set where spans are sent and which are sampled.
 
 from __future__ import annotations
 
+from threading import Thread
 from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Tracer", "expect_opentelemetry"]
 
 #: Time to send what is left at the end.
-FLUSH_MS = 2000
+FLUSH_S = 2.0
 _NAME = "hessquik-service"
 
 
@@ -77,10 +78,12 @@ class Tracer:
         span.end(now_ns)
 
     def close(self) -> None:
-        """Send the remaining spans, within a time limit."""
+        """Send the remaining spans, within a time limit, which OpenTelemetry does not keep by itself."""
         flush = getattr(self._provider, "force_flush", None)
         if flush is not None:
-            flush(FLUSH_MS)
+            flushing = Thread(target=flush, name="spans", daemon=True)
+            flushing.start()
+            flushing.join(FLUSH_S)
 
 
 def _provider() -> Any:

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -534,8 +535,9 @@ class Workers:
             self._spawn(self._replace(slot, worker))
 
     async def _replace(self, slot: int, worker: WorkerProcess) -> None:
-        wait_s = pause_s(self._deaths)
-        status = await asyncio.get_running_loop().run_in_executor(None, worker.reap)
+        wait_s, status = pause_s(self._deaths), None
+        with suppress(RuntimeError):  # no thread can be started
+            status = await asyncio.get_running_loop().run_in_executor(None, worker.reap)
         logger.error(
             "worker %s on %s ended with status %s; a new one in %g s", worker.pid, worker.device, status, wait_s
         )

@@ -71,11 +71,18 @@ def inspect_image() -> dict[str, Any]:
     return json.loads(run("buildah", *STORE, "inspect", "--type", "image", IMAGE))["Docker"]["config"]
 
 
-@pytest.fixture(name="root", scope="session")
-def mount_image() -> Iterator[Path]:
-    container = run("buildah", *STORE, "from", "--pull-never", IMAGE)
+@contextlib.contextmanager
+def mounted(image: str) -> Iterator[Path]:
+    """Yield the folder at which a container of an image is mounted."""
+    container = run("buildah", *STORE, "from", "--pull-never", image)
     yield Path(run("buildah", *STORE, "mount", container))
     run("buildah", *STORE, "rm", container)
+
+
+@pytest.fixture(name="root", scope="session")
+def mount_image() -> Iterator[Path]:
+    with mounted(IMAGE) as root:
+        yield root
 
 
 def confine(root: Path, config: dict[str, Any], command: list[str], port: int) -> dict[str, Any]:
@@ -203,6 +210,28 @@ def test_image_answers_every_quantity_of_a_shipped_model(path: Path, container: 
         got = np.array(reply.json()[name])
         assert got.shape == expected.shape
         assert np.abs(got - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max()), name
+
+
+def test_image_with_models_of_ones_own_serves_these_alone(config: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the modes of the files: the service is another user."""
+    models, bundle = tmp_path / "models", tmp_path / "bundle"
+    (models / "mine").mkdir(parents=True)
+    bundle.mkdir()
+    for path in (models / "mine" / "7.safetensors", models / "other.safetensors"):
+        shutil.copy(MODELS[0], path)
+        path.chmod(0o600)
+    (models / "mine").chmod(0o700)
+    file = ROOT / "deploy" / "kubernetes" / "models" / "Dockerfile"
+    build = ["build", "--isolation", "chroot", "--format", "docker", "--pull-never", "--build-arg", f"BASE={IMAGE}"]
+    run("buildah", *STORE, *build, "--file", file, "--tag", "localhost/hessquik:models", models)
+    try:
+        with mounted("localhost/hessquik:models") as root, running(root, config, bundle) as container:
+            found = httpx.get(f"{container.url}/v1/models").raise_for_status().json()["models"]
+    finally:
+        run("buildah", *STORE, "rmi", "localhost/hessquik:models")
+    assert [(one["name"], one["versions"], one["state"]) for one in found] == [
+        ("mine", ["7"], "ready"), ("other", ["1"], "ready"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", ["/docs", "/openapi.json", "/metrics", "/v2"])

@@ -81,7 +81,7 @@ def make_runner(
 
         on_cpu = CpuProgram(plan.program, dtype, plan.rows, packed=packed)
         return Runner(plan, on_cpu.run, lambda: tuple(sorted({1, plan.rows})), on_cpu.bind)
-    if backend == "triton" and _widest(plan) < WIDE:
+    if backend == "triton" and _is_for_triton(plan):
         from hessquik.backends.triton import TritonProgram
 
         return _on_card(plan, TritonProgram(plan.program, dtype, device))
@@ -118,7 +118,7 @@ def make_runners(backend: str, plans: Sequence[Plan], dtype: torch.dtype, device
     """
     from hessquik.backends.triton import ready_programs
 
-    narrow = [plan for plan in plans if _widest(plan) < WIDE]
+    narrow = [plan for plan in plans if _is_for_triton(plan)]
     ready = dict(zip(map(id, narrow), ready_programs([plan.program for plan in narrow], dtype, device), strict=True))
     return [
         _on_card(plan, ready[id(plan)]) if id(plan) in ready else make_runner(backend, plan, dtype, device)
@@ -139,7 +139,9 @@ def _has_triton(device: torch.device) -> bool:
     return triton.is_available(resolved(device))
 
 
-def _widest(plan: Plan) -> int:
-    """Return the largest extent of the matrices that products read."""
+def _is_for_triton(plan: Plan) -> bool:
+    """Return whether a plan's products are narrow and its arrays small enough for the Triton kernels."""
+    from hessquik.backends.triton import fits
+
     products = (step for step in plan.program.steps if isinstance(step, Product))
-    return max((min(step.b.shape[1:]) for step in products), default=0)
+    return fits(plan.program) and all(min(step.b.shape[1:]) < WIDE for step in products)

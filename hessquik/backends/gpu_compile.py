@@ -1,20 +1,22 @@
 """Compilation of the Triton kernels into Triton's cache on disk, side by side in processes.
 
-Triton's compiler holds Python's interpreter lock, so that threads would compile one kernel after the other. Neither
-compiling nor the cache needs a GPU.
+Triton's compiler holds Python's interpreter lock: threads would compile one kernel after the other, and nothing else
+would run in the process meanwhile. Neither compiling nor the cache needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hessquik.backends import gpu_math
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_table import CALL_ARRAYS
 from hessquik.backends.gpu_unrolled import WARPS, Unrolled, define_kernel
@@ -106,23 +109,39 @@ def compile_ahead(kernels: Sequence[Kernel], arch: int) -> None:
         kernels: The kernels.
         arch: The processor generation, such as 90.
     """
-    missing = sorted((one for one in kernels if not _mark(one, arch).exists()), key=_size, reverse=True)
-    processes = min(len(missing), len(os.sched_getaffinity(0)))
-    if processes < 2:
+    if all(_mark(one, arch).exists() for one in kernels):
         return
-    with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
-        for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
-            for one in share:
-                _mark(one, arch).touch()
+    with _alone():
+        missing = sorted((one for one in kernels if not _mark(one, arch).exists()), key=_size, reverse=True)
+        processes = min(len(missing), len(os.sched_getaffinity(0)))
+        if not missing:
+            return
+        with ThreadPoolExecutor(processes) as pool:  # each thread waits for one process
+            for share in pool.map(lambda i: _compile_share(missing[i::processes], arch), range(processes)):
+                for one in share:
+                    with contextlib.suppress(OSError):  # a cache that is filled beforehand may be read-only
+                        _mark(one, arch).touch()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other process compiles into the cache: workers of several GPUs need the same kernels."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written, or whose file system has no locks
+            folder = Path(triton.knobs.cache.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / "hessquik.lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _compile_share(kernels: Sequence[Kernel], arch: int) -> Sequence[Kernel]:
     """Compile kernels in a process, and return those that are compiled: all or none."""
     command = [sys.executable, "-P", "-m", "hessquik.backends.gpu_compile", str(arch), "--plans"]
-    # Intermediate forms would take seven times the space in the cache.
-    environment = {**os.environ, "TRITON_STORE_BINARY_ONLY": "1"}
+    # Packages are found where this process finds them. Intermediate forms would take seven times the space in the cache.
+    path = os.pathsep.join(map(str, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_STORE_BINARY_ONLY": "1"}
     with (
-        contextlib.suppress(BrokenPipeError),
+        contextlib.suppress(OSError),  # it cannot be started, or ended before it has read
         subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         ) as child,
@@ -148,8 +167,11 @@ def _size(kernel: Kernel) -> float:
 
 def _mark(kernel: Kernel, arch: int) -> Path:
     """Return the file that says that a kernel has been compiled into the cache."""
-    source = f"{run_table.cache_key} {BLOCKS[kernel]}" if isinstance(kernel, torch.dtype) else kernel.text
-    key = f"{triton.__version__} {arch} {kernel if isinstance(kernel, torch.dtype) else ''} {source}"
+    if isinstance(kernel, torch.dtype):
+        source = f"{kernel} {BLOCKS[kernel]} {run_table.cache_key}"
+    else:
+        source = kernel.text + inspect.getsource(gpu_math)
+    key = f"{triton.__version__} {arch} {source}"
     return Path(triton.knobs.cache.dir) / f"hessquik-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
@@ -168,7 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "text" in one:
                 _compile_text(one["text"], one["arguments"], arch)
                 continue
-            kernel = compile_kernel(getattr(torch, one["dtype"]), arch)
+            dtype = getattr(torch, one["dtype"])
+            kernel = compile_kernel(dtype, arch)
+            with contextlib.suppress(OSError):
+                _mark(dtype, arch).touch()
             shared, code = kernel.metadata.shared, len(kernel.kernel)
             print(f"sm_{arch} {one['dtype']}: {shared} bytes of shared memory, {code} bytes of code")
 

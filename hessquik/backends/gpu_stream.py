@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,16 +59,20 @@ class Driver(Protocol):
         """Block the calling thread until an event completes."""
         ...
 
-    def copy(self, out: Tensor, source: Tensor, stream: Any) -> None:
-        """Queue a copy between pinned memory and the device on a stream."""
+    def on(self, stream: Any) -> AbstractContextManager[object]:
+        """Make a stream the one that the calling thread uses, within a block."""
+        ...
+
+    def copy(self, out: Tensor, source: Tensor) -> None:
+        """Queue a copy between pinned memory and the device on the calling thread's stream."""
         ...
 
     def pinned(self, count: int) -> Tensor:
         """Return ``count`` bytes of pinned host memory."""
         ...
 
-    def memory(self, count: int, stream: Any) -> Tensor:
-        """Return ``count`` bytes of device memory for use on a stream; deleting the tensor frees them."""
+    def memory(self, count: int) -> Tensor:
+        """Return ``count`` bytes of device memory for use on the thread's stream; deleting the tensor frees them."""
         ...
 
     def is_host(self, array: Tensor) -> bool:
@@ -106,27 +111,31 @@ class Cuda:
         """Block the calling thread until an event completes."""
         event.synchronize()
 
-    def copy(self, out: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
-        """Queue an asynchronous copy on a stream."""
-        with torch.cuda.stream(stream):
-            out.copy_(source, non_blocking=True)
+    def on(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+        """Make a stream the calling thread's, within a block."""
+        return torch.cuda.stream(stream)
+
+    def copy(self, out: Tensor, source: Tensor) -> None:
+        """Queue an asynchronous copy."""
+        out.copy_(source, non_blocking=True)
 
     def pinned(self, count: int) -> Tensor:
         """Return ``count`` bytes of pinned host memory."""
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
-    def memory(self, count: int, stream: torch.cuda.Stream) -> Tensor:
+    def memory(self, count: int) -> Tensor:
         """Return ``count`` bytes of device memory."""
-        with torch.cuda.stream(stream):
-            return torch.empty(count, dtype=torch.uint8, device=self.device)
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
 
     def is_host(self, array: Tensor) -> bool:
         """Return whether an array is in the host's memory."""
         return array.device.type == "cpu"
 
 
-#: A function (arrays, start, stop, stream) that launches rows on a stream; the device can access all of these arrays.
-Launch = Callable[[Mapping[str, Tensor], int, int, Any], None]
+#: A function (arrays, n) that launches n rows on the calling thread's stream; the device can access these arrays.
+Launch = Callable[[Mapping[str, Tensor], int], None]
+#: A buffer, and the array in it that was used last.
+Part = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -134,8 +143,8 @@ class _Slot:
     """Buffers of one chunk: its inputs and results on the host and on the device."""
 
     done: Any
-    host: dict[str, Tensor] = field(default_factory=dict)
-    device: dict[str, Tensor] = field(default_factory=dict)
+    host: dict[str, Part] = field(default_factory=dict)
+    device: dict[str, Part] = field(default_factory=dict)
     #: Results in flight: pairs of the caller's array and the pinned memory to copy into it.
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_used: bool = False
@@ -164,7 +173,7 @@ class _Stage:
         self.arrived, self.computed = driver.event(), driver.event()
         self.slots = [_Slot(driver.event()) for _ in range(slots)]
 
-    def run(self, call: _Call, start: int, stop: int, launch: Launch) -> None:
+    def run(self, call: _Call, n: int, launch: Launch) -> None:
         """Run a call chunk by chunk."""
         driver = self.driver
         if call.there:
@@ -172,10 +181,10 @@ class _Stage:
             driver.record(begun, driver.caller())
             driver.wait(self.compute, begun)
         try:
-            for turn, first in enumerate(range(start, stop, call.rows)):
+            for turn, first in enumerate(range(0, n, call.rows)):
                 slot = self.slots[turn % len(self.slots)]
                 slot.drain(driver)
-                self._chunk(call, slot, first, min(stop, first + call.rows), launch)
+                self._chunk(call, slot, first, min(n, first + call.rows), launch)
             for slot in self.slots:
                 slot.drain(driver)
         except BaseException:
@@ -195,55 +204,52 @@ class _Stage:
     def _chunk(self, call: _Call, slot: _Slot, first: int, last: int, launch: Launch) -> None:
         """Queue the copies and the launch of one chunk; the slot must be drained."""
         driver, count = self.driver, last - first
-        arrays = dict(call.there)
-        is_direct = count * call.row_bytes + call.shared_bytes <= DIRECT_BYTES
+
+        def rows(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: array if name in call.shared else array[first:last] for name, array in arrays.items()}
+
+        arrays, here = rows(call.there), rows(call.here)
+        host = {name: self._part(slot.host, name, array, driver.pinned) for name, array in here.items()}
         for name in call.inputs:
-            given = call.here[name] if name in call.shared else call.here[name][first:last]
-            host = self._part(slot.host, name, given, driver.pinned)
-            host.copy_(given)
-            if is_direct:
-                arrays[name] = host
-                continue
-            arrays[name] = self._part(slot.device, name, given, self._device_memory)
-            driver.copy(arrays[name], host, self.inward)
-        if not is_direct:
-            driver.record(self.arrived, self.inward)
-            driver.wait(self.compute, self.arrived)
-        for name in call.outputs:
-            wanted = call.here[name][first:last]
-            host = self._part(slot.host, name, wanted, driver.pinned)
-            arrays[name] = host if is_direct else self._part(slot.device, name, wanted, self._device_memory)
-            slot.waiting.append((wanted, host))
-        # The launch counts rows from 0, so arrays on the device are sliced to the chunk too.
-        for name in call.there:
-            if name not in call.shared:
-                arrays[name] = call.there[name][first:last]
-        launch(arrays, 0, count, self.compute)
-        slot.is_used = True
-        if is_direct:
+            host[name].copy_(here[name])
+        slot.waiting += [(here[name], host[name]) for name in call.outputs]
+        if count * call.row_bytes + call.shared_bytes <= DIRECT_BYTES:
+            with driver.on(self.compute):
+                launch({**arrays, **host}, count)
+            slot.is_used = True
             driver.record(slot.done, self.compute)
             return
+        with driver.on(self.inward):
+            # Memory that torch's allocator holds free for a stream may still be in use there, by work queued before. So
+            # all is allocated for this stream, and computing waits for what is queued here by then.
+            device = {name: self._part(slot.device, name, array, driver.memory) for name, array in here.items()}
+            for name in call.inputs:
+                driver.copy(device[name], host[name])
+        driver.record(self.arrived, self.inward)
+        driver.wait(self.compute, self.arrived)
+        with driver.on(self.compute):
+            launch({**arrays, **device}, count)
+        slot.is_used = True
         driver.record(self.computed, self.compute)
         driver.wait(self.outward, self.computed)
-        for name in call.outputs:
-            driver.copy(
-                self._part(slot.host, name, call.here[name][first:last], driver.pinned), arrays[name], self.outward
-            )
+        with driver.on(self.outward):
+            for name in call.outputs:
+                driver.copy(host[name], device[name])
         driver.record(slot.done, self.outward)
 
-    def _device_memory(self, count: int) -> Tensor:
-        # Allocate for the stream that writes the buffer first. Memory that torch's allocator holds free for the compute
-        # stream may still be in use there: a launch frees its temporary memory as soon as it is queued.
-        return self.driver.memory(count, self.inward)
-
     @staticmethod
-    def _part(kept: dict[str, Tensor], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:
+    def _part(kept: dict[str, Part], name: str, like: Tensor, make: Callable[[int], Tensor]) -> Tensor:
         """Return the buffer ``name`` of a slot with the shape and dtype of ``like``; allocate it if it is too small."""
+        if name in kept:
+            memory, array = kept[name]
+            if array.shape == like.shape and array.dtype is like.dtype:
+                return array
         size = like.numel() * like.element_size()
-        memory = kept.get(name)
-        if memory is None or memory.numel() < size:
-            memory = kept[name] = make(max(size, 4096))
-        return memory[:size].view(like.dtype).view(like.shape)
+        if name not in kept or memory.numel() < size:
+            memory = make(max(size, 4096))
+        array = memory[:size].view(like.dtype).view(like.shape)
+        kept[name] = memory, array
+        return array
 
 
 @dataclass(frozen=True)
@@ -274,11 +280,10 @@ class Stages:
         arrays: Mapping[str, Tensor],
         outputs: frozenset[str],
         shared: frozenset[str],
-        start: int,
-        stop: int,
+        n: int,
         launch: Launch,
     ) -> None:
-        """Run rows ``start`` to ``stop`` of a call that has arrays on the host.
+        """Run the first n rows of a call that has arrays on the host.
 
         Results on the host are complete on return; results on the device are ready for work that the caller queues on
         its current stream afterwards.
@@ -287,9 +292,8 @@ class Stages:
             arrays: The arrays of the whole call by name, on the host or on the device.
             outputs: Names of the arrays that are written.
             shared: Names of the arrays that all rows share; they are not sliced.
-            start: The first row.
-            stop: The row after the last.
-            launch: Launches rows of a call on a stream.
+            n: Number of rows.
+            launch: Launches rows of a call.
         """
         here = {name: array for name, array in arrays.items() if self.driver.is_host(array)}
         there = {name: array for name, array in arrays.items() if name not in here}
@@ -311,7 +315,7 @@ class Stages:
             stage = self._idle.pop() if self._idle else None
         if stage is None:
             stage = _Stage(self.driver)
-        stage.run(call, start, stop, launch)
+        stage.run(call, n, launch)
         with self._lock:
             if len(self._idle) < IDLE_STAGES:
                 self._idle.append(stage)

@@ -29,7 +29,7 @@ from hessquik.backends import gpu_driver
 from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
 from hessquik.backends.gpu_stream import Cuda, Stages
-from hessquik.backends.gpu_table import CALL_ARRAYS, Table
+from hessquik.backends.gpu_table import CALL_ARRAYS, LARGEST_ROW_NUMBERS, Table
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts
 from hessquik.strided import View
@@ -38,6 +38,7 @@ __all__ = [
     "UNROLLINGS",
     "TritonProgram",
     "UnrolledProgram",
+    "fits",
     "is_available",
     "is_interpreted",
     "ready_programs",
@@ -101,20 +102,31 @@ class _Device:
             self.arch = 10 * properties.major + properties.minor
 
     def kernel(self, dtype: torch.dtype) -> Any:
-        """Return the table kernel for this device, compiled when it is first asked for."""
+        """Return the table kernel for this device, compiled and loaded when it is first asked for."""
         return self._compiled(dtype, lambda: compile_kernel(dtype, self.arch))
 
     def unrolled(self, kernel: Unrolled) -> Any:
-        """Return a plan kernel for this device, compiled when it is first asked for."""
+        """Return a plan kernel for this device, compiled and loaded when it is first asked for."""
         return self._compiled(kernel.text, lambda: compile_unrolled(kernel, self.arch))
 
     def _compiled(self, key: torch.dtype | str, compiled: Callable[[], Any]) -> Any:
         found = self._kernels.get(key)
         if found is None:
             found = compiled()
+            _retried(lambda: self._load(found), self)
             with self._lock:
                 found = self._kernels.setdefault(key, found)
         return found
+
+    def _load(self, kernel: Any) -> None:
+        """Have Triton load a kernel onto the device now, and not at its first launch."""
+        try:
+            with torch.cuda.device(self.device):
+                kernel[1, 1, 1]
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
     def constant(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a constant as a dense tensor on the device, its columns zero-padded to whole vectors of 16 bytes."""
@@ -179,26 +191,36 @@ class TritonProgram:
         self._state = _shared_state(device)
         self._blocks = BLOCKS[dtype]
         self._keep: list[Tensor] = []
+        #: Streams on which the program has run.
+        self._streams: set[int] = set()
         self._arrays: Table | Unrolled = _retried(self._write, self._state)
+        self._shared = frozenset(name for name, is_shared in self._arrays.inputs.items() if is_shared)
         self.tile_rows = (1, self._most_rows) if self._most_rows > 1 else (1,)
         self._compile()
 
     def _compile(self) -> None:
-        if self._state.is_cuda:
-            self._kernel = self._state.kernel(self._dtype)
-            constants = self._blocks.constants(self._dtype)
-            self._constants = tuple(constants[name] for name in run_table.arg_names if name in constants)
+        self._kernel = self._state.kernel(self._dtype) if self._state.is_cuda else run_table
+        constants = self._blocks.constants(self._dtype)
+        self._constants = tuple(constants[name] for name in run_table.arg_names if name in constants)
 
-    def _place(self, view: View) -> Tensor:
-        """Return a constant on the device in the shape of its view, and keep it alive as long as the program."""
-        found = self._state.constant(self._program.constant(view), self._dtype)
-        self._keep.append(found)
-        shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
-        return found[..., : shape[2]].expand(view.shape)
+    def _placing(self) -> Callable[[View], Tensor]:
+        """Return a function that puts a constant on the device in the shape of its view, for as long as this program.
+
+        It does not refer to the program, whose memory is thus freed with the last reference to it.
+        """
+        state, program, dtype, keep = self._state, self._program, self._dtype, self._keep
+        keep.clear()
+
+        def place(view: View) -> Tensor:
+            found = state.constant(program.constant(view), dtype)
+            keep.append(found)
+            shape = found.shape if view.strides[2] == 0 else (*found.shape[:2], view.shape[2])
+            return found[..., : shape[2]].expand(view.shape)
+
+        return place
 
     def _write(self) -> Table:
-        self._keep.clear()
-        table = Table(self._program, self._place, 16 // self._dtype.itemsize)
+        table = Table(self._program, self._placing(), 16 // self._dtype.itemsize)
         self._spilled = table.spilled
         self._numbers = torch.tensor(table.numbers, dtype=torch.int64).to(self._state.device)
         return table
@@ -217,49 +239,64 @@ class TritonProgram:
         Raises:
             torch.OutOfMemoryError: the device's memory does not hold a tile of one row.
         """
-        if start >= stop:
+        n, state = stop - start, self._state
+        if n <= 0:
             return
-        table, state = self._arrays, self._state
-        if not state.is_cuda:
-            self._launch(arrays, start, stop, None)
+        used = {name: arrays[name] for name in self._arrays.names}
+        if start:
+            used = {name: array if name in self._shared else array[start:stop] for name, array in used.items()}
+        stages = state.stages
+        if stages is None:
+            self._launch(used, n)
             return
         with torch.cuda.device(state.device):
-            used = {name: arrays[name] for name in table.names}
-            if all(array.device.type == "cuda" for array in used.values()):
-                self._launch(used, start, stop, torch.cuda.current_stream(state.device))
-                return
-            assert state.stages is not None
-            stages, outputs = state.stages, frozenset(table.outputs)
-            shared = frozenset(name for name, is_shared in table.inputs.items() if is_shared)
-            _retried(lambda: stages.run(used, outputs, shared, start, stop, self._launch), state)
+            if any(array.is_cpu for array in used.values()):
+                outputs = frozenset(self._arrays.outputs)
+                _retried(lambda: stages.run(used, outputs, self._shared, n, self._launch), state)
+            else:
+                self._launch(used, n)
 
-    def _launch(self, arrays: Mapping[str, Tensor], start: int, stop: int, stream: Any) -> None:
-        """Launch the kernel for some rows."""
-        n = stop - start
+    def _launch(self, arrays: Mapping[str, Tensor], n: int) -> None:
+        """Launch the kernel for the first n rows, on the calling thread's stream."""
         tile_rows, instances = self._shape(n)
         while True:
             size = self._memory(tile_rows)[0]
             try:
-                memory = _retried(lambda: self._scratch(instances * size, stream), self._state)  # noqa: B023
+                memory = _retried(lambda: self._scratch(instances * size), self._state)  # noqa: B023
                 break
             except torch.OutOfMemoryError:
                 if tile_rows == instances == 1:
                     raise
             # Not in the handler: there the exception's traceback keeps objects of the failed attempt alive.
             tile_rows, instances = max(1, tile_rows // 2), max(1, instances // 2)
-        addresses = [self._address(name, arrays[name], start) for name in self._arrays.names]
-        self._begin(instances, n, tile_rows, memory.data_ptr(), addresses, stream)
+        addresses = [arrays[name].data_ptr() for name in self._arrays.names]
+        self._begin(instances, n, tile_rows, memory.data_ptr(), addresses, self._stream())
 
-    def _begin(self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: Any) -> None:
+    def _stream(self) -> dict[str, int]:
+        """Return the calling thread's stream as the kernel takes it.
+
+        After the program is dropped, its memory goes to others once the work on the streams that torch knows is done.
+        """
+        state = self._state
+        if not state.is_cuda:
+            return {}
+        stream = triton.runtime.driver.active.get_current_stream(state.device.index)
+        if stream not in self._streams:
+            now = torch.cuda.current_stream(state.device)
+            for array in (self._numbers, *self._keep):
+                array.record_stream(now)
+            self._streams.add(stream)
+        return {"stream": stream}
+
+    def _begin(
+        self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: dict[str, int]
+    ) -> None:
         """Start the kernel."""
         addresses += [0] * (CALL_ARRAYS - len(addresses))
         once, steps = len(self._program.once), len(self._program.steps)
         sizes = self._memory(tile_rows)
         given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory, *sizes, tuple(addresses))
-        if stream is None:
-            run_table[(instances,)](*given, **self._blocks.constants(self._dtype))
-        else:
-            self._kernel[(instances, 1, 1)](*given, *self._constants, stream=stream.cuda_stream)
+        self._kernel[(instances, 1, 1)](*given, *self._constants, **stream)
 
     def _shape(self, n: int) -> tuple[int, int]:
         """Return the rows of a tile and the number of instances.
@@ -288,17 +325,8 @@ class TritonProgram:
         spilled = shared + whole(self._program.shared_size)
         return spilled + whole(self._spilled * self._blocks.ME), shared, spilled
 
-    def _scratch(self, count: int, stream: Any) -> Tensor:
-        if stream is None:
-            return torch.empty(count, dtype=torch.uint8)
-        with torch.cuda.stream(stream):
-            return torch.empty(count, dtype=torch.uint8, device=self._state.device)
-
-    def _address(self, name: str, array: Tensor, start: int) -> int:
-        """Return the address of row ``start`` of an array; of an input that all rows share, its first address."""
-        if self._arrays.inputs.get(name, False):
-            return array.data_ptr()
-        return array.data_ptr() + start * (array.stride(0) if array.dim() else 0) * array.element_size()
+    def _scratch(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self._state.device)
 
 
 class UnrolledProgram(TritonProgram):
@@ -318,9 +346,8 @@ class UnrolledProgram(TritonProgram):
         super().__init__(program, dtype, device)
 
     def _write(self) -> Unrolled:  # type: ignore[override]
-        self._keep.clear()
-        self._most_rows = self._sizes.rows
-        numbers = self._source.table(lambda view: self._place(view).data_ptr())
+        self._most_rows, place = self._sizes.rows, self._placing()
+        numbers = self._source.table(lambda view: place(view).data_ptr())
         self._numbers = torch.tensor(numbers, dtype=torch.int64).to(self._state.device)
         return self._source
 
@@ -339,13 +366,20 @@ class UnrolledProgram(TritonProgram):
     def _memory(self, tile_rows: int) -> tuple[int, int, int]:
         return self._source.bytes, 0, 0
 
-    def _begin(self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: Any) -> None:
+    def _begin(
+        self, instances: int, n: int, tile_rows: int, memory: int, addresses: list[int], stream: dict[str, int]
+    ) -> None:
         once, steps = len(self._program.once), len(self._program.steps)
         given = (self._numbers.data_ptr(), once, steps, n, tile_rows, memory, *addresses)
-        if stream is None:
-            self._kernel[(instances,)](*given)
-        else:
-            self._kernel[(instances, 1, 1)](*given, stream=stream.cuda_stream)
+        self._kernel[(instances, 1, 1)](*given, **stream)
+
+
+def fits(program: Program) -> bool:
+    """Return whether the kernels' indices reach every entry of a program's arrays, and a call takes all of these."""
+    views = [view for step in (*program.once, *program.steps) for view in (*step.reads(), *step.writes())]
+    named = {view.buffer.name for view in views if view.buffer.name}
+    is_small = all(view.buffer.size <= LARGEST_ROW_NUMBERS for view in views)
+    return is_small and len(named) <= CALL_ARRAYS and _most_entries(program) <= MOST_ENTRIES
 
 
 def ready_programs(programs: Sequence[Program], dtype: torch.dtype, device: torch.device) -> list[TritonProgram]:

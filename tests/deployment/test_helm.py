@@ -26,6 +26,8 @@ with_settings, SET_BY_THE_CHART = itemgetter("with_settings", "SET_BY_THE_CHART"
 CHART = ROOT / "deploy" / "helm"
 VALUES = {"cpu": {}, "gpu": yaml.safe_load((CHART / "gpu.yaml").read_text())}
 INSTANCE = "app.kubernetes.io/instance"
+#: Kinds of Kubernetes' own, whose schemas are at hand.
+VALIDATED = {"Deployment", "Service", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget"}
 ERROR = 3
 
 
@@ -78,7 +80,13 @@ def test_releases_of_one_namespace_do_not_meet() -> None:
 
 def test_values_become_settings_models_and_a_monitor() -> None:
     values = {
-        "settings": {"watch_s": 5, "access_log": True, "max_body_bytes": 33554432, "outside": "refuse"},
+        "settings": {
+            "watch_s": 5,
+            "access_log": True,
+            "max_body_bytes": 33554432,
+            "outside": "refuse",
+            "host": "::",  # in a cluster with IPv6 alone
+        },
         "modelsImage": "registry.example.com/hessquik-models:1",
         "podMonitor": {"enabled": True},
         "nodeSelector": {"pool": "fast"},
@@ -93,6 +101,7 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     given.pop("secrets")  # a folder of the pod
     settings = Settings(**given)  # numbers are written out, not in exponents
     assert (settings.watch_s, settings.access_log, settings.max_body_bytes) == (5, True, 33554432)
+    assert settings.host == "::"
     (volume,) = [one for one in pod["volumes"] if one["name"] == "models"]
     assert volume["image"]["reference"] == values["modelsImage"]
     assert (pod["nodeSelector"], pod["tolerations"]) == (values["nodeSelector"], values["tolerations"])
@@ -102,6 +111,45 @@ def test_values_become_settings_models_and_a_monitor() -> None:
     values["podMonitor"] = {"enabled": True, "key": ""}
     del monitor["spec"]["podMetricsEndpoints"][0]["authorization"]
     assert without_instance(render(values)["PodMonitor"]) == monitor, "where there are no keys"
+
+
+def test_pod_is_given_the_time_that_its_drain_takes() -> None:
+    for settings, grace_s in (({}, 40), ({"drain_s": 20}, 40), ({"drain_s": 60}, 80), ({"drain_s": 1.5}, 22)):
+        pod = render({"settings": settings})["Deployment"]["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] == grace_s, settings
+
+
+def test_cluster_may_ask_for_labels_variables_and_a_secret_of_its_registry() -> None:
+    """kube-prometheus-stack wants a label; settings of OpenTelemetry are variables."""
+    variables = [{"name": "OTEL_TRACES_SAMPLER", "value": "parentbased_traceidratio"}]
+    values = {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "env": variables,
+        "imagePullSecrets": [{"name": "registry"}],
+    }
+    manifests = render(values)
+    labels = manifests["PodMonitor"]["metadata"]["labels"]
+    assert labels == render({})["Deployment"]["metadata"]["labels"] | {"release": "prometheus"}
+    kubernetes_validate.validate(copy.deepcopy(manifests["Deployment"]), VERSIONS[0], strict=True)
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["env"][-1:] == variables
+    assert pod["imagePullSecrets"] == values["imagePullSecrets"]
+
+
+def test_names_that_yaml_takes_for_something_else_stay_names() -> None:
+    values = {
+        "keysSecret": "123",
+        "podMonitor": {"enabled": True, "key": "1e3"},
+        "tracing": {"endpoint": "http://collector:4318", "namespace": "0x10"},
+    }
+    for release in ("true", "null", "on"):
+        for kind, manifest in render(values, release).items():
+            metadata = manifest["metadata"]
+            assert (metadata["name"], metadata["labels"][INSTANCE]) == (release, release), kind
+            if kind in VALIDATED:
+                kubernetes_validate.validate(copy.deepcopy(manifest), VERSIONS[0], strict=True)
+    monitor = render(values)["PodMonitor"]["spec"]["podMetricsEndpoints"][0]
+    assert monitor["authorization"]["credentials"] == {"name": "123", "key": "1e3"}
 
 
 def test_schema_has_the_settings_of_the_service() -> None:
@@ -147,6 +195,9 @@ def expect_same(rendered: dict[str, dict[str, Any]], overlay: Path) -> None:
         {"image": {"tag": ""}},
         {"resources": {"limits": {"cpu": 1, "memory": None}}},
         {"autoscaling": {"minReplicas": 0}},
+        {"device": "cpu:0"},
+        {"device": "cuda,cuda:1"},
+        {"env": [{"name": "HESSQUIK_PORT", "value": "9000"}]},
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+import os
 import re
 import subprocess
 import sys
@@ -102,6 +103,11 @@ def test_image_has_the_labels_that_registries_show() -> None:
     assert found["title"] == project["name"]
     assert found["licenses"] == project["license"]
     assert instructions("ARG")[-2:] == [f"VERSION={project['version']}", "REVISION=unknown"]
+    # Whoever builds says the revision.
+    assert "--build-arg REVISION=$$(git rev-parse HEAD)" in (ROOT / "Makefile").read_text()
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    (build,) = [step for step in release["jobs"]["image"]["steps"] if "build-push-action" in step.get("uses", "")]
+    assert "REVISION=${{ github.sha }}" in build["with"]["build-args"].splitlines()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -158,6 +164,12 @@ def test_last_stage_runs_as_nobody_in_particular() -> None:
     assert owned == kept == GPU["services"]["hessquik"]["environment"]["TRITON_CACHE_DIR"]
 
 
+def test_models_are_readable_by_the_service_whatever_the_checkout_allows() -> None:
+    """By modes that every builder knows: Docker before 28 and buildah refuse letters."""
+    for text in (DOCKERFILE, (ROOT / "deploy" / "kubernetes" / "models" / "Dockerfile").read_text()):
+        assert re.search(r"^COPY --chmod=755 (models|\.) /", text, re.MULTILINE)
+
+
 def test_last_stage_copies_no_tests_and_no_tools() -> None:
     assert [copied.split()[-1] for copied in instructions("COPY")] == [
         "/opt/hessquik",
@@ -184,12 +196,14 @@ def test_command_is_in_exec_form_and_health_is_asked_without_a_shell() -> None:
     from service.healthcheck import TIMEOUT_S
 
     assert TIMEOUT_S < int(seconds["timeout"]) <= int(seconds["interval"])
+    # So that `docker compose up --wait` waits for as long as the service gives its workers and models.
+    assert int(seconds["start-period"]) >= Settings().start_timeout_s + Settings().load_timeout_s
 
 
 def test_stop_signal_is_the_one_that_drains_and_outlasts_the_drain(compose: dict[str, Any]) -> None:
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
     assert Settings().drain_s < KILLED_AFTER_S
-    assert compose["services"]["hessquik"]["stop_grace_period"] == f"{KILLED_AFTER_S:.0f}s"
+    assert compose["services"]["hessquik"]["stop_grace_period"] == f"${{HESSQUIK_STOP_GRACE:-{KILLED_AFTER_S:.0f}s}}"
 
 
 def test_image_sets_only_settings_that_exist() -> None:
@@ -267,6 +281,28 @@ def test_compose_holds_no_key(compose: dict[str, Any]) -> None:
     for secret in compose["secrets"].values():
         assert re.fullmatch(r"\$\{HESSQUIK_\w+_FILE:-\./deploy/no-keys\}", secret["file"])
     assert (ROOT / "deploy" / "no-keys").read_text() == ""
+
+
+def test_keys_made_as_the_page_says_are_distinct_and_prometheus_has_one_of_them(tmp_path: Path) -> None:
+    """Without a line's end: the operator passes it on as it is, and Prometheus sends no key with one."""
+    page = (ROOT / "docs" / "deployment.md").read_text().partition("\n## Keys\n")[2]
+    commands = page.partition("```sh\n")[2].partition("```")[0]
+    (tmp_path / "chown").write_text("#!/bin/sh\n")
+    (tmp_path / "chown").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    run = ["bash", "-euc", f"{commands}\nenv | grep ^HESSQUIK_"]
+    done = subprocess.run(run, cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, check=True)
+    assert dict(line.split("=", 1) for line in done.stdout.splitlines()) == {
+        f"HESSQUIK_{name}_FILE": f"./{file}.key"
+        for name, file in (("API_KEYS", "api"), ("ADMIN_KEYS", "admin"), ("METRICS_KEY", "metrics"))
+    }
+    api, admin, metrics = ((tmp_path / f"{name}.key").read_text() for name in ("api", "admin", "metrics"))
+    settings = Settings.of({"api_keys": api, "admin_keys": admin})
+    keys = [key.get_secret_value() for key in settings.api_keys + settings.admin_keys]
+    assert [len(key) for key in keys] == [48] * 3
+    assert len(set(keys)) == 3
+    assert metrics == keys[1]
+    assert all((tmp_path / f"{name}.key").stat().st_mode & 0o077 == 0 for name in ("api", "admin", "metrics"))
 
 
 @pytest.mark.parametrize("name", ["api", "admin"])

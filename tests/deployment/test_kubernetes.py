@@ -251,6 +251,14 @@ def test_probes_ask_the_right_questions_without_a_key(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
+def test_start_may_take_as_long_as_the_service_gives_its_workers_and_models(name: str) -> None:
+    """A start that is cut off begins anew, and is cut off again."""
+    probe, settings = find_pod(name)["containers"][0]["startupProbe"], Settings()
+    longest_s = settings.start_timeout_s + settings.load_timeout_s
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= longest_s
+
+
+@pytest.mark.parametrize("name", PODS)
 def test_image_settings_in_the_manifest_exist(name: str) -> None:
     names = {variable["name"] for variable in find_pod(name)["containers"][0]["env"]} - {"TRITON_CACHE_DIR"}
     assert {one.removeprefix("HESSQUIK_").lower() for one in names} <= Settings.model_fields.keys()
@@ -288,6 +296,22 @@ def test_grace_period_of_kserve_outlasts_the_drain() -> None:
     assert predictor["terminationGracePeriodSeconds"] > pause_s + Settings().drain_s
 
 
+def test_kserve_replaces_a_pod_without_a_spare_gpu_while_another_answers() -> None:
+    predictor = read(DEPLOY / "kserve" / "inferenceservice.yaml")["spec"]["predictor"]
+    assert predictor["deploymentStrategy"] == render("gpu")["spec"]["strategy"] | {"type": "RollingUpdate"}
+    assert predictor["minReplicas"] > predictor["deploymentStrategy"]["rollingUpdate"]["maxUnavailable"]
+
+
 def test_service_links_cannot_overwrite_settings(deployment: dict[str, Any]) -> None:
-    """A Service called hessquik would put HESSQUIK_PORT=tcp://… into every pod's environment."""
-    assert deployment["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    """A Service called hessquik would put HESSQUIK_PORT=tcp://… into every pod's environment.
+
+    KServe makes one called hessquik-predictor: HESSQUIK_PREDICTOR_PORT is no setting, so that no pod would start.
+    """
+    predictor = read(DEPLOY / "kserve" / "inferenceservice.yaml")["spec"]["predictor"]
+    for pod in (deployment["spec"]["template"]["spec"], predictor):
+        assert pod["enableServiceLinks"] is False
+
+
+def test_pods_that_are_not_ready_do_not_keep_a_node_from_being_emptied() -> None:
+    spec = read(KUBERNETES / "base" / "poddisruptionbudget.yaml")["spec"]
+    assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"

@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,49 @@ def test_threads_of_its_own_give_the_same_bits(backend):
     alone = Evaluator(network, backend=backend)(x, ("value", "hessian"))
     together = Evaluator(network, threads=3, backend=backend)(x, ("value", "hessian"))
     assert torch.equal(alone.hessian, together.hessian)
+
+
+def test_points_of_another_device_get_their_results_there(monkeypatch):
+    """The kernels write memory of their own device only; the other one's numbers are ones here."""
+    move = torch.Tensor.to
+
+    def to(tensor, *args, **options):
+        if tensor.is_meta and args[0] == torch.device("cpu"):
+            return torch.ones(tensor.shape)
+        return move(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    computed, run = [], evaluator.Evaluator._run
+    monkeypatch.setattr(
+        evaluator.Evaluator,
+        "_run",
+        lambda self, runner, arrays, *rows: computed.append(arrays) or run(self, runner, arrays, *rows),
+    )
+    evaluate, x = Evaluator(fullyConnectedNN([3, 8, 2]), backend="torch"), torch.empty(5, 3, device="meta")
+    out = {"hessian": torch.empty(5, 3, 3, 2, device="meta")}
+    for found in (evaluate(x, ("hessian",)), evaluate(x, ("hessian",), out=out), *evaluate.tiles(x, ("hessian",))):
+        assert found.hessian.is_meta
+        assert found.hessian.shape == (5, 3, 3, 2)
+    assert all(array.is_cpu for arrays in computed for array in arrays.values())
+    with pytest.raises(ShapeError, match="contiguous hessian"):
+        evaluate(x, ("hessian",), out={"hessian": torch.empty(5, 3, 3, 2)})
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "moves"),
+    [("cuda:0", "cuda:0", False), ("cuda:0", "cuda:1", True), ("cuda:0", "cpu", False), ("cpu", "cuda:0", True),
+     ("xpu", "xpu:0", False), ("cpu", "cpu", False)],
+)  # fmt: skip
+def test_only_points_of_another_gpu_are_moved(own, other, moves):
+    device = torch.device(other)
+    x = SimpleNamespace(device=device, is_cpu=device.type == "cpu")
+    assert evaluator.Evaluator._is_elsewhere(SimpleNamespace(device=torch.device(own)), x) is moves
+
+
+def test_on_a_gpu_all_work_is_on_the_callers_stream():
+    evaluate = Evaluator(NETWORKS["residual"](), torch.device("cuda", 0), threads=3, backend="torch")
+    runner = SimpleNamespace(plan=evaluate.plan(), tile_rows=(1,))
+    assert evaluate._piece(runner, 1 << 30) == 1 << 30
 
 
 def divided(monkeypatch):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -23,6 +30,7 @@ from hessquik.backends import choice, gpu_compile
 from hessquik.backends import triton as backend
 from hessquik.backends.gpu_table import OPCODES
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling
+from hessquik.backends.torch import TorchProgram
 from hessquik.backends.triton import TritonProgram, UnrolledProgram
 from hessquik.evaluator import COMMON
 from hessquik.layers import ICNNLayer, quadraticLayer, singleLayer, skipLayer
@@ -276,11 +284,11 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
     program = TritonProgram(evaluate.plan(("value",)).program, torch.float64, CPU)
     make, asked, freed = program._scratch, [], []
 
-    def scratch(count: int, stream: object) -> Tensor:
+    def scratch(count: int) -> Tensor:
         asked.append(count)
         if len(asked) <= failures:
             raise torch.OutOfMemoryError("no memory")
-        return make(count, stream)
+        return make(count)
 
     monkeypatch.setattr(program, "_scratch", scratch)
     monkeypatch.setattr(program._state, "free_memory", lambda: freed.append(len(asked)))
@@ -290,9 +298,7 @@ def test_smaller_tiles_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, fai
     torch.testing.assert_close(value, evaluate(x).value)
     assert freed[0] == 1, "cached memory is given back before tiles become smaller"
     assert asked[-1] < asked[0] or failures == 1
-    monkeypatch.setattr(
-        program, "_scratch", lambda count, stream: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
-    )
+    monkeypatch.setattr(program, "_scratch", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         program.run({"x": x, "value": value}, 0, 10)
 
@@ -310,8 +316,10 @@ print(json.dumps(found))
 """
 
 
-def test_it_compiles_for_a_gpu_without_one() -> None:
+def test_it_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
+    # A cache of its own: the usual one may have binaries alone.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _COMPILE, *choose(("1", "90"), ("2", "80", "90"))],
         env=environment,
@@ -380,6 +388,48 @@ def test_what_is_too_large_for_its_indices_is_refused() -> None:
         TritonProgram(Program((), (step,), 0, 0, 4), torch.float32, CPU)
 
 
+@pytest.mark.parametrize("tiles", [None, TILES[0]], ids=["table", "own"])
+def test_constants_are_freed_with_the_last_reference_to_a_program(tiles: Unrolling | None) -> None:
+    program = Evaluator(fullyConnectedNN([3, 6, 1])).plan().program
+    ready = (
+        TritonProgram(program, torch.float32, CPU)
+        if tiles is None
+        else UnrolledProgram(program, torch.float32, CPU, tiles)
+    )
+    constants = [weakref.ref(constant) for constant in ready._keep]
+    assert constants
+    gc.disable()
+    try:
+        del ready
+        assert not any(constant() for constant in constants)
+    finally:
+        gc.enable()
+
+
+def test_memory_of_a_program_is_kept_until_its_streams_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator is told once of each stream that reads the program's constants and table."""
+    device, told, launched = backend._Device(CPU), list[object](), list[object]()
+    device.is_cuda, streams = True, iter([7, 7, 8, 7])
+    monkeypatch.setattr(backend, "_shared_state", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
+    monkeypatch.setattr(Tensor, "record_stream", lambda array, stream: told.append(array.data_ptr()))
+    now = SimpleNamespace(get_current_stream=lambda index: next(streams))
+    monkeypatch.setattr(backend.triton.runtime.driver, "_active", now)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *given, stream: launched.append(stream)
+
+    monkeypatch.setattr(device, "_compiled", lambda key, compiled: Kernel())
+    program = TritonProgram(Evaluator(fullyConnectedNN([3, 6, 1])).plan().program, torch.float32, CPU)
+    arrays = {"x": torch.zeros(2, 3), "value": torch.zeros(2, 1)}
+    for _ in range(4):
+        program.run(arrays, 0, 2)
+    assert launched == [7, 7, 8, 7]
+    held = [array.data_ptr() for array in (program._numbers, *program._keep)]
+    assert told == held * 2
+
+
 def test_backend_names_its_kernel_once() -> None:
     assert backend.is_available(CPU)
     assert not backend.is_available(torch.device("meta"))
@@ -434,6 +484,17 @@ def test_what_is_too_large_for_a_kernel_of_its_own_goes_to_the_table(
     assert _kernel(evaluate, "value", "gradient", "hessian") is TritonProgram
 
 
+@pytest.mark.parametrize("limit", ["MOST_ENTRIES", "LARGEST_ROW_NUMBERS", "CALL_ARRAYS"])
+def test_what_is_too_large_for_the_table_goes_to_torch(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(backend, limit, 1)
+    evaluate, x = Evaluator(fullyConnectedNN([3, 6, 1]), backend="triton", compiled=[("hessian",)]), torch.randn(2, 3)
+    for quantities in (("hessian",), ("gradient", "hessian")):
+        assert _kernel(evaluate, *quantities) is TorchProgram
+        assert evaluate(x, quantities).hessian.shape == (2, 3, 3, 1)
+
+
 def test_only_questions_that_can_be_asked_are_compiled() -> None:
     for names in ([], ["hvp"], ["value", "nothing"]):
         with pytest.raises(ShapeError, match="expected quantities to compile out of value, gradient"):
@@ -443,6 +504,7 @@ def test_only_questions_that_can_be_asked_are_compiled() -> None:
 
 _COMPILE_AHEAD = """
 import os, sys, triton
+sys.path.insert(0, sys.argv[1])
 from hessquik import Evaluator
 from hessquik.backends import gpu_compile
 from hessquik.backends.gpu_unrolled import source
@@ -452,7 +514,7 @@ import torch
 evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
 plans = [evaluate.plan(quantities).program for quantities in (("value",), ("value", "gradient"))]
 kernels = [source(program, 4, unrolling(torch.float32, 90)) for program in plans]
-os.sched_getaffinity = lambda _: range(2)
+os.sched_getaffinity = lambda _: range(int(sys.argv[2]))
 gpu_compile.compile_ahead(kernels, 90)
 hits = []
 triton.knobs.compilation.listener = lambda **found: hits.append(found["cache_hit"])
@@ -464,15 +526,34 @@ gpu_compile.compile_ahead(kernels, 90)
 """
 
 
-def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.mark.parametrize("processors", choose([2], [1, 2]))
+def test_kernels_are_compiled_in_processes_and_once(tmp_path: Path, processors: int) -> None:
+    cache, packages = tmp_path / "cache", tmp_path / "packages"
+    packages.mkdir()
+    # A package that only this process's path has, as those of a checkout that is not installed.
+    (packages / "sitecustomize.py").write_text(f"open({str(tmp_path / 'found')!r}, 'a').write('x')")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD],
+        [sys.executable, "-W", "ignore", "-c", _COMPILE_AHEAD, packages, str(processors)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "True True\n"
-    assert not list(tmp_path.rglob("*.ptx")), "binaries alone"
+    assert not list(cache.rglob("*.ptx")), "binaries alone"
+    assert (tmp_path / "found").read_text() == "x" * processors, "they find packages where this process does"
+
+
+def test_compiled_kernels_in_a_cache_that_is_read_only_are_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def touch(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr(gpu_compile, "_compile_share", lambda kernels, arch: kernels)
+    monkeypatch.setattr(Path, "touch", touch)
+    gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
 
 
 def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
@@ -487,14 +568,66 @@ def test_process_that_compiles_ends_with_the_one_that_it_compiles_for() -> None:
     assert child.wait(60) == 1
 
 
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_workers_of_several_devices_compile_a_kernel_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_writable: bool
+) -> None:
+    folder, compiled, both = tmp_path / "cache", list[object](), threading.Barrier(2)
+    if not is_writable:
+        folder.write_text("not a folder")
+
+    def compile_share(kernels: list[Unrolled], arch: int) -> list[Unrolled]:
+        if not is_writable:
+            both.wait(10)  # nothing makes one wait for the other
+        compiled.extend(kernels)
+        return kernels
+
+    def load(_: int) -> None:
+        gpu_compile.compile_ahead([Unrolled("a")], 90)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(gpu_compile, "_compile_share", compile_share)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load, range(2)))
+    assert len(compiled) == (1 if is_writable else 2)
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/no/python"])
 def test_kernels_that_cannot_be_compiled_ahead_are_left_to_the_load(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, python: str
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(gpu_compile.sys, "executable", "/bin/false")
+    monkeypatch.setattr(gpu_compile.sys, "executable", python)
     monkeypatch.setattr(gpu_compile.os, "sched_getaffinity", lambda _: range(2))
     gpu_compile.compile_ahead([Unrolled("a"), Unrolled("b")], 90)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["hessquik.lock"]
+
+
+@pytest.mark.parametrize(("failures", "what"), [(1, "out of memory"), (9, "out of memory"), (9, "invalid image")])
+def test_kernels_are_loaded_before_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, failures: int, what: str
+) -> None:
+    """A device whose memory is full of what torch keeps for later has room after that is freed."""
+    device, turns, freed = backend._Device(CPU), list[object](), list[object]()
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(device, "free_memory", lambda: freed.append(len(turns)))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> None:
+            turns.append(grid)
+            if len(turns) <= failures:
+                raise RuntimeError(f"Triton Error [CUDA]: {what}")
+
+    kernel = Kernel()
+    if failures == 1:
+        assert device._compiled("a", lambda: kernel) is kernel
+    else:
+        expected = torch.OutOfMemoryError if what == "out of memory" else RuntimeError
+        with pytest.raises(expected, match=what) as error:
+            device._compiled("a", lambda: kernel)
+        assert type(error.value) is expected
+        assert not device._kernels
+    assert freed == [1] * (what == "out of memory")
 
 
 def test_load_compiles_both_table_kernels_and_those_of_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +636,8 @@ def test_load_compiles_both_table_kernels_and_those_of_its_plans(monkeypatch: py
     monkeypatch.setattr(backend, "_shared_state", lambda _: device)
     monkeypatch.setattr(backend, "compile_ahead", lambda kernels, arch: ahead.extend(kernels))
     for name in ("compile_kernel", "compile_unrolled"):
-        monkeypatch.setattr(backend, name, lambda kernel, arch: compiled.append(kernel) or object())
+        monkeypatch.setattr(backend, name, lambda kernel, arch: compiled.append(kernel) or {(1, 1, 1): None})
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     evaluate = Evaluator(fullyConnectedNN([3, 6, 1]))
     programs = [evaluate.plan(quantities).program for quantities in COMMON]
     for _ in range(2):

@@ -159,6 +159,24 @@ def test_the_callers_stream_is_respected() -> None:
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("compiled", [(), COMMON], ids=["table", "own"])
+def test_an_evaluator_may_be_dropped_before_its_call_has_run(compiled: tuple[tuple[str, ...], ...]) -> None:
+    evaluate = Evaluator(networks()["full"].double(), "cuda", torch.float32, compiled=compiled)
+    x = torch.randn(4096, 10, device=CUDA)
+    wanted = evaluate(x, COMMON[2])
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        found = evaluate(x, COMMON[2])
+    del evaluate
+    # What follows gets memory that is free, on the stream on which the evaluator was made.
+    others = [torch.full((1 << exponent,), float("nan"), device=CUDA) for exponent in range(4, 17) for _ in range(50)]
+    stream.synchronize()
+    assert torch.equal(found.hessian, wanted.hessian)
+    assert len(others) == 650
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_common_questions_on_kernels_of_their_own(dtype: torch.dtype) -> None:
     network = networks()["full"].double()

@@ -35,11 +35,14 @@ def test_long_names_are_not_compared() -> None:
     assert misspelt(["hessian" * 1000], QUANTITIES) is None
 
 
-@pytest.mark.parametrize(("is_file", "found"), [(True, "a file"), (False, "nothing")])
-def test_a_start_without_a_folder_names_the_path(tmp_path: Path, is_file: bool, found: str) -> None:
-    path = tmp_path / "nowhere"
-    if is_file:
-        path.write_bytes(b"")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("file", "a file"), ("nowhere", "nothing"), ("x" * 300, "none that can be read (File name too long)")],
+    ids=["file", "nothing", "closed"],  # a name that is too long stands for a folder that is closed to the service
+)
+def test_a_start_without_a_folder_names_the_path(tmp_path: Path, name: str, found: str) -> None:
+    path = tmp_path / name
+    (tmp_path / "file").write_bytes(b"")
     command = [sys.executable, "-m", "service", "serve", str(path), "--port", "0", "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 3

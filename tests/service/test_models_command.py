@@ -35,6 +35,12 @@ def test_entries_that_are_left_out_are_listed_one_a_line(tmp_path: Path) -> None
     ]
 
 
+def test_what_is_no_folder_or_cannot_be_looked_at_is_an_error_of_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path / ("x" * 300)):
+        result = CliRunner().invoke(app, ["models", str(path)])
+        assert (result.exit_code, result.stderr) == (2, f"hessquik: expected a folder, {path} is none\n")
+
+
 def test_a_folder_whose_path_is_not_utf8_is_refused_before_anything_starts() -> None:
     result = CliRunner().invoke(app, ["serve", "models\udcff"])
     assert result.exit_code == 2

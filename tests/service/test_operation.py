@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hessquik_client.errors import StartUpError
-from service import cli, logs
+from service import cli, devices, logs
 from service.app import create_app
 from service.http.messages import Head, Request
 from service.keys import Keys
@@ -181,6 +182,22 @@ def test_a_bad_file_of_keys_refuses_the_start_and_leaves_the_keys_of_a_running_s
     assert words in done.output
 
 
+def test_a_folder_of_secrets_that_cannot_be_looked_at_is_refused_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one in a folder that is closed to the service; a name that is too long stands for it."""
+    folder = f"{tmp_path}/{'x' * 300}"
+    done = serve("--secrets", folder)
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert f"hessquik: expected a file that can be read at {folder}, got: File name too long" in done.output
+    (tmp_path / "hessquik_api_keys").write_text("a")
+    keys = Keys(Settings.of({"secrets": str(tmp_path)}))
+    keys._settings._flags["secrets"] = folder
+    keys.reload()
+    assert keys.is_known(b"a")
+    assert f"stay as they are, they cannot be read: expected a file that can be read at {folder}" in caplog.text
+
+
 def test_a_folder_of_secrets_without_keys_is_a_warning_and_no_folder_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,6 +275,17 @@ def test_several_front_ends_without_opentelemetry_are_refused_as_one_is(monkeypa
             start(settings)
 
 
+def test_a_driver_that_hangs_ends_the_start_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], timeout: float, **_: object) -> None:
+        assert command[1] == "-P", "or a torch.py of the current folder would be run"
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(devices, "subprocess", SimpleNamespace(run=hang, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(devices.Path, "exists", lambda _: True)
+    with pytest.raises(StartUpError, match="expected a driver that names its CUDA devices within 120 s"):
+        devices.resolve_devices("auto", 1)
+
+
 @pytest.mark.parametrize(
     ("host", "reason", "processes"),
     [
@@ -282,6 +310,17 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     assert ended.stderr.endswith(f"{line}\n")
     assert re.search(reason, line.lower())
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_start_that_fails_says_so_in_the_format_of_the_log(processes: int, tmp_path: Path) -> None:
+    flags = ["--port", "0", "--device", "cpu", "--log-format", "json", "--processes", str(processes)]
+    command = [sys.executable, "-m", "service", "serve", str(tmp_path / "nowhere"), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 3
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    (error,) = (line for line in lines if line["level"] == "error")
+    assert error["message"] == f"expected a folder of models at {tmp_path / 'nowhere'}, found nothing"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["--workers", "0"], "workers"), (["--nonsense"], "nonsense")])
@@ -399,6 +438,11 @@ def test_loads_are_audited_with_the_key_that_asked(operated: Operated) -> None:
         "load-5": ("load", "peaks", 403),
     }
     assert found["load-1"]["key"] == found["load-3"]["key"] != found["load-2"]["key"]
+    assert operated.post("nothing/unload?version=7&version=8&key=boss", "two") == 401
+    assert operated.post("nothing/unload?version=7", "boss", headers={"X-Request-Id": "load-6"}) == 404
+    until(lambda: "load-6" in audited(), "another audit line")
+    last = audited()["load-6"]
+    assert (last["version"], last["message"]) == ("7", f"unload nothing version 7: status 404, key {last['key']}")
 
     def models() -> dict[str, str]:
         return {line["request_id"]: line["model"] for line in operated.access() if line["request_id"] in found}

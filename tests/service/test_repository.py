@@ -108,8 +108,10 @@ def make_odd_entries(root: Path) -> int:
     (root / "itself").symlink_to(root)
     (root / "parent").symlink_to("..")
     for name in ("1", "2"):
-        put(root, f"..data/{name}", b"")
-    (root / ".git").mkdir()  # holds no model: not reported
+        put(root, f"no model/{name}", b"")
+    # Not looked at: Kubernetes keeps the files of a volume in new hidden folders after each change.
+    put(root, "..2026_11_28_15_00_00.7/1", b"")
+    (root / "..data").symlink_to("..2026_11_28_15_00_00.7")
     (root / "directory.safetensors").mkdir()
     os.mkfifo(root / "fifo.safetensors")
     with socket.socket(socket.AF_UNIX) as sock:
@@ -148,7 +150,7 @@ def test_odd_entries_are_reported_once_each_and_left_out(
     assert any("good/1.safetensors is left out: good.safetensors is version 1 of good" in line for line in lines)
     for name in ("folder_out", "itself", "parent"):
         assert f"{name} is left out: it is a link that leads out of the folder" in lines
-    assert "..data is left out: its name is not that of a model" in lines
+    assert "no model is left out: its name is not that of a model" in lines
 
 
 def test_a_folder_that_becomes_a_link_out_of_the_folder_is_no_longer_served(

@@ -32,6 +32,7 @@ from service.app import Application, create_app
 from service.http.connection import Limits, Listener
 from service.repository import Look
 from service.settings import Settings
+from service.tracing import Tracer
 from tests.raw import Reply, replies
 from tests.service.random_requests import Drawn, draw
 from tests.whole import Note, choose
@@ -374,6 +375,20 @@ def test_only_a_fault_of_ours_is_an_error_and_a_refusal_has_no_parts(served: Ser
 def test_tracing_is_off_unless_asked_for_and_then_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.front.Tracer", None)
     assert create_app(Settings(device="cpu")).front._watchers == []
+
+
+def test_a_collector_that_is_gone_does_not_hold_up_the_end() -> None:
+    """The packages heed no limit: their exporter tries again for ten seconds."""
+    ended = threading.Event()
+
+    class Provider(TracerProvider):
+        def force_flush(self, timeout_millis: int = 0) -> bool:
+            return ended.wait(60)
+
+    began = time.monotonic()
+    Tracer(Provider()).close()
+    assert time.monotonic() - began < 10
+    ended.set()
 
 
 def test_tracing_without_its_packages_ends_the_start_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,17 @@ def test_standard_descriptors_that_are_closed_are_opened(tmp_path: Path) -> None
         assert (ended.returncode, reader.read()) == (0, "good")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_during_the_imports_is_no_failure(number: signal.Signals) -> None:
+    """A container's first process gets no signal that it does not handle, and would be killed half a minute later."""
+    code = (
+        "import os, sys, time; sys.argv = ['hessquik', 'serve']; from service.__main__ import prepare; prepare(); "
+        f"os.kill(os.getpid(), {number:d}); time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False, timeout=50)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("processes", choose([2], [1, 2]))
 def test_a_service_goes_on_without_its_folder_and_standard_output(
     processes: int, shipped_models: Path, tmp_path: Path

@@ -560,6 +560,27 @@ def test_a_worker_that_cannot_be_connected_is_replaced(supervised: Callable[...,
     sim.run(work)
 
 
+def test_a_worker_is_replaced_when_no_thread_can_be_started(
+    supervised: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the limit of processes is met, which threads count towards, too."""
+    sim = supervised()
+
+    async def work() -> None:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", refuse)
+        sim.fails_to_start = 1
+        await sim.workers.start()
+        await sim.until(lambda: sim.states() == [State.READY])
+        sim.processes[0].end()
+        await sim.until(lambda: len(sim.processes) == 2 and sim.states() == [State.READY])
+        monkeypatch.undo()
+
+    sim.run(work)
+
+
 def test_loading_is_never_timed_as_a_batch(supervised: Callable[..., Supervised]) -> None:
     sim = supervised(batch_timeout_s=1, load_timeout_s=100)
 
@@ -613,7 +634,7 @@ def test_an_answer_to_nothing_ends_a_worker(supervised: Callable[..., Supervised
 
 def test_a_workers_environment_has_no_keys_and_no_relative_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HESSQUIK_API_KEYS", "secret")
-    monkeypatch.setenv("HESSQUIK_ADMIN_KEYS", "secret")
+    monkeypatch.setenv("hessquik_admin_keys", "secret")
     monkeypatch.setenv("HESSQUIK_SECRETS", "/run/secrets")
     monkeypatch.setenv("PYTHONPATH", ":.:relative:/absolute")
     environment = child.environment()

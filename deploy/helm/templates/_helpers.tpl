@@ -1,6 +1,6 @@
 {{- define "hessquik.selector" -}}
 app.kubernetes.io/name: hessquik
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* Helm reads numbers as floats, and would print 33554432 as 3.3554432e+07. */}}
@@ -9,7 +9,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
 {{- define "hessquik.metadata" -}}
-name: {{ .Release.Name }}
+name: {{ .Release.Name | quote }}
 labels:
   {{- include "hessquik.selector" . | nindent 2 }}
 {{- end -}}
