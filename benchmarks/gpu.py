@@ -33,7 +33,7 @@ WORKLOADS = [
     ([32, 64, 64, 64, 1], SECOND, 4096, torch.float32),
     ([100, 64, 64, 64, 1], ("laplacian",), 4096, torch.float32),
     *((NARROW, SECOND, n, torch.float64) for n in (1, 1024, 4096, 65536)),
-    *((WIDE, ("laplacian",), 2048, dtype) for dtype in (torch.float64, torch.float32)),
+    *((WIDE, ("laplacian",), n, dtype) for dtype in (torch.float64, torch.float32) for n in (1, 2048)),
 ]
 #: Clock cycles that the device sleeps while calls are queued, two milliseconds or so.
 SLEEP = 4_000_000

@@ -49,7 +49,7 @@ CPU = Device(
 #: A data-centre GPU. Tiles are large for torch's library; the Triton kernel chooses its own, by the number of rows.
 GPU = Device(
     vector_bytes=16,
-    tile_bytes=256 << 20,
+    tile_bytes=512 << 20,
     matrix_bytes=16 << 20,
     operations_per_byte=10.0,
     smallest_tile_rows=32,

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from itertools import count, pairwise
 from math import prod
 from typing import Any
@@ -364,7 +365,7 @@ class Evaluator:
             runner = self._runners.get(ask)  # another thread may have made it meanwhile
             if runner is None:
                 plan = self._plans.pop(ask, None) or self._plan(ask)
-                runner = backends.make_runner(self.backend, plan, self.dtype, self.device, self._packed)
+                runner = backends.make_runner(plan, self.dtype, self.device, self._packed)
                 runner.last_use = next(self._uses)
                 self._runners[ask] = runner
                 self._make_room()
@@ -381,11 +382,12 @@ class Evaluator:
             return {}
         asked = [Ask(names) for names in dict.fromkeys(map(frozenset, compiled))]
         plans = [self._plan(ask) for ask in asked]
-        runners = backends.make_runners(self.backend, plans, self.dtype, self.device) if asked else []
+        runners = backends.make_runners(plans, self.dtype, self.device) if asked else []
         return dict(zip(asked, runners, strict=True))
 
     def _plan(self, ask: Ask) -> Plan:
-        return choose(self._forms, ask, self.dtype, self.m, backends.device_value(self.device))
+        plan = choose(self._forms, ask, self.dtype, self.m, backends.device_value(self.device))
+        return replace(plan, kernel=backends.kernel(self.backend, plan, self.device))
 
     def _make_room(self) -> None:
         """Drop the plans that were not used for longest until the others are within their bounds."""

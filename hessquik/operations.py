@@ -27,7 +27,7 @@ def compute_node(node: Node, inputs: Sequence[Tensor]) -> Tensor:
         if len(inputs) > 1:
             return primitive(*_aligned(inputs))
         flat = inputs[0].reshape(-1)
-        return primitive(pad(flat, (0, -len(flat) % (4 * WHOLE))))[: len(flat)].reshape(inputs[0].shape)
+        return primitive(_padded(flat, -len(flat) % (4 * WHOLE)))[: len(flat)].reshape(inputs[0].shape)
     return _OPERATIONS[node.op](*inputs, *node.arguments)
 
 
@@ -40,7 +40,7 @@ def _aligned(inputs: Sequence[Tensor]) -> list[Tensor]:
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if b.ndim == 3 and b.shape[0] == 1 and a.ndim >= 3:
         depth, columns = b.shape[-2:]
-        matrix = pad(b[0], (0, -columns % WHOLE, 0, -depth % WHOLE))
+        matrix = _padded(b[0], -columns % WHOLE, -depth % WHOLE)
         product = _whole(a).reshape(-1, matrix.shape[0]) @ matrix
         return product[:, :columns].reshape(*a.shape[:-1], columns)
     a, b = _aligned((a, b))
@@ -49,7 +49,14 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _whole(array: Tensor) -> Tensor:
     """Return an array with its columns padded with zeros to whole vectors."""
-    return pad(array, (0, -array.shape[-1] % WHOLE))
+    return _padded(array, -array.shape[-1] % WHOLE)
+
+
+def _padded(array: Tensor, columns: int, rows: int = 0) -> Tensor:
+    """Return a dense array with zeros after its last columns and rows, which begins with a whole vector."""
+    if columns or rows or not array.is_contiguous() or array.storage_offset() % WHOLE:
+        return pad(array, (0, columns, 0, rows) if rows else (0, columns))
+    return array
 
 
 def _contract(*arrays: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Plan:
         graph: The operations.
         program: The steps.
         shapes: Shapes of a row's results.
+        kernel: What runs it; empty until an evaluator has chosen it.
     """
 
     ask: Ask
@@ -76,6 +77,7 @@ class Plan:
     graph: Graph
     program: Program
     shapes: dict[str, tuple[int, ...]]
+    kernel: str = ""
 
     def cost(self, device: Device, dtype: torch.dtype) -> float:
         """Return the work of a row on a device, in operations."""
@@ -89,6 +91,7 @@ class Plan:
             f"{', '.join(sorted(self.ask.quantities))}: {self.mode}, tangents from {self.start}, "
             f"tiles of {self.rows} rows, {self.operations} operations and {self.bytes} bytes a row"
         )
+        head += f", on {self.kernel}" if self.kernel else ""
         return "\n  ".join([head, *str(self.program).splitlines()])
 
 

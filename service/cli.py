@@ -182,6 +182,7 @@ def convert(
     out = _destination(checkpoint, out, name)
     try:
         metadata = changed({} if description is None else {"description": description}, changes or [])
+        out.parent.mkdir(parents=True, exist_ok=True)
         network = conversion.convert(checkpoint, out, architecture, **metadata)
     except (HessQuikError, OSError, ValueError) as error:
         _fail(str(error), status=1)
@@ -212,6 +213,8 @@ def import_(
     from hessquik import HessQuikError, proof, storage
     from hessquik.importing import files
 
+    from .logs import printable
+
     out = _destination(file, out, name)
     if dtype not in {None, "float32", "float64"}:
         _fail(f"--dtype must be float32 or float64, got {dtype}", status=2)
@@ -231,7 +234,7 @@ def import_(
         with progress.status("proving the derivatives"):
             rows = proof.prove(imported.network, *imported.region)
     except (HessQuikError, OSError) as error:
-        _fail(str(error), status=1)
+        _fail(printable(str(error)), status=1)
     table = Table("", "found")
     for key, value in files.describe(imported):
         table.add_row(key, value)
@@ -245,7 +248,11 @@ def import_(
     if failed:
         _fail("the derivatives must agree with automatic differentiation; nothing was written", status=1)
     was_there = out.exists()
-    storage.write(data, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(data, out)
+    except OSError as error:
+        _fail(str(error), status=1)
     Console().print(f"{out}: {len(data)} bytes{', in place of an older file' if was_there else ''}", highlight=False)
 
 
@@ -267,7 +274,10 @@ def _bounds(text: str) -> tuple[list[float], list[float]]:
 
 
 def _destination(source: Path, out: Path, name: str | None) -> Path:
-    """Return the path of the file to write, and make its folder; its name must be a valid name of a model."""
+    """Return the path of the file to write; its folder can be made, and its name is a valid name of a model.
+
+    It is another file than the one to read.
+    """
     from .repository import NAME, SUFFIX
 
     if name is not None and not NAME.fullmatch(name):
@@ -280,10 +290,11 @@ def _destination(source: Path, out: Path, name: str | None) -> Path:
         _fail(
             f"expected a folder, or a file named like model{SUFFIX}, as OUT, got {out.name}; or pass --name", status=2
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _fail(f"the folder {out.parent} cannot be made: {error.strerror}", status=2)
+    if out.exists() and source.exists() and out.samefile(source):
+        _fail(f"OUT must be another file than the one to read, {source}; pass --name", status=2)
+    there = next(folder for folder in out.parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        _fail(f"the folder {out.parent} cannot be made in {there}", status=2)
     return out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -15,12 +17,15 @@ from hessquik.steps import Product
 
 if TYPE_CHECKING:
     from hessquik.backends.cpu.packing import Packed
+    from hessquik.backends.torch import TorchProgram
     from hessquik.backends.triton import TritonProgram
 
 __all__ = [
+    "Kernel",
     "chosen",
     "compiles_plans",
     "device_value",
+    "kernel",
     "make_runner",
     "make_runners",
     "names",
@@ -31,6 +36,17 @@ __all__ = [
 
 #: Columns of products from which a GPU computes them faster with torch's library, one launch for each.
 WIDE = 256
+
+
+class Kernel(StrEnum):
+    """What runs a plan."""
+
+    CPU = "the CPU kernel"
+    #: A kernel for one plan, and the one for all others.
+    OWN = "a kernel of its own"
+    TABLE = "the table kernel"
+    TORCH = "torch"
+    CAPTURED = "torch, captured in CUDA graphs"
 
 
 def names(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -72,23 +88,33 @@ def device_value(device: torch.device) -> Device:
     return GPU if device.type == "cuda" else CPU
 
 
-def make_runner(
-    backend: str, plan: Plan, dtype: torch.dtype, device: torch.device, packed: Packed | None = None
-) -> Runner:
-    """Return a plan ready to run; on a CPU, programs with the same ``packed`` weights share them."""
+def kernel(backend: str, plan: Plan, device: torch.device) -> Kernel:
+    """Return what runs a plan for which no kernel is compiled."""
     if backend == "cpu":
+        return Kernel.CPU
+    if backend == "triton" and _is_for_triton(plan):
+        return Kernel.TABLE
+    return Kernel.CAPTURED if device.type == "cuda" else Kernel.TORCH
+
+
+def make_runner(plan: Plan, dtype: torch.dtype, device: torch.device, packed: Packed | None = None) -> Runner:
+    """Return a plan ready to run on its kernel; on a CPU, programs with the same ``packed`` weights share them."""
+    if plan.kernel == Kernel.CPU:
         from hessquik.backends.cpu import CpuProgram
 
         on_cpu = CpuProgram(plan.program, dtype, plan.rows, packed=packed)
         return Runner(plan, on_cpu.run, lambda: tuple(sorted({1, plan.rows})), on_cpu.bind)
-    if backend == "triton" and _is_for_triton(plan):
+    if plan.kernel == Kernel.TABLE:
         from hessquik.backends.triton import TritonProgram
 
-        return _on_card(plan, TritonProgram(plan.program, dtype, device))
+        return _tiled(plan, TritonProgram(plan.program, dtype, device))
+    if plan.kernel == Kernel.CAPTURED:
+        from hessquik.backends.gpu_captured import CapturedProgram, captures_of
+
+        return _tiled(plan, CapturedProgram(plan.graph, dtype, device, plan.rows, captures_of(device)))
     from hessquik.backends.torch import TorchProgram
 
-    by_torch = TorchProgram(plan.graph, dtype, device, plan.rows)
-    return Runner(plan, by_torch.run, lambda: by_torch.tile_rows)
+    return _tiled(plan, TorchProgram(plan.graph, dtype, device, plan.rows))
 
 
 def shared_weights(backend: str, weights: Sequence[torch.Tensor]) -> Packed | None:
@@ -105,28 +131,30 @@ def compiles_plans(backend: str) -> bool:
     return backend == "triton"
 
 
-def make_runners(backend: str, plans: Sequence[Plan], dtype: torch.dtype, device: torch.device) -> list[Runner]:
+def make_runners(plans: Sequence[Plan], dtype: torch.dtype, device: torch.device) -> list[Runner]:
     """Return plans ready to run, each on a kernel compiled for it, unless that would be too large.
 
     The kernel that runs all other plans is compiled, too.
 
     Args:
-        backend: One that compiles plans.
-        plans: The plans.
+        plans: The plans of a backend that compiles them.
         dtype: Of all numbers.
         device: Where to compute.
     """
-    from hessquik.backends.triton import ready_programs
+    from hessquik.backends.triton import UnrolledProgram, ready_programs
 
-    narrow = [plan for plan in plans if _is_for_triton(plan)]
-    ready = dict(zip(map(id, narrow), ready_programs([plan.program for plan in narrow], dtype, device), strict=True))
-    return [
-        _on_card(plan, ready[id(plan)]) if id(plan) in ready else make_runner(backend, plan, dtype, device)
-        for plan in plans
-    ]
+    narrow = [plan for plan in plans if plan.kernel == Kernel.TABLE]
+    programs = ready_programs([plan.program for plan in narrow], dtype, device)
+    ready = {
+        id(plan): _tiled(
+            replace(plan, kernel=Kernel.OWN if isinstance(program, UnrolledProgram) else plan.kernel), program
+        )
+        for plan, program in zip(narrow, programs, strict=True)
+    }
+    return [ready.get(id(plan)) or make_runner(plan, dtype, device) for plan in plans]
 
 
-def _on_card(plan: Plan, program: TritonProgram) -> Runner:
+def _tiled(plan: Plan, program: TorchProgram | TritonProgram) -> Runner:
     return Runner(plan, program.run, lambda: program.tile_rows)
 
 

@@ -15,12 +15,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages"]
+__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages", "retried", "stages_of"]
+
+T = TypeVar("T")
 
 #: Most bytes of one array of a chunk on the host.
 CHUNK_BYTES = 8 << 20
@@ -79,6 +81,10 @@ class Driver(Protocol):
         """Return whether an array is in the host's memory."""
         ...
 
+    def free_memory(self) -> None:
+        """Return unused memory to the device."""
+        ...
+
 
 class Cuda:
     """The driver of a CUDA device."""
@@ -130,6 +136,10 @@ class Cuda:
     def is_host(self, array: Tensor) -> bool:
         """Return whether an array is in the host's memory."""
         return array.device.type == "cpu"
+
+    def free_memory(self) -> None:
+        """Return unused memory of torch's cache to the device."""
+        torch.cuda.empty_cache()
 
 
 #: A function (arrays, n) that launches n rows on the calling thread's stream; the device can access these arrays.
@@ -267,11 +277,17 @@ class _Call:
 
 
 class Stages:
-    """A pool of stages for one device; a call takes an idle stage, or creates one if all are in use."""
+    """A pool of stages for one device; a call takes an idle stage, or creates one if all are in use.
+
+    Attributes:
+        driver: The device's driver.
+        caches: Functions that free what else is kept in the device's memory.
+    """
 
     def __init__(self, driver: Driver) -> None:
         """Start with an empty pool."""
         self.driver = driver
+        self.caches: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._idle: list[_Stage] = []
 
@@ -320,7 +336,32 @@ class Stages:
             if len(self._idle) < IDLE_STAGES:
                 self._idle.append(stage)
 
-    def clear(self) -> None:
-        """Free the memory of idle stages."""
+    def free_memory(self) -> None:
+        """Free the memory of idle stages and of all caches, and what torch's cache does not use."""
         with self._lock:
             self._idle.clear()
+        for clear in self.caches:
+            clear()
+        self.driver.free_memory()
+
+
+_STAGES: dict[torch.device, Stages] = {}
+_LOCK = threading.Lock()
+
+
+def stages_of(device: torch.device) -> Stages:
+    """Return the stages of a CUDA device."""
+    with _LOCK:
+        if device not in _STAGES:
+            _STAGES[device] = Stages(Cuda(device))
+        return _STAGES[device]
+
+
+def retried(attempt: Callable[[], T], free_memory: Callable[[], None]) -> T:
+    """Return the result of an attempt; if it runs out of memory, free memory and try once more."""
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        pass
+    free_memory()
+    return attempt()

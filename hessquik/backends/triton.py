@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from torch import Tensor
 from hessquik.backends import gpu_driver
 from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
-from hessquik.backends.gpu_stream import Cuda, Stages
+from hessquik.backends.gpu_stream import retried, stages_of
 from hessquik.backends.gpu_table import CALL_ARRAYS, LARGEST_ROW_NUMBERS, Table
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts
@@ -45,7 +45,6 @@ __all__ = [
     "unrolling",
 ]
 
-_T = TypeVar("_T")
 #: Oldest compute capability that is supported: 8.0 (A100).
 OLDEST = (8, 0)
 #: Most rows of a tile, and most entries of one array of a tile: the kernel's index arithmetic is exact below it.
@@ -90,7 +89,7 @@ class _Device:
         """Read the device's properties; kernels are compiled when they are first needed."""
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self.stages = Stages(Cuda(device)) if self.is_cuda else None
+        self.stages = stages_of(device) if self.is_cuda else None
         self._lock = threading.Lock()
         self._kernels: dict[torch.dtype | str, Any] = {}
         self._constants: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
@@ -113,7 +112,7 @@ class _Device:
         found = self._kernels.get(key)
         if found is None:
             found = compiled()
-            _retried(lambda: self._load(found), self)
+            retried(lambda: self._load(found), self.free_memory)
             with self._lock:
                 found = self._kernels.setdefault(key, found)
         return found
@@ -148,10 +147,9 @@ class _Device:
         return found if data.stride(2) else found[..., :1].expand(*found.shape[:2], columns)
 
     def free_memory(self) -> None:
-        """Free the memory of idle stages and the unused memory in torch's cache."""
+        """Free all memory of the device that is kept for later."""
         if self.stages is not None:
-            self.stages.clear()
-            torch.cuda.empty_cache()
+            self.stages.free_memory()
 
 
 _DEVICES: dict[torch.device, _Device] = {}
@@ -193,7 +191,7 @@ class TritonProgram:
         self._keep: list[Tensor] = []
         #: Streams on which the program has run.
         self._streams: set[int] = set()
-        self._arrays: Table | Unrolled = _retried(self._write, self._state)
+        self._arrays: Table | Unrolled = retried(self._write, self._state.free_memory)
         self._shared = frozenset(name for name, is_shared in self._arrays.inputs.items() if is_shared)
         self.tile_rows = (1, self._most_rows) if self._most_rows > 1 else (1,)
         self._compile()
@@ -252,7 +250,7 @@ class TritonProgram:
         with torch.cuda.device(state.device):
             if any(array.is_cpu for array in used.values()):
                 outputs = frozenset(self._arrays.outputs)
-                _retried(lambda: stages.run(used, outputs, self._shared, n, self._launch), state)
+                retried(lambda: stages.run(used, outputs, self._shared, n, self._launch), state.free_memory)
             else:
                 self._launch(used, n)
 
@@ -262,7 +260,7 @@ class TritonProgram:
         while True:
             size = self._memory(tile_rows)[0]
             try:
-                memory = _retried(lambda: self._scratch(instances * size), self._state)  # noqa: B023
+                memory = retried(lambda: self._scratch(instances * size), self._state.free_memory)  # noqa: B023
                 break
             except torch.OutOfMemoryError:
                 if tile_rows == instances == 1:
@@ -412,16 +410,6 @@ def _fitting(program: Program, dtype: torch.dtype, sizes: Unrolling, state: _Dev
     kernel = source(program, dtype.itemsize, sizes)
     is_small = sizes.instances * state.processors * kernel.bytes <= MEMORY_BYTES
     return kernel if is_small and kernel.forms <= MOST_FORMS else None
-
-
-def _retried(attempt: Callable[[], _T], state: _Device) -> _T:
-    """Return the result of an attempt; if it runs out of memory, free all cached memory and try once more."""
-    try:
-        return attempt()
-    except torch.OutOfMemoryError:
-        pass
-    state.free_memory()
-    return attempt()
 
 
 def _most_entries(program: Program) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ __all__ = ["capture", "example_of", "one_input", "one_output"]
 
 #: Rows of the points that a module is captured with; an axis of another length is one of features.
 ROWS = 7
+#: Functions in programs that differentiate by torch.func.
+DERIVATIVES = {"_jvp_increment_nesting", "_grad_increment_nesting"}
+#: What torch says of programs that use values outside of their graph.
+OUTSIDE = ("fake tensor in the exported program constant's list", "'Tensor' object has no attribute 'constant'")
 
 
 def example_of(module: nn.Module, example_input: Any) -> Tensor:
@@ -31,27 +37,31 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
             or ``num_features``, and the points are zeros of that width.
 
     Raises:
-        UnsupportedError: no layer has a number of inputs, or the points are not one tensor of real numbers.
+        UnsupportedError: no layer has a number of inputs, the points are not one tensor of real numbers, or the
+            module has no numbers that can be read, as quantized, lazy and TorchScript modules have none.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(f"{type(module).__name__} is TorchScript; import the module that it was made from")
     if not isinstance(module, nn.Module):
         raise UnsupportedError(
             f"the module must be a torch.nn.Module, got {type(module).__name__}; call it in the forward of one"
         )
-    for name, tensor in _tensors(module):
-        if 0 in tensor.shape and isinstance(tensor, nn.Parameter):
+    for name, part in module.named_modules():
+        is_quantized = ".quantized." in type(part).__module__
+        if is_quantized or isinstance(part, torch.jit.ScriptModule):
+            does = "is quantized, so that it rounds values" if is_quantized else "is TorchScript"
             raise UnsupportedError(
-                f"parameter {name} has no numbers, but the shape {tuple(tensor.shape)}; take out layers of width 0"
+                f"{name or 'the module'} ({type(part).__name__}) {does}; import the module that it was made from"
             )
+    for name, tensor in _tensors(module):
+        _expect_numbers(name, tensor)
+    points = None if example_input is None else _points_of(module, example_input)
     weights = (part.dtype for _, part in _tensors(module) if part.is_floating_point())
-    dtype = next(weights, getattr(example_input, "dtype", torch.get_default_dtype()))
-    if dtype in {torch.float16, torch.bfloat16}:
+    dtype = next(weights, torch.get_default_dtype() if points is None else points.dtype)
+    if dtype not in {torch.float32, torch.float64}:
         raise UnsupportedError(
             f"the module computes in {dtype}, which has too few digits for derivatives; call module.float() or "
             "module.double() before"
         )
-    if example_input is None:
+    if points is None:
         for part in module.modules():
             width = getattr(part, "in_features", getattr(part, "num_features", None))
             if isinstance(width, int):
@@ -60,27 +70,53 @@ def example_of(module: nn.Module, example_input: Any) -> Tensor:
             f"{type(module).__name__} has no layer that tells the number of inputs; pass example_input, one point "
             "(d,) or several (n, d)"
         )
-    if isinstance(example_input, tuple | list) and any(isinstance(part, Tensor) for part in example_input):
-        raise UnsupportedError(
-            f"{type(module).__name__} takes {len(example_input)} inputs; wrap it in a module that takes one tensor "
-            "(n, d) and splits it"
-        )
-    points = torch.as_tensor(example_input)
-    if not points.is_floating_point():
-        raise UnsupportedError(
-            f"example_input must hold real numbers, since derivatives with respect to integers do not exist, "
-            f"got {points.dtype}"
-        )
     point = points.detach().to("cpu", dtype)
     point = point if point.ndim == 1 else point[0]
     return point.expand(ROWS, *point.shape).clone()
 
 
+def _points_of(module: nn.Module, example_input: Any) -> Tensor:
+    """Return the example as a tensor of one point or several."""
+    if isinstance(example_input, tuple | list) and any(isinstance(part, Tensor) for part in example_input):
+        if len(example_input) > 1:
+            raise UnsupportedError(
+                f"{type(module).__name__} takes {len(example_input)} inputs; wrap it in a module that takes one "
+                "tensor (n, d) and splits it"
+            )
+        (example_input,) = example_input
+    try:
+        points = torch.as_tensor(example_input)
+    except (TypeError, ValueError, RuntimeError):
+        points = torch.zeros(())
+    if not points.ndim or 0 in points.shape or points.layout is not torch.strided or points.is_meta:
+        raise UnsupportedError(
+            f"example_input must be one point (d,) or several (n, d), got {example_input!r:.60}".replace("\n", " ")
+        )
+    if not points.is_floating_point():
+        raise UnsupportedError(
+            f"example_input must hold real numbers such as 0.5, since only these have derivatives, got {points.dtype}"
+        )
+    return points
+
+
+def _expect_numbers(name: str, tensor: Tensor) -> None:
+    """Refuse a parameter or buffer that has no numbers, or not on the CPU."""
+    if nn.parameter.is_lazy(tensor):
+        raise UnsupportedError(f"{name} has no shape yet; call the module on points first")
+    if tensor.device.type != "cpu":
+        raise UnsupportedError(
+            f"{name} is on the device {tensor.device}; call module.cpu() before"
+            + (", and load_state_dict, since there are no numbers on this device" if tensor.is_meta else "")
+        )
+    if 0 in tensor.shape and isinstance(tensor, nn.Parameter):
+        raise UnsupportedError(
+            f"parameter {name} has no numbers, but the shape {tuple(tensor.shape)}; take out layers of width 0"
+        )
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return parameters and buffers with their names; those without a shape yet are left out."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not nn.parameter.is_lazy(tensor):
-            yield name, tensor
+    """Return parameters and buffers with their names."""
+    return itertools.chain(module.named_parameters(), module.named_buffers())
 
 
 def capture(module: nn.Module, example: Tensor, is_guess: bool = False) -> Program:
@@ -98,6 +134,9 @@ def capture(module: nn.Module, example: Tensor, is_guess: bool = False) -> Progr
         with _silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(module, (example,))
+            called = {getattr(node.target, "__name__", "") for node in exported.graph.nodes}
+            if "_add_batch_dim" in called and called.isdisjoint(DERIVATIVES):
+                exported = exported.run_decompositions({})  # calls of torch.func.vmap become those of its operators
     except Exception as error:  # any error that the module's code causes
         guess = (
             f"; it was tried with {example.shape[1]} inputs, as a layer has; pass example_input, one point (d,), if "
@@ -241,10 +280,13 @@ def _fault(module: nn.Module, error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "hessquik/importing" not in frame.filename
+        if not any(part in frame.filename for part in ("/torch/", "hessquik/importing"))
+        and Path(frame.filename).parent != Path(traceback.__file__).parent
     ]
     where = f" at {frames[-1].name}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if any(part in str(error) for part in OUTSIDE):
+        reason = "it differentiates, or takes values out of their graph (.data): return the function that it derives"
     if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
         reason = "it decides by values that depend on the inputs, so that its derivatives jump"
     return (

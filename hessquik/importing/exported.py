@@ -7,6 +7,7 @@ sample inputs of the archive, which are a pickle, are not opened, and tensors th
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing.capture import ROWS, one_input, one_output
+from hessquik.importing.torch_constants import MAX_NUMBERS
 from hessquik.importing.torch_reader import Call, Program, Ref
 
 __all__ = ["read_archive"]
@@ -24,6 +26,8 @@ __all__ = ["read_archive"]
 MAX_ARCHIVE_BYTES = 1 << 30
 MAX_JSON_BYTES = 64 << 20
 MAX_NODES = 65536
+#: The bit of an encrypted file among the flags of its entry.
+ENCRYPTED = 1
 #: Types of numbers by their codes in the schema of the archive.
 DTYPES = {
     1: torch.uint8,
@@ -52,9 +56,9 @@ def read_archive(path: str | Path) -> Program:
             return _read(archive)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
-    except UnsupportedError:
+    except (UnsupportedError, OSError):
         raise
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:  # any error that a broken or hostile archive causes
         raise FormatError(
             f"{name}: the file must be an archive that torch.export.save of torch 2.8 or later wrote "
             f"({type(error).__name__}: {str(error)[:100]})"
@@ -64,6 +68,8 @@ def read_archive(path: str | Path) -> Program:
 def _read(archive: zipfile.ZipFile) -> Program:
     if sum(entry.file_size for entry in archive.infolist()) > MAX_ARCHIVE_BYTES:
         raise FormatError(f"the archive must have at most {MAX_ARCHIVE_BYTES} bytes")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED for entry in archive.infolist()):
+        raise FormatError("the archive must hold its files as they are, neither compressed nor encrypted")
     files = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
 
     def parsed(name: str) -> Any:
@@ -73,7 +79,9 @@ def _read(archive: zipfile.ZipFile) -> Program:
 
     models = [name for name in files if name.startswith("models/") and name.endswith(".json")]
     if len(models) != 1:
-        raise FormatError(f"the archive must have one model, got {len(models)}")
+        raise FormatError(
+            f"the archive must have one model, as torch.export.save of 2.8 or later has it, got {len(models)}"
+        )
     if "byteorder" in files and archive.read(files["byteorder"]).strip() != b"little":
         raise FormatError("numbers in the archive must be in little-endian order")
     key = models[0].removeprefix("models/").removesuffix(".json")
@@ -89,7 +97,7 @@ def _tensors(
     archive: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], folder: str, entries: Any
 ) -> dict[str, Tensor]:
     """Return the tensors of a folder."""
-    found = {}
+    found, numbers = {}, 0
     for name, entry in entries["config"].items():
         if entry["use_pickle"] or entry["tensor_meta"] is None:
             raise FormatError(f"tensor {name} must be stored as raw numbers, got a pickle; export the module anew")
@@ -102,6 +110,9 @@ def _tensors(
         last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if min([start, *shape, *strides], default=0) < 0 or (0 not in shape and last >= flat.numel()):
             raise FormatError(f"tensor {name} must lie within its {flat.numel()} numbers")
+        numbers += math.prod(shape)
+        if numbers > MAX_NUMBERS:
+            raise FormatError(f"tensors must have at most {MAX_NUMBERS} numbers together")
         found[name] = flat.as_strided(shape, strides, start).clone()
     return found
 
@@ -129,6 +140,8 @@ def _program(module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progra
     if None in shape:
         raise FormatError("a program must have a fixed number of inputs; only the number of points may be dynamic")
     sizes = (ROWS if rows is None else int(rows), *map(int, shape))
+    if min(sizes) < 1 or math.prod(sizes) > MAX_NUMBERS:
+        raise FormatError(f"a program must take 1 to {MAX_NUMBERS} numbers, got an array of the shape {sizes}")
     dtype = DTYPES[meta["dtype"]]
     calls = [_call(node) for node in graph["nodes"]]
     return Program(inputs[0].name, sizes, dtype, constants, calls, outputs[0].name, takes_any_rows=rows is None)
@@ -146,18 +159,25 @@ def _call(node: Mapping[str, Any]) -> Call:
     return Call(target, tuple(args), kwargs, tuple(outputs), _place(node.get("metadata", {})))
 
 
+def _ref(name: Any) -> Ref:
+    """Return the reference to a value."""
+    if not isinstance(name, str):
+        raise FormatError(f"the name of a value must be text, got {name!r:.60}")
+    return Ref(name)
+
+
 #: Kinds of arguments whose value is used as it is.
 _PLAIN = {"as_int", "as_bool", "as_ints", "as_bools", "as_string", "as_strings"}
 #: Devices, layouts and memory formats, none of which changes a number.
 _IGNORED = {"as_none", "as_device", "as_layout", "as_memory_format"}
 _READ: dict[str, Callable[[Any], Any]] = {
-    "as_tensor": lambda value: Ref(value["name"]),
-    "as_tensors": lambda value: [Ref(each["name"]) for each in value],
+    "as_tensor": lambda value: _ref(value["name"]),
+    "as_tensors": lambda value: [_ref(each["name"]) for each in value],
     "as_optional_tensors": lambda value: [_argument(each) for each in value],
     "as_float": float,
     "as_floats": lambda value: [float(each) for each in value],
-    "as_sym_int": lambda value: Ref(value["as_name"]) if "as_name" in value else value["as_int"],
-    "as_sym_bool": lambda value: Ref(value["as_name"]) if "as_name" in value else value["as_bool"],
+    "as_sym_int": lambda value: _ref(value["as_name"]) if "as_name" in value else value["as_int"],
+    "as_sym_bool": lambda value: _ref(value["as_name"]) if "as_name" in value else value["as_bool"],
     "as_sym_ints": lambda value: [_READ["as_sym_int"](each) for each in value],
     "as_scalar_type": lambda value: DTYPES.get(value, torch.complex128),
 }

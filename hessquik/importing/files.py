@@ -37,7 +37,7 @@ def read_scaling(path: str | Path) -> Scaling:
         FormatError: the file is not a JSON object.
         ShapeError: a key is not a field of :class:`Scaling`.
     """
-    given = strict_json.parse("scale", Path(path).read_text())
+    given = strict_json.parse("scale", Path(path).read_bytes())
     if not isinstance(given, dict):
         raise FormatError(f"{Path(path).name}: a scaling must be a JSON object such as {{'input_mean': [0.5, 2.0]}}")
     return Scaling.of(given)

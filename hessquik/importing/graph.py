@@ -19,6 +19,7 @@ from hessquik.errors import UnsupportedError
 from hessquik.expressions import Formula
 
 __all__ = [
+    "MAX_WIDTH",
     "Affine",
     "Input",
     "Map",
@@ -37,6 +38,8 @@ __all__ = [
     "refuse",
 ]
 
+#: Features of one value: matrices that select them are square.
+MAX_WIDTH = 1 << 14
 #: A linear map on row vectors: a matrix, or a number for that multiple of the identity.
 Map = Tensor | float
 
@@ -125,9 +128,14 @@ def ordered(outputs: Iterable[Node], until: Collection[Node] = ()) -> list[Node]
 
 
 def affine(place: str, terms: Sequence[tuple[Node, Map]], offset: Tensor | None = None) -> Node:
-    """Return the node Σᵢ vᵢ Aᵢ + c, or v itself if the sum is just v."""
-    node, linear = terms[0]
+    """Return the node Σᵢ vᵢ Aᵢ + c, or v itself if the sum is just v. Terms without entries are left out."""
     widths = {term.width if isinstance(matrix, float) else matrix.shape[1] for term, matrix in terms}
+    some = [(term, matrix) for term, matrix in terms if term.width]
+    if not some and widths != {0}:
+        source = ordered([terms[0][0]])[0]
+        some = [(source, torch.zeros(source.width, *widths, dtype=torch.float64))]
+    terms = some or terms
+    node, linear = terms[0]
     if offset is not None and not offset.any():
         offset = None
     if len(terms) == 1 and offset is None and isinstance(linear, float) and linear == 1.0:
@@ -136,13 +144,21 @@ def affine(place: str, terms: Sequence[tuple[Node, Map]], offset: Tensor | None 
 
 
 def identity(width: int) -> Tensor:
-    """Return the identity matrix."""
+    """Return the identity matrix.
+
+    Raises:
+        UnsupportedError: it is too large.
+    """
+    if width > MAX_WIDTH:
+        raise UnsupportedError(
+            f"a value must have at most {MAX_WIDTH} features, got {width}; make the network narrower"
+        )
     return torch.eye(width, dtype=torch.float64)
 
 
 def as_map(matrix: Tensor) -> Map:
     """Return a matrix, or the number a if it is a times the identity."""
-    if matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * identity(len(matrix))):
+    if 0 < matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix[0, 0] * identity(len(matrix))):
         return float(matrix[0, 0])
     return matrix
 

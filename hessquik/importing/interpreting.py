@@ -7,6 +7,7 @@ by applying the operations to the unit vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ __all__ = [
     "multiply",
     "readable",
     "rectify",
+    "spread",
 ]
 
 
@@ -155,7 +157,7 @@ def by_trial(
     terms: list[tuple[Node, Map]] = []
     for i, each in enumerate(features):
         unit = identity(each.node.width)
-        columns = []
+        columns = [torch.zeros(0, math.prod(shape), dtype=torch.float64)]
         for start in range(0, len(unit), rows):
             chunk = unit[start : start + rows]
             array = torch.zeros(rows, each.node.width, dtype=torch.float64)
@@ -163,6 +165,9 @@ def by_trial(
             arrays = [*zeros[:i], each.arrange(array), *zeros[i + 1 :]]
             columns.append(rows_first(arrays).reshape(rows, -1)[: len(chunk)])
         terms.append((each.node, as_map(torch.cat(columns))))
+    numbers = [*(matrix for _, matrix in terms), 0.0 if offset is None else offset.nan_to_num(math.nan, 0.0, 0.0)]
+    if not all(bool(torch.isfinite(torch.as_tensor(each, dtype=torch.float64)).all()) for each in numbers):
+        raise refuse(place, "computes with NaN, or multiplies by infinity", "use finite numbers")
     _check(place, rows_first, features, terms, rows)
     shift = None
     if offset is not None:
@@ -229,7 +234,7 @@ def multiply(place: str, left: Any, right: Any, rows: int, divide: bool = False)
         found: Features = apply_affine(place, torch.div if divide else torch.mul, (left, right), (), rows)
         return found
     shape = tuple(torch.broadcast_shapes(left.whole(rows), right.whole(rows)))
-    a, b = (_spread(place, each, shape, rows) for each in (left, right))
+    a, b = (spread(place, each, shape, rows) for each in (left, right))
     if a.axis != b.axis:
         raise refuse(place, "multiplies each row by all others", "each row must be computed alone")
     return replace(a, node=Product(place, a.node.width, a.node, b.node))
@@ -246,7 +251,7 @@ def _refuse_other_rows(place: str, left: Any, right: Any) -> None:
         raise refuse(place, "multiplies every row by another constant", "multiply all rows by the same constants")
 
 
-def _spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
+def spread(place: str, value: Features, shape: tuple[int, ...], rows: int) -> Features:
     """Return a value broadcast to the shape of a whole array."""
     if value.whole(rows) == shape:
         return value

@@ -160,21 +160,23 @@ Expressed = tuple[dict[Node, Map], Tensor | None]
 
 def _express(targets: Sequence[Node], basis: Sequence[Node]) -> list[Expressed]:
     """Return values as affine functions of others."""
-    found: dict[Node, Expressed] = {node: ({node: 1.0}, None) for node in basis}
-    for node in ordered(targets, until=found):
-        if node in found:
+    return [_expressed(target, set(basis)) for target in targets]
+
+
+def _expressed(target: Node, basis: set[Node]) -> Expressed:
+    """Return a value as an affine function of others, by maps to it from each value that it is computed from."""
+    maps: dict[Node, Map] = {target: 1.0}
+    offset = torch.zeros(target.width, dtype=torch.float64)
+    for node in reversed(ordered([target], until=basis)):
+        if node in basis:
             continue
         assert isinstance(node, Affine)
-        maps: dict[Node, Map] = {}
-        offset = torch.zeros(node.width, dtype=torch.float64) if node.offset is None else node.offset
+        outer = maps.pop(node)
         for term, matrix in node.terms:
-            inner, shift = found[term]
-            for source, linear in inner.items():
-                maps[source] = plus(maps.get(source), compose(linear, matrix), source.width)
-            if shift is not None:
-                offset = offset + (shift * matrix if isinstance(matrix, float) else shift @ matrix)
-        found[node] = maps, offset if offset.any() else None
-    return [found[target] for target in targets]
+            maps[term] = plus(maps.get(term), compose(matrix, outer), term.width)
+        if node.offset is not None:
+            offset = offset + (node.offset * outer if isinstance(outer, float) else node.offset @ outer)
+    return maps, offset if offset.any() else None
 
 
 def _stack(columns: Sequence[dict[Node, Map]], rows: Sequence[Node], widths: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from hessquik.importing.onnx_node import Call, unknown
 from hessquik.importing.sklearn_kernels import kernel
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["HANDLERS", "Comparison"]
+__all__ = ["HANDLERS", "OF_FIRST", "Comparison"]
 
 #: Added to the standard deviation by the definition of MeanVarianceNormalization.
 _MVN_EPSILON = 1e-9
@@ -104,7 +104,7 @@ def _standardised(
         x = apply_affine(place, lambda u: u - u.mean(dims, keepdim=True), (x,), (), rows)
     variance = apply_affine(place, lambda u: u.mean(dims, keepdim=True), (_applied(call, "square", x),), (), rows)
     factor = Pointwise(place, variance.node.width, variance.node, inverse)
-    return multiply(place, x, Features(factor, variance.shape), rows)
+    return multiply(place, x, replace(variance, node=factor), rows)
 
 
 def _inverse_root(call: Call) -> Formula:
@@ -133,14 +133,20 @@ def _layer_norm(call: Call, args: list[Any], rows: int) -> Features:
 def _group_norm(call: Call, args: list[Any], rows: int) -> Features:
     """Interpret GroupNormalization, and InstanceNormalization, where each channel is a group."""
     x, scale, offset = args
+    _expect_rows_first(call, x)
     channels = x.shape[0]
     groups = call.attributes.get("num_groups", channels)
     grouped = apply_affine(call.place, lambda u: u.reshape(rows, groups, -1), (x,), (), rows)
     standard = _standardised(call, grouped, (2,), _inverse_root(call), rows)
-    value = Features(standard.node, x.shape)
+    value = replace(x, node=standard.node)
     columns = (channels, *(1,) * (len(x.shape) - 1))
     scale, offset = (each.repeat_interleave(channels // len(each)).reshape(columns) for each in (scale, offset))
     return _scaled(call, value, scale, offset, rows)
+
+
+def _expect_rows_first(call: Call, x: Features) -> None:
+    if x.axis:
+        raise refuse(call.place, f"has the rows along axis {x.axis}", "transpose its input before")
 
 
 def _mean_variance(call: Call, args: list[Any], rows: int) -> Features:
@@ -177,7 +183,7 @@ def _softplus(call: Call, condition: Comparison, x: Features, y: Features) -> Fe
     ):
         argument, e = _multiple(result.of)
         if compared is value is argument and math.isclose(b, e) and math.isclose(c * e, a) and e / a > 0:
-            return Features(TORCH["softplus"](call.place, x.node, e / a, condition.bound), x.shape)
+            return replace(x, node=TORCH["softplus"](call.place, x.node, e / a, condition.bound))
     raise unknown(call)
 
 
@@ -194,11 +200,11 @@ def _multiple(node: Node) -> tuple[Node, float]:
     return node, 1.0
 
 
-def _power(call: Call, args: list[Any], rows: int) -> Features:
+def _power(call: Call, args: list[Any], rows: int) -> Any:
     base, exponent = args
-    if not isinstance(base, Features) and base.numel() == 1 and float(base) > 0:
+    if isinstance(base, Tensor) and base.is_floating_point() and bool((base > 0).all()):
         scaled = multiply(call.place, exponent, base.log(), rows)
-        return Features(TORCH["exp"](call.place, scaled.node), scaled.shape)
+        return replace(scaled, node=TORCH["exp"](call.place, scaled.node))
     if isinstance(exponent, Features) or exponent.numel() != 1:
         raise refuse(
             call.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts"
@@ -206,17 +212,17 @@ def _power(call: Call, args: list[Any], rows: int) -> Features:
     number = float(exponent)
     if number != int(number) and abs(number) != 0.5:
         formula = ["exp", ["mul", number, ["log", "z"]]]
-        return Features(Pointwise(call.place, base.node.width, base.node, formula), base.shape)
-    return Features(TORCH["pow"](call.place, base.node, number), base.shape)
+        return replace(base, node=Pointwise(call.place, base.node.width, base.node, formula))
+    return replace(base, node=TORCH["pow"](call.place, base.node, number))
 
 
-def _clip(call: Call, args: list[Any], rows: int) -> Features:
+def _clip(call: Call, args: list[Any], rows: int) -> Any:
     x, low, high = (*args, None, None)[:3]
     low, high = (
         call.attributes.get(key) if bound is None else float(bound) for key, bound in (("min", low), ("max", high))
     )
     low, high = (None if bound is None or math.isinf(bound) else bound for bound in (low, high))
-    return Features(TORCH["clamp"](call.place, x.node, low, high), x.shape)
+    return replace(x, node=TORCH["clamp"](call.place, x.node, low, high))
 
 
 def _among(choose: Callable[..., Features]) -> Callable[[Call, list[Any], int], Any]:
@@ -252,16 +258,17 @@ def _regressor(call: Call, args: list[Any], rows: int) -> Features:
 
 def _support_vectors(call: Call, args: list[Any], rows: int) -> Features:
     """Interpret Σᵢ αᵢ k(x, cᵢ) + ρ, as scikit-learn's support vectors are exported."""
+    _expect_rows_first(call, args[0])
     given, x = call.attributes, args[0].node
     if given.get("post_transform", "NONE") != "NONE" or given.get("one_class"):
         raise refuse(call.place, "transforms its result", "export a regressor with post_transform NONE")
     weights, rho = (torch.tensor(given[key], dtype=torch.float64) for key in ("coefficients", "rho"))
     if not given.get("n_supports"):
-        return Features(affine(call.place, [(x, weights[:, None])], rho), (1,))
+        return Features(affine(call.place, [(x, weights[:, None])], rho), (1,), 0)
     gamma, offset, degree = given.get("kernel_params") or (0.0, 0.0, 3.0)
     points = torch.tensor(given["support_vectors"], dtype=torch.float64).reshape(-1, x.width)
     values = kernel(call.place, x, points, given.get("kernel_type", "LINEAR").lower(), gamma, degree, offset)
-    return Features(affine(call.place, [(values, weights[:, None])], rho), (1,))
+    return Features(affine(call.place, [(values, weights[:, None])], rho), (1,), 0)
 
 
 def _slopes(call: Call, args: list[Any], rows: int) -> Features:
@@ -278,7 +285,7 @@ def _pad(call: Call, args: list[Any], rows: int) -> Features:
     if not call.attributes.get("value"):
         found = apply_affine(call.place, call.compute, args, operations.ADDITIVE["Pad"] or (), rows)
         return found
-    frame = call.compute(torch.zeros(rows, *args[0].shape, dtype=torch.float64))
+    frame = call.compute(torch.zeros(args[0].whole(rows), dtype=torch.float64))
     inside = apply_affine(call.place, lambda u: call.compute(u) - frame, args[:1], (), rows)
     found = apply_affine(call.place, torch.add, (inside, frame), (1,), rows)
     return found
@@ -292,7 +299,7 @@ def _scatter(call: Call, args: list[Any], rows: int) -> Any:
 
 
 def _shape(call: Call, args: list[Any], rows: int) -> Tensor:
-    sizes = torch.tensor([rows, *args[0].shape])
+    sizes = torch.tensor(args[0].whole(rows))
     if call.operator == "Size":
         return sizes.prod()
     start, end = call.attributes.get("start", 0), call.attributes.get("end", len(sizes))
@@ -326,8 +333,8 @@ def _folded(combine: Callable[..., Features]) -> Callable[[Call, list[Any], int]
     """Return a handler of a reduction over one axis, as operations on two values."""
 
     def handle(call: Call, args: list[Any], rows: int) -> Features:
-        x, shape, axes = args[0], (rows, *args[0].shape), _axes(call, args)
-        if len(axes) != 1 or not axes[0] % len(shape):
+        x, shape, axes = args[0], args[0].whole(rows), _axes(call, args)
+        if len(axes) != 1 or axes[0] % len(shape) == (x.axis or 0):
             raise refuse(call.place, "reduces several axes, or rows", "reduce one axis of the features")
         axis, keeps = axes[0] % len(shape), bool(call.attributes.get("keepdims", 1))
         parts = [
@@ -344,7 +351,7 @@ def _folded(combine: Callable[..., Features]) -> Callable[[Call, list[Any], int]
 
 def _applied(call: Call, name: str | None, x: Features) -> Features:
     """Return σ(x) with σ given by its name."""
-    return x if name is None else Features(TORCH[name](call.place, x.node), x.shape)
+    return x if name is None else replace(x, node=TORCH[name](call.place, x.node))
 
 
 def _reduced(inner: str | None, outer: str | None = None) -> Callable[[Call, list[Any], int], Features]:
@@ -368,7 +375,7 @@ def _soft_shrink(call: Call, args: list[Any], rows: int) -> Features:
     x, bound, bias = args[0], call.attributes.get("lambd", 0.5), call.attributes.get("bias", 0.0)
     if bound != bias:
         raise refuse(call.place, "jumps where |x| is lambd", "use it with bias equal to lambd, or a smooth function")
-    clipped = Features(TORCH["clamp"](call.place, x.node, -bound, bound), x.shape)
+    clipped = replace(x, node=TORCH["clamp"](call.place, x.node, -bound, bound))
     found: Features = apply_affine(call.place, torch.sub, (x, clipped), (), rows)
     return found
 
@@ -379,12 +386,12 @@ def _thresholded(call: Call, args: list[Any], rows: int) -> Features:
     return _applied(call, "relu", args[0])
 
 
-def _biased(name: str) -> Callable[[Call, list[Any], int], Features]:
+def _biased(name: str) -> Callable[[Call, list[Any], int], Any]:
     """Return a handler of σ(x + b), for operators of onnxruntime."""
 
-    def handle(call: Call, args: list[Any], rows: int) -> Features:
+    def handle(call: Call, args: list[Any], rows: int) -> Any:
         z = apply_affine(call.place, torch.add, args, (0, 1), rows) if len(args) > 1 else args[0]
-        return Features(operations.POINTWISE["Gelu"](call.place, z.node, {"approximate": name}), z.shape)
+        return replace(z, node=operations.POINTWISE["Gelu"](call.place, z.node, {"approximate": name}))
 
     return handle
 
@@ -402,7 +409,7 @@ def _fused_product(call: Call, args: list[Any], rows: int) -> Any:
     return _multilinear(call, args, rows, compute)
 
 
-def _fused_gemm(call: Call, args: list[Any], rows: int) -> Features:
+def _fused_gemm(call: Call, args: list[Any], rows: int) -> Any:
     """Interpret α A B + β C of onnxruntime with an activation after it."""
     given = call.attributes
     z = _fused_product(call, args[:2], rows)
@@ -411,8 +418,8 @@ def _fused_gemm(call: Call, args: list[Any], rows: int) -> Features:
     function = operations.POINTWISE.get(given.get("activation", ""))
     if function is None:
         raise unknown(call)
-    numbers = {key: given[f"activation_{key}"] for key in ("alpha", "gamma") if f"activation_{key}" in given}
-    return Features(function(call.place, z.node, numbers), z.shape)
+    numbers = {key: given[f"activation_{key}"] for key in ("alpha", "beta", "gamma") if f"activation_{key}" in given}
+    return replace(z, node=function(call.place, z.node, numbers))
 
 
 #: Operators that need more than their row in a table.
@@ -443,7 +450,7 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "ReduceSumSquare": _reduced("square"),
     "SVMRegressor": _support_vectors,
     "Scaler": _scaler,
-    **dict.fromkeys(("Scatter", "ScatterElements", "ScatterND"), _scatter),
+    **dict.fromkeys(("ScatterElements", "ScatterND"), _scatter),
     "Shrink": _soft_shrink,
     "ThresholdedRelu": _thresholded,
     "Where": _choose,
@@ -452,3 +459,13 @@ HANDLERS: dict[str, Callable[[Call, list[Any], int], Any]] = {
     "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.FusedMatMul": _fused_product,
 }
+
+#: Operators whose first input alone may depend on the model's.
+OF_FIRST = (
+    "Clip",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "PRelu",
+    "RMSNormalization",
+)

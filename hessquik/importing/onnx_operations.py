@@ -133,6 +133,7 @@ _REASONS = (
         "OneHot LabelEncoder OneHotEncoder CategoryMapper",
     ),
     ("is a recurrent network", _ROWS, "LSTM GRU RNN"),
+    ("is an old form of ScatterElements", "convert the model to version 11 of the operators or later", "Scatter"),
     ("decides or repeats while it runs", _FLOW, "If Loop Scan SequenceMap"),
     (
         "draws random numbers",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor
 
 from hessquik.errors import FormatError, UnsupportedError
 from hessquik.importing import onnx_operations as operations
-from hessquik.importing.graph import Node, refuse
+from hessquik.importing.graph import MAX_WIDTH, Node, refuse
 from hessquik.importing.interpreting import Features, apply_affine, as_float64, features_in, readable
-from hessquik.importing.onnx_handlers import HANDLERS, Comparison
-from hessquik.importing.onnx_node import Call, unknown
+from hessquik.importing.onnx_handlers import HANDLERS, OF_FIRST, Comparison
+from hessquik.importing.onnx_node import Call, as_tensor, unknown
 
-__all__ = ["Signature", "expect_known", "read", "signature"]
+__all__ = ["Signature", "expect_known", "expect_size", "read", "signature"]
 
-#: Rows where the model leaves their number open.
-ROWS = 7
+#: Rows where the model leaves their number open: a number that sizes of features seldom are.
+ROWS = 61
+#: Numbers of all points, where the model fixes their number.
+MAX_ENTRIES = 1 << 22
 #: Weights beyond have squares that overflow.
 LARGEST = 1e150
 
@@ -45,7 +48,7 @@ class Signature:
     @property
     def width(self) -> int:
         """Number of inputs of a point."""
-        return int(torch.Size(self.shape[1:]).numel())
+        return math.prod(self.shape[1:])
 
 
 def signature(model: Any, d: int | None = None) -> Signature:
@@ -81,7 +84,7 @@ def _dtype(name: str, code: int) -> torch.dtype:
     """
     import onnx
 
-    kind = onnx.TensorProto.DataType.Name(code)
+    kind = onnx.TensorProto.DataType.Name(code) if code in onnx.TensorProto.DataType.values() else str(code)
     types = {"FLOAT": torch.float32, "DOUBLE": torch.float64}
     if kind not in types and "FLOAT" in kind:
         raise UnsupportedError(
@@ -100,9 +103,12 @@ def _shape(name: str, kind: Any, d: int | None) -> list[int]:
     """Return the shape of an input, rows first; their number is 0 if it is open.
 
     Raises:
+        FormatError: a size is below 0.
         UnsupportedError: it has no axis of rows, or leaves other sizes than the number of rows open.
     """
     sizes = [size.dim_value for size in kind.shape.dim] if kind.HasField("shape") else [0, 0]
+    if min(sizes, default=0) < 0:
+        raise FormatError(f"input {name} must have a shape of positive sizes, got {sizes}")
     if len(sizes) < 2:
         raise UnsupportedError(
             f"input {name} must have the shape (n, d), with one row per point, got {sizes}; export the model with "
@@ -134,6 +140,19 @@ def expect_known(model: Any, what: Signature) -> None:
             dependent |= set(node.output)
 
 
+def expect_size(what: Signature) -> None:
+    """Refuse a model whose input is too large for matrices of its features.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if what.width > MAX_WIDTH or math.prod(what.shape) > MAX_ENTRIES:
+        raise UnsupportedError(
+            f"input {what.input} must have at most {MAX_WIDTH} numbers per point and {MAX_ENTRIES} in all, got "
+            f"{what.shape}; export the model with a free number of points, or with fewer inputs"
+        )
+
+
 def read(model: Any, what: Signature, point: Node) -> Node:
     """Return a model's output as a value of a graph, from the value that it takes.
 
@@ -141,16 +160,20 @@ def read(model: Any, what: Signature, point: Node) -> Node:
         FormatError: a tensor is not what it says, or a node takes what nothing before it gives.
         UnsupportedError: the model does something that cannot be exact here.
     """
-    values: dict[str, Any] = {"": None, what.input: Features(point, what.shape[1:])}
+    values: dict[str, Any] = {"": None, what.input: Features(point, what.shape[1:], 0)}
     _Reader(model.opset_import, what.shape[0], values).read(model.graph, [what.output])
     output = values.get(what.output)
     if not isinstance(output, Features):
         raise refuse(what.output, "does not depend on the input", "return what the network computes of it")
     if not output.node.width:
         raise refuse(what.output, "holds no numbers", "return what the network computes")
+    if output.axis:
+        raise refuse(what.output, f"has the rows along axis {output.axis}", "transpose it, to one row per point")
     return output.node
 
 
+#: Operators whose second operand has an axis before version 7.
+_BY_AXIS = ("Add", "Div", "Mul", "Pow", "Sub")
 #: Operators that depend on the shape of a value alone.
 _OF_SHAPE = ("Shape", "Size")
 
@@ -185,7 +208,7 @@ def _weights(tensor: Any) -> Tensor:
     from onnx import numpy_helper
 
     try:
-        weights: Tensor = as_float64(torch.as_tensor(numpy_helper.to_array(tensor).copy()))
+        weights: Tensor = as_float64(as_tensor(numpy_helper.to_array(tensor)))
     except Exception as error:  # any error that a damaged file causes
         name = tensor.name[:64]
         raise FormatError(f"tensor {name!r} must have numbers of its type and shape ({str(error)[:100]})") from None
@@ -222,14 +245,21 @@ class _Reader:
                     f"node {call.place}: the model must have a value named {missing[0]!r} before it is used"
                 )
             results = self._results(call, [self.values[name] for name in node.input])
-            self.values.update(zip(node.output, results, strict=False))  # Dropout's mask and the like are left out
+            if not all(node.output[: len(results)]):  # which end onnxruntime's process
+                raise refuse(call.place, "leaves out some of its results", "export the model with a name for each")
+            further = wanted.intersection(node.output[len(results) :])  # such as Dropout's mask
+            if further:
+                raise refuse(call.place, f"gives {min(further)!r} beside its result", "use its first output alone")
+            self.values.update(zip(node.output, results, strict=False))
 
     def _results(self, call: Call, args: list[Any]) -> Sequence[Any]:
         if call.operator == "If" and isinstance(args[0], Tensor):
-            branch = call.attributes["then_branch" if bool(args[0]) else "else_branch"]
-            names = [output.name for output in branch.output]
+            with readable(call.place):
+                branch = call.attributes["then_branch" if bool(args[0]) else "else_branch"]
+                names = [output.name for output in branch.output]
             self.read(branch, names)
             return [self.values[name] for name in names]
+        _expect_present_form(call, args)
         depends = bool(features_in(args)) or any(isinstance(arg, Comparison) for arg in args)
         if depends:
             _expect_finite(call, args)
@@ -247,6 +277,20 @@ def _expect_finite(call: Call, args: Sequence[Any]) -> None:
             raise refuse(call.place, does, "export the model with finite weights")
 
 
+def _expect_present_form(call: Call, args: Sequence[Any]) -> None:
+    """Refuse operators of old versions whose results differ from those of the present ones, which alone are read.
+
+    The standard's reference has the present ones alone as well, so that the comparison of values does not tell.
+    """
+    instead = "convert the model to version 7 of the operators or later"
+    if call.operator == "Selu" and call.version < 6 and not {"alpha", "gamma"} <= call.attributes.keys():
+        raise refuse(call.place, "has other slopes by default than in the present version", instead)
+    if call.operator in _BY_AXIS and call.version < 7 and "axis" in call.attributes:
+        left, right = (len(arg.shape) + isinstance(arg, Features) for arg in args)
+        if call.attributes["axis"] % left != left - right:
+            raise refuse(call.place, "aligns its second operand by other axes than the last", instead)
+
+
 def _interpret(call: Call, args: list[Any], rows: int) -> Any:
     """Convert a node to values of the graph, given its arguments."""
     compared = next((arg.call for arg in args if isinstance(arg, Comparison)), None)
@@ -254,11 +298,15 @@ def _interpret(call: Call, args: list[Any], rows: int) -> Any:
         raise unknown(compared)
     if not _is_known(call):
         raise unknown(call)
+    if call.operator in OF_FIRST and (not isinstance(args[0], Features) or features_in(args[1:])):
+        raise refuse(
+            call.place, "has numbers that depend on the inputs", "use constants, or write it with Mul and Add"
+        )
     if call.operator in HANDLERS:
         return HANDLERS[call.operator](call, args, rows)
     if call.operator in operations.POINTWISE:
         x = args[0]
-        return Features(operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)), x.shape)
+        return replace(x, node=operations.POINTWISE[call.operator](call.place, x.node, dict(call.attributes)))
     additive = operations.ADDITIVE[call.operator]
     positions = range(len(args)) if additive is None else additive
     return apply_affine(call.place, call.compute, args, positions, rows)

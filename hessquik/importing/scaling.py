@@ -90,8 +90,8 @@ class Scaling:
             scale = (upper - lower) / (high - low)
             return lower - low * scale, scale
         mean, scale = (self._numbers(f"{side}_{key}", width) for key in ("mean", "scale"))
-        if not bool((scale != 0).all()):
-            raise ShapeError(f"{side}_scale must have no zeros")
+        if not bool(torch.isfinite(torch.stack([1 / scale, mean / scale])).all()):
+            raise ShapeError(f"{side}_scale must have no zeros, and no numbers that float64 cannot divide by")
         return mean, scale
 
     def _numbers(self, name: str, width: int) -> Tensor:

@@ -6,6 +6,7 @@ or from safetensors.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from hessquik.strict_json import shown
 __all__ = ["MODULES", "read_sequential"]
 
 MAX_NUMBER = 1 << 16
+#: Dtypes of weights: there is one for all numbers of any two.
+REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 #: Modules that an architecture may name.
 MODULES: dict[str, type[nn.Module]] = {
     kind.__name__: kind
@@ -62,21 +65,29 @@ def read_sequential(weights: str | Path, architecture: str | Path) -> nn.Sequent
         ArchitectureError: the architecture is malformed.
         FormatError: the file is not a state dict, or does not fit the architecture.
     """
-    module = _build(strict_json.parse("architecture", Path(architecture).read_text()))
+    with torch.device("meta"):  # sizes are compared with those of the file before memory is taken for them
+        module = _build(strict_json.parse("architecture", Path(architecture).read_bytes()))
     state = _read(Path(weights))
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        module = module.to(dtypes.pop())
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            raise FormatError(
-                f"tensor {shown(name)} must have the shape {expected.get(name, 'of none: there is no such tensor')}, "
-                f"got {got.get(name, 'no tensor')}"
-            )
-    module.load_state_dict(dict(state))
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        wanted, given = (_described(tensors.get(name)) for tensors in (expected, state))
+        if wanted != given:
+            raise FormatError(f"tensor {shown(name)} must be {wanted}, got {given}")
+    dtype = functools.reduce(
+        torch.promote_types, {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    )
+    numbers = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    module.load_state_dict(numbers, assign=True)
     return module.eval()
+
+
+def _described(tensor: Tensor | None) -> str:
+    """Return what a tensor has to be like, for a comparison and its message."""
+    if tensor is None:
+        return "none"
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        return "numbers in another form than an array"
+    return f"{'real' if tensor.dtype in REAL else tensor.dtype} numbers of the shape {tuple(tensor.shape)}"
 
 
 def _build(architecture: Any) -> nn.Sequential:
@@ -110,7 +121,7 @@ def _module(layer: Any, place: str) -> nn.Module:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Return the tensors of a file."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             found: Any = safetensors.torch.load(path.read_bytes())
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -121,7 +132,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path.name}: the file must be a state dict that torch.save wrote, which holds tensors alone; a whole "
             "module is a pickle of code: save module.state_dict(), or torch.export.save the module to a .pt2 file"
         ) from None
-    if not (isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())):
+    is_named = isinstance(found, dict) and bool(found) and all(isinstance(name, str) for name in found)
+    if not (is_named and all(isinstance(value, Tensor) and not value.is_meta for value in found.values())):
         kind = (
             f"a dict of {', '.join(map(shown, list(found)[:4]))}" if isinstance(found, dict) else type(found).__name__
         )
@@ -134,4 +146,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path.name}: the names of the tensors must be those of the layers, got module.… as DataParallel writes "
             "them; save model.module.state_dict()"
         )
-    return found
+    state: dict[str, Tensor] = found
+    return state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hessquik.importing.graph import Input, Node, affine, refuse
+from hessquik.importing.interpreting import readable
 from hessquik.importing.scaling import Scaling
 from hessquik.importing.sklearn_kernels import kernel, process_kernel
 from hessquik.importing.sklearn_parts import (
@@ -90,12 +91,19 @@ def import_estimator(
     return import_source(source, scaling, allow_kinks, dtype, bounds)
 
 
-def _sums_kernels(part: Any) -> bool:
+def _sums_kernels(estimator: Any) -> bool:
     """Return True if an estimator, or one that it holds, is a sum of kernels."""
-    if isinstance(part, list | tuple):
-        return any(map(_sums_kernels, part))
-    inner = getattr(part, "__dict__", {}).values() if is_own(part) else ()
-    return found_for(part, ESTIMATORS) in _KERNEL_SUMS or any(map(_sums_kernels, inner))
+    waiting, seen = [estimator], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:  # parts may refer to each other
+            continue
+        seen.add(id(part))
+        if found_for(part, ESTIMATORS) in _KERNEL_SUMS:
+            return True
+        inner = getattr(part, "__dict__", {}).values() if is_own(part) else ()
+        waiting += part if isinstance(part, list | tuple) else inner
+    return False
 
 
 def _evaluate(estimator: Any, name: str, x: Tensor) -> Tensor:
@@ -138,6 +146,8 @@ def _predict(estimator: Any, place: str, point: Node) -> Node:
     """
     from sklearn.base import is_classifier, is_regressor
 
+    if estimator is None or isinstance(estimator, str):  # "passthrough"
+        raise refuse(place, *_REASONS["sklearn.preprocessing"])
     if hasattr(estimator, "fit") and is_classifier(estimator):
         raise refuse(place, "is a classifier, which has labels", "use a regressor")
     reader = found_for(estimator, ESTIMATORS)
@@ -146,7 +156,8 @@ def _predict(estimator: Any, place: str, point: Node) -> Node:
     if reader is None:
         raise unsupported(place, estimator, _REASONS, "use one that the table of supported estimators lists")
     expect_fitted(estimator, place)
-    return reader(estimator, place, point)
+    with readable(place):
+        return reader(estimator, place, point)
 
 
 def _network(network: Any, place: str, point: Node) -> Node:
@@ -186,7 +197,9 @@ def _least_squares(model: Any, place: str, point: Node) -> Node:
 
 
 def _support_vectors(model: Any, place: str, point: Node) -> Node:
-    """Read Σᵢ αᵢ k(x, cᵢ) + b, of support vectors c."""
+    """Read Σᵢ αᵢ k(x, cᵢ) + b, of support vectors c; there are none where all targets are within ε of b."""
+    if not len(model.support_):
+        return constant(place, point, tensor(model.intercept_))
     values = kernel(place, point, model.support_vectors_, model.kernel, model._gamma, model.degree, model.coef0)
     return affine(place, [(values, tensor(model.dual_coef_).T)], tensor(model.intercept_))
 

@@ -17,7 +17,7 @@ from hessquik.importing.graph import Node, Pointwise, Product, affine, refuse
 from hessquik.importing.sklearn_parts import constant, diagonal, found_for, numbers, tensor, unsupported
 from hessquik.importing.torch_operations import POINTWISE as TORCH
 
-__all__ = ["KERNELS", "PROCESSES", "kernel", "process_kernel"]
+__all__ = ["KERNELS", "KERNEL_NUMBERS", "PROCESSES", "kernel", "process_kernel"]
 
 _INSTEAD = "use the kernel rbf, poly, sigmoid or linear"
 
@@ -46,6 +46,8 @@ def _apply(place: str, z: Node, function: Any) -> Node:
     return Pointwise(place, z.width, z, function)
 
 
+#: Numbers of kernels that are given by their names.
+KERNEL_NUMBERS = ("gamma", "degree", "coef0")
 #: Kernels by their names, from the place, the point, the fixed points, γ, the degree and c₀.
 KERNELS: dict[str, Callable[..., Node]] = {
     "linear": lambda place, x, points, gamma, degree, coef0: _products(place, x, points, 1.0, 0.0),

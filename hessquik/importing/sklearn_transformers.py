@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hessquik.importing.graph import Node, Pointwise, Product, affine, refuse
-from hessquik.importing.sklearn_kernels import kernel
+from hessquik.importing.interpreting import readable
+from hessquik.importing.sklearn_kernels import KERNEL_NUMBERS, kernel
 from hessquik.importing.sklearn_parts import (
     child,
     constant,
@@ -28,6 +29,8 @@ from hessquik.importing.torch_operations import POINTWISE as TORCH
 
 __all__ = ["BASES", "INVERSES", "TRANSFORMERS", "invert", "transform"]
 
+#: Deviations of components below this part of the largest are rounding.
+WHITENED = 1e-12
 #: Scale and shift of x ↦ ax + b.
 Moments = tuple[Tensor, Tensor]
 Reader = Callable[[Any, str, Node], Node]
@@ -65,7 +68,8 @@ def transform(transformer: Any, place: str, value: Node) -> Node:
     if reader is None:
         raise unsupported(place, transformer, _REASONS, "use a transformer that the table of supported ones lists")
     expect_fitted(transformer, place)
-    return reader(transformer, place, value)
+    with readable(place):
+        return reader(transformer, place, value)
 
 
 def invert(transformer: Any, place: str, value: Node) -> Node:
@@ -135,11 +139,21 @@ def _unscaled(scaler: Any, place: str, value: Node) -> Node:
 
 def _projected(part: Any, place: str, value: Node) -> Node:
     """Return (x − mean) Cᵀ, of decompositions and random projections."""
-    matrix = tensor(part.components_).T
-    mean = getattr(part, "mean_", None)
-    if getattr(part, "whiten", False) and hasattr(part, "explained_variance_"):
-        matrix = matrix / tensor(part.explained_variance_).sqrt()
+    matrix, mean = tensor(part.components_).T, getattr(part, "mean_", None)
     return affine(place, [(value, matrix)], None if mean is None else -tensor(mean) @ matrix)
+
+
+def _principal(part: Any, place: str, value: Node) -> Node:
+    """Return (x Cᵀ − mean Cᵀ) / deviations, of PCA, which has the latter two in the dtype that it was fitted in."""
+    matrix, shift = tensor(part.components_).T, tensor(part.mean_ @ part.components_.T)
+    deviations = tensor(np.sqrt(part.explained_variance_)) if part.whiten else torch.ones_like(shift)
+    if not bool((deviations > WHITENED * deviations.max()).all()):
+        raise refuse(
+            place,
+            "divides a component without variance by its deviation, so that it is nothing but rounding",
+            "fit it with fewer components (n_components)",
+        )
+    return affine(place, [(value, matrix / deviations)], -shift / deviations)
 
 
 def _pipeline(pipeline: Any, place: str, value: Node) -> Node:
@@ -236,14 +250,17 @@ def _power_of_log(place: str, z: Node, exponent: float) -> Node:
 
 def _imputer(imputer: Any, place: str, value: Node) -> Node:
     """Return the value, since the inputs of a network are numbers."""
-    is_plain = np.isnan(imputer.missing_values) and imputer.indicator_ is None
+    missing = imputer.missing_values
+    is_plain = isinstance(missing, float) and np.isnan(missing) and imputer.indicator_ is None
     if not is_plain or np.isnan(np.asarray(imputer.statistics_, dtype=float)).any():
         raise refuse(place, "replaces, drops or adds features", "use it for NaN alone, without add_indicator")
     return value
 
 
 def _nystroem(part: Any, place: str, value: Node) -> Node:
-    values = kernel(place, value, part.components_, part.kernel, part.gamma, part.degree, part.coef0)
+    given = part.kernel_params or {}
+    given = {name: given.get(name) if getattr(part, name) is None else getattr(part, name) for name in KERNEL_NUMBERS}
+    values = kernel(place, value, part.components_, part.kernel, *given.values())
     return affine(place, [(values, tensor(part.normalization_).T)])
 
 
@@ -257,9 +274,10 @@ def _random_waves(part: Any, place: str, value: Node) -> Node:
 TRANSFORMERS: dict[str, Reader] = {
     **dict.fromkeys(SCALERS, _scaled),
     **dict.fromkeys(
-        ("FastICA", "GaussianRandomProjection", "IncrementalPCA", "PCA", "SparseRandomProjection", "TruncatedSVD"),
+        ("FastICA", "GaussianRandomProjection", "SparseRandomProjection", "TruncatedSVD"),
         _projected,
     ),
+    **dict.fromkeys(("IncrementalPCA", "PCA"), _principal),
     "ColumnTransformer": _columns,
     "FeatureUnion": _union,
     "FunctionTransformer": lambda part, place, value: _function(part.func, part.kw_args, place, value),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hessquik.activations import KINKS, hessQuikActivationFunction
+from hessquik.architecture import MAX_WIDTH
 from hessquik.errors import ShapeError, UnsupportedError
 from hessquik.importing.graph import Node, Pointwise, ordered, refuse
 from hessquik.importing.lowering import lower
@@ -28,6 +31,8 @@ ROUNDING = 100.0
 POINTS = 11
 #: Those that are evaluated alone as well: an even number, unlike that of all.
 ALONE = 6
+#: Those at which the source's own derivatives may be others.
+KINKED_POINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class Source:
         read: Returns its output in a graph, from the value that it takes.
         evaluate: Returns its own results (n, m) at points (n, d) in its own units, as the source computes them.
         precision: Of the runtime's own functions, relative.
+        differentiate: Returns its own derivatives (n, d) of the sum of its results, each times its weight (m,), at
+            points (n, d), if it has any.
     """
 
     width: int
@@ -49,6 +56,7 @@ class Source:
     read: Callable[[Node], Node]
     evaluate: Callable[[Tensor], Tensor]
     precision: float = 0.0
+    differentiate: Callable[[Tensor, Tensor], Tensor | None] = lambda x, weights: None
 
 
 def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
@@ -59,6 +67,21 @@ def by_rows(evaluate: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor
         return torch.cat([evaluate(chunk) for chunk in padded.split(rows)])[: len(x)]
 
     return evaluate_all
+
+
+@contextmanager
+def _of_a_size_to_be_read() -> Iterator[None]:
+    """Turn the errors that too large a network causes into one that says so.
+
+    Raises:
+        UnsupportedError: the network has too many nodes in a row, or its matrices do not fit into the memory.
+    """
+    try:
+        yield
+    except (MemoryError, RecursionError) as error:
+        raise UnsupportedError(
+            f"the network is too large or too deep to be read here ({type(error).__name__}); make it smaller"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +103,8 @@ class Imported:
     region: tuple[list[float], list[float]]
 
 
+@torch.random.fork_rng(devices=[])
+@_of_a_size_to_be_read()
 def import_source(
     source: Source,
     scaling: Scaling,
@@ -99,6 +124,10 @@ def import_source(
     Raises:
         UnsupportedError: something cannot be exact, or the values differ.
     """
+    if dtype not in {None, *BOUNDS}:
+        raise ShapeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r:.60}")
+    if source.width > MAX_WIDTH:
+        raise UnsupportedError(f"the network must have at most {MAX_WIDTH} inputs, got {source.width}")
     region = _region(source, scaling, bounds)
     x = _points(region)
     _, inner = scaled_input(scaling, source.width)
@@ -108,7 +137,9 @@ def import_source(
     output = resolve(scaled_output(scaling, read), x)
     if not allow_kinks:
         _refuse_kinks(output)
-    network, error = _in_dtype(source, scaling, lower(output), x, dtype)
+    lowered = lower(output)
+    network, error = _in_dtype(source, scaling, lowered, x, dtype)
+    _expect_own_derivatives(source, scaling, lowered, x)
     return Imported(network, source.runtime, error, POINTS, region)
 
 
@@ -129,7 +160,12 @@ def _region(
     """
     mean, scale = scaling.input(source.width)
     given = (mean - 2 * scale.abs(), mean + 2 * scale.abs()) if bounds is None else bounds
-    lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    try:
+        lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(
+            f"bounds must be a pair of {source.width} lower and {source.width} upper numbers, got {given!r:.100}"
+        ) from None
     if lower.shape != (source.width,) or upper.shape != (source.width,) or not bool((lower < upper).all()):
         raise ShapeError(
             f"bounds must be {source.width} lower and {source.width} upper numbers, each lower one below its upper "
@@ -174,7 +210,8 @@ def _in_dtype(
     if not exact <= bound:
         raise UnsupportedError(
             f"the network's values must be those of {source.runtime} to {bound:.0e}, got a difference of "
-            f"{exact:.1e}; this is a fault of the import: please report it with the file"
+            f"{exact:.1e}; give it weights in float64 if it cancels its digits; else this is a fault of the import: "
+            "please report it with the file"
         )
     wanted = dtype or source.dtype
     rounded = copy.deepcopy(network).to(wanted)
@@ -187,6 +224,33 @@ def _in_dtype(
         f"weights in {str(dtype).removeprefix('torch.')} lose too many digits of this network: its values differ "
         f"from those of {source.runtime} by {error:.1e}; pass dtype=torch.float64 (--dtype float64)"
     )
+
+
+def _expect_own_derivatives(source: Source, scaling: Scaling, network: NN, x: Tensor) -> None:
+    """Refuse a source whose own derivatives are not those of its values, at any but a few points.
+
+    Rounding may move a kink past a few points.
+    """
+    mean, scale = scaling.input(source.width)
+    out_mean, out_scale = scaling.output(network.dim_output())
+    weights = torch.cos(torch.arange(len(out_scale), dtype=torch.float64))
+    inner = (x - mean) / scale
+    own = source.differentiate(inner.to(source.dtype), weights)
+    if own is None:
+        return
+    with torch.no_grad():
+        value, gradient, *_ = network(x, do_gradient=True)
+    found = scale * (gradient @ (weights / out_scale))
+    precision = max(BOUNDS[source.dtype], source.precision)
+    size = ((value - out_mean) / out_scale).abs().max() / (inner.amax(0) - inner.amin(0))
+    excess = (own.double() - found).abs() - precision * size - torch.finfo(source.dtype).tiny
+    error = float(excess.amax(1).kthvalue(POINTS - KINKED_POINTS).values)
+    if error > math.sqrt(precision) * float(found.abs().max()):
+        raise UnsupportedError(
+            f"the derivatives of the network's values must be those that {source.runtime} has, got a difference of "
+            f"{error:.1e}; take out what changes derivatives alone: a torch.autograd.Function with a backward "
+            "of its own, hooks on gradients, torch.inference_mode"
+        )
 
 
 def _rounding(source: Source, scaling: Scaling, outputs: int) -> float:
@@ -216,14 +280,15 @@ def _error(source: Source, scaling: Scaling, network: NN, x: Tensor) -> float:
             + "; pass bounds (--bounds) within which the network is defined"
         )
     part = slice(ALONE)
-    if not _difference(_values(source, inner[part]), expected[part]) <= max(BOUNDS[source.dtype], source.precision):
+    alone = _difference(source, _values(source, inner[part]), expected[part])
+    if not alone <= max(BOUNDS[source.dtype], source.precision):
         raise UnsupportedError(
             f"{source.runtime} gives a point other values when it is evaluated with other points, so that they "
             "depend on those points or on their number; write the network such that each row is computed alone"
         )
     out_mean, out_scale = scaling.output(expected.shape[1])
     with torch.no_grad():
-        return _difference((network(x)[0].double() - out_mean) / out_scale, expected)
+        return _difference(source, (network(x)[0].double() - out_mean) / out_scale, expected)
 
 
 def _values(source: Source, inner: Tensor) -> Tensor:
@@ -233,5 +298,7 @@ def _values(source: Source, inner: Tensor) -> Tensor:
         return source.evaluate(inner).double().reshape(len(inner), -1)
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
+def _difference(source: Source, got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest number that is expected."""
+    smallest = torch.finfo(source.dtype).tiny
+    return float((got - expected).abs().max() / max(float(expected.abs().max()), smallest))

@@ -46,7 +46,8 @@ def find(target: str) -> Callable[..., Any] | None:
     if package != "aten":
         return None
     found: Any = getattr(torch.ops.aten, _INSTEAD.get(name, name), None)
-    return getattr(found, overload, None) if overload and name not in _INSTEAD else found
+    found = getattr(found, overload, None) if overload and name not in _INSTEAD else found
+    return found if isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket) else None
 
 
 def compute(place: str, target: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Collection[str]) -> Any:

@@ -29,8 +29,8 @@ def from_torch(
 ) -> NN:
     """Return a torch module as a network with exact derivatives.
 
-    The module is captured by ``torch.export`` and is not changed. Its values are compared with the network's before
-    the network is returned.
+    The module is captured by ``torch.export`` and is not changed. Its values, and its first derivatives if torch has
+    them, are compared with the network's before the network is returned.
 
     Args:
         module: A module that takes points (n, d), in evaluation mode if it has dropout or batch normalisation.
@@ -65,6 +65,12 @@ def import_module(
     bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Imported:
     """Import a module as :func:`from_torch` does; return the network with the comparison of its values."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever is the default around this call
+        return import_source(_source(module, example_input), scaling, allow_kinks, dtype, bounds)
+
+
+def _source(module: nn.Module, example_input: Any) -> Source:
+    """Return a module as a source."""
     example = example_of(module, example_input)
     program = capture(module, example, is_guess=example_input is None)
 
@@ -83,12 +89,21 @@ def import_module(
             raise UnsupportedError(f"the module returns a {kind}; wrap it in a module that returns one tensor")
         return result
 
-    source = Source(
+    def differentiate(x: Tensor, weights: Tensor) -> Tensor | None:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            try:
+                total = (evaluate(x).reshape(len(x), -1) * weights.to(x.dtype)).sum()
+                return torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)
+            except Exception:  # any error of a module that has no derivatives by torch
+                return None
+
+    return Source(
         program.width,
         program.dtype,
         "torch",
         lambda point: read(program, point),
         evaluate,
         precision=BOUNDS[program.coarsest],
+        differentiate=differentiate,
     )
-    return import_source(source, scaling, allow_kinks, dtype, bounds)

@@ -33,6 +33,10 @@ Function = hessQuikActivationFunction | Formula
 
 #: Softplus is the identity to the last bit from here on.
 FAR = 40.0
+#: Least threshold of softplus: that of torch, where it jumps by a relative 1e-10.
+SMOOTH = 20.0
+#: Relative difference of a product a · (1/a) from 1 at most.
+ROUNDED = 1e-15
 #: The largest number of float32: exporters have it as the bound of what has none.
 LARGEST = 3.4e38
 #: A clamp is written from its lower bound up to here, which costs at most three digits.
@@ -62,10 +66,23 @@ def _gelu(place: str, z: Node, approximate: str = "none") -> Node:
 
 
 def _elu(place: str, z: Node, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Node:
-    return _scaled(place, z, act.eluActivation(float(alpha)), input_scale, scale)
+    """Return ``scale`` · z where z > 0, and ``scale`` · ``alpha`` · (exp(``input_scale`` · z) − 1) elsewhere."""
+    if not input_scale > 0:
+        raise refuse(place, f"multiplies its argument by {input_scale} in an exponential", "use an alpha above 0")
+    slope = alpha * input_scale
+    activation = act.eluActivation(1.0 if math.isclose(slope, 1.0, rel_tol=ROUNDED) else slope)
+    return _scaled(place, z, activation, input_scale, scale / input_scale)
 
 
 def _softplus(place: str, z: Node, beta: float = 1.0, threshold: float = 20.0) -> Node:
+    if not beta > 0:
+        raise refuse(place, f"is softplus of the steepness beta = {beta}", "use one above 0")
+    if threshold < SMOOTH:
+        raise refuse(
+            place,
+            f"jumps where its argument is {threshold / beta}, which is its value from there on",
+            f"use a threshold of {SMOOTH} or more",
+        )
     return Pointwise(place, z.width, z, act.softplusActivation(float(beta), float(threshold)))
 
 
@@ -128,7 +145,7 @@ POINTWISE: dict[str, Callable[..., Node]] = {
     "swish": lambda place, z, beta=1.0: _scaled(place, z, act.siluActivation(), beta, 1 / beta),
     "elu": _elu,
     "selu": lambda place, z: _elu(place, z, *_SELU),
-    "celu": lambda place, z, alpha=1.0: _elu(place, z, 1.0, alpha, 1 / alpha),
+    "celu": lambda place, z, alpha=1.0: _elu(place, z, alpha, 1.0, 1 / alpha),
     "relu": _apply(act.reluActivation()),
     "leaky_relu": lambda place, z, slope=0.01: Pointwise(place, z.width, z, act.reluActivation(float(slope))),
     "relu6": lambda place, z: _clamp(place, z, 0.0, 6.0),
@@ -165,7 +182,7 @@ ALIASES = {
     **dict.fromkeys(("true_divide", "divide"), "div"),
     **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     **dict.fromkeys(("concat", "concatenate"), "cat"),
-    **dict.fromkeys(("linalg_norm", "norm"), "linalg_vector_norm"),
+    "norm": "linalg_vector_norm",
     **{f"special_{name}": name for name in ("erf", "erfc", "exp2", "expm1", "log1p")},
     "_cdist_forward": "cdist",
     "_fused_rms_norm": "native_rms_norm",
@@ -212,7 +229,8 @@ _SHAPES = """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t slice select index_select narrow
     split split_with_sizes chunk unbind expand repeat flip roll sum mean cumsum diff movedim tile numpy_T mT
     pixel_shuffle pixel_unshuffle index gather take_along_dim repeat_interleave broadcast_to ravel diagonal trace
-    tril triu unfold expand_as view_as reshape_as
+    tril triu unfold expand_as view_as reshape_as trapezoid cumulative_trapezoid diag_embed tensor_split hsplit rot90
+    fliplr deg2rad rad2deg
 """
 _PRODUCTS = """
     mm matmul mv bmm dot vdot inner outer ger kron einsum tensordot bilinear _trilinear linalg_vecdot cross
@@ -236,15 +254,16 @@ ADDITIVE: dict[str, tuple[int, ...]] = {
     "batch_norm": (2, 3),
     **dict.fromkeys(("cat", "stack", "hstack", "vstack", "dstack", "column_stack"), (0,)),
     **dict.fromkeys(("select_scatter", "slice_scatter", "diagonal_scatter"), (0, 1)),
+    **dict.fromkeys(("index_add", "index_copy", "index_fill", "scatter", "scatter_add"), (0, 3)),
     "index_put": (0, 2),
     "constant_pad_nd": (2,),
     "pad": (3,),
 }
 
 _PLAIN = """
-    _weight_norm_interface aminmax arange block_diag bucketize cumprod diag_embed eye full_like linspace
-    logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like scalar_tensor std
-    tril_indices triu_indices zeros zeros_like _unsafe_view transpose
+    _weight_norm_interface aminmax arange block_diag bucketize cumprod eye floor_divide full_like linspace
+    logcumsumexp logspace logsumexp new_empty new_full new_ones new_zeros norm ones ones_like remainder scalar_tensor
+    std tril_indices triu_indices zeros zeros_like _unsafe_view transpose
 """
 #: Further primitive operators that compute functions, although torch does not mark them as such.
 PLAIN = frozenset(_PLAIN.split())
@@ -308,7 +327,7 @@ def _instance_norm(
 def _variance(
     t: Any, x: Any, dims: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
 ) -> Any:
-    dims = [dims] if isinstance(dims, int) else dims
+    dims = [dims] if isinstance(dims, int) else dims or list(range(len(t.size(x))))
     squares = t.square(_centred(t, x, dims))
     number = math.prod(t.size(x)[dim] for dim in dims)
     return t.div(t.sum(squares, dims, keepdim), number - (float(unbiased) if correction is None else correction))
@@ -318,6 +337,12 @@ def _norm(t: Any, x: Any, order: Any = 2, dims: Any = None, keepdim: bool = Fals
     if order not in {2, None, "fro"} or dims is None or dims == []:
         raise refuse(t.place, *REFUSED["pdist"])
     return t.sqrt(t.sum(t.square(x), [dims] if isinstance(dims, int) else dims, keepdim))
+
+
+def _norm_of_matrices(t: Any, x: Any, order: Any = "fro", dims: Any = (-2, -1), keepdim: bool = False) -> Any:
+    """Interpret a norm of rows, or the Frobenius norm of matrices: others are of singular values."""
+    is_of_matrices = not isinstance(dims, int) and dims is not None and len(dims) == 2
+    return _norm(t, x, "singular values" if is_of_matrices and order == 2 else order, dims, keepdim)
 
 
 def _distances(t: Any, a: Any, b: Any, order: float = 2.0, *_: Any) -> Any:
@@ -378,6 +403,8 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "lerp": lambda t, a, b, weight: t.add(a, t.mul(t.sub(b, a), weight)),
+    "linalg_matrix_norm": _norm_of_matrices,
+    "linalg_norm": lambda t, x, order=None, dims=None, keepdim=False: _norm_of_matrices(t, x, order, dims, keepdim),
     "linalg_vector_norm": _norm,
     "logaddexp": lambda t, a, b: t.add(b, t.softplus(t.sub(a, b), 1.0, FAR)),
     "masked_fill": lambda t, x, mask, value: t.where(mask, value, x),
@@ -484,7 +511,11 @@ _REASONS = (
         "return the matrix, and solve with its values and derivatives",
         "linalg_det linalg_inv linalg_solve linalg_eigh linalg_eigvalsh linalg_cholesky linalg_svd",
     ),
-    ("makes complex numbers", "write it with real and imaginary parts", "fft_fft fft_rfft complex view_as_complex"),
+    (
+        "computes with complex numbers",
+        "write it with real and imaginary parts",
+        "fft_fft fft_rfft fft_ifft fft_irfft complex polar real imag angle conj view_as_complex view_as_real",
+    ),
     ("multiplies all features", "write it as products of two", "prod cumprod"),
     ("jumps where its argument is its bound", "use a smooth function such as x - tanh(x)", "hardshrink"),
 )

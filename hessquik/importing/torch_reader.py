@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from hessquik.errors import UnsupportedError
 from hessquik.importing import torch_constants as constants
 from hessquik.importing import torch_operations as operations
 from hessquik.importing.bilinear import apply_bilinear
-from hessquik.importing.graph import Node, refuse
+from hessquik.importing.graph import Map, Node, affine, as_map, identity, refuse
 from hessquik.importing.interpreting import (
     Features,
     apply_affine,
@@ -33,6 +34,7 @@ from hessquik.importing.interpreting import (
     multiply,
     readable,
     rectify,
+    spread,
 )
 
 __all__ = ["COLLECT", "HANDLERS", "Call", "Operators", "Program", "Ref", "read", "run"]
@@ -143,7 +145,7 @@ def read(program: Program, point: Node) -> Node:
             with readable(_place(call)):
                 _expect_numbers(program, call, memory.values)
                 memory.store(call, Operators(_place(call), rows, program.dtype))
-    output = memory.values[program.output]
+    output = memory.values.get(program.output)
     if not isinstance(output, Features):
         raise refuse(program.output, "does not depend on the input", "return what the network computes of it")
     if output.axis:
@@ -173,8 +175,11 @@ def _expect_numbers(program: Program, call: Call, values: Mapping[str, Any]) -> 
         return
     for name in names:
         value = values.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        is_number = ~value.isnan() if call.operation == "clamp" else value.isfinite()  # inf is no bound
+        if not bool(is_number.all()):
+            kind = "NaN" if bool(value.isnan().any()) else "infinity"
             raise refuse(
                 _place(call),
                 f"computes with {program.titles.get(name, name)}, which has {kind}",
@@ -284,8 +289,9 @@ def run(program: Program, x: Tensor) -> Tensor:
     values[program.input] = x.reshape(-1, *program.shape[1:])
     for call in program.calls:
         if call.computes:
-            args, kwargs = _arguments(call, values)
-            values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
+            with readable(_place(call)):
+                args, kwargs = _arguments(call, values)
+                values.update(zip(call.outputs, _results(call, _compute(call, args, kwargs)), strict=True))
     result: Tensor = values[program.output]
     return result.reshape(len(x), -1)
 
@@ -381,7 +387,7 @@ def _alias(target: str) -> Any:
     found = constants.find(target)
     if isinstance(found, torch._ops.OpOverloadPacket):
         found = getattr(found, "default", None)
-    arguments = [] if found is None else found._schema.arguments  # type: ignore[attr-defined]
+    arguments = found._schema.arguments if isinstance(found, torch._ops.OpOverload) else []
     return arguments[0].alias_info if arguments else None
 
 
@@ -397,6 +403,12 @@ def _unknown(place: str, target: str) -> UnsupportedError:
         return refuse(place, *operations.REFUSED[operation])
     if "autocast" in target:
         return refuse(place, "computes in few digits (torch.autocast)", "remove it")
+    if "functorch" in target:
+        return refuse(
+            place,
+            "transforms a function while it runs (torch.func)",
+            "return the function itself in place of its derivative; for vmap, save exported.run_decompositions({})",
+        )
     if "higher_order" in target:
         return refuse(place, "decides or repeats while it runs", "write forward without branches on values")
     if not target.startswith("aten."):
@@ -529,8 +541,10 @@ def _divide(t: Operators, left: Any, right: Any, *, rounding_mode: str | None = 
 def _unchanged(t: Operators, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the value as it is, unless it becomes an integer."""
     if not isinstance(value, Features):
-        return value.to(_dtypes(args, kwargs)[0]) if _dtypes(args, kwargs) else value
+        return as_float64(value.to(_dtypes(args, kwargs)[0])) if _dtypes(args, kwargs) else value
     dtypes = _dtypes(args, kwargs)
+    if any(dtype.is_complex for dtype in dtypes):
+        raise refuse(t.place, *operations.REFUSED["complex"])
     if any(not dtype.is_floating_point for dtype in dtypes):
         raise refuse(t.place, "makes integers of the values", "keep the values as real numbers")
     if not {torch.float32, torch.float64} >= set(dtypes):
@@ -550,9 +564,9 @@ def _detach(t: Operators, value: Any) -> Any:
 
 
 def _power(t: Operators, base: Any, exponent: Any) -> Any:
-    """Interpret z to a power, or positive numbers to the power z."""
-    if isinstance(base, Features) and _is_number(exponent):
-        return replace(base, node=operations.POINTWISE["pow"](t.place, base.node, float(exponent)))
+    """Interpret z to constant powers, or positive numbers to the power z."""
+    if isinstance(base, Features) and not isinstance(exponent, Features):
+        return _by_entry(t, base, [exponent], operations.POINTWISE["pow"])
     if isinstance(exponent, Features) and not isinstance(base, Features):
         numbers = torch.as_tensor(base, dtype=torch.float64)
         if bool((numbers > 0).all()):
@@ -560,8 +574,31 @@ def _power(t: Operators, base: Any, exponent: Any) -> Any:
     raise refuse(t.place, "raises to a power that is not one number", "write x^y as exp(y log x) with smooth parts")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+def _by_entry(t: Operators, value: Features, constants: Sequence[Any], function: Callable[..., Node]) -> Features:
+    """Return a function of the entries of a value and of constants, those of equal constants together."""
+    arrays = [torch.as_tensor(each, dtype=torch.float64) for each in constants]
+    shape = torch.broadcast_shapes(value.whole(t.rows), *(each.shape for each in arrays))
+    value = spread(t.place, value, shape, t.rows)
+    rows = [each.broadcast_to(shape).movedim(value.axis or 0, 0).reshape(t.rows, -1) for each in arrays]
+    given = torch.stack(rows)
+    if not torch.allclose(given, given[:, :1], rtol=0.0, atol=0.0, equal_nan=True):
+        raise refuse(t.place, "has other constants for every row", "compute all rows with the same constants")
+    kinds, kind = given[:, 0].unique(dim=1, return_inverse=True)
+    terms: list[tuple[Node, Map]] = []
+    for k, numbers in enumerate(kinds.T.tolist()):
+        chosen = identity(value.node.width)[kind == k]
+        part = affine(t.place, [(value.node, as_map(chosen.T))])
+        terms.append((function(t.place, part, *numbers), as_map(chosen)))
+    return replace(value, node=affine(t.place, terms)) if terms else value
+
+
+def _clamp(t: Operators, x: Features, low: Any = None, high: Any = None) -> Any:
+    """Interpret a clamp with bounds that are numbers, constants by entry, or other values."""
+    if not features_in([low, high]):
+        bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+        return _by_entry(t, x, bounds, operations.POINTWISE["clamp"])
+    x = x if low is None else t.maximum(x, low)
+    return x if high is None else t.minimum(x, high)
 
 
 def _random_slope(
@@ -600,6 +637,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(operations.DROPS, _drop),
     **dict.fromkeys(_SIZES, _size),
     "batch_norm": _normalise,
+    "clamp": _clamp,
     "detach": _detach,
     "div": _divide,
     "maximum": lambda t, left, right: maximum(t.place, left, right, t.rows),

@@ -290,8 +290,7 @@ def _balancing(u: Node, v: Node, values: dict[Node, Tensor]) -> Tensor:
     The squares of a sum and a difference of unequal numbers cancel but for their last digits.
     """
     evaluate([u, v], values)
-    ratio = values[v].square().mean(0) / values[u].square().mean(0)
-    exponent = ratio.log2() / 4
+    exponent = (values[v].abs().mean(0).log2() - values[u].abs().mean(0).log2()) / 2
     return torch.exp2(torch.where(exponent.isfinite(), exponent, 0.0).round())
 
 
@@ -403,7 +402,7 @@ def _normal(formula: Formula) -> Normal:
 
 def _frozen(normal: Normal) -> tuple[Any, ...]:
     """Return a normal form in hashable form, its coefficients rounded to 12 digits."""
-    return tuple(sorted(((repr(product), float(f"{number:.12g}")) for product, number in normal.items())))
+    return tuple(sorted(((product, float(f"{number:.12g}")) for product, number in normal.items()), key=repr))
 
 
 def _scaled(normal: Normal, factor: float) -> Normal:

@@ -64,7 +64,7 @@ class FakeDriver:
         return Event()
 
     def caller(self) -> Stream:
-        return self.own
+        return self.current
 
     def record(self, event: Event, stream: Stream) -> None:
         event.stream, event.place = stream, len(stream.work)
@@ -96,6 +96,9 @@ class FakeDriver:
         memory = torch.zeros(count, dtype=torch.uint8)
         self.queue(self.current, lambda: memory.fill_(255))
         return memory
+
+    def free_memory(self) -> None:
+        pass
 
     def is_host(self, array: Tensor) -> bool:
         return not any(array is one for one in self.there)

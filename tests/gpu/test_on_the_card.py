@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -11,6 +12,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from hessquik import Evaluator
+from hessquik.backends.choice import Kernel
+from hessquik.backends.gpu_captured import captures_of
 from hessquik.backends.gpu_unrolled import Unrolling
 from hessquik.backends.triton import TritonProgram, UnrolledProgram, unrolling
 from hessquik.evaluator import COMMON
@@ -119,7 +122,7 @@ def test_all_quantities(name: str, n: int, dtype: torch.dtype, where: str) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["full", "narrow", "residual"])
+@pytest.mark.parametrize("name", ["full", "narrow", "residual", "wide"])
 @pytest.mark.parametrize("compiled", [(), COMMON], ids=["table", "own"])
 def test_bits_alone_and_among_65536(name: str, dtype: torch.dtype, compiled: tuple[tuple[str, ...], ...]) -> None:
     evaluate = Evaluator(networks()[name].double(), "cuda", dtype, compiled=compiled)
@@ -144,9 +147,10 @@ def test_large_calls_from_the_host_go_in_chunks() -> None:
     assert torch.equal(found.gradient, wanted.gradient.cpu())
 
 
-def test_the_callers_stream_is_respected() -> None:
-    evaluate = Evaluator(networks()["full"].double(), "cuda", torch.float32)
-    x = torch.randn(4096, 10, device=CUDA)
+@pytest.mark.parametrize("name", ["full", "wide"])
+def test_the_callers_stream_is_respected(name: str) -> None:
+    evaluate = Evaluator(networks()[name].double(), "cuda", torch.float32)
+    x = torch.randn(4096, evaluate.d, device=CUDA)
     wanted = evaluate(x, ("hessian",)).hessian
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -159,10 +163,40 @@ def test_the_callers_stream_is_respected() -> None:
     assert torch.equal(found, wanted)
 
 
+def test_wide_networks_are_captured(caplog: pytest.LogCaptureFixture) -> None:
+    evaluate = Evaluator(networks()["wide"].double(), "cuda", torch.float64)
+    assert evaluate.plan(ALL[:4]).kernel == Kernel.CAPTURED
+    evaluate(torch.randn(5, evaluate.d), ALL[:4])
+    assert captures_of(CUDA)._tiles
+    assert all(tile.captured is not None for tile in captures_of(CUDA)._tiles)
+    assert not caplog.records, "nothing is launched operation by operation"
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_threads_share_the_captured_tiles(where: str) -> None:
+    """Each has a stream of its own, and its own points."""
+    evaluate = Evaluator(networks()["wide"].double(), "cuda", torch.float64)
+    points = [torch.randn(n, evaluate.d, dtype=torch.float64, device=where) for n in (1, 40, 300, 3)]
+    wanted = [evaluate(x, ("value", "hessian")) for x in points]
+    torch.cuda.synchronize()
+
+    def ask(i: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [evaluate(points[i], ("value", "hessian")) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(one.hessian, wanted[i].hessian) for one in found)
+
+    with ThreadPoolExecutor(len(points)) as threads:
+        assert all(threads.map(ask, range(len(points))))
+
+
 @pytest.mark.parametrize("compiled", [(), COMMON], ids=["table", "own"])
-def test_an_evaluator_may_be_dropped_before_its_call_has_run(compiled: tuple[tuple[str, ...], ...]) -> None:
-    evaluate = Evaluator(networks()["full"].double(), "cuda", torch.float32, compiled=compiled)
-    x = torch.randn(4096, 10, device=CUDA)
+@pytest.mark.parametrize("name", ["full", "wide"])
+def test_an_evaluator_may_be_dropped_before_its_call_has_run(
+    name: str, compiled: tuple[tuple[str, ...], ...]
+) -> None:
+    evaluate = Evaluator(networks()[name].double(), "cuda", torch.float32, compiled=compiled)
+    x = torch.randn(4096, evaluate.d, device=CUDA)
     wanted = evaluate(x, COMMON[2])
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

@@ -12,7 +12,9 @@ from torch import nn
 import hessquik
 from hessquik.errors import UnsupportedError
 from hessquik.importing.files import import_file
+from hessquik.importing.graph import Affine, Product
 from hessquik.importing.scaling import Scaling
+from hessquik.importing.source import Source, import_source
 from hessquik.importing.torch_module import import_module
 from tests.importing.comparison import TOLERANCE, worst_error
 
@@ -50,6 +52,25 @@ def test_dtype_that_loses_digits_is_refused_by_name():
             import_module(module, None, scaling, dtype=torch.float32)
 
 
+def test_an_import_draws_no_random_numbers_of_the_caller():
+    module, scaling, _ = physical()
+    before = torch.get_rng_state()
+    import_module(module, None, scaling)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_is_too_deep_says_so():
+    def read(point):
+        value = point
+        for _ in range(2000):
+            value = Affine("a scale", 2, ((value, torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64))),))
+        return Product("a product", 2, value, point)
+
+    source = Source(2, torch.float64, "nothing", read, lambda x: x)
+    with pytest.raises(UnsupportedError, match=r"too large or too deep .* \(RecursionError\); make it smaller"):
+        import_source(source, Scaling(), False)
+
+
 def test_large_means_of_outputs_hide_neither_errors_nor_digits():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
@@ -63,6 +84,13 @@ def test_large_means_of_outputs_hide_neither_errors_nor_digits():
         assert import_module(module.double(), None, scaling).error < 1e-4, "as float64 rounds the units"
     with pytest.raises(UnsupportedError, match=r"scales .* so small beside their means that float64 rounds"):
         import_module(module, None, Scaling(output_mean=1e9, output_scale=1e-6))
+
+
+def test_values_that_float32_rounds_away_are_refused():
+    module = Function(lambda x, y: (x + 1000) ** 2 - x**2 - 2000 * x - 1e6 + x)
+    with pytest.raises(UnsupportedError, match="give it weights in float64 if it cancels its digits; else"):
+        hessquik.from_torch(module.float(), torch.zeros(3))
+    assert hessquik.from_torch(module.double(), torch.zeros(3)).dim_output() == 3
 
 
 def test_reported_error_is_that_of_the_network_in_its_dtype():
@@ -141,6 +169,14 @@ def test_product_of_a_large_and_a_small_factor_keeps_its_digits(large, dtype):
     assert worst_error(network.double(), module.double(), x) <= (TOLERANCE if dtype is torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1e-300, 1e-160, 1e160, 1e300])
+def test_products_of_factors_of_any_size(factor):
+    module = Function(lambda x, y: (factor * x) * torch.sin(y))
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, found = module(x), hessquik.from_torch(module, torch.zeros(3))(x)[0]
+    assert bool(((found - expected).abs() <= 1e-12 * expected.abs().max() + 5e-324).all())
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -169,6 +205,98 @@ def test_square_of_an_absolute_value_has_none(function):
     assert worst_error(hessquik.from_torch(module, torch.zeros(3)), module, x) <= TOLERANCE
 
 
+class OtherDerivative(torch.autograd.Function):
+    """tanh with the derivative of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class OwnDerivative(torch.autograd.Function):
+    """tanh with its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - torch.tanh(x) ** 2)
+
+
+def reversed_gradient(x, y):
+    if y.requires_grad:
+        y.register_hook(torch.neg)
+    return torch.tanh(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: OtherDerivative.apply(y),
+        reversed_gradient,
+        lambda x, y: torch.sin(x) + torch.inference_mode()(torch.tanh)(y),
+    ],
+    ids=["autograd.Function", "hook", "inference_mode"],
+)
+def test_derivatives_that_are_not_those_of_the_values_are_refused(f, dtype):
+    with pytest.raises(
+        UnsupportedError, match=r"derivatives .* must be those that torch has, .*; take out what changes"
+    ):
+        hessquik.from_torch(Function(f).to(dtype), torch.zeros(3), input_scale=[1.0, 1e3, 1e-3], output_scale=7.0)
+
+
+def test_backward_hooks_are_refused():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    module[2].register_full_backward_hook(lambda part, inputs, outputs: (2 * inputs[0],))
+    with pytest.raises(UnsupportedError, match="must be those that torch has"):
+        hessquik.from_torch(module)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: OwnDerivative.apply(y),
+        lambda x, y: torch.sin(y) ** 2 + torch.cos(y) ** 2,
+        lambda x, y: y - y,
+        lambda x, y: 1e-3 * y + 1e9,
+        lambda x, y: torch.utils.checkpoint.checkpoint(torch.tanh, y, use_reentrant=False),
+    ],
+    ids=["autograd.Function", "1", "0", "a large mean", "checkpoint"],
+)
+def test_derivatives_that_are_those_of_the_values_up_to_rounding(f):
+    module = Function(f)
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert worst_error(hessquik.from_torch(module, torch.zeros(3)), module, x) <= TOLERANCE
+
+
+def test_surroundings_are_left_as_they_are_and_do_not_matter():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.0), nn.Linear(4, 2))
+    expected = hessquik.from_torch(module).state_dict()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            state = torch.get_rng_state()
+            found = hessquik.from_torch(module)
+            assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert module.training
+    assert all(part.grad is None for part in module.parameters())
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
@@ -179,6 +307,8 @@ def test_square_of_an_absolute_value_has_none(function):
         ({"input_lower": 0, "input_upper": 1, "onto": 5}, "onto must be an interval such as"),
         ({"input_lower": 0, "input_upper": 1, "onto": ["a", 1]}, "onto must be an interval such as"),
         ({"output_mean": None, "output_scale": True}, "output_scale must be one finite number or 1"),
+        ({"input_scale": 1e-320}, "input_scale must have no zeros, and no numbers that float64 cannot divide by"),
+        ({"output_mean": 1e300, "output_scale": 1e-10}, "output_scale must have no zeros, and no numbers that"),
     ],
 )
 def test_scaling_that_is_none_is_refused_by_its_key(scale, message):

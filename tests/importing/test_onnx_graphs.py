@@ -21,6 +21,7 @@ from torch.nn import functional
 
 import hessquik
 from hessquik.errors import UnsupportedError
+from hessquik.importing.onnx_reader import ROWS
 from tests.importing.comparison import TOLERANCE, error, worst_error
 
 _RNG = np.random.default_rng(0)
@@ -85,6 +86,62 @@ GRAPHS = {
         ),
         lambda x: x @ TW,
     ),
+    "rows along the second axis": (
+        made(
+            [node("Transpose", "x", "t"), node("Tanh", "t", "u"), node("MatMul", "W u", "v"), node("Transpose", "v")],
+            W=W.T.copy(),
+        ),
+        lambda x: x.tanh() @ TW,
+    ),
+    "rows along the second axis, as many as features": (
+        made(
+            [node("Transpose", "x", "t"), node("Gather", "t places", "u", axis=0), node("Transpose", "u")],
+            shape=(3, 3),
+            places=np.array([2, 0]),
+        ),
+        lambda x: x[:, [2, 0]],
+    ),
+    "an ensemble along the first axis": (
+        made(
+            [
+                node("MatMul", "x Ws", "h"),
+                node("Sin", "h", "s"),
+                node("Shape", "s", "n"),
+                node("Gather", "n two", "w"),
+                node("ReduceMean", "s zero", "m", keepdims=0),
+                node("Cast", "w", "c", to=TensorProto.DOUBLE),
+                node("Mul", "m c"),
+            ],
+            Ws=np.stack([W, -2 * W, W + 1]),
+            two=np.array(2),
+            zero=np.array([0]),
+        ),
+        lambda x: 4 * torch.stack([x @ TW, -2 * x @ TW, x @ (TW + 1)]).sin().mean(0),
+    ),
+    "products of values with the rows along the second axis": (
+        made(
+            [
+                node("Unsqueeze", "x zero", "u"),
+                node("ReduceProd", "u last", "p", keepdims=0),
+                node("Squeeze", "p zero"),
+            ],
+            last=np.array([2]),
+            zero=np.array([0]),
+        ),
+        lambda x: x.prod(1),
+    ),
+    "GELU of weights": (
+        made([node("Gelu", "c", "g", approximate="tanh"), node("Gelu", "c", "e"), node("Sum", "x g e")], c=B[:3]),
+        lambda x: x + functional.gelu(TB[:3], approximate="tanh") + functional.gelu(TB[:3]),
+    ),
+    "powers of several numbers": (
+        made([node("Pow", "b x")], b=np.array([0.5, 2.0, 3.0])),
+        lambda x: torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) ** x,
+    ),
+    "operands aligned by the last axis": (
+        made([node("Add", "x c", broadcast=1, axis=-1)], opset=6, c=B[:3]),
+        lambda x: x + TB[:3],
+    ),
     "nodes that nothing needs": (
         made([node("Tanh", "x"), node("Floor", "x", "f"), node("ReduceMax", "f", "g")]),
         torch.tanh,
@@ -117,6 +174,17 @@ GRAPHS = {
             z=np.int8(3),
         ),
         lambda x: x @ (torch.as_tensor((W * 50).astype(np.int8) - 3.0) * float(np.float32(0.02))),
+    ),
+    "weights in bfloat16": (
+        made(
+            [
+                node("Cast", "W", "h", to=TensorProto.BFLOAT16),
+                node("Cast", "h", "V", to=TensorProto.DOUBLE),
+                node("MatMul", "x V"),
+            ],
+            W=W,
+        ),
+        lambda x: x @ TW.bfloat16().double(),
     ),
     "weights in float16": (
         made([node("Cast", "h", "W", to=TensorProto.DOUBLE), node("MatMul", "x W")], h=W.astype(np.float16)),
@@ -437,6 +505,73 @@ REFUSED = {
         made([node("Dropout", "x r t")], r=np.float32(0.5), t=np.array(True)),
         "drops features at random; export the model in evaluation mode",
     ),
+    "results without names": (
+        made([helper.make_node("Split", ["x"], ["", "b", "c"], axis=1, num_outputs=3), node("Mul", "b c")]),
+        r"node 0 \(Split\) leaves out some of its results; export the model with a name for each",
+    ),
+    "a result beside the first": (
+        made([node("Dropout", "x", "d mask"), node("Where", "mask d x")]),
+        r"the_Dropout \(Dropout\) gives 'mask' beside its result; use its first output alone",
+    ),
+    "rows that are left out": (
+        made([node("Slice", "x start end")], start=np.array([0]), end=np.array([9])),
+        r"the_Slice \(Slice\) makes an array \(9, 3\) of 61 rows; keep one row per point",
+    ),
+    "rows that become features": (
+        made([node("Reshape", "x sizes")], shape=("n", ROWS), sizes=np.array([ROWS, -1])),
+        r"onnxruntime cannot compute the model for 11 points \(it gives 61 rows\); export it with a number of points",
+    ),
+    "more inputs than a matrix can have": (
+        made([node("Tanh", "x")], shape=("n", 1 << 40)),
+        r"input x must have at most 16384 numbers per point and .*, got \(61, 1099511627776\); export the model with",
+    ),
+    "more points than fit into the memory": (
+        made([node("Tanh", "x")], shape=(1 << 40, 3)),
+        r"and 4194304 in all, got \(1099511627776, 3\); export the model with a free number of points",
+    ),
+    "more features than a matrix can have": (
+        made([node("Tile", "x n", "t"), node("Tanh", "t")], n=np.array([1, 10_000])),
+        "at most 16384 features, got 30000; make the network narrower",
+    ),
+    "a result with the rows along the second axis": (
+        made([node("Transpose", "x")]),
+        "node y has the rows along axis 1; transpose it, to one row per point",
+    ),
+    "groups of channels with the rows among them": (
+        made(
+            [
+                node("Transpose", "x", "t"),
+                node("GroupNormalization", "t s s", "g", num_groups=1),
+                node("Transpose", "g"),
+            ],
+            s=np.ones(ROWS),
+        ),
+        r"the_GroupNormalization \(GroupNormalization\) has the rows along axis 1; transpose its input before",
+    ),
+    "powers of a whole number, which are rounded": (
+        made([node("Pow", "b x")], b=np.array(2)),
+        "raises to a power that is not one number",
+    ),
+    "operands aligned by another axis than the last": (
+        made([node("Mul", "x c", broadcast=1, axis=1)], opset=6, shape=("n", 3, 3), c=B[:3]),
+        r"the_Mul \(Mul\) aligns its second operand by other axes than the last; convert the model to version 7",
+    ),
+    "slopes of an old version": (
+        made([node("Selu", "x")], opset=5),
+        r"the_Selu \(Selu\) has other slopes by default than in the present version; convert the model to version 7",
+    ),
+    "slopes that depend on the inputs": (
+        made([node("PRelu", "c x")], c=np.ones((1, 3))),
+        r"the_PRelu \(PRelu\) has numbers that depend on the inputs; use constants",
+    ),
+    "a variance below 0": (
+        made([node("BatchNormalization", "x s s s v")], s=np.ones(3), v=-np.ones(3)),
+        r"\(BatchNormalization\) computes with NaN, or multiplies by infinity; use finite numbers",
+    ),
+    "a choice without branches": (
+        made([node("If", "c")], c=np.array(True)),
+        r"the_If \(If\) has arguments that cannot be read \(KeyError: 'then_branch'\); export the model anew",
+    ),
     "no outputs": (made([node("MatMul", "x W")], W=np.ones((3, 0))), "node y holds no numbers"),
     "too many products": (
         made([node("Einsum", "x x", equation="bi,bj->bij")], shape=("n", 200)),
@@ -506,6 +641,12 @@ MICROSOFTS = {
 def test_operators_of_onnxruntime(name):
     model, f = MICROSOFTS[name]
     assert worst_error(hessquik.from_onnx(model, dtype=torch.float64), f, X) <= TOLERANCE
+
+
+def test_activations_of_onnxruntime_have_their_numbers():
+    numbers = {"activation": "HardSigmoid", "activation_alpha": 0.25, "activation_beta": 0.125}
+    network = hessquik.from_onnx(microsoft("FusedGemm", "x W", **numbers), allow_kinks=True, dtype=torch.float64)
+    assert worst_error(network, lambda x: (0.25 * x @ _W + 0.125).clamp(0, 1), X) <= TOLERANCE
 
 
 @pytest.mark.parametrize("opset", [11, 17])
@@ -581,7 +722,7 @@ def test_clips_with_any_bounds(low, high):
 
 
 def test_number_of_rows_that_the_model_does_not_take_is_named():
-    model = made([node("Reshape", "x sizes")], sizes=np.array([7, -1]))
+    model = made([node("Reshape", "x sizes")], sizes=np.array([ROWS, -1]))
     with pytest.raises(
         UnsupportedError, match=r"onnxruntime cannot compute .* for 11 points .* either free or fixed"
     ):

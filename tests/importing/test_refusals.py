@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import hessquik
-from hessquik.errors import FormatError, UnsupportedError
+from hessquik.errors import FormatError, ShapeError, UnsupportedError
 from hessquik.importing import onnx_handlers, onnx_operations, support, torch_operations, torch_reader
 
 WIDTH = 4
@@ -52,6 +52,18 @@ class Counts(nn.Module):
     def forward(self, x):
         self.calls += 1
         return torch.tanh(x)
+
+
+class Force(nn.Module):
+    """The derivative of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(WIDTH, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
 
 class Attention(nn.Module):
@@ -121,6 +133,19 @@ TORCH = {
     },
     "jumps where its argument is its bound; use a smooth function": {"hardshrink": nn.Hardshrink()},
     "jumps from 0.0 to 0.1 where its argument is 0.1; use a smooth": {"threshold": nn.Threshold(0.1, 0.0)},
+    "jumps where its argument is 0.5, which is its value from there on; use a threshold of 20.0 or more": {
+        "softplus": nn.Softplus(2.0, 1.0)
+    },
+    "is softplus of the steepness beta = 0.0; use one above 0": {"softplus ": nn.Softplus(0.0)},
+    r"multiplies its argument by -1\.0 in an exponential; use an alpha above 0": {"celu": nn.CELU(-1.0)},
+    "computes with NaN, or multiplies by infinity; use finite numbers": {
+        "mul": Function(lambda x: x * float("inf")),
+        "div": Function(lambda x: x / 0.0),
+        "add": Function(lambda x: x + float("nan")),
+    },
+    "has other constants for every row; compute all rows with the same constants": {
+        "pow": Function(lambda x: x ** torch.arange(7.0)[:, None])
+    },
     r"drops features or draws slopes at random; call module.eval\(\) before": {
         "dropout": nn.Dropout(),
         "alpha_dropout": nn.AlphaDropout(),
@@ -238,6 +263,8 @@ TORCH = {
     },
     "takes a norm that has kinks, or divides by one; use the Euclidean norm along an axis of features": {
         "linalg_vector_norm": Function(lambda x: torch.linalg.vector_norm(x, 1, dim=1)),
+        "linalg_norm": square(lambda u: torch.linalg.norm(u, 2, dim=(1, 2))),
+        "linalg_matrix_norm": square(lambda u: torch.linalg.matrix_norm(u, 2)),
         "cdist": Function(lambda x: torch.cdist(x, torch.ones(3, WIDTH), p=1.0)),
         "linalg_vector_norm ": Function(lambda x: torch.norm(x, p=3, dim=1)),
         "cosine_similarity": Function(lambda x: functional.cosine_similarity(x, torch.ones(WIDTH))),
@@ -249,7 +276,9 @@ TORCH = {
         "linalg_eigvalsh": square(torch.linalg.eigvalsh),
         "linalg_cholesky": square(torch.linalg.cholesky),
     },
-    "makes complex numbers; write it with real and imaginary parts": {
+    "computes with complex numbers; write it with real and imaginary parts": {
+        "real": Function(lambda x: (x * torch.ones(4, dtype=torch.complex64)).real),
+        "to": Function(lambda x: x.to(torch.complex64)),
         "fft_fft": Function(lambda x: torch.fft.fft(x).real),
         "complex": Function(lambda x: torch.view_as_real(torch.complex(x, x)).flatten(1)),
     },
@@ -335,6 +364,14 @@ OTHERS = {
         Function(lambda x: torch.as_tensor(np.sin(x.detach().numpy()))),
         r"Function cannot be captured by torch.export at .*; write forward with tensor operations alone",
     ),
+    "torch.func.jvp": (
+        Function(lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1]),
+        r"node _make_dual .* transforms a function while it runs \(torch.func\); return the function itself in place",
+    ),
+    "a derivative": (
+        Force(),
+        r"cannot be captured .* \(it differentiates, .*: return the function that it derives\)",
+    ),
     "torch.cond": (
         Function(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))),
         r"node .* (chooses by a comparison|decides or repeats|makes an array \(\)).*; ",
@@ -358,6 +395,7 @@ OTHERS = {
         "the module must be a torch.nn.Module, got builtin_function_or_method; call it in",
     ),
     "a half": (nn.Linear(4, 1).half(), r"computes in torch.float16, .*; call module.float\(\) or module.double\(\)"),
+    "an eighth": (nn.Linear(4, 1).to(torch.float8_e5m2), r"computes in torch.float8_e5m2, .*; call module.float\(\)"),
     "a bfloat": (nn.Linear(4, 1).bfloat16(), r"computes in torch.bfloat16, .*; call module.float\(\) or"),
     "two dtypes": (
         nn.Sequential(nn.Linear(4, 2).double(), nn.Linear(2, 1)),
@@ -421,6 +459,61 @@ def test_weights_that_are_no_numbers_are_named(number, kind):
     message = rf"node '2' \(aten.linear.default\) computes with parameter 2.weight, which has {kind}; train or load"
     with pytest.raises(UnsupportedError, match=message):
         hessquik.from_torch(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape yet; call the module on points first"),
+        (
+            lambda: nn.Linear(4, 1, device="meta"),
+            "weight is on the device meta; call module.cpu.* and load_state_dict",
+        ),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 1)), dtype=torch.qint8),
+            r"0 \(Linear\) is quantized, so that it rounds values; import the module that it was made from",
+        ),
+        (
+            lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 1))),
+            r"0 \(RecursiveScriptModule\) is TorchScript; import the module that it was made from",
+        ),
+    ],
+    ids=["lazy", "meta", "quantized", "TorchScript"],
+)
+def test_modules_without_numbers_that_can_be_read(make, message):
+    with pytest.raises(UnsupportedError, match=message):
+        hessquik.from_torch(make(), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "example",
+    ["abc", [[1.0, 2.0], [3.0]], torch.zeros(0, 4), 1.0, {"x": 1.0}, [], torch.zeros(3, 4).to_sparse()],
+    ids=["text", "ragged", "none", "a number", "a dict", "a list of none", "sparse"],
+)
+def test_examples_that_are_no_points(example):
+    for module in (nn.Linear(4, 1), Function(torch.sin)):
+        with pytest.raises(
+            UnsupportedError, match=r"example_input must be one point \(d,\) or several \(n, d\), got"
+        ):
+            hessquik.from_torch(module, example)
+
+
+def test_examples_of_other_libraries_and_in_tuples():
+    for example in (np.zeros(4), (torch.zeros(2, 4).double(),)):
+        assert next(hessquik.from_torch(Function(torch.sin), example).parameters()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("bounds", [[(0, 1)] * 4, ("a", "b"), 3, (None, None), (["a"] * 4, ["b"] * 4)])
+def test_bounds_that_are_no_pair_of_numbers(bounds):
+    with pytest.raises(hessquik.ShapeError, match="bounds must be a pair of 4 lower and 4 upper numbers, got"):
+        hessquik.from_torch(nn.Linear(4, 1), bounds=bounds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64, "float32", np.float64])
+def test_dtypes_of_no_network(dtype):
+    with pytest.raises(hessquik.ShapeError, match=r"dtype must be torch.float32 or torch.float64, got"):
+        hessquik.from_torch(nn.Linear(4, 1), dtype=dtype)
 
 
 def test_inputs_that_are_not_one_tensor_of_real_numbers():
@@ -506,6 +599,73 @@ def test_damaged_onnx_models():
                 setattr(bias, name, value)
         with pytest.raises(FormatError, match=r"tensor 'bias' must have numbers of its type and shape"):
             hessquik.from_onnx(onnx_model(add, constants=[bias]))
+
+
+@pytest.mark.parametrize("given", [5, "ab", [[0.0], [1.0, 2.0]], {"a": 1}, np.zeros((2, 4, 4))])
+def test_arguments_of_other_kinds(given):
+    model = onnx_model(helper.make_node("Neg", ["t"], ["y"]))
+    for bounds in (given, ([0.0] * 4, given), ([0.0] * 4,)):
+        with pytest.raises(ShapeError, match=r"bounds must be (a pair of )?4 lower and 4 upper numbers"):
+            hessquik.from_onnx(model, bounds=bounds)
+    with pytest.raises(ShapeError, match=r"example_input must be a point \(d,\) or points \(n, d\) of numbers"):
+        hessquik.from_onnx(model, given)
+    with pytest.raises(ShapeError, match=r"dtype must be torch.float32 or torch.float64, got torch.float16"):
+        hessquik.from_onnx(model, dtype=torch.float16)
+    assert hessquik.from_onnx(model, bounds=np.array([[0.0] * 4, [1.0] * 4])).dim_input() == 4
+
+
+def test_onnx_models_with_damaged_types():
+    def damaged(change):
+        model = onnx_model(helper.make_node("Gelu", ["t"], ["y"], "second", approximate="tanh"))
+        change(model)
+        return model
+
+    below = damaged(lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -1))
+    with pytest.raises(FormatError, match=r"input x must have a shape of positive sizes, got \[-1, 4\]"):
+        hessquik.from_onnx(below)
+    unknown = damaged(lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", 43))
+    with pytest.raises(UnsupportedError, match=r"x must hold real numbers.* got 43"):
+        hessquik.from_onnx(unknown)
+    no_text = damaged(lambda model: setattr(model.graph.node[1].attribute[0], "s", b"\xff"))
+    with pytest.raises(UnsupportedError, match="cannot be computed by onnx's reference"):
+        hessquik.from_onnx(no_text)
+    mine = onnx_model(helper.make_node("Gelu", ["t"], ["y"], "second", domain="mine")).SerializeToString()
+    for name, message in ((b"mine", "second .* is an operator of your own"), (b"Gelu", "second .* is an operator")):
+        other = onnx.load_from_string(mine.replace(name, b"\xff" + name[1:]))
+        with pytest.raises(UnsupportedError, match=message):
+            hessquik.from_onnx(other)
+
+
+def _functions(calls):
+    """Return a model of functions with the names of those that each of them calls."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+    functions = [
+        helper.make_function(
+            "mine",
+            name,
+            ["a"],
+            ["b"],
+            [
+                helper.make_node(called, [f"v{i}" if i else "a"], [f"v{i + 1}"], domain="mine")
+                for i, called in enumerate(inner)
+            ]
+            + [helper.make_node("Neg", [f"v{len(inner)}" if inner else "a"], ["b"])],
+            opsets,
+        )
+        for name, inner in calls.items()
+    ]
+    model = onnx_model(helper.make_node("F0", ["t"], ["y"], "second", domain="mine"))
+    model.functions.extend(functions)
+    return model
+
+
+def test_onnx_functions_that_cannot_be_written_out():
+    with pytest.raises(FormatError, match=r"functions must be those of an ONNX model .*Cycle"):
+        hessquik.from_onnx(_functions({"F0": ["F1"], "F1": ["F0"]}))
+    doubling = {f"F{i}": [f"F{i + 1}"] * 2 for i in range(40)} | {"F40": []}
+    with pytest.raises(FormatError, match="must have at most 65536 nodes with its functions written out"):
+        hessquik.from_onnx(_functions(doubling))
+    assert hessquik.from_onnx(_functions({"F0": ["F1", "F1"], "F1": ["F2"], "F2": []})).dim_input() == WIDTH
 
 
 def _gram():

@@ -5,9 +5,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import Birch
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.cross_decomposition import CCA
-from sklearn.decomposition import IncrementalPCA, KernelPCA
+from sklearn.decomposition import PCA, IncrementalPCA, KernelPCA
 from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import BaggingRegressor, RandomForestRegressor
 from sklearn.feature_selection import RFE, RFECV, SequentialFeatureSelector
@@ -16,6 +17,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, Matern
 from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
+from sklearn.kernel_approximation import Nystroem
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import GammaRegressor, LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
@@ -92,11 +94,18 @@ REFUSED = {
     "Yeo-Johnson": (make_pipeline(PowerTransformer(), Ridge()), "one formula for numbers below 0 .*method='box-cox'"),
     "clipping": (make_pipeline(MinMaxScaler(clip=True), Ridge()), "clips its results, .*; fit it with clip=False"),
     "components of a kernel": (make_pipeline(KernelPCA(2), Ridge()), r"\(KernelPCA\) is not among what can be"),
+    "clusters, which refer to each other": (make_pipeline(Birch(), Ridge()), r"\(Birch\) is not among what can be"),
     "a function": (
         make_pipeline(FunctionTransformer(np.abs), Ridge()),
         r"\(FunctionTransformer\) applies a function that cannot be read; use one of np.exp, .*np.log1p",
     ),
     "a kernel with kinks": (KernelRidge(kernel="laplacian"), r"a kernel \(laplacian\) that has kinks .*; use .* rbf"),
+    "a component without variance": (
+        make_pipeline(
+            FunctionTransformer(), FeatureUnion([(n, "passthrough") for n in "ab"]), PCA(whiten=True), Ridge()
+        ),
+        r"\(PCA\) divides a component without variance .* nothing but rounding; fit it with fewer components",
+    ),
     "another kernel": (KernelRidge(kernel="cosine"), r"a kernel \(cosine\) that is not among what can be imported"),
     "a Matern kernel": (
         GaussianProcessRegressor(Matern()),
@@ -128,6 +137,20 @@ def test_what_cannot_be_exact_is_refused_by_its_step(name):
         hessquik.from_sklearn(estimator)
 
 
+def test_missing_values_that_are_no_numbers_are_refused():
+    imputer = SimpleImputer(missing_values=None, strategy="constant", fill_value=0.0)
+    model = make_pipeline(imputer, Ridge()).fit(X.astype(object), Y)
+    with pytest.raises(UnsupportedError, match="replaces, drops or adds features; use it for NaN alone"):
+        hessquik.from_sklearn(model)
+
+
+def test_numbers_that_do_not_fit_are_refused_by_their_step():
+    model = Ridge().fit(X, Y)
+    model.coef_ = np.zeros(5)
+    with pytest.raises(UnsupportedError, match=r"node Ridge has arguments that cannot be read .* size 5"):
+        hessquik.from_sklearn(model)
+
+
 def test_what_has_not_been_fitted_is_named():
     half = make_pipeline(StandardScaler(), Ridge())
     half[0].fit(X)
@@ -135,6 +158,7 @@ def test_what_has_not_been_fitted_is_named():
         (RandomForestRegressor(), "node RandomForestRegressor has not been fitted to data; call fit before"),
         (make_pipeline(StandardScaler(), Ridge()), r"Pipeline.standardscaler \(\w+\) has not been fitted"),
         (half, r"node Pipeline.ridge \(Ridge\) has not been fitted to data; call fit before"),
+        (make_pipeline(StandardScaler(), "passthrough").fit(X), r"Pipeline.passthrough .* predicts nothing; end the"),
         (object(), "node object is no estimator of scikit-learn"),
         (Ridge, "is no estimator of scikit-learn"),
     ):
@@ -237,10 +261,18 @@ OTHERS = {
     ).fit(x, y),
     "missing numbers": lambda x, y: make_pipeline(SimpleImputer(), SVR(gamma=0.1)).fit(x, y),
     "components in parts": lambda x, y: make_pipeline(IncrementalPCA(2, whiten=True), SVR(gamma=0.1)).fit(x, y),
+    "components in float32": lambda x, y: make_pipeline(PCA(whiten=True), SVR(gamma=0.1)).fit(
+        x.astype(np.float32), y.astype(np.float32)
+    ),
     "a random projection": lambda x, y: make_pipeline(SparseRandomProjection(2, random_state=0), SVR(gamma=0.1)).fit(
         x, y
     ),
     "canonical correlations": lambda x, y: CCA(1).fit(x, y),
+    "numbers of a kernel": lambda x, y: make_pipeline(
+        Nystroem("poly", kernel_params={"degree": 2, "gamma": 0.1, "coef0": 2}, n_components=3, random_state=0),
+        Ridge(),
+    ).fit(x, y),
+    "no support vectors": lambda x, y: SVR(epsilon=100.0).fit(x, y),
     "a kernel by default": lambda x, y: KernelRidge(kernel="polynomial").fit(x, y),
     "a gamma link": lambda x, y: GammaRegressor().fit(x, y),
     "kernels of a scaled target": lambda x, y: TransformedTargetRegressor(

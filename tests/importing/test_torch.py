@@ -56,6 +56,16 @@ def test_random_modules_with_kinks():
         assert worst_error(network, module, points(d)) <= TOLERANCE, seed
 
 
+def test_many_layers_that_keep_all_features():
+    torch.manual_seed(0)
+    parts = []
+    for layer in range(60):
+        hidden = torch.nn.Sequential(torch.nn.Linear(2 + 16 * layer, 16), torch.nn.Tanh())
+        parts.append(torch_networks.Dense(hidden))
+    module = torch.nn.Sequential(*parts, torch.nn.Linear(2 + 16 * 60, 1)).double()
+    assert worst_error(hessquik.from_torch(module), module, points(2)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "module",
     [

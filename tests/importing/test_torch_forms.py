@@ -1,5 +1,7 @@
 """Forms in which modules are written: in place, on weights, by masks, of products, norms and other axes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,7 @@ ON_WEIGHTS = {
     "svd": lambda x: torch.tanh(x / torch.linalg.svdvals(W)[0]),
     "in place": lambda x: torch.tanh(x @ torch.zeros(D, D, dtype=x.dtype).fill_(2.0).mul_(W)),
     "without gradient": lambda x: torch.tanh(x @ torch.no_grad()(torch.exp)(W)) + x * W.detach()[0],
+    "whole numbers": lambda x: torch.tanh(x) * (torch.arange(4) // 2 + 1) * (torch.arange(4) % 3),
     "spectral_norm": nn.utils.parametrizations.spectral_norm(nn.Linear(D, 3)).double().eval(),
     "old spectral_norm": nn.utils.spectral_norm(nn.Linear(D, 3)).double().eval(),
     "orthogonal": nn.utils.parametrizations.orthogonal(nn.Linear(D, D)).double().eval(),
@@ -108,6 +111,26 @@ SELECTIONS = {
     "shapes": lambda x: (x[:, None].swapaxes(1, 2) + x[:, :1, None].expand_as(x[:, :, None])).repeat_interleave(2, 1),
     "a list of one": lambda x: x.chunk(1, 1)[0] * torch.cat(x[:, None].unbind(1), 0),
     "view_as": lambda x: torch.sin(x).view_as(x).reshape_as(x),
+    "scatter": lambda x: (
+        x.new_zeros(len(x), 6).scatter(1, torch.tensor([[0, 2, 4, 5]]).expand(x.shape), torch.sin(x))
+        + x.new_ones(len(x), 6).scatter_add(1, torch.tensor([[1, 1, 0, 0]]).expand(x.shape), x)
+    ),
+    "changes by index": lambda x: (
+        x.new_ones(len(x), 2).index_add_(1, torch.tensor([0, 1, 0, 1]), torch.sin(x), alpha=2)
+        + x.index_copy(1, torch.tensor([2, 0]), x[:, :2]).index_fill(1, torch.tensor([1]), 0.5)[:, 1:3]
+    ),
+    "parts and angles": lambda x: torch.cat(
+        [
+            *torch.tensor_split(torch.sin(x), 3, 1),
+            *torch.hsplit(torch.deg2rad(x), 2),
+            torch.rot90(x.reshape(-1, 2, 2), 1, (1, 2)).flatten(1),
+            torch.diag_embed(torch.fliplr(x)).sum(1),
+        ],
+        1,
+    ),
+    "trapezoid": lambda x: (
+        torch.trapezoid(torch.sin(x), torch.tensor([0.0, 1.0, 3.0, 4.0]).to(x)) + torch.trapezoid(x, dx=0.1)
+    ),
     "joins": lambda x: (
         torch.hstack([torch.sin(x), torch.concat([x, x], 1)]) + torch.column_stack([x[:, 0], x, x, x])[:, :12]
     ),
@@ -133,6 +156,11 @@ NORMS = {
     "var": lambda x: x.var(1, keepdim=True) + torch.sin(x).var(1, unbiased=False, keepdim=True),
     "std": lambda x: x.std(1),
     "norm": lambda x: x.norm(dim=1),
+    "norm of matrices": lambda x: (
+        torch.linalg.matrix_norm(x.reshape(-1, 2, 2))
+        + torch.linalg.norm(x.reshape(-1, 2, 2), "fro", dim=(1, 2))
+        + torch.linalg.norm(x, 2, dim=1)
+    ),
     "square of a norm": lambda x: torch.exp(-((x[:, None] - W).norm(dim=-1) ** 2)),
     "distance": lambda x: functional.pairwise_distance(x, x @ W),
     "LayerNorm": nn.LayerNorm(D).double(),
@@ -181,6 +209,30 @@ def test_forms(name):
     assert worst_error(network, reference, X) <= TOLERANCE
 
 
+def test_ensemble_by_vmap():
+    members = [nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, 2)).double() for _ in range(3)]
+    weights, _ = torch.func.stack_module_state(members)
+    member = copy.deepcopy(members[0]).to("meta")
+
+    def mean(x):
+        return torch.func.vmap(lambda each: torch.func.functional_call(member, each, (x,)))(weights).mean(0)
+
+    network = hessquik.from_torch(Function(mean), X)
+    assert worst_error(network, lambda x: sum(each(x) for each in members) / 3, X) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_products_by_vmap_and_their_files(tmp_path):
+    module = Function(torch.func.vmap(lambda u: torch.dot(torch.tanh(u @ W), u)))
+    exported = torch.export.export(module, (X,))
+    torch.export.save(exported, tmp_path / "as_it_is.pt2")
+    with pytest.raises(UnsupportedError, match=r"for vmap, save exported.run_decompositions\({}\)"):
+        import_file(tmp_path / "as_it_is.pt2")
+    torch.export.save(exported.run_decompositions({}), tmp_path / "form.pt2")
+    for network in (hessquik.from_torch(module, X), import_file(tmp_path / "form.pt2").network):
+        assert worst_error(network, module, X) <= TOLERANCE
+
+
 #: Forms whose files of core operators differ most from the forms.
 IN_CORE = (
     "in place: residual",
@@ -222,13 +274,23 @@ def test_forms_in_files(name, is_decomposed, tmp_path):
     assert worst_error(network, PURE.get(name.partition(": ")[2], module), X) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish", "softshrink", "clip", "amax", "max", "normalize"])
+@pytest.mark.parametrize(
+    "name",
+    ["hardsigmoid", "hardswish", "softshrink", "clip", "bounds by entry", "bounds", "amax", "max", "normalize"],
+)
 def test_kinks(name):
     forms = {
         "hardsigmoid": lambda x: (x / 6 + 0.5).clamp(0.0, 1.0),
         "hardswish": lambda x: x * (x / 6 + 0.5).clamp(0.0, 1.0),
         "softshrink": functional.softshrink,
         "clip": lambda x: torch.clip(x, -0.5, 0.5),
+        "bounds by entry": lambda x: (
+            torch.clamp(
+                x @ W, torch.tensor([-1.0, -torch.inf, 0.5, 2.0]).to(x), torch.tensor([-0.5, 0.5, 0.5, 0.5]).to(x)
+            )
+            + torch.clamp((3 * x).T, min=torch.tensor([[-1.0], [-2.0], [0.1], [0.2]]).to(x)).T
+        ),
+        "bounds": lambda x: torch.clamp(x @ W, x - 0.5, torch.sin(x) + 0.5),
         "amax": lambda x: torch.cat([x, x @ W, x[:, :1]], 1).amax(1),
         "max": lambda x: (x @ W).max(1).values - (x @ W).min(1).values,
         "normalize": lambda x: functional.normalize(x, dim=1),
@@ -238,10 +300,54 @@ def test_kinks(name):
     assert worst_error(network, forms[name], X) <= TOLERANCE
 
 
+def test_product_with_a_function_of_many_functions():
+    """The names of what is inside one another stay short."""
+
+    def f(x):
+        y = x
+        for _ in range(50):
+            y = torch.sin(y)
+        return x * y
+
+    assert worst_error(hessquik.from_torch(Function(f), X), f, X) <= TOLERANCE
+
+
 @pytest.mark.parametrize("exponent", [2.5, -1.3, 0.1, 20, 33, -17, 3.0, 0])
 def test_powers(exponent):
     network = hessquik.from_torch(Function(lambda x: x**exponent + x), X.abs() + 0.5, bounds=POSITIVE)
     assert worst_error(network, lambda x: x**exponent + x, X.abs() + 0.5) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x[:, :, None] ** torch.arange(4)).flatten(1),
+        lambda x: (1 + x * x) ** torch.tensor([0.5, 2.3, -3.0, 0.0], dtype=x.dtype),
+        lambda x: (x.T ** torch.tensor([[1], [2], [3], [2]])).T,
+    ],
+    ids=["monomials", "real exponents", "rows last"],
+)
+def test_powers_that_differ_by_entry(f):
+    assert worst_error(hessquik.from_torch(Function(f), X), f, X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 49.0])
+def test_elu_of_scaled_arguments(alpha):
+    """CELU is such a function, in torch's own words; torch rounds the α of its derivatives to float32."""
+    elu = Function(lambda x: torch.ops.aten.elu(x, alpha, 3.0, 1 / alpha))
+    for module, factor in ((elu, 3.0), (nn.CELU(alpha), 1.0)):
+        network = hessquik.from_torch(module, X)
+        expected = Function(lambda x, c=factor: c * torch.where(x > 0, x, alpha * torch.expm1(x / alpha)))
+        assert worst_error(network, expected, X) <= TOLERANCE
+
+
+def test_weights_that_are_cast_to_the_dtype_of_the_input():
+    linear = nn.Linear(D, D)
+    module = Function(lambda x: torch.tanh(x @ linear.weight.to(x.dtype)) + x.to(linear.bias.dtype))
+    module.linear = linear
+    network = hessquik.from_torch(module, X.float())
+    assert next(network.parameters()).dtype is torch.float32
+    assert worst_error(network.double(), module.double(), X) <= TOLERANCE
 
 
 def test_a_power_that_is_a_buffer():
@@ -264,6 +370,15 @@ def test_weights_of_any_size(scale):
         parameter.data *= scale
     network = hessquik.from_torch(module)
     assert worst_error(network, module, X) <= TOLERANCE
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_parts_without_features(width):
+    def f(x):
+        rest = torch.tanh(x[:, 1:])
+        return torch.cat([2 * rest, torch.sin(x[:, :1]), rest * rest, rest**2.0, x[:, :0] @ W[:0, :1]], 1) * x[:, :1]
+
+    assert worst_error(hessquik.from_torch(Function(f), X[:, :width]), f, X[:, :width]) <= TOLERANCE
 
 
 def test_physical_scales():
