@@ -17,7 +17,7 @@ from hessquik_client.messages import Reply
 from hessquik_client.models import AsyncModel, Model
 from hessquik_client.progress import bar
 from hessquik_client.steps import Gather, Pause, RetryPolicy, Send, Steps, list_models, post
-from hessquik_client.transport import LIMITS, Body, DeadlineTransport, options, too_late, translate, trusted
+from hessquik_client.transport import AsyncTransport, Body, DeadlineTransport, options, too_late, translate
 
 __all__ = ["AsyncClient", "AsyncModel", "Client", "Model"]
 
@@ -45,7 +45,6 @@ class _Service(Generic[DocumentT, DocumentsT]):
             # Numbers do not get smaller by compressing, only later.
             "headers": {"accept-encoding": "identity", **key},
             "follow_redirects": False,
-            "limits": LIMITS,
             "cookies": CookieJar(DefaultCookiePolicy(allowed_domains=())),  # keeps none
         }
 
@@ -181,7 +180,7 @@ class AsyncClient(_Service[Awaitable[dict[str, Any]], Awaitable[list[dict[str, A
     ) -> None:
         """Open no connection yet."""
         super().__init__(url, api_key, deadline_s, retries, concurrency)
-        self._http = httpx.AsyncClient(transport=transport, verify=trusted(httpx.URL(url)), **self._options)
+        self._http = httpx.AsyncClient(transport=transport or AsyncTransport(httpx.URL(url)), **self._options)
 
     def model(self, name: str, version: str | int | None = None) -> AsyncModel:
         """Return a model of the service; nothing is sent yet."""

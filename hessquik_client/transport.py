@@ -1,7 +1,8 @@
 """The client's additions to httpx: a time limit for a whole exchange, and a limit on the bytes of a reply.
 
 httpx limits each read separately, so that a server that sends a byte now and then could block a caller for ever; and
-it reads and decompresses replies of any size.
+it reads and decompresses replies of any size. What it is made of, httpcore, leaves a socket open when a call is
+cancelled while TLS is agreed on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from hessquik_client.errors import ClientError, ConnectionLost, DeadlineExceeded
 from hessquik_client.messages import DOCUMENT_BYTES, Reply, unexpected
 from hessquik_client.steps import Send
 
-__all__ = ["LIMITS", "Body", "DeadlineTransport", "options", "too_late", "translate", "trusted"]
+__all__ = ["AsyncTransport", "Body", "DeadlineTransport", "options", "too_late", "translate"]
 
 #: Connections that are held, for as many threads or tasks as share a client.
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100, keepalive_expiry=5.0)
@@ -41,8 +42,7 @@ def options(step: Send) -> dict[str, Any]:
         "url": request.target,
         "content": request.body or None,
         "headers": {**request.headers, "x-deadline-ms": str(deadline_ms)},
-        # Less than all the time to connect: httpcore leaves the socket of a cancelled TLS handshake open.
-        "timeout": httpx.Timeout(within_s, connect=min(CONNECT_S, 0.9 * within_s)),
+        "timeout": httpx.Timeout(within_s, connect=min(CONNECT_S, within_s)),
     }
 
 
@@ -103,7 +103,7 @@ def too_late(step: Send) -> DeadlineExceeded:
     return DeadlineExceeded(f"expected an answer within {step.within_s:.3f} s, there was none", status=0)
 
 
-def trusted(url: httpx.URL) -> ssl.SSLContext:
+def _trusted(url: httpx.URL) -> ssl.SSLContext:
     """Return the certificates to trust at an address: none without TLS, because reading them takes 40 ms."""
     return httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -117,31 +117,16 @@ class DeadlineTransport(httpx.BaseTransport):
 
     def __init__(self, url: httpx.URL) -> None:
         """Open no connection yet."""
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=trusted(url),
-            proxy=_proxy(url),
-            max_connections=LIMITS.max_connections,
-            max_keepalive_connections=LIMITS.max_keepalive_connections,
-            keepalive_expiry=LIMITS.keepalive_expiry,
-            network_backend=_Backend(),
-        )
+        self._pool = httpcore.ConnectionPool(network_backend=_Backend(), **_pool_options(url))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request and return its response, whose body is not read yet."""
-        now, url = time.monotonic(), request.url
+        now = time.monotonic()
         # Points in time, for our streams; the pool itself still waits for seconds.
         ends = {name: now + seconds for name, seconds in request.extensions["timeout"].items() if name != "pool"}
         timeouts = {**ends, "pool": request.extensions["timeout"]["pool"]}
         with _errors_of_httpx():
-            response = self._pool.handle_request(
-                httpcore.Request(
-                    request.method,
-                    httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-                    headers=request.headers.raw,
-                    content=request.stream,
-                    extensions={"timeout": timeouts},
-                )
-            )
+            response = self._pool.handle_request(_request_of_httpcore(request, {"timeout": timeouts}))
         assert isinstance(response.stream, Iterable)
         return httpx.Response(response.status, headers=response.headers, stream=_Chunks(response))
 
@@ -228,6 +213,115 @@ class _Stream(httpcore.NetworkStream):
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
             return bool(selector.select(0))
+
+
+class AsyncTransport(httpx.AsyncBaseTransport):
+    """A connection pool for asyncio that leaves no socket open when a call is cancelled.
+
+    Args:
+        url: Address of the service; a proxy that the environment sets for it is used, as httpx does.
+    """
+
+    def __init__(self, url: httpx.URL) -> None:
+        """Open no connection yet."""
+        self._pool = httpcore.AsyncConnectionPool(network_backend=_AsyncBackend(), **_pool_options(url))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and return its response, whose body is not read yet."""
+        with _errors_of_httpx():
+            response = await self._pool.handle_async_request(_request_of_httpcore(request, request.extensions))
+        return httpx.Response(response.status, headers=response.headers, stream=_AsyncChunks(response))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._pool.aclose()
+
+
+class _AsyncChunks(httpx.AsyncByteStream):
+    """The body of a reply as a stream."""
+
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        assert isinstance(self._response.stream, AsyncIterable)
+        with _errors_of_httpx():
+            async for chunk in self._response.stream:
+                yield chunk
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+class _AsyncBackend(httpcore.AsyncNetworkBackend):
+    """Opens connections as httpcore does."""
+
+    def __init__(self) -> None:
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _AsyncStream(await self._backend.connect_tcp(host, port, timeout, local_address, socket_options))
+
+    async def sleep(self, seconds: float) -> None:
+        await self._backend.sleep(seconds)
+
+
+class _AsyncStream(httpcore.AsyncNetworkStream):
+    """A connected socket, which is closed when agreeing on TLS fails or is cancelled."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return _AsyncStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        except BaseException:
+            await self._stream.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _pool_options(url: httpx.URL) -> dict[str, Any]:
+    """Return the arguments of httpcore's connection pools."""
+    return {
+        "ssl_context": _trusted(url),
+        "proxy": _proxy(url),
+        "max_connections": LIMITS.max_connections,
+        "max_keepalive_connections": LIMITS.max_keepalive_connections,
+        "keepalive_expiry": LIMITS.keepalive_expiry,
+    }
+
+
+def _request_of_httpcore(request: httpx.Request, extensions: dict[str, Any]) -> httpcore.Request:
+    """Return a request in the form of httpcore."""
+    url = request.url
+    return httpcore.Request(
+        request.method,
+        httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+        headers=request.headers.raw,
+        content=request.stream,
+        extensions=extensions,
+    )
 
 
 @contextmanager

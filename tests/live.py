@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,8 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
+#: Numbers of ports to try; other processes of the same run begin elsewhere.
+_PORTS = itertools.count(101 * os.getpid())
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
@@ -28,6 +32,16 @@ def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition does not hold in time"
         time.sleep(0.02)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Return different ports that are free and stay so: the system gives connections of others higher ones."""
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + next(_PORTS) % 12_000
+        with contextlib.suppress(OSError), socket.create_server((host, port)):
+            found.append(port)
+    return found
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -122,17 +136,25 @@ class LiveServer:
     def is_ready(self) -> bool:
         """Return whether /readyz answers with 200."""
         try:
-            return self._get("/readyz", {})[0] == 200
+            return self._get("/readyz", {}, timeout_s=5)[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 
-    def _get(self, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    def _get(self, path: str, headers: dict[str, str], timeout_s: float = 60.0) -> tuple[int, str]:
         """Return status and text, by a plain connection, which takes a tenth of the time of httpx."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request("GET", path, headers=headers)
             reply = connection.getresponse()
             return reply.status, reply.read().decode()
+
+    def is_listening(self) -> bool:
+        """Return whether it takes connections."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port), START_S).close()
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def workers(self) -> list[psutil.Process]:
         """Return its worker processes."""

@@ -22,9 +22,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.deployment.balanced import free_ports
 from tests.deployment.load import CALLS, Load, hessian, is_close
-from tests.live import ROOT, wait_until
+from tests.live import ROOT, free_ports, wait_until
 
 IMAGE = "hessquik:cpu"
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]

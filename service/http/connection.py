@@ -40,6 +40,9 @@ MAX_HEADS, MAX_HEAD_BYTES = 1024, 1024
 NOT_REMEMBERED = frozenset({b"x-request-id", b"traceparent", b"expect", b"transfer-encoding"})
 #: The event loop's timers are this exact.
 CLOCK_S = 0.001
+#: A check of the timeouts that is later than this was held up, by a pause of the process, say. Clients get that time
+#: back, so that what they sent and took meanwhile is seen before one is closed.
+LATE_S = 0.25
 #: Seconds after a client has closed its sending side until the connection is probed, and between probes.
 PROBE_S = 0.03
 #: Seconds and bytes for which input after a malformed request is read and discarded.
@@ -689,10 +692,13 @@ class Connection(asyncio.Protocol):
 
     def _check_timeouts(self) -> None:
         """Close the connection if a timeout has passed, or schedule the next check."""
+        late_s = self._loop.time() - self._timer_s
         self._timer_s, self._timer = math.inf, None
         transport, limits = self._transport, self._limits
         if transport is None:
             return
+        if late_s > LATE_S:
+            self._move_timeouts(late_s + LATE_S)
         now_s = self._loop.time() + CLOCK_S
         due_s = min(self._receive_by_s, self._linger_until_s)
         next_s = limits.keep_alive_s
@@ -712,6 +718,13 @@ class Connection(asyncio.Protocol):
         if self._is_half_closed and is_answering:
             next_s = PROBE_S
         self._check_within(min(next_s, due_s - now_s))
+
+    def _move_timeouts(self, seconds: float) -> None:
+        """Leave out a time in which the process did not run."""
+        self._receive_by_s += seconds
+        self._linger_until_s += seconds
+        self._progress_s += seconds
+        self._idle_since_s += seconds
 
     def _has_left(self, transport: asyncio.Transport) -> bool:
         """Return whether a client that closed its sending side has closed its receiving side too.

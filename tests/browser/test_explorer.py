@@ -24,7 +24,7 @@ import hessquik.layers
 import hessquik.networks
 from hessquik_client import Client
 from tests.browser.conftest import Watched, opened
-from tests.live import ROOT, LiveServer
+from tests.live import ROOT, LiveServer, free_ports
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -409,7 +409,8 @@ def several(shipped_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def guarded(several: Path) -> Iterator[LiveServer]:
-    with LiveServer(several, settings={"watch_s": 0.3, "api_keys": KEY}) as live:
+    (port,) = free_ports(1)  # which another server gets, after this one has ended
+    with LiveServer(several, settings={"watch_s": 0.3, "api_keys": KEY}, port=port) as live:
         yield live
 
 

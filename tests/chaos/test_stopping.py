@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.conftest import Start
 from tests.chaos.traffic import Ledger, Question, Traffic, run
-from tests.live import LiveServer
+from tests.live import LiveServer, wait_until
 from tests.raw import post
 from tests.whole import Note, choose
 
@@ -62,10 +62,11 @@ def test_the_second_signal_ends_at_once(start: Start) -> None:
     server = start()
     workers = server.workers()
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-        connection.sendall(post("/v1/models/peaks/value", b'{"inputs":[1,2]}')[:-3])
-        time.sleep(0.2)
+        connection.sendall(post("/v1/models/peaks/value", b'{"inputs":[1,2]}', Expect="100-continue")[:-3])
+        assert connection.recv(100).startswith(b"HTTP/1.1 100"), "it waits for the body"
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        wait_until(lambda: not server.is_listening())
+        time.sleep(0.3)
         assert server.process.poll() is None, "it drains"
         began = time.monotonic()
         server.process.send_signal(signal.SIGINT)

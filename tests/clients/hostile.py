@@ -49,6 +49,7 @@ class HostileServer:
         self._reads_body = reads_body
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._listen, daemon=True)]
         self.requests: list[str] = []
         self.sent_bytes = 0
         self.is_closed = threading.Event()
@@ -58,23 +59,32 @@ class HostileServer:
         return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> HostileServer:
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._threads[0].start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.is_closed.set()
+        # Closing alone wakes no thread: it would go on with whatever socket gets the number, of a later server, say.
+        socket.create_connection(self._socket.getsockname(), 60).close()
+        self._threads[0].join()
         self._socket.close()
         for connection in self._connections:
-            connection.close()
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._socket.accept()
+                if self.is_closed.is_set():
+                    return connection.close()
                 self._connections.append(connection)
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+                self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError), connection, connection.makefile("rb") as reader:

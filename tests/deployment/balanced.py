@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 
-from tests.live import ROOT
+import pytest
+
+from tests.live import ROOT, free_ports, wait_until
 
 CONFIG = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 HOST = "127.0.0.1"
-
-
-def free_ports(count: int, host: str = HOST) -> list[int]:
-    """Return different ports that are free."""
-    probes = [socket.create_server((host, 0)) for _ in range(count)]
-    try:
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+#: HAProxy does not start where it may not have two descriptors for each connection of the configuration.
+DESCRIPTORS = 2 * int(CONFIG.read_text().partition("maxconn ")[2].split()[0]) + 16
+needs_haproxy = [
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
+    pytest.mark.skipif(
+        resource.getrlimit(resource.RLIMIT_NOFILE)[1] < DESCRIPTORS,
+        reason=f"HAProxy needs {DESCRIPTORS} descriptors: raise the hard limit, ulimit -Hn",
+    ),
+]
 
 
 class Balancer:
@@ -42,13 +44,17 @@ class Balancer:
         self._process = subprocess.Popen(
             ["haproxy", "-db", "-f", CONFIG], env=environment, stdout=self._log, stderr=subprocess.STDOUT
         )
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex((HOST, port)) == 0:
-                    return
-            time.sleep(0.05)
-        self.close()
-        raise AssertionError(log.read_text())
+        try:
+            wait_until(lambda: self._is_listening(port))
+            assert self._process.poll() is None, log.read_text()
+        except AssertionError:
+            self.close()
+            raise
+
+    def _is_listening(self, port: int) -> bool:
+        """Return whether it takes connections, or has ended."""
+        with socket.socket() as probe:
+            return self._process.poll() is not None or probe.connect_ex((HOST, port)) == 0
 
     @property
     def pid(self) -> int:

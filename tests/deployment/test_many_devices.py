@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import threading
 import time
@@ -22,14 +21,14 @@ import safetensors.numpy
 
 from hessquik_client import Client, Model
 from hessquik_client.for_scipy import bounds
-from tests.deployment.balanced import Balancer
+from tests.deployment.balanced import Balancer, needs_haproxy
 from tests.deployment.load import CALLS, WAIT_S, Load, hessian, is_close
 from tests.live import LiveServer
 from tests.whole import Note
 
 pytestmark = [
     pytest.mark.xdist_group("many devices"),
-    pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
+    *needs_haproxy,
 ]
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.live import ROOT, LiveServer, wait_until
+from tests.live import ROOT, LiveServer, free_ports, wait_until
 from tests.service.faulty_worker import RAISES
 
 pytestmark = pytest.mark.xdist_group("monitoring")
@@ -58,8 +57,7 @@ class Alertmanager:
     """Alertmanager with the shipped configuration."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self._log = (folder / "alertmanager.log").open("w")
         self._process = subprocess.Popen(
             [
@@ -182,31 +180,37 @@ def expand(expression: str, instance: str = ".*") -> str:
     return expression.replace("$__rate_interval", RANGE).replace("$instance", instance)
 
 
+def has_values(found: list[dict[str, Any]]) -> bool:
+    """Return whether a query found something, and only numbers.
+
+    It finds nothing for a second after the machine was too busy for a scrape, so that this is waited for.
+    """
+    return bool(found) and all(sample["value"][1] != "NaN" for sample in found)
+
+
 @needs_prometheus
 @pytest.mark.parametrize("which", ["busy", "idle"])
 @pytest.mark.parametrize("expression", QUERIES)
 def test_dashboard_query_finds_data(expression: str, which: str, watched: Watched) -> None:
     server: LiveServer = getattr(watched, which)
-    found = watched.prometheus.query(expand(expression, f"127.0.0.1:{server.port}"))
-    assert found
-    assert all(sample["value"][1] != "NaN" for sample in found)
+    expression = expand(expression, f"127.0.0.1:{server.port}")
+    wait_until(lambda: has_values(watched.prometheus.query(expression)))
 
 
 @needs_prometheus
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
 def test_alert_asks_for_metrics_that_exist_and_is_quiet(rule: dict[str, Any], watched: Watched) -> None:
-    idle = f"127.0.0.1:{watched.idle.port}"
-    assert {one["metric"].get("instance") for one in watched.prometheus.query(rule["expr"])} <= {idle}
+    idle, query = f"127.0.0.1:{watched.idle.port}", watched.prometheus.query
+    wait_until(lambda: {one["metric"].get("instance") for one in query(rule["expr"])} <= {idle})
     for metric in re.findall(r"\b(?:instance:\w+:\w+|hessquik_\w+|up)\b(?=[{\[ ])", rule["expr"]):
-        assert watched.prometheus.query(metric), metric
+        wait_until(lambda metric=metric: query(metric))
 
 
 @needs_prometheus
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["record"])
 def test_recorded_rules_have_values_for_both(record: dict[str, Any], prometheus: Prometheus) -> None:
-    found = prometheus.query(record["record"])
-    assert all(sample["value"][1] != "NaN" for sample in found)
-    assert len(found) >= 2  # two nodes, or at least two models
+    # Two nodes, or at least two models.
+    wait_until(lambda: len(found := prometheus.query(record["record"])) >= 2 and has_values(found))
 
 
 @needs_prometheus

@@ -29,7 +29,7 @@ from hessquik_client import Client
 from service.loadtest import build_load, run
 from service.settings import Settings
 from tests import oracle
-from tests.deployment.balanced import Balancer
+from tests.deployment.balanced import Balancer, needs_haproxy
 from tests.deployment.load import CALLS, POINTS, WAIT_S, Load, hessian, is_close
 from tests.deployment.two_nodes import CPU_GROUPS, FIRST, SECOND, THIRD, TwoNodes, limited
 from tests.live import ROOT, LiveServer
@@ -38,7 +38,7 @@ from tests.whole import Note
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
-    pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs Debian's package haproxy"),
+    *needs_haproxy,
 ]
 
 needs_shares = pytest.mark.skipif(

@@ -14,8 +14,7 @@ from types import TracebackType
 import httpx
 import psutil
 
-from tests.deployment.balanced import free_ports
-from tests.live import ROOT
+from tests.live import ROOT, free_ports
 
 #: The second one does not hold Ray's own controller.
 FIRST, SECOND, THIRD = "127.0.0.3", "127.0.0.2", "127.0.0.4"

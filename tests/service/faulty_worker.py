@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from service import wire, worker
+from tests.service import gate
 
-KILLED, HANGS, RAISES, SLOW, SHORT, DIFFERS = 1e6, 2e6, 3e6, 4e6, 5e6, 6e6
+KILLED, HANGS, RAISES, SLOW, SHORT, DIFFERS, HELD = 1e6, 2e6, 3e6, 4e6, 5e6, 6e6, 7e6
 SLOW_S = 0.5
 
 
@@ -29,6 +30,8 @@ class FaultyWorker(worker.Worker):
             return {"op": "done", "error": "ValueError"}, {}
         if SLOW in asked:
             time.sleep(SLOW_S)
+        if HELD in asked:
+            gate.wait()
         reply, answers = super()._evaluate(head, fields, places)
         if SHORT in asked:
             answers = {name: array[:-1] for name, array in answers.items()}

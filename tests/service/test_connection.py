@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import http.client
 import json
 import math
+import os
 import socket
 import struct
 import threading
@@ -25,10 +27,12 @@ from hessquik_client.errors import InvalidInput, ServiceError
 from service.http.connection import MAX_PIPELINED, Connection, Limits, Listener
 from service.http.messages import JSON, Budget, Head, Reply, Request
 from service.json_reader import read_long_json
-from tests.live import ROOT, LiveServer
+from tests.live import ROOT, LiveServer, wait_until
 from tests.raw import ask, check_error, exchange, post, receive_all, replies, request
 from tests.service.conftest import FAULTY_GROUP
-from tests.service.faulty_worker import SLOW, SLOW_S
+from tests.service.faulty_worker import HELD, SLOW
+from tests.service.gate import Gate
+from tests.simulation.loop import SimulatedLoop
 from tests.whole import IS_WHOLE
 
 VALUE, EVALUATE = "/v1/models/peaks/value", "/v1/models/peaks/evaluate"
@@ -161,19 +165,19 @@ def test_what_is_not_read_here_is_refused_with_an_id(live: LiveServer, data: byt
 @pytest.mark.parametrize("filler", [b"a" * (1 << 16), b"X: y\r\n" * 5000], ids=["one field", "many fields"])
 def test_an_endless_trailer_is_cut_off(live: LiveServer, filler: bytes) -> None:
     front = psutil.Process(live.process.pid)
-    before, sent = front.memory_info().rss, 0
-    longest = Stalls(live)
-    with connect(live, 3) as connection, longest:
-        connection.sendall(chunked(VALUE, POINT)[:-2] + b"X: ")
-        try:
+    before = front.memory_info().rss
+
+    def send() -> None:
+        sent = 0
+        with connect(live) as connection, contextlib.suppress(OSError):
+            connection.sendall(chunked(VALUE, POINT)[:-2] + b"X: ")
             while sent < 128 << 20:
                 connection.sendall(filler)
                 sent += len(filler)
-        except OSError:
-            pass
-    assert sent < 16 << 20
+        assert sent < 16 << 20
+
+    assert is_smooth(live, send)
     assert front.memory_info().rss - before < 8 << 20
-    assert longest.seconds <= longest.bound_s
 
 
 def test_expect_is_answered_before_the_body_is_sent(live: LiveServer) -> None:
@@ -239,30 +243,35 @@ def test_parameters_that_would_be_ignored_are_refused(live: LiveServer) -> None:
 # Leaving.
 
 
-def test_a_client_that_leaves_is_noticed_whatever_the_size_of_its_body(faulty: LiveServer) -> None:
-    rows = faulty.metric("hessquik_rows_total")
+def test_a_client_that_leaves_is_noticed_whatever_the_size_of_its_body(gated: LiveServer, gate: Gate) -> None:
+    rows = gated.metric("hessquik_rows_total")
     left = 'hessquik_requests_total{route="/v1/models/{model}/value",status="499"}'
-    before = faulty.metric(left)
-    slow = b'{"inputs":[%g,0]}' % SLOW
-    with connect(faulty) as busy, connect(faulty) as busier, connect(faulty) as busiest:
-        for connection, action in ((busy, "gradient"), (busier, "hessian"), (busiest, "laplacian")):  # a batch each
-            connection.sendall(post(f"/v1/models/peaks/{action}", slow, **KEEP))
-            time.sleep(0.02)
-        for size in (0, 10_000, 70_000, 300_000, 5_000_000):
-            with connect(faulty) as leaving:
-                leaving.sendall(post(VALUE, slow.ljust(size), **KEEP))
-                time.sleep(0.02)
-        with connect(faulty) as leaving:  # before its body is whole
-            leaving.sendall(post(VALUE, POINT, **KEEP)[:-3])
-        with connect(faulty) as leaving:  # with a reset
-            leaving.sendall(post(VALUE, slow, **KEEP))
-            time.sleep(0.02)
-            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        assert busiest.recv(1 << 16).startswith(b"HTTP/1.1 200")
-    assert ask(faulty.port, post(VALUE, POINT)).status == 200
-    assert faulty.metric(left) - before == 7
-    assert faulty.metric("hessquik_rows_total") - rows == 4
-    assert faulty.metric("hessquik_queue_requests") == 0
+    before = gated.metric(left)
+    held, point = b'{"inputs":[%g,0]}' % HELD, POINT
+    with connect(gated, 60) as busy, connect(gated) as busier, connect(gated) as busiest:
+        busy.sendall(post("/v1/models/peaks/gradient", held, **KEEP))
+        with gate.held():
+            for connection, action in ((busier, "hessian"), (busiest, "laplacian")):  # a batch each
+                connection.sendall(post(f"/v1/models/peaks/{action}", point, **KEEP))
+            wait_until(lambda: gated.metric("hessquik_queue_requests") == 3)
+            for size in (0, 10_000, 70_000, 300_000, 5_000_000):
+                with connect(gated) as leaving:
+                    leaving.sendall(post(VALUE, point.ljust(size), **KEEP))
+                    wait_until(lambda: gated.metric("hessquik_queue_requests") == 4)
+                wait_until(lambda: gated.metric("hessquik_queue_requests") == 3)
+            with connect(gated) as leaving:  # before its body is whole
+                leaving.sendall(post(VALUE, POINT, **KEEP)[:-3])
+            with connect(gated) as leaving:  # with a reset
+                leaving.sendall(post(VALUE, point, **KEEP))
+                wait_until(lambda: gated.metric("hessquik_queue_requests") == 4)
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wait_until(lambda: gated.metric(left) - before == 7)
+        for connection in (busy, busier, busiest):
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert ask(gated.port, post(VALUE, POINT)).status == 200
+    assert gated.metric(left) - before == 7
+    assert gated.metric("hessquik_rows_total") - rows == 4
+    assert gated.metric("hessquik_queue_requests") == 0
 
 
 def test_a_client_that_only_closes_its_sending_side_is_answered(faulty: LiveServer) -> None:
@@ -274,13 +283,17 @@ def test_a_client_that_only_closes_its_sending_side_is_answered(faulty: LiveServ
         assert [reply.status for reply in final(data)] == [200] * count
 
 
-def test_a_pipelining_client_that_leaves_costs_one_request(faulty: LiveServer) -> None:
-    rows = faulty.metric("hessquik_rows_total")
-    with connect(faulty) as leaving:
-        leaving.sendall(post(VALUE, b'{"inputs":[%g,0]}' % SLOW, **KEEP) * 20)
-        time.sleep(0.1)
-    time.sleep(2 * SLOW_S)
-    assert faulty.metric("hessquik_rows_total") - rows == 1
+def test_a_pipelining_client_that_leaves_costs_one_request(gated: LiveServer, gate: Gate) -> None:
+    rows = gated.metric("hessquik_rows_total")
+    left = 'hessquik_requests_total{route="/v1/models/{model}/value",status="499"}'
+    before = gated.metric(left)
+    with connect(gated) as leaving:
+        leaving.sendall(post(VALUE, b'{"inputs":[%g,0]}' % HELD, **KEEP) * 20)
+        with gate.held():
+            leaving.close()
+            wait_until(lambda: gated.metric(left) > before)
+    assert ask(gated.port, post(VALUE, POINT)).status == 200
+    assert gated.metric("hessquik_rows_total") - rows == 2
 
 
 # Limits that are met early, and slowness.
@@ -321,17 +334,30 @@ LARGE = json.dumps({"inputs": [[0.1, 0.2]] * 40_000, "quantities": ["value", "gr
 
 def test_a_steady_slow_reader_gets_all_of_its_reply(live: LiveServer) -> None:
     """It takes several times as long as a client may take nothing."""
-    with connect(live, 30) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        connection.sendall(post(EVALUATE, LARGE))
-        data, began = bytearray(), time.monotonic()
-        while piece := connection.recv(1 << 16):
-            data += piece
-            if time.monotonic() - began < 2.5 * LIMITS["send_timeout_s"]:
-                time.sleep(0.03)
-    assert time.monotonic() - began > 2 * LIMITS["send_timeout_s"]
-    (reply,) = replies(bytes(data))
+
+    def read() -> bytes:
+        with connect(live, 30) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            connection.sendall(post(EVALUATE, LARGE))
+            data, began = bytearray(), time.monotonic()
+            with contextlib.suppress(ConnectionResetError):
+                while piece := connection.recv(1 << 16):
+                    data += piece
+                    if time.monotonic() - began < 2.5 * LIMITS["send_timeout_s"]:
+                        time.sleep(0.03)
+        assert time.monotonic() - began > 2 * LIMITS["send_timeout_s"]
+        return bytes(data)
+
+    # One of a few tries: a machine that is paused for longer than that makes it an unsteady reader.
+    data = next(data for data in (read() for _ in range(TRIES)) if is_whole(data))
+    (reply,) = replies(data)
     assert len(reply.json()["hessian"]) == 40_000
+
+
+def is_whole(data: bytes) -> bool:
+    """Return whether a reply has all its bytes."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    return len(body) == int(head.lower().split(b"content-length: ")[1].split(b"\r")[0])
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(live: LiveServer) -> None:
@@ -364,8 +390,7 @@ def test_replies_that_are_not_taken_are_bounded_in_total(live: LiveServer) -> No
     finally:
         for connection in held:
             connection.close()
-    time.sleep(0.3)
-    assert ask(live.port, post(EVALUATE, LARGE)).status == 200, "what was held is given back"
+    wait_until(lambda: ask(live.port, post(EVALUATE, LARGE)).status == 200)  # what was held is given back
 
 
 @pytest.mark.whole
@@ -417,8 +442,19 @@ def test_an_idle_connection_holds_nothing_of_its_last_reply(live: LiveServer) ->
 # The event loop.
 
 
+def queued_s(process: int, thread: int) -> float:
+    """Return for how long a thread could have run and had no processor; 0 where the system does not count this."""
+    try:
+        return int(Path(f"/proc/{process}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 class Stalls:
-    """Asks /livez again and again, and notes the longest time that an answer took."""
+    """Asks /livez again and again, and notes the longest time that an answer took.
+
+    The time for which other processes had the processor is none of the service's.
+    """
 
     def __init__(self, live: LiveServer) -> None:
         self._live, self.seconds, self.usual_s, self._count = live, 0.0, 0.0, 0
@@ -448,14 +484,19 @@ class Stalls:
         longest, self.seconds = self.seconds, 0.0
         return longest
 
+    def _running_s(self) -> float:
+        """Return the time, without that in which the front end or this thread waited for a processor."""
+        front = self._live.process.pid
+        return time.monotonic() - queued_s(front, front) - queued_s(os.getpid(), threading.get_native_id())
+
     def _watch(self, seconds: float = math.inf) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._live.port, timeout=20)
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._is_over.is_set():
-            began = time.monotonic()
+            began = self._running_s()
             connection.request("GET", "/livez")
             connection.getresponse().read()
-            self.seconds = max(self.seconds, time.monotonic() - began)
+            self.seconds = max(self.seconds, self._running_s() - began)
             self._count += 1
             time.sleep(0.005)
         connection.close()
@@ -582,7 +623,7 @@ class Transport(asyncio.Transport):
         return 0
 
     def abort(self) -> None:
-        self.ended_at = time.monotonic()
+        self.ended_at = asyncio.get_running_loop().time()
 
     close = write_eof = abort
 
@@ -693,19 +734,54 @@ def test_connections_leave_nothing_to_the_collector(is_planted: bool) -> None:
 
 
 def test_a_connection_is_closed_when_it_was_idle_for_long_enough_and_not_before() -> None:
-    async def run() -> float:
-        connection, transport = connected(Echo(), keep_alive_s=0.3)
-        for _ in range(4):
-            connection.data_received(USUAL)
-            last = time.monotonic()
-            await asyncio.sleep(0.2)
-        assert transport.written.count(b"HTTP/1.1 200") == 4
-        while not transport.ended_at:
-            await asyncio.sleep(0.01)
-        connection.connection_lost(None)
-        return transport.ended_at - last
+    loop = SimulatedLoop(lambda: 0.0)
+    connection, transport = loop.run(lambda: connected(Echo(), keep_alive_s=0.3))
+    for _ in range(4):
+        loop.run(connection.data_received, USUAL)
+        last_s = loop.now
+        while (due_s := loop.next_s()) is not None and due_s < last_s + 0.2:
+            loop.step()
+        loop.now = last_s + 0.2
+    assert transport.written.count(b"HTTP/1.1 200") == 4
+    assert not transport.ended_at
+    while not transport.ended_at:
+        assert loop.step()
+    loop.run(connection.connection_lost, None)
+    assert 0.29 < transport.ended_at - last_s < 0.35
+    assert not loop.errors
 
-    assert 0.29 < asyncio.run(run()) < 0.6
+
+@pytest.mark.parametrize("is_steady", [True, False], ids=["steady", "silent"])
+@pytest.mark.parametrize("side", ["sends", "takes"])
+def test_a_pause_of_the_process_is_no_pause_of_its_clients(side: str, is_steady: bool) -> None:
+    """What comes during a pause is seen after it. A client that does nothing then, either, is closed."""
+    loop, application = SimulatedLoop(lambda: 0.0), Echo()
+    limits = {"receive_timeout_s": 2.0, "send_timeout_s": 2.0}
+    connection, transport = loop.run(lambda: connected(application, **limits))
+    if side == "takes":
+        transport.get_write_buffer_size = lambda: unsent  # type: ignore[method-assign]
+        unsent = 100
+        loop.run(connection.data_received, post(EVALUATE, BODY))
+        loop.step()  # the first check of what it has taken
+    else:
+        loop.run(connection.data_received, USUAL[:-3])
+    loop.now = resumed_at = loop.now + 3600.0
+    loop.step()
+    assert loop.now == resumed_at
+    assert not transport.ended_at
+    if is_steady and side == "sends":
+        loop.run(connection.data_received, USUAL[-3:])
+        assert transport.written.startswith(b"HTTP/1.1 200")
+    elif is_steady:
+        unsent = 50
+        loop.step()
+    else:
+        while not transport.ended_at:
+            loop.step()
+        assert transport.ended_at - resumed_at < limits["send_timeout_s"] + 1
+    assert bool(transport.ended_at) != is_steady
+    loop.run(connection.connection_lost, None)
+    assert not loop.errors
 
 
 def test_starting_is_answered_with_the_reason_and_a_damaged_file_is_refused(tmp_path: Path) -> None:

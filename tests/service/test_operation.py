@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +38,8 @@ from tests.whole import choose
 
 WAIT_S = 20.0
 POINT = {"inputs": [[0.1, 0.2], [0.3, 0.4]]}
+#: Why a name has no address; the second where the machine has no network.
+UNKNOWN = "name or service not known|temporary failure in name resolution"
 
 
 def serve(*arguments: str) -> Result:
@@ -228,10 +232,20 @@ def test_what_is_done_periodically_goes_on_after_a_fault(caplog: pytest.LogCaptu
     assert caplog.text.count("OSError: no luck") >= 2
 
 
+def has_ipv6() -> bool:
+    """Return whether this machine has an IPv6 address of its own; many a container has none."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_an_address_means_the_same_for_one_and_for_several_front_ends(is_shared: bool) -> None:
     """:: takes IPv4, too; a name stands for its IPv4 address."""
-    for host, reached in (("::", "127.0.0.1"), ("::", "::1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1")):
+    addresses = [("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1")]
+    if has_ipv6():
+        addresses += [("::", "127.0.0.1"), ("::", "::1")]
+    for host, reached in addresses:
         with bind(host, 0, is_shared) as sock:
             sock.listen()
             socket.create_connection((reached, sock.getsockname()[1]), 5).close()
@@ -277,8 +291,8 @@ def test_a_driver_that_hangs_ends_the_start_with_one_line(monkeypatch: pytest.Mo
     [
         ("127.0.0.1", "address already in use", 1),
         ("127.0.0.1", "address already in use", 2),
-        pytest.param("none.invalid", "name or service not known", 1, marks=pytest.mark.whole),
-        ("none.invalid", "name or service not known", 2),
+        pytest.param("none.invalid", UNKNOWN, 1, marks=pytest.mark.whole),
+        ("none.invalid", UNKNOWN, 2),
     ],
 )
 def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
@@ -294,7 +308,7 @@ def test_an_address_that_cannot_be_had_ends_the_start_with_one_line(
     (line,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
     assert f"expected an address of this machine and a free port, got host {host} and port {port}: " in line
     assert ended.stderr.endswith(f"{line}\n")
-    assert reason in line.lower()
+    assert re.search(reason, line.lower())
     assert ended.stdout == ""
 
 
@@ -380,7 +394,8 @@ def test_the_start_says_versions_settings_and_backend(operated: Operated) -> Non
     (configured,) = [record for record in records if "settings" in record]
     assert configured["settings"]["api_keys"] == "1 keys"
     assert configured["settings"]["max_rows"] == Settings().max_rows
-    assert "one" not in configured["message"].replace("=None", "").replace(str(operated.live.models), "")
+    paths = (str(operated.live.models), str(operated.secrets))
+    assert not re.search(r"\bone\b", re.sub("|".join(map(re.escape, paths)), "", configured["message"]))
     (versions,) = [record["versions"] for record in records if "versions" in record]
     assert versions.keys() == {"version", "python", "torch", "modules"}
     assert any("is up: torch 2." in record["message"] and "backend " in record["message"] for record in records)
@@ -498,10 +513,9 @@ def test_a_reader_that_is_slow_holds_up_nothing(monkeypatch: pytest.MonkeyPatch)
         log.ended(request, "x" * 100, 200)
     lines: list[dict[str, Any]] = []
     with os.fdopen(read) as reader:
-        time.sleep(0.2)
         taker = Thread(target=lambda: lines.extend(map(json.loads, reader)))
         taker.start()
-        time.sleep(0.3)
+        until(log._lines.empty, "there is room again")
         log.ended(request, "last", 200)
         log.close()
         os.close(write)
@@ -525,7 +539,7 @@ def test_a_log_that_is_not_read_blocks_nobody_and_says_how_many_lines_are_lost(
         lines: list[str] = []
         taker = Thread(target=lambda: lines.extend(reader))
         taker.start()
-        time.sleep(0.3)
+        until(handler._lines._lines.empty, "there is room again")
         handler.handle(logging.makeLogRecord({"msg": "caf\udce9"}))
         handler.close()
         os.close(write)

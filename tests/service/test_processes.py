@@ -7,7 +7,6 @@ import http.client
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,8 @@ import pytest
 import hessquik
 from service.supervisor import add_up
 from tests.live import LiveServer, wait_until
-from tests.service.faulty_worker import SLOW, SLOW_S
+from tests.service.faulty_worker import HELD
+from tests.service.gate import Gate
 from tests.service.seeded import network, value, write_first
 
 ADMIN = {"Authorization": "Bearer admin"}
@@ -90,15 +90,15 @@ def connect(server: LiveServer, count: int = 2) -> list[Front]:
     raise AssertionError(f"expected connections to {count} front ends, got {len(found)}")
 
 
-def start(folder: Path) -> LiveServer:
-    settings = {"admin_keys": "admin", "processes": 2, "batch_timeout_s": 1.5}
+def start(folder: Path, batch_timeout_s: float) -> LiveServer:
+    settings = {"admin_keys": "admin", "processes": 2, "batch_timeout_s": batch_timeout_s}
     return LiveServer(folder, settings=settings, command=FAULTY)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def served(tmp_path_factory: pytest.TempPathFactory, gate: Gate) -> Iterator[LiveServer]:
     """Yield a server for tests that leave it in working order."""
-    with start(write_first(tmp_path_factory.mktemp("models"))) as live:
+    with start(write_first(tmp_path_factory.mktemp("models")), 1.5) as live:
         yield live
 
 
@@ -121,9 +121,9 @@ def folder(server: LiveServer) -> Path:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[LiveServer]:
-    """Yield a server for one test, which may end it."""
-    with start(write_first(tmp_path)) as live:
+def own(tmp_path: Path, gate: Gate) -> Iterator[LiveServer]:
+    """Yield a server for one test, which may end it, and hold its worker for as long as it takes."""
+    with start(write_first(tmp_path), 120) as live:
         yield live
 
 
@@ -256,29 +256,33 @@ def test_a_front_end_that_hangs_is_replaced(server: LiveServer) -> None:
     assert [front.ask()[0] for front in connect(server)] == [200, 200]
 
 
-def test_what_a_killed_front_end_held_is_freed(server: LiveServer, folder: Path) -> None:
+def test_what_a_killed_front_end_held_is_freed(server: LiveServer, folder: Path, gate: Gate) -> None:
     """A worker forgets a model that was replaced while a front end that is gone used it."""
     restarts = server.metric("hessquik_worker_restarts_total")
     victim, other = connect(server)
     with ThreadPoolExecutor(1) as threads:
-        slow = threads.submit(victim.ask, (SLOW, 0.0))
-        time.sleep(SLOW_S / 4)
-        psutil.Process(victim.pid).kill()
-        with pytest.raises((ConnectionError, http.client.HTTPException)):
-            slow.result()
+        held = threads.submit(victim.ask, (HELD, 0.0))
+        with gate.held():
+            psutil.Process(victim.pid).kill()
+            with pytest.raises((ConnectionError, http.client.HTTPException)):
+                held.result()
     hessquik.save(network(3), folder / "net" / "1.safetensors")
     assert other.call("POST", "/v1/models/net/load", headers=ADMIN)[0] == 200
     assert other.ask()[1]["value"][0] == pytest.approx(value(3), rel=1e-12)
     assert server.metric("hessquik_worker_restarts_total") == restarts
 
 
-def test_a_stop_drains_both_and_leaves_nothing_behind(own: LiveServer) -> None:
+def test_a_stop_drains_both_and_leaves_nothing_behind(own: LiveServer, gate: Gate) -> None:
     fronts = connect(own)
     children = psutil.Process(own.process.pid).children(recursive=True)
-    with ThreadPoolExecutor(2) as threads:
-        accepted = [threads.submit(front.ask, (SLOW, 1.0)) for front in fronts]
-        time.sleep(SLOW_S / 2)
-        assert own.stop() == 0
+    with ThreadPoolExecutor(3) as threads:
+        accepted = [threads.submit(front.ask, (HELD, 1.0)) for front in fronts]
+        with gate.held():
+            wait_until(lambda: own.metric("hessquik_queue_requests") == 2)
+            stopped = threads.submit(own.stop)
+            wait_until(lambda: not own.is_listening())
+        gate.let_go()
+        assert stopped.result() == 0
         assert [one.result()[0] for one in accepted] == [200, 200]
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert not [line for line in own.log if " WARNING " in line or " ERROR " in line or "Traceback" in line]

@@ -33,9 +33,13 @@ class Selector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]
         return super().select(timeout)
 
     async def is_asleep(self) -> bool:
-        """Return whether the event loop sleeps while nothing happens for a short time."""
+        """Return whether the event loop sleeps while nothing happens, several times for a short time.
+
+        Once may be too little: a process that is paused has nothing to sleep for afterwards.
+        """
         before = self.sleeps
-        await asyncio.sleep(SHORT_S)
+        for _ in range(5):
+            await asyncio.sleep(SHORT_S)
         return self.sleeps > before
 
 

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.live import ROOT, LiveServer, wait_until
+from tests.live import ROOT, LiveServer, free_ports, wait_until
 from tests.whole import choose
 
 #: Runs the command given to it from a folder, with some descriptors closed.
@@ -65,8 +65,7 @@ def test_a_service_goes_on_without_its_folder_and_standard_output(
     here.mkdir()
     code = PLACED.format(folder=str(here), closed=[0, 1])
     settings = {"processes": processes, "access_log": True, "log_level": "error", "admin_keys": "boss"}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     server = LiveServer(shipped_models, settings=settings, command=("-c", code), port=port)
     wait_until(server.is_ready)
     here.rmdir()
@@ -88,8 +87,7 @@ def test_a_service_goes_on_without_its_folder_and_standard_output(
 def test_a_log_that_nobody_reads_blocks_neither_requests_nor_the_end(processes: int, shipped_models: Path) -> None:
     read, write = os.pipe()
     settings = {"processes": processes, "access_log": True, "admin_keys": "boss"}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with os.fdopen(read, "rb", buffering=0) as reader:
         server = LiveServer(shipped_models, settings=settings, stdout=write, stderr=write, port=port)
         os.close(write)

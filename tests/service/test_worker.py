@@ -510,10 +510,11 @@ def test_the_speed_of_a_large_network_is_measured_without_its_hessian(
 def test_a_pong_says_for_how_long_the_batch_has_run() -> None:
     worker = loaded()
     assert worker.pong()["busy_s"] == 0.0
-    worker._busy_since_s, worker._looked_s = time.monotonic() - 5, time.monotonic() - 1
+    began_s = time.monotonic()
+    worker._busy_since_s, worker._looked_s = began_s - 5, began_s - 1
     pong = worker.pong()
-    assert pong["busy_s"] == pytest.approx(5, abs=0.5)
-    assert pong["stalled_s"] == pytest.approx(1, abs=0.5)
+    assert 5 <= pong["busy_s"] <= 5 + time.monotonic() - began_s
+    assert 1 <= pong["stalled_s"] <= 1 + time.monotonic() - began_s
 
 
 def test_a_pong_says_how_long_all_batches_took() -> None:

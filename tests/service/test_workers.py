@@ -21,11 +21,12 @@ import torch
 
 from hessquik.networks import NN
 from service.workers import FRESH_S, TICK_S
-from tests.live import ROOT, LiveServer
+from tests.live import ROOT, LiveServer, wait_until
 from tests.raw import check_error, post, receive_all, replies
 from tests.service import seeded
 from tests.service.conftest import FAULTY_GROUP
-from tests.service.faulty_worker import DIFFERS, HANGS, KILLED, RAISES, SHORT, SLOW, SLOW_S
+from tests.service.faulty_worker import DIFFERS, HANGS, HELD, KILLED, RAISES, SHORT
+from tests.service.gate import Gate
 from tests.whole import choose
 
 #: One client for all threads: making one takes longer than most of what is measured here.
@@ -61,6 +62,11 @@ def ask(server: LiveServer, point: list[float], **options: Any) -> httpx.Respons
     return HTTP.post(f"{server.url}/v1/models/small/value", json={"inputs": point}, **options)
 
 
+def queued(server: LiveServer) -> float:
+    """Return the number of requests that are accepted and not answered."""
+    return server.metric("hessquik_queue_requests")
+
+
 def expected(network: NN, point: list[float]) -> float:
     return float(network(torch.tensor([point], dtype=torch.float64))[0].detach())
 
@@ -79,15 +85,17 @@ def test_a_worker_that_looks_for_work_answers_all_of_it(server: LiveServer, netw
 
 
 @pytest.mark.parametrize("poison", [KILLED, RAISES, SHORT], ids=["kills", "raises", "answers too few rows"])
-def test_only_the_poison_row_among_good_ones_fails(server: LiveServer, network: NN, poison: float) -> None:
-    """A slow row keeps the worker busy while good points and one poison gather into one batch."""
+def test_only_the_poison_row_among_good_ones_fails(gated: LiveServer, gate: Gate, network: NN, poison: float) -> None:
+    """A row that is held keeps the worker busy while good points and one poison gather into one batch."""
     points = [[0.1 * number, -1.0] for number in range(choose(7, 15))]
     points.insert(3, [poison, 0.0])
     with ThreadPoolExecutor(17) as threads:
-        slow = threads.submit(ask, server, [SLOW, 0.0])
-        time.sleep(SLOW_S / 2)
-        replies = list(threads.map(lambda point: ask(server, point), points))
-        assert slow.result().status_code == 200
+        held = threads.submit(ask, gated, [HELD, 0.0])
+        with gate.held():
+            asked = [threads.submit(ask, gated, point) for point in points]
+            wait_until(lambda: queued(gated) == 1 + len(points))
+        replies = [one.result() for one in asked]
+        assert held.result().status_code == 200
     for point, reply in zip(points, replies, strict=True):
         if point[0] == poison:
             assert (reply.status_code, reply.json()["code"]) == (500, "evaluation_failed")
@@ -116,50 +124,54 @@ def test_a_killed_worker_under_load_loses_nothing(server: LiveServer, network: N
     assert got == pytest.approx([expected(network, point) for point in points], rel=1e-12)
 
 
-def test_a_deadline_is_kept_and_what_is_late_is_not_computed(server: LiveServer) -> None:
+def test_a_deadline_is_kept_and_what_is_late_is_not_computed(gated: LiveServer, gate: Gate) -> None:
+    rows = gated.metric("hessquik_rows_total")
     with ThreadPoolExecutor(1) as threads:
-        slow = threads.submit(ask, server, [SLOW, 0.0])
-        time.sleep(SLOW_S / 4)
-        rows = server.metric("hessquik_rows_total")
-        reply = ask(server, [0.0, 0.0], headers={"X-Deadline-Ms": "20"})
+        held = threads.submit(ask, gated, [HELD, 0.0])
+        with gate.held():
+            reply = ask(gated, [0.0, 0.0], headers={"X-Deadline-Ms": "20"})
         assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
-        assert slow.result().status_code == 200
-    time.sleep(0.1)
-    assert server.metric("hessquik_rows_total") == rows + 1  # the slow one
+        assert held.result().status_code == 200
+    assert ask(gated, [0.0, 0.0]).status_code == 200  # the worker would have come to the late row before
+    assert gated.metric("hessquik_rows_total") == rows + 2
 
 
-def test_what_a_client_no_longer_waits_for_is_not_computed(server: LiveServer) -> None:
+def test_what_a_client_no_longer_waits_for_is_not_computed(gated: LiveServer, gate: Gate) -> None:
     body = b'{"inputs":[0.5,0.5]}'
     head = (
         "POST /v1/models/small/value HTTP/1.1\r\nHost: x\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
+    gone = 'hessquik_requests_total{route="/v1/models/{model}/value",status="499"}'
+    rows, left = gated.metric("hessquik_rows_total"), gated.metric(gone)
     with ThreadPoolExecutor(1) as threads:
-        slow = threads.submit(ask, server, [SLOW, 0.0])
-        time.sleep(SLOW_S / 4)
-        rows = server.metric("hessquik_rows_total")
-        for _ in range(5):
-            with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(head.encode() + body)
-                time.sleep(0.02)
-        assert slow.result().status_code == 200
-    time.sleep(0.1)
-    assert server.metric("hessquik_queue_requests") == 0
-    assert server.metric("hessquik_rows_total") == rows + 1
+        held = threads.submit(ask, gated, [HELD, 0.0])
+        with gate.held():
+            for number in range(5):
+                with socket.create_connection(("127.0.0.1", gated.port)) as connection:
+                    connection.sendall(head.encode() + body)
+                    wait_until(lambda: queued(gated) == 2)
+                wait_until(lambda number=number: gated.metric(gone) == left + number + 1)
+        assert held.result().status_code == 200
+    assert ask(gated, [0.0, 0.0]).status_code == 200
+    assert queued(gated) == 0
+    assert gated.metric("hessquik_rows_total") == rows + 2
 
 
-def test_exactly_what_is_over_the_queue_is_refused_at_once(server: LiveServer) -> None:
-    """The worker is busy with a slow row, which counts until it is answered: of 30 more, 19 find a place."""
+def test_exactly_what_is_over_the_queue_is_refused_at_once(gated: LiveServer, gate: Gate) -> None:
+    """The worker is busy with a row, which counts until it is answered: of 30 more, 19 find a place."""
     with ThreadPoolExecutor(31) as threads:
-        list(threads.map(lambda _: HTTP.get(f"{server.url}/livez"), range(62)))  # connections to begin with
-        slow = threads.submit(ask, server, [SLOW, 0.0])
-        time.sleep(SLOW_S / 5)
-        replies = list(threads.map(lambda _: ask(server, [0.0, 1.0]), range(30)))
-        assert slow.result().status_code == 200
-    refused = [reply for reply in replies if reply.status_code == 503]
+        held = threads.submit(ask, gated, [HELD, 0.0])
+        with gate.held():
+            asked = [threads.submit(ask, gated, [0.0, 1.0]) for _ in range(30)]
+            wait_until(lambda: queued(gated) == 20 and sum(one.done() for one in asked) == 11)
+            refused = [one.result() for one in asked if one.done()]
+        replies = [one.result() for one in asked]
+        assert held.result().status_code == 200
+    assert {reply.status_code for reply in refused} == {503}
     assert {reply.json()["code"] for reply in refused} == {"overloaded"}
     assert {reply.headers["retry-after"] for reply in refused} == {"1"}
-    assert len(refused) == 11
+    assert sum(reply.status_code == 503 for reply in replies) == 11
     assert sum(reply.status_code == 200 for reply in replies) == 19
 
 
@@ -217,19 +229,24 @@ def test_a_pause_of_all_processes_ends_no_worker(server: LiveServer, network: NN
     assert server.metric("hessquik_worker_restarts_total") == restarts
 
 
-def test_a_stop_answers_what_was_accepted_and_tells_the_others_so(faulty_server: LiveServer) -> None:
+def test_a_stop_answers_what_was_accepted_and_tells_the_others_so(faulty_server: LiveServer, gate: Gate) -> None:
     """One request hangs in the worker, another never arrives whole; both outlast the time to drain."""
-    settings = {"drain_s": 2, "batch_timeout_s": 60}
+    settings = {"drain_s": 4, "batch_timeout_s": 60}
     live = LiveServer(faulty_server.models, settings=settings, command=FAULTY).wait_until_ready()
     half = post("/v1/models/small/value", b'{"inputs":', Content_Length="99", Connection="keep-alive")
-    with ThreadPoolExecutor(5) as threads, socket.create_connection(("127.0.0.1", live.port), 30) as connection:
+    with ThreadPoolExecutor(6) as threads, socket.create_connection(("127.0.0.1", live.port), 30) as connection:
         connection.sendall(half)
-        accepted = [threads.submit(ask, live, [SLOW, float(number)]) for number in range(4)]
-        time.sleep(SLOW_S / 4)
-        gradient = f"{live.url}/v1/models/small/gradient"  # in a batch of its own
-        hanging = threads.submit(HTTP.post, gradient, json={"inputs": [HANGS, 0.0]})
-        time.sleep(SLOW_S / 4)
-        assert live.stop() == 0
+        first = threads.submit(ask, live, [HELD, 0.0])
+        with gate.held():
+            accepted = [first, *(threads.submit(ask, live, [HELD, float(number)]) for number in range(3))]
+            wait_until(lambda: queued(live) == 4)
+            gradient = f"{live.url}/v1/models/small/gradient"  # in a batch of its own
+            hanging = threads.submit(HTTP.post, gradient, json={"inputs": [HANGS, 0.0]})
+            wait_until(lambda: queued(live) == 5)
+            stopped = threads.submit(live.stop)
+            wait_until(lambda: not live.is_listening())
+        gate.let_go()  # the other three, which share a batch
+        assert stopped.result() == 0
         (cut_short,) = replies(receive_all(connection))
         reply = hanging.result()
         assert [reply.result().status_code for reply in accepted] == [200] * 4

@@ -127,6 +127,13 @@ class Supervised:
         self.is_given_up = False
         monkeypatch.setattr(child, "FIRST_PAUSE_S", 0.0)
         monkeypatch.setattr(module, "TICK_S", 0.005)
+        self.checks, check_all = 0, Workers._check_all
+
+        def counted(workers: Workers) -> None:
+            check_all(workers)
+            self.checks += 1
+
+        monkeypatch.setattr(Workers, "_check_all", counted)
         self.workers = Workers(self, ["cpu"] * count, Settings(**settings), lambda: self.now, self.spawn)
 
     def spawn(self, module: str, arguments: list[str], on_frame: Any, on_lost: Any, blocked: Any) -> Any:
@@ -161,11 +168,14 @@ class Supervised:
             await asyncio.sleep(0.005)
 
     async def pass_time(self, seconds: float) -> None:
-        """Move the clock on while pings go to and fro."""
+        """Move the clock on while workers are checked, and pings go to and fro."""
         end = self.now + seconds
         while self.now < end:
             self.now = min(end, self.now + 0.3)
-            await asyncio.sleep(0.012)
+            for checks in (self.checks + 1, self.checks + 2):
+                await self.until(lambda checks=checks: self.checks >= checks)
+                for _ in range(10):  # turns of the loop in which a ping is answered
+                    await asyncio.sleep(0)
 
     def states(self) -> list[State]:
         return [worker.state for worker in self.workers.workers]
@@ -293,7 +303,7 @@ def test_a_model_unloaded_while_it_is_loaded_leaves_nothing(supervised: Callable
             await loading
         sim.processes[0].mute = set()
         sim.processes[0].say({"op": "loaded", "model": 7, **FACTS})
-        await asyncio.sleep(0.02)
+        await sim.until(lambda: any(head["op"] == "unload" for head in sim.processes[0].heard))
         assert [head["op"] for head in sim.processes[0].heard if head["op"] != "ping"] == ["attach", "load", "unload"]
         assert sim.workers._models == {}
         assert all(not worker.loaded for worker in sim.workers.workers)

@@ -101,7 +101,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         if (when_s := self.next_s()) is None:
             return False
         if not self._ready:
-            self.now = when_s
+            self.now = max(self.now, when_s)
             self._ready.append(heappop(self._timers)[2])
         handle = self._ready.popleft()
         if not handle.cancelled():
