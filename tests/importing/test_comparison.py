@@ -1,6 +1,7 @@
 """The comparison of an imported network with its source: in the dtype that is served, point by point."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -59,6 +60,16 @@ def test_an_import_draws_no_random_numbers_of_the_caller():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.fixture
+def recursion_limit():
+    """Set Python's own limit, since libraries that other tests import raise it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("recursion_limit")
 def test_a_network_that_is_too_deep_says_so():
     def read(point):
         value = point
