@@ -226,6 +226,7 @@ class Metrics:
     async def text(self) -> bytes:
         """Return all metrics in Prometheus' text format.
 
-        They are written by a thread: with a thousand models that takes a second, for which no request may wait.
+        They are written by a thread: with a thousand models that takes a quarter of a second or more, for which no
+        request may wait.
         """
         return await asyncio.get_running_loop().run_in_executor(None, self.snapshot().text)
