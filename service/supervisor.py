@@ -46,7 +46,7 @@ FRONT_MODULE = f"{__package__}.frontend"
 TICK_S = 0.25
 #: Time limit for a front end to apply a change, after which it is killed.
 HANG_S = 10.0
-#: Time limit for a front end to report its metrics, well within that of a scrape, also on a busy machine with many models.
+#: Time limit for a front end to report its metrics, also those of many models; well within that of a scrape.
 REPORT_S = 3.0
 #: Time beyond that to drain after which a front end is killed.
 GRACE_S = 5.0
