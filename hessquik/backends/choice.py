@@ -39,7 +39,7 @@ WIDE = 256
 
 
 class Kernel(StrEnum):
-    """What runs a plan."""
+    """A name for each kernel or library that runs plans."""
 
     CPU = "the CPU kernel"
     #: A kernel for one plan, and the one for all others.

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hessquik.backends.gpu_stream import Cuda, Driver, Stages, retried, stages_of
+from hessquik.backends.gpu_stream import Cuda, Driver, Stages, per_device, retried, stages_of
 from hessquik.backends.torch import TorchProgram
 from hessquik.graph import Graph
 
@@ -211,16 +211,10 @@ class Captures:
         tile.inputs, tile.results, tile.captured, tile.is_dropped = {}, {}, None, True
 
 
-_CAPTURES: dict[torch.device, Captures] = {}
-_LOCK = threading.Lock()
-
-
+@per_device
 def captures_of(device: torch.device) -> Captures:
     """Return the captured tiles of a CUDA device."""
-    with _LOCK:
-        if device not in _CAPTURES:
-            _CAPTURES[device] = Captures(CudaCapturing(device), stages_of(device))
-        return _CAPTURES[device]
+    return Captures(CudaCapturing(device), stages_of(device))
 
 
 class CapturedProgram(TorchProgram):

@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages", "retried", "stages_of"]
+__all__ = ["CHUNK_BYTES", "DIRECT_BYTES", "Cuda", "Driver", "Stages", "per_device", "retried", "stages_of"]
 
 T = TypeVar("T")
 
@@ -345,16 +346,25 @@ class Stages:
         self.driver.free_memory()
 
 
-_STAGES: dict[torch.device, Stages] = {}
-_LOCK = threading.Lock()
+def per_device(make: Callable[[torch.device], T]) -> Callable[[torch.device], T]:
+    """Decorate a function that makes an object for a device: it is called once for each, whatever threads ask."""
+    made: dict[torch.device, T] = {}
+    lock = threading.Lock()
+
+    @wraps(make)
+    def shared(device: torch.device) -> T:
+        with lock:
+            if device not in made:
+                made[device] = make(device)
+            return made[device]
+
+    return shared
 
 
+@per_device
 def stages_of(device: torch.device) -> Stages:
     """Return the stages of a CUDA device."""
-    with _LOCK:
-        if device not in _STAGES:
-            _STAGES[device] = Stages(Cuda(device))
-        return _STAGES[device]
+    return Stages(Cuda(device))
 
 
 def retried(attempt: Callable[[], T], free_memory: Callable[[], None]) -> T:

@@ -28,7 +28,7 @@ from torch import Tensor
 from hessquik.backends import gpu_driver
 from hessquik.backends.gpu_compile import BLOCKS, compile_ahead, compile_kernel, compile_unrolled
 from hessquik.backends.gpu_kernel import run_table
-from hessquik.backends.gpu_stream import retried, stages_of
+from hessquik.backends.gpu_stream import per_device, retried, stages_of
 from hessquik.backends.gpu_table import CALL_ARRAYS, LARGEST_ROW_NUMBERS, Table
 from hessquik.backends.gpu_unrolled import Unrolled, Unrolling, define_kernel, source
 from hessquik.steps import Map, Product, Program, Step, SumProducts
@@ -152,15 +152,9 @@ class _Device:
             self.stages.free_memory()
 
 
-_DEVICES: dict[torch.device, _Device] = {}
-_DEVICES_LOCK = threading.Lock()
-
-
+@per_device
 def _shared_state(device: torch.device) -> _Device:
-    with _DEVICES_LOCK:
-        if device not in _DEVICES:
-            _DEVICES[device] = _Device(device)
-        return _DEVICES[device]
+    return _Device(device)
 
 
 class TritonProgram:

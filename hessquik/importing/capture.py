@@ -24,7 +24,7 @@ __all__ = ["capture", "example_of", "one_input", "one_output"]
 ROWS = 7
 #: Functions in programs that differentiate by torch.func.
 DERIVATIVES = {"_jvp_increment_nesting", "_grad_increment_nesting"}
-#: What torch says of programs that use values outside of their graph.
+#: Parts of torch's messages about programs that use values outside of their graph.
 OUTSIDE = ("fake tensor in the exported program constant's list", "'Tensor' object has no attribute 'constant'")
 
 

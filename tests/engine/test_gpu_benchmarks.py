@@ -1,4 +1,4 @@
-"""What of the benchmarks for GPUs runs without one."""
+"""The parts of the benchmarks for GPUs that run without one."""
 
 from __future__ import annotations
 

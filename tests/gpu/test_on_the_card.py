@@ -204,7 +204,7 @@ def test_an_evaluator_may_be_dropped_before_its_call_has_run(
         torch.cuda._sleep(200_000_000)
         found = evaluate(x, COMMON[2])
     del evaluate
-    # What follows gets memory that is free, on the stream on which the evaluator was made.
+    # These arrays get memory that is free, on the stream on which the evaluator was made.
     others = [torch.full((1 << exponent,), float("nan"), device=CUDA) for exponent in range(4, 17) for _ in range(50)]
     stream.synchronize()
     assert torch.equal(found.hessian, wanted.hessian)

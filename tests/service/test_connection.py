@@ -754,7 +754,7 @@ def test_a_connection_is_closed_when_it_was_idle_for_long_enough_and_not_before(
 @pytest.mark.parametrize("is_steady", [True, False], ids=["steady", "silent"])
 @pytest.mark.parametrize("side", ["sends", "takes"])
 def test_a_pause_of_the_process_is_no_pause_of_its_clients(side: str, is_steady: bool) -> None:
-    """What comes during a pause is seen after it. A client that does nothing then, either, is closed."""
+    """Input that comes during a pause is seen after it; a client that does nothing even then is closed."""
     loop, application = SimulatedLoop(lambda: 0.0), Echo()
     limits = {"receive_timeout_s": 2.0, "send_timeout_s": 2.0}
     connection, transport = loop.run(lambda: connected(application, **limits))

@@ -38,7 +38,7 @@ from tests.whole import choose
 
 WAIT_S = 20.0
 POINT = {"inputs": [[0.1, 0.2], [0.3, 0.4]]}
-#: Why a name has no address; the second where the machine has no network.
+#: Reasons for a name without an address; the second where the machine has no network.
 UNKNOWN = "name or service not known|temporary failure in name resolution"
 
 

@@ -563,7 +563,7 @@ def test_a_worker_that_cannot_be_connected_is_replaced(supervised: Callable[...,
 def test_a_worker_is_replaced_when_no_thread_can_be_started(
     supervised: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the limit of processes is met, which threads count towards, too."""
+    """The limit of processes, which threads count towards, is met."""
     sim = supervised()
 
     async def work() -> None:
